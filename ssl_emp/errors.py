@@ -1,0 +1,17 @@
+"""The two ways a run ends early: the user can fix it (exit code 2), or the run failed (exit code 3)."""
+
+
+class UserError(Exception):
+    """Something the user can fix. Printed as one line, `error: what. fix: how`; exit code 2.
+
+    Args:
+        what: what is wrong and where (file, key, value).
+        fix: what to type or change.
+    """
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(f"{what}. fix: {fix}")
+
+
+class RunFailed(Exception):
+    """The run cannot go on (a non-finite loss, a full disk); the last checkpoint is intact. Exit code 3."""
