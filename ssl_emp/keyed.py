@@ -1,0 +1,62 @@
+"""Randomness as a pure function of a key: the same (seed, epoch, index, ...) gives the same number in any batch, rank or restart."""
+
+from torch import Tensor
+
+# SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014).
+_GAMMA = 0x9E3779B97F4A7C15
+_FACTOR_1 = 0xBF58476D1CE4E5B9
+_FACTOR_2 = 0x94D049BB133111EB
+_MASK64 = (1 << 64) - 1
+
+
+def keyed_bits(*key: int | Tensor) -> Tensor:
+    """Hash a key to 62 random bits, bit for bit the same on CPU and GPU, eager and compiled.
+
+    Ints are folded on the host (no tensor, no copy); put them and the small tensors first: each part costs one pass over the
+    broadcast shape of the parts so far. An int and a tensor of the same value give the same bits. Inside `torch.compile`
+    an int must be a constant: one that changes from call to call (an epoch) does not compile, pass it as a 0-d tensor.
+
+    Args:
+        key: ints (taken modulo 2^64) and int64 tensors that broadcast; at least one tensor. Order matters.
+
+    Returns:
+        int64 tensor of the broadcast shape, uniform in [0, 2^62).
+    """
+    state: int | Tensor = 0
+    for part in key:
+        if isinstance(part, Tensor):
+            assert not part.is_floating_point(), f"key parts are integers, got {part.dtype}"
+            state = _mix(part.long() + (_signed(state) if isinstance(state, int) else state))
+        elif isinstance(state, Tensor):
+            state = _mix(state + _signed(part))
+        else:
+            state = _mix_int(state + part)
+    assert isinstance(state, Tensor), "at least one part of the key must be a tensor"
+    return _shifted(state, 2)
+
+
+def keyed_uniform(*key: int | Tensor) -> Tensor:
+    """Hash a key to a float32 uniform in [0, 1): the top 24 bits of `keyed_bits`, so every value is exact."""
+    return (keyed_bits(*key) >> 38).float() * 2.0**-24
+
+
+def _mix(state: Tensor) -> Tensor:
+    state = state + _signed(_GAMMA)
+    state = (state ^ _shifted(state, 30)) * _signed(_FACTOR_1)
+    state = (state ^ _shifted(state, 27)) * _signed(_FACTOR_2)
+    return state ^ _shifted(state, 31)
+
+
+def _mix_int(state: int) -> int:
+    state = (state + _GAMMA) & _MASK64
+    state = ((state ^ state >> 30) * _FACTOR_1) & _MASK64
+    state = ((state ^ state >> 27) * _FACTOR_2) & _MASK64
+    return state ^ state >> 31
+
+
+def _shifted(state: Tensor, bits: int) -> Tensor:
+    return (state >> bits) & ((1 << (64 - bits)) - 1)  # int64's >> drags the sign along: mask it off
+
+
+def _signed(value: int) -> int:
+    return ((value + (1 << 63)) & _MASK64) - (1 << 63)  # the int64 with the same 64 bits

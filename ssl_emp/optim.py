@@ -1,0 +1,76 @@
+"""Optimisers of contrastive pretraining and the learning-rate curve."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+
+class Lars(Optimizer):
+    """LARS with momentum (You et al., arXiv 1708.03888): each tensor's step is scaled by ||w|| / ||g + wd * w||.
+
+    Tensors in a group with `adapt=False` (biases, BatchNorm) take a plain momentum step, as in SimCLR. The norms of all
+    tensors are taken in one call and compared on the device: no branch waits for the GPU.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 0.001) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "adapt": True})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # closures are not supported
+        assert closure is None
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if not weights:
+                continue
+            updates: list[Tensor] = torch._foreach_add([p.grad for p in weights], weights, alpha=group["weight_decay"])
+            if group["adapt"]:
+                weight_norms, update_norms = torch._foreach_norm(weights), torch._foreach_norm(updates)
+                ratios = [
+                    torch.where((w > 0) & (g > 0), group["trust"] * w / g, 1.0) for w, g in zip(weight_norms, update_norms, strict=True)
+                ]
+                torch._foreach_mul_(updates, ratios)
+            momenta = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in weights]
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, updates)
+            torch._foreach_add_(weights, momenta, alpha=-group["lr"])
+
+
+def build_optimizer(model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float) -> Optimizer:
+    """`sgd`, `lars` or `adamw`; biases and BatchNorm (tensors of one dimension) take no weight decay and no LARS scaling."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in params if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if name == "lars":
+        groups[1]["adapt"] = False
+        return Lars(groups, lr=lr, momentum=momentum)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr)
+    assert name == "sgd", name
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+
+
+def lr_at(step: int, total_steps: int, warmup_steps: int, peak_lr: float) -> float:
+    """Linear warm-up, then half a cosine to zero, over the steps that are planned for the pruned run.
+
+    Args:
+        step: 0 for the first optimiser step.
+        total_steps: `PrunePlan.total_steps`.
+        warmup_steps: steps until `peak_lr` is reached.
+        peak_lr: the highest learning rate.
+    """
+    if step < warmup_steps:
+        return peak_lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return peak_lr * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Write the learning rate into every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,130 @@
+"""Which samples an epoch trains on: the score of EMP (arXiv 2408.16031), the plan, the selection, the batches.
+
+Everything here is a pure function on the device of the scores. Letters: N samples, K kept, B batch, D features.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_emp.keyed import keyed_bits
+
+# first key of each use of keyed randomness, so that no two uses share a draw
+SHUFFLE, ROTATION, RANDOM_POLICY = 101, 102, 103
+
+
+def feature_distance(h_a: Tensor, h_b: Tensor, memory: str = "raw") -> Tensor:
+    """The memory term's distance ||f(x_i) - f(x_j)||_2 between the two views' backbone features, (B, D) x 2 -> (B,) float32.
+
+    `memory="normalized"` takes it between L2-normalised features (0 to 2); `raw` and `standardized` as they are.
+    """
+    h_a, h_b = h_a.float(), h_b.float()
+    if memory == "normalized":
+        h_a, h_b = F.normalize(h_a, dim=1), F.normalize(h_b, dim=1)
+    return (h_a - h_b).square().sum(1).sqrt()
+
+
+def emp_score(loss: Tensor, h_a: Tensor, h_b: Tensor, beta: float) -> Tensor:
+    """EMP's score for contrastive pretraining: NT-Xent_i - beta * ||f(x_i) - f(x_j)||_2, the paper's SSL rule.
+
+    Args:
+        loss: (B,) per-sample NT-Xent, nats.
+        h_a, h_b: (B, D) backbone features of the two views, before the projection head.
+        beta: weight of the memory term, >= 0.
+
+    Returns:
+        (B,) float32; the highest are kept.
+    """
+    return loss.float() - beta * feature_distance(h_a, h_b)
+
+
+def combine_terms(terms: Tensor, beta: float, memory: str) -> Tensor:
+    """The score of every sample from its two stored terms.
+
+    Args:
+        terms: (2, N) float32, rows NT-Xent and distance; +inf in both = never scored.
+        beta: weight of the memory term.
+        memory: `standardized` first brings both terms to mean 0 and standard deviation 1 over the scored samples, so
+            that beta is a ratio of influences; `raw` is `emp_score`, `normalized` differs in the distance only.
+
+    Returns:
+        (N,) float32, +inf where never scored.
+    """
+    scored = terms[0] < torch.inf
+    if memory == "standardized":
+        terms = torch.stack([_standardize(row, scored) for row in terms])
+    # inf - beta * inf is NaN, hence the mask, without a host round trip
+    return torch.where(scored, terms[0] - beta * terms[1], torch.inf)
+
+
+def _standardize(values: Tensor, mask: Tensor) -> Tensor:
+    """Zero mean, unit standard deviation over the masked values; a constant row becomes zeros."""
+    count = mask.sum().clamp(min=1)
+    mean = torch.where(mask, values, 0).sum() / count
+    std = torch.where(mask, (values - mean).square(), 0).sum().div(count).sqrt()
+    return (values - mean) / std.clamp(min=1e-12)
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """How many samples each epoch keeps: a pure function of the epoch, so every step is known before the first.
+
+    Args:
+        epochs: length of the run, T.
+        prune_fraction: s, the share left out of a pruned epoch, 0 <= s < 1.
+        warmup_epochs: first epochs on everything (the paper: 1).
+        anneal_fraction: alpha, the share of the last epochs on everything, rounded to whole epochs.
+    """
+
+    epochs: int
+    prune_fraction: float
+    warmup_epochs: int = 1
+    anneal_fraction: float = 0.0
+
+    def is_pruned(self, epoch: int) -> bool:
+        """Whether this epoch, counted from 0, trains on a part only."""
+        anneal_epochs = round(self.anneal_fraction * self.epochs)
+        return self.prune_fraction > 0 and self.warmup_epochs <= epoch < self.epochs - anneal_epochs
+
+    def kept_count(self, epoch: int, num_samples: int) -> int:
+        """Samples kept in this epoch: all, or (1 - s) N rounded."""
+        return round((1 - self.prune_fraction) * num_samples) if self.is_pruned(epoch) else num_samples
+
+    def steps(self, epoch: int, num_samples: int, batch_size: int) -> int:
+        """Whole batches in this epoch."""
+        return self.kept_count(epoch, num_samples) // batch_size
+
+    def total_steps(self, num_samples: int, batch_size: int) -> int:
+        """Whole batches in the run: what the learning-rate curve is laid over."""
+        return sum(self.steps(epoch, num_samples, batch_size) for epoch in range(self.epochs))
+
+
+def select_kept(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest scores, (N,) -> (count,) int64, same device, no order promised.
+
+    Never-scored samples (+inf) come first. No host copy: the size is known, so nothing waits for the device.
+    """
+    assert scores.dim() == 1 and 0 < count <= len(scores), (scores.shape, count)
+    return scores.topk(count, sorted=False).indices
+
+
+def select_random(num_samples: int, count: int, seed: int, epoch: int, device: torch.device) -> Tensor:
+    """`count` of `num_samples` indices drawn anew each epoch, without replacement: the `random` policy."""
+    index = torch.arange(num_samples, device=device)
+    return keyed_bits(RANDOM_POLICY, seed, epoch, index).topk(count, sorted=False).indices
+
+
+def shuffled_batches(kept: Tensor, batch_size: int, seed: int, epoch: int) -> Tensor:
+    """Cut a kept set into shuffled whole batches, (K,) int64 -> (K // batch_size, batch_size) int64, same device.
+
+    A short batch has fewer negatives and would look easy, so the remainder is left out; what is left out moves round a
+    fixed circle of the samples from epoch to epoch, so that over a full set nobody is left out twice before everybody
+    was once. The order depends on (seed, epoch, which samples are kept) only, not on the order of `kept`: pruned and
+    unpruned runs shuffle alike.
+    """
+    remainder = len(kept) % batch_size
+    circle = kept[keyed_bits(ROTATION, seed, kept).argsort()]  # (K,)
+    trained = circle.roll(-(epoch * remainder) % len(kept))[remainder:]
+    return trained[keyed_bits(SHUFFLE, seed, epoch, trained).argsort()].view(-1, batch_size)

@@ -1,0 +1,158 @@
+"""The score against the paper's formula; the plan, the selection and the batches as properties."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssl_emp.pruning import PrunePlan, combine_terms, emp_score, feature_distance, select_kept, select_random, shuffled_batches
+
+plans = st.builds(
+    PrunePlan,
+    epochs=st.integers(1, 60),
+    prune_fraction=st.floats(0, 0.95),
+    warmup_epochs=st.integers(1, 5),
+    anneal_fraction=st.floats(0, 1),
+)
+
+
+def features(seed: int, count: int = 6, dim: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    h_a, h_b = (torch.randn(count, dim, generator=generator) for _ in range(2))
+    return h_a, h_b
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 5.0])
+def test_emp_score_is_the_formula(beta: float) -> None:
+    h_a, h_b = features(0)
+    loss = torch.linspace(0.5, 3, 6)
+    expected = [
+        loss[i].item() - beta * math.sqrt(sum((x - y) ** 2 for x, y in zip(h_a[i].tolist(), h_b[i].tolist(), strict=True)))
+        for i in range(6)
+    ]
+    torch.testing.assert_close(emp_score(loss, h_a, h_b, beta), torch.tensor(expected))
+
+
+def test_emp_score_is_float32_from_half_precision() -> None:
+    h_a, h_b = (h.to(torch.bfloat16) for h in features(1))
+    score = emp_score(torch.ones(6, dtype=torch.bfloat16), h_a, h_b, 5.0)
+    assert score.dtype == torch.float32
+    torch.testing.assert_close(score, 1 - 5 * (h_a.float() - h_b.float()).norm(dim=1))
+
+
+def test_normalized_distance_ignores_the_features_scale() -> None:
+    h_a, h_b = features(2)
+    torch.testing.assert_close(feature_distance(7 * h_a, 0.1 * h_b, "normalized"), feature_distance(h_a, h_b, "normalized"))
+    assert feature_distance(h_a, -h_a, "normalized").allclose(torch.tensor(2.0))
+    assert feature_distance(torch.zeros(3, 4), torch.zeros(3, 4), "normalized").eq(0).all()
+
+
+def test_combined_terms_equal_emp_score_and_keep_the_never_scored_first() -> None:
+    h_a, h_b = features(3)
+    loss = torch.rand(6, generator=torch.Generator().manual_seed(0))
+    terms = torch.stack([loss, feature_distance(h_a, h_b)])
+    torch.testing.assert_close(combine_terms(terms, 5.0, "raw"), emp_score(loss, h_a, h_b, 5.0))
+    terms[:, 4] = torch.inf
+    for memory in ("raw", "normalized", "standardized"):
+        scores = combine_terms(terms, 5.0, memory)
+        assert scores[4] == torch.inf and scores[[0, 1, 2, 3, 5]].isfinite().all(), memory
+
+
+def test_standardized_terms_have_equal_influence_whatever_their_scale() -> None:
+    h_a, h_b = features(4, count=200)
+    loss = torch.rand(200, generator=torch.Generator().manual_seed(1))
+    distance = feature_distance(h_a, h_b)
+    scores = combine_terms(torch.stack([loss, distance]), 1.0, "standardized")
+    torch.testing.assert_close(
+        combine_terms(torch.stack([1000 * loss + 3, 0.01 * distance - 7]), 1.0, "standardized"), scores, rtol=1e-3, atol=1e-3
+    )
+    expected = (loss - loss.mean()) / loss.std(correction=0) - (distance - distance.mean()) / distance.std(correction=0)
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+
+
+@given(plan=plans, num_samples=st.integers(2, 3000), batch_size=st.integers(2, 64))
+def test_every_step_is_known_in_advance(plan: PrunePlan, num_samples: int, batch_size: int) -> None:
+    steps = 0
+    for epoch in range(plan.epochs):
+        count = plan.kept_count(epoch, num_samples)
+        assert 0 <= count <= num_samples
+        if plan.is_pruned(epoch):
+            assert abs(count - (1 - plan.prune_fraction) * num_samples) <= 0.5 + 1e-6
+        else:
+            assert count == num_samples
+        steps += len(torch.arange(count // batch_size * batch_size).view(-1, batch_size))
+    assert plan.total_steps(num_samples, batch_size) == steps
+
+
+@given(plan=plans)
+def test_first_and_last_epochs_train_on_everything(plan: PrunePlan) -> None:
+    full = [not plan.is_pruned(epoch) for epoch in range(plan.epochs)]
+    anneal = round(plan.anneal_fraction * plan.epochs)
+    assert all(full[: plan.warmup_epochs])
+    assert all(full[plan.epochs - anneal :])
+    if plan.prune_fraction > 0:
+        assert not any(full[plan.warmup_epochs : plan.epochs - anneal])
+
+
+@given(data=st.data(), num_samples=st.integers(1, 400))
+def test_the_highest_scores_are_kept(data: st.DataObject, num_samples: int) -> None:
+    count = data.draw(st.integers(1, num_samples))
+    values = data.draw(st.lists(st.floats(-1e6, 1e6, width=32) | st.just(math.inf), min_size=num_samples, max_size=num_samples))
+    scores = torch.tensor(values)
+    kept = select_kept(scores, count)
+    assert kept.dtype == torch.int64 and len(kept) == count == len(set(kept.tolist()))
+    assert sorted((values[i] for i in kept.tolist()), reverse=True) == sorted(values, reverse=True)[:count]
+
+
+@given(num_samples=st.integers(2, 500), share=st.floats(0.05, 1), seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 500))
+@settings(max_examples=50)
+def test_random_sets_have_no_duplicate_and_change(num_samples: int, share: float, seed: int, epoch: int) -> None:
+    count = max(1, int(share * num_samples))
+    kept, again, other = (select_random(num_samples, count, seed, e, torch.device("cpu")) for e in (epoch, epoch, epoch + 1))
+    assert len(set(kept.tolist())) == count and kept.max() < num_samples
+    assert kept.equal(again)
+    if 20 < count < num_samples - 20:
+        assert set(kept.tolist()) != set(other.tolist())
+
+
+def test_random_sets_are_uniform() -> None:
+    times = torch.zeros(200)
+    for epoch in range(1000):
+        times[select_random(200, 60, 0, epoch, torch.device("cpu"))] += 1
+    # binomial(1000, 0.3): mean 300, standard deviation 14.5; 200 samples stay within five of them
+    assert times.sum() == 60_000 and (times - 300).abs().max() < 5 * 14.5
+
+
+@given(num_samples=st.integers(2, 300), batch_size=st.integers(1, 40), seed=st.integers(0, 1000), epoch=st.integers(0, 300))
+def test_batches_are_whole_shuffled_and_without_duplicate(num_samples: int, batch_size: int, seed: int, epoch: int) -> None:
+    kept = torch.arange(1000, 1000 + num_samples)
+    batches = shuffled_batches(kept, batch_size, seed, epoch)
+    assert batches.shape == (num_samples // batch_size, batch_size)
+    trained = batches.flatten().tolist()
+    assert len(set(trained)) == len(trained) and set(trained) <= set(kept.tolist())
+    backwards = shuffled_batches(kept.flip(0), batch_size, seed, epoch)
+    assert backwards.equal(batches), "the order of kept must not matter"
+
+
+@given(batches=st.integers(1, 12), remainder=st.integers(1, 15), seed=st.integers(0, 100))
+@settings(max_examples=40)
+def test_the_remainder_goes_round(batches: int, remainder: int, seed: int) -> None:
+    """Nobody is left out twice before everybody was left out once."""
+    batch_size = 16
+    num_samples = batches * batch_size + remainder
+    left_out = torch.zeros(num_samples, dtype=torch.int64)
+    for epoch in range(2 * num_samples):
+        mask = torch.ones(num_samples, dtype=torch.int64)
+        mask[shuffled_batches(torch.arange(num_samples), batch_size, seed, epoch).flatten()] = 0
+        left_out += mask
+        assert left_out.max() - left_out.min() <= 1, epoch
+    assert left_out.eq(2 * remainder).all()
+
+
+def test_pruned_and_unpruned_runs_shuffle_alike() -> None:
+    """The kept samples come in the order that they have among all samples."""
+    everything = shuffled_batches(torch.arange(64), 1, seed=3, epoch=7).flatten().tolist()
+    kept = shuffled_batches(torch.arange(0, 64, 3), 1, seed=3, epoch=7).flatten().tolist()
+    assert kept == [i for i in everything if i % 3 == 0]
