@@ -1,0 +1,238 @@
+"""YAML and `key=value` overrides -> one checked `PretrainConfig`. Only the two scripts know it: config stops at the door."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ssl_emp.errors import UserError
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Range = Annotated[list[float], Field(min_length=2, max_length=2)]
+PerChannel = Annotated[list[float], Field(min_length=3, max_length=3)]
+
+
+class Section(BaseModel):
+    """Unknown keys, wrong types, nan and inf are errors; `prune.fraction: "0.5"` is a string, not a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class DataConfig(Section):
+    source: str = "mnist5k"  # folder, parquet file | glob | folder, cifar10, cifar100, stl10, fashion_mnist, mnist5k
+    kind: Literal["auto", "folder", "parquet", "torchvision", "mnist5k"] = "auto"
+    test_source: str | None = None  # for evaluate.py, where source has no test split of its own
+    image_size: Annotated[int, Field(ge=8, le=4096)] | None = None  # stored pixels a side; null: as found
+    max_images: Annotated[int, Field(ge=2)] | None = None  # a random subset of the train split
+    subset_seed: int = 0  # which subset; not tied to seed, so that runs with other seeds see the same images
+    labels: Literal["auto", "none"] = "auto"  # labels serve monitoring and evaluation only, never training
+    download_dir: str = "data"
+    cache_dir: str | None = None  # where a set larger than memory is kept as uint8
+
+
+class ModelConfig(Section):
+    arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
+    width: Annotated[int, Field(ge=8, le=512, multiple_of=8)] = 64  # channels of the first stage; 64 is the published network
+    stem: Literal["auto", "cifar", "imagenet"] = "auto"  # auto: cifar (3x3, stride 1) up to 64 px
+    projection_hidden: Annotated[int, Field(ge=1)] | None = None  # null: as wide as the features
+    projection_dim: Annotated[int, Field(ge=1)] = 128
+
+
+class OptimizerConfig(Section):
+    name: Literal["sgd", "lars", "adamw"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 0.06  # the peak, for the batch size given
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    warmup_epochs: Annotated[float, Field(ge=0)] = 1.0  # in full epochs, may be a part of one
+
+
+class AugmentConfig(Section):
+    size: Annotated[int, Field(ge=8, le=1024)] | None = None  # pixels a side of a view; null: the stored size
+    crop_scale: Range = [0.08, 1.0]  # share of the image's area
+    crop_ratio: Range = [3 / 4, 4 / 3]
+    flip_prob: Probability = 0.5
+    jitter_prob: Probability = 0.8
+    brightness: Annotated[float, Field(ge=0)] = 0.4
+    contrast: Annotated[float, Field(ge=0)] = 0.4
+    saturation: Annotated[float, Field(ge=0)] = 0.4
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    gray_prob: Probability = 0.2
+    blur_prob: Probability = 0.0
+    blur_sigma: Range = [0.1, 2.0]
+    solarize_prob: Probability = 0.0
+    mean: PerChannel = [0.485, 0.456, 0.406]
+    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] = [0.229, 0.224, 0.225]
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> "AugmentConfig":
+        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be two rising numbers above 0, is {[low, high]}")
+        if self.crop_scale[1] > 1:
+            raise ValueError(f"crop_scale must not exceed 1, is {self.crop_scale}")
+        return self
+
+
+class PruneConfig(Section):
+    policy: Literal["emp", "loss", "random", "none"] = "emp"  # loss is emp with beta 0
+    fraction: Annotated[float, Field(ge=0, lt=1)] = 0.3  # s: share left out of a pruned epoch
+    beta: Annotated[float, Field(ge=0)] = 5.0  # the paper's best for supervised learning; not stated for SSL
+    warmup_epochs: Annotated[int, Field(ge=1)] = 1  # first epochs on everything; the paper: 1
+    anneal_fraction: Probability = 0.125  # alpha: last share of the epochs on everything; the paper states no value
+    scoring: Literal["stale", "pruned", "all"] = "stale"  # stale: scores from the training forward, for free
+    memory: Literal["raw", "normalized", "standardized"] = "raw"  # scale of the distance; raw is the paper's
+    rescore_every: Annotated[int, Field(ge=1)] = 1  # epochs between scoring passes of pruned | all
+
+
+class MonitorConfig(Section):
+    knn_every: Annotated[int, Field(ge=0)] = 1  # epochs between kNN checks where labels exist; 0: never
+    knn_images: Annotated[int, Field(ge=100)] = 2000  # taken from the train split: 4/5 bank, 1/5 queries
+    tensorboard: bool = True
+
+
+class CheckpointConfig(Section):
+    every_minutes: Annotated[float, Field(gt=0)] = 10.0  # besides one at the end and one at a stop
+
+
+class PretrainConfig(Section):
+    """Everything a pretraining run depends on; `RUN/config.yaml` is this, resolved."""
+
+    out: str | None = None  # run directory; null: runs/<name of the config file>
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on GPUs that have it, else fp32
+    compile: bool = False  # torch.compile the network and the augmentation
+    epochs: Annotated[int, Field(ge=1)] = 200
+    batch_size: Annotated[int, Field(ge=2)] = 512
+    temperature: Annotated[float, Field(gt=0)] = 0.5
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    augment: AugmentConfig = AugmentConfig()
+    prune: PruneConfig = PruneConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+class _Loader(yaml.SafeLoader):
+    """safe_load with `1e-3` as a number, and without duplicate keys and aliases (a few lines of them can fill memory)."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is not a name", problem_mark=key_node.start_mark)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+MAX_CONFIG_BYTES = 1_000_000
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse one YAML document. Raises UserError with the line number on broken syntax."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{where} is not valid YAML{line}: {problem}", "correct the syntax") from error
+
+
+def load_config(path: str | Path | None, overrides: list[str]) -> PretrainConfig:
+    """Read a YAML file, apply `a.b=value` overrides, check everything.
+
+    Args:
+        path: YAML file, or None for the defaults.
+        overrides: such as `prune.fraction=0.5`; the value is read as YAML.
+
+    Raises:
+        UserError: unreadable file, broken syntax, or every unknown key, wrong type and value out of range in one line.
+    """
+    values: dict[str, Any] = {}
+    where = "the command line"
+    if path is not None:
+        where = str(path)
+        try:
+            raw = Path(path).read_bytes()
+            text = raw.decode("utf-8-sig")
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({error.strerror})", "give the path of a YAML file, such as configs/demo.yaml") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not a text file", "give the path of a YAML file, such as configs/demo.yaml") from error
+        if len(raw) > MAX_CONFIG_BYTES:
+            raise UserError(f"{path} has {len(raw):,} bytes", "give a config file, not a data file")
+        loaded = parse_yaml(text, where)
+        if not isinstance(loaded, dict | None):
+            raise UserError(
+                f"{path} holds a {type(loaded).__name__}, not keys and values", "write key: value lines, as configs/demo.yaml does"
+            )
+        values = loaded or {}
+    for override in overrides:
+        _apply(values, override)
+    if values.get("out") is None and path is not None:
+        values["out"] = f"runs/{Path(path).stem}"
+    return check_config(values, where)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"{override!r} is not an override", "write key=value, such as epochs=20 or prune.fraction=0.5")
+    *sections, name = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{key}: {section} is a value, not a section", f"write {section}=value")
+    values[name] = parse_yaml(text, override)
+
+
+def check_config(values: dict[str, Any], where: str) -> PretrainConfig:
+    """Check a dict of values. Raises UserError that lists every problem at once."""
+    try:
+        return PretrainConfig.model_validate(values)
+    except ValidationError as error:
+        problems = [_describe(item) for item in error.errors()]
+        count = "" if len(problems) == 1 else f"{len(problems)} problems: "
+        raise UserError(f"{count}{'; '.join(problems)}, in {where}", "correct it there, or override with key=value") from error
+
+
+def _describe(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        section: Any = PretrainConfig
+        for part in item["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        near = difflib.get_close_matches(str(item["loc"][-1]), section.model_fields, n=1, cutoff=0.5)
+        prefix = key.rpartition(".")[0]
+        names = f"did you mean {prefix + '.' if prefix else ''}{near[0]}?" if near else f"known are {', '.join(section.model_fields)}"
+        return f"unknown key {key}, {names}"
+    shown = repr(item["input"])
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{key}: {message}" + (f" (is {shown[:60]})" if item["type"] not in ("missing", "value_error") else "")
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts -> one dict with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,114 @@
+"""Every mistake in a config is one clear line, all at once; every shipped config is valid."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ssl_emp.config import PretrainConfig, flatten, load_config
+from ssl_emp.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_valid_and_say_their_command(path: Path) -> None:
+    config = load_config(path, [])
+    assert config.out == f"runs/{path.stem}"
+    assert path.read_text().startswith("#") and f"python pretrain.py --config configs/{path.name}" in path.read_text()
+
+
+def test_the_promised_configs_are_there() -> None:
+    names = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    assert {"demo", "cifar10_emp", "cifar100_emp", "stl10_emp", "imagenet_emp", "folder_emp"} <= names
+
+
+def test_overrides_win_and_1e_3_is_a_number(tmp_path: Path) -> None:
+    path = write(tmp_path, "optimizer: {lr: 1e-3}\nprune:\n  fraction: 0.5\n")
+    config = load_config(
+        path, ["prune.fraction=0.7", "prune.policy=loss", "optimizer.weight_decay=1E-4", "data.source=a b.parquet", "epochs=3"]
+    )
+    assert (config.optimizer.lr, config.prune.fraction, config.prune.policy) == (0.001, 0.7, "loss")
+    assert (config.optimizer.weight_decay, config.data.source, config.epochs) == (1e-4, "a b.parquet", 3)
+
+
+def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs" / "demo.yaml", ["seed=3"])
+    assert load_config(write(tmp_path, yaml.safe_dump(config.model_dump(), sort_keys=False)), []) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prune: {fractoin: 0.5}", "unknown key prune.fractoin, did you mean prune.fraction?"),
+        ("temprature: 0.5", "unknown key temprature, did you mean temperature?"),
+        ("xyzzy: 1", "unknown key xyzzy, known are out, seed"),
+        ("prune: {fraction: 1.0}", "prune.fraction: should be less than 1 (is 1.0)"),
+        ("prune: {fraction: -0.1}", "prune.fraction: should be greater than or equal to 0"),
+        ("prune: {fraction: .nan}", "prune.fraction: should be a finite number"),
+        ('prune: {fraction: "0.5"}', "prune.fraction: should be a valid number (is '0.5')"),
+        ("prune: {fraction: null}", "prune.fraction"),
+        ("prune: {beta: .inf}", "prune.beta: should be a finite number"),
+        ("prune: 0.5", "prune: should be"),
+        ("epochs: 0", "epochs: should be greater than or equal to 1"),
+        ("epochs: 1.5", "epochs: should be a valid integer"),
+        ("epochs: yes", "epochs: should be a valid integer"),
+        ("batch_size: 1", "batch_size: should be greater than or equal to 2"),
+        ("temperature: 0", "temperature: should be greater than 0"),
+        ("compile: 1", "compile: should be a valid boolean"),
+        ("model: {width: 12}", "model.width: should be a multiple of 8"),
+        ("model: {arch: resnet19}", "model.arch: should be 'resnet18', 'resnet34' or 'resnet50'"),
+        ("augment: {crop_scale: [0.5, 0.2]}", "crop_scale must be two rising numbers"),
+        ("augment: {crop_scale: [0.5]}", "augment.crop_scale"),
+        ("augment: {std: [0.2, 0, 0.2]}", "augment.std.1: should be greater than 0"),
+        ("seed: 1\nseed: 2", "line 2: key 'seed' stands twice"),
+        ("epochs: [1,", "is not valid YAML, line"),
+        ("a: &x [1]\nb: *x", "aliases"),
+        ("x: !!python/object/apply:os.system [echo]", "is not valid YAML, line 1"),
+        ("- 1\n- 2", "holds a list"),
+        ("1: 2", "key 1 is not a name"),
+    ],
+)
+def test_mistakes(tmp_path: Path, text: str, said: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as error:
+        load_config(path, [])
+    message = str(error.value)
+    assert said in message and "fix: " in message and "\n" not in message and str(path) in message
+
+
+def test_all_mistakes_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^3 problems: .*epochs.*fractoin.*temprature|^3 problems: ") as error:
+        load_config(write(tmp_path, "epochs: 0\ntemprature: 1\nprune: {fractoin: 1}"), [])
+    assert all(word in str(error.value) for word in ("epochs", "temprature", "prune.fractoin"))
+
+
+@pytest.mark.parametrize("override", ["epochs", "=3", "epochs.=3", "epochs.x=3", "prune.fraction=", "prune.fraction=[1,"])
+def test_broken_overrides(override: str) -> None:
+    with pytest.raises(UserError):
+        load_config(ROOT / "configs" / "demo.yaml", [override])
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00binary", b"\x00" * 10, b"a: 1\n" * 300_000])
+def test_files_that_are_no_config(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "run.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="run.yaml"):
+        load_config(path, [])
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, ""), ["out=x"]) == PretrainConfig(out="x")
+
+
+def test_flatten() -> None:
+    nested: dict[str, Any] = {"a": 1, "b": {"c": {"d": 2}, "e": [3]}}
+    assert flatten(nested) == {"a": 1, "b.c.d": 2, "b.e": [3]}
