@@ -1,0 +1,178 @@
+"""The network f and g of SimCLR (arXiv 2002.05709): a torchvision ResNet and lightly's projection head.
+
+Letters: B images, D features, P projections.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightly.models.modules.heads import SimCLRProjectionHead
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from ssl_emp.errors import UserError
+
+# block, blocks a stage
+ARCHS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+}
+FULL_WIDTH = 64  # channels of the first stage in the published ResNets
+SMALL_IMAGE = 64  # up to this many pixels a side, the "auto" stem keeps the resolution (SimCLR, appendix B.9)
+
+
+class WidthResNet(ResNet):
+    """torchvision's ResNet with `width` channels in the first stage instead of 64; same parameter names."""
+
+    def __init__(self, arch: str, width: int, stem: str) -> None:
+        self.width = width
+        block, layers = ARCHS[arch]
+        super().__init__(block, layers)
+        kernel, stride = (3, 1) if stem == "cifar" else (7, 2)
+        self.conv1 = nn.Conv2d(3, width, kernel, stride, padding=kernel // 2, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")  # as ResNet does to its own
+        self.bn1 = nn.BatchNorm2d(width)
+        if stem == "cifar":
+            self.maxpool = nn.Identity()
+        self.feature_dim = 512 * block.expansion * width // FULL_WIDTH
+        self.fc = nn.Identity()  # forward ends at the pooled features
+
+    def _make_layer(
+        self, block: type[BasicBlock | Bottleneck], planes: int, blocks: int, stride: int = 1, dilate: bool = False
+    ) -> nn.Sequential:
+        if planes == FULL_WIDTH:
+            self.inplanes = self.width
+        return super()._make_layer(block, planes * self.width // FULL_WIDTH, blocks, stride, dilate)
+
+
+def resolve_stem(stem: str, image_size: int) -> str:
+    """`auto` -> `cifar` (3x3, stride 1, no max-pooling) for images up to 64 px, else `imagenet` (7x7, stride 2)."""
+    return ("cifar" if image_size <= SMALL_IMAGE else "imagenet") if stem == "auto" else stem
+
+
+class Encoder(nn.Module):
+    """f with its input normalisation: images (B, 3, H, W) float in [0, 1] -> features (B, D) float32."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, backbone: nn.Module, feature_dim: int, image_size: int, mean: list[float], std: list[float], spec: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.feature_dim = feature_dim
+        self.image_size = image_size
+        self.spec = spec  # arch, width, stem: what builds this network again
+        # not part of the state: mean and std stand in config.json
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.backbone((images - self.mean) / self.std).float()
+
+
+def build_encoder(arch: str, width: int, stem: str, image_size: int, mean: list[float], std: list[float]) -> Encoder:
+    """An untrained encoder, initialised from torch's global generator.
+
+    Args:
+        arch: `resnet18`, `resnet34` or `resnet50`.
+        width: channels of the first stage; 64 is the published network, a multiple of 8 otherwise.
+        stem: `auto`, `cifar` or `imagenet`, see `resolve_stem`.
+        image_size: pixels a side that the encoder is trained on.
+        mean, std: three numbers each, of images in [0, 1].
+    """
+    stem = resolve_stem(stem, image_size)
+    backbone = WidthResNet(arch, width, stem)
+    return Encoder(backbone, backbone.feature_dim, image_size, list(mean), list(std), {"arch": arch, "width": width, "stem": stem})
+
+
+class SimCLR(nn.Module):
+    """f and g together: normalised views (M, 3, S, S) -> h = f(x) (M, D), z = g(h) (M, P), neither L2-normalised."""
+
+    def __init__(self, encoder: Encoder, projection_hidden: int, projection_dim: int) -> None:
+        super().__init__()
+        self.backbone = encoder.backbone
+        self.projector = SimCLRProjectionHead(encoder.feature_dim, projection_hidden, projection_dim)
+
+    def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.backbone(views)
+        return h, self.projector(h)
+
+
+def save_encoder(encoder: Encoder, folder: Path) -> None:
+    """Write `model.safetensors` and `config.json`, each through a temporary file, in timm's local-dir layout.
+
+    Where the network is the published one (width 64, ImageNet stem), `timm.create_model("local-dir:FOLDER",
+    pretrained=True)` gives the same features; the key `ssl_emp` carries what `load_encoder` needs for all others.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # six digits: 0.485 as float32 and back is 0.485, not 0.48500001430511475
+    mean, std = ([round(value, 6) for value in stat.flatten().tolist()] for stat in (encoder.mean, encoder.std))
+    size = encoder.image_size
+    config = {
+        "architecture": encoder.spec["arch"],
+        "num_classes": 0,
+        "num_features": encoder.feature_dim,
+        "pretrained_cfg": {
+            "input_size": [3, size, size],
+            "fixed_input_size": False,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "mean": mean,
+            "std": std,
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": "conv1",
+            "classifier": "fc",
+        },
+        "ssl_emp": {**encoder.spec, "image_size": size, "mean": mean, "std": std},
+    }
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.backbone.state_dict().items()}
+    save_file(weights, folder / ".model.tmp", metadata={"format": "pt"})
+    os.replace(folder / ".model.tmp", folder / "model.safetensors")
+    (folder / ".config.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(folder / ".config.tmp", folder / "config.json")
+
+
+def load_encoder(path: str | os.PathLike[str]) -> Encoder:
+    """The frozen encoder of a run directory or an encoder directory, in eval mode on the CPU.
+
+    Args:
+        path: a run directory (`RUN/encoder` is read) or a directory with `model.safetensors` and `config.json`.
+
+    Returns:
+        A module: images (B, 3, H, W) float in [0, 1] -> (B, D) float32 features. It normalises by itself.
+
+    Raises:
+        UserError: files missing or unreadable, or weights that do not match the network key by key.
+    """
+    folder = Path(path)
+    folder = folder / "encoder" if (folder / "encoder").is_dir() else folder
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"no encoder in {folder}: {name} is missing", "give a run directory or an encoder directory that pretrain.py wrote"
+            )
+    try:
+        spec = json.loads((folder / "config.json").read_text())["ssl_emp"]
+        encoder = build_encoder(spec["arch"], int(spec["width"]), spec["stem"], int(spec["image_size"]), spec["mean"], spec["std"])
+        weights = load_file(folder / "model.safetensors")
+    except Exception as error:  # json, safetensors and key errors have no common base; each means a damaged export
+        raise UserError(
+            f"the encoder in {folder} cannot be read ({type(error).__name__}: {error})", "export it again with pretrain.py --resume RUN"
+        ) from error
+    expected = encoder.backbone.state_dict()
+    differing = sorted(set(expected) ^ set(weights)) or sorted(name for name in expected if expected[name].shape != weights[name].shape)
+    if differing:
+        raise UserError(
+            f"the weights in {folder} do not fit {spec['arch']} of width {spec['width']}, first at {differing[0]}",
+            "give the config.json that was written with these weights",
+        )
+    encoder.backbone.load_state_dict(weights)
+    return encoder.eval().requires_grad_(False)
