@@ -22,7 +22,8 @@ def nt_xent(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
     z = torch.cat([z_a, z_b])
     z = z if z.dtype == torch.float64 else z.float()
     norm = z.norm(dim=1, keepdim=True)  # (2B, 1)
-    z = torch.where(norm > 0, z / norm.where(norm > 0, 1), 0)  # (2B, P); a zero row stays zero, with gradient zero
+    # (2B, P); a zero row stays zero, with gradient zero; NaN stays NaN, so that a sick network is noticed
+    z = torch.where(norm == 0, 0, z / norm.where(norm != 0, 1))
     with torch.autocast(z.device.type, enabled=False):
         logits = z @ z.T / temperature  # (2B, 2B)
         half = len(z_a)

@@ -26,7 +26,7 @@ class Lars(Optimizer):
             weights = [p for p in group["params"] if p.grad is not None]
             if not weights:
                 continue
-            updates: list[Tensor] = torch._foreach_add([p.grad for p in weights], weights, alpha=group["weight_decay"])
+            updates = torch._foreach_add([p.grad for p in weights], weights, alpha=group["weight_decay"])
             if group["adapt"]:
                 weight_norms, update_norms = torch._foreach_norm(weights), torch._foreach_norm(updates)
                 ratios = [

@@ -126,5 +126,5 @@ def shuffled_batches(kept: Tensor, batch_size: int, seed: int, epoch: int) -> Te
     """
     remainder = len(kept) % batch_size
     circle = kept[keyed_bits(ROTATION, seed, kept).argsort()]  # (K,)
-    trained = circle.roll(-(epoch * remainder) % len(kept))[remainder:]
+    trained = circle.roll(-(epoch * remainder))[remainder:]
     return trained[keyed_bits(SHUFFLE, seed, epoch, trained).argsort()].view(-1, batch_size)

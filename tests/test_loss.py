@@ -46,7 +46,7 @@ def test_gradient() -> None:
 def test_mean_and_gradient_equal_lightlys() -> None:
     z_a, z_b = random_pair(32, 16, dtype=torch.float32)
     ours, theirs = [[z.clone().requires_grad_() for z in (z_a, z_b)] for _ in range(2)]
-    loss, expected = nt_xent(*ours, 0.5).mean(), NTXentLoss(temperature=0.5)(*theirs)
+    loss, expected = nt_xent(ours[0], ours[1], 0.5).mean(), NTXentLoss(temperature=0.5)(*theirs)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     loss.backward()
     expected.backward()
@@ -80,6 +80,12 @@ def test_finite_in_every_dtype(dtype: torch.dtype, scale: float) -> None:
     assert z_a.grad is not None and z_a.grad[3].eq(0).all()
     if scale != 1e-6:  # the true gradient goes with 1/scale, out of float16's range
         assert z_a.grad.isfinite().all()
+
+
+def test_a_sick_projection_is_not_hidden() -> None:
+    z_a, z_b = random_pair(4, 3)
+    z_a[1, 2] = math.nan
+    assert nt_xent(z_a, z_b, 0.5).isnan().any()
 
 
 def test_half_precision_is_computed_in_float32() -> None:

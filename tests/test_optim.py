@@ -39,7 +39,7 @@ def test_lars_equals_a_plain_loop() -> None:
                     update += 0.01 * p
                     update *= 0.001 * math.sqrt(p.square().sum().item()) / math.sqrt(update.square().sum().item())
                 v.mul_(0.9).add_(update)
-                p -= 0.3 / (step + 1) * v
+                p.sub_(v, alpha=0.3 / (step + 1))
         for p, q in zip(ours.parameters(), reference.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 

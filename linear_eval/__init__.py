@@ -1,0 +1,19 @@
+"""Judging a frozen encoder by its features alone.
+
+Data flow: encoder + uint8 images -> `extract_features` -> `Features` (cached on the CPU) -> `knn_accuracy` or `linear_probe`
+-> a number in 0..1. The encoder is never trained here and never changes. Mistakes in the input raise `EvalError`.
+"""
+
+from linear_eval.features import EvalError, Features, extract_features
+from linear_eval.knn import knn_accuracy, knn_predict
+from linear_eval.linear import LinearResult, linear_probe
+
+__all__ = [
+    "EvalError",
+    "Features",
+    "LinearResult",
+    "extract_features",
+    "knn_accuracy",
+    "knn_predict",
+    "linear_probe",
+]

@@ -1,0 +1,102 @@
+"""Features of a frozen encoder, computed once and kept on the CPU."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+class EvalError(ValueError):
+    """Input that cannot be evaluated. The message is one line, `what. fix: how`."""
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(f"{what}. fix: {fix}")
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an encoder makes of one split.
+
+    Attributes:
+        x: (N, D) float32 on the CPU, one row per image.
+        y: (N,) int64 on the CPU, class ids >= 0.
+    """
+
+    x: Tensor
+    y: Tensor
+
+
+def extract_features(
+    encoder: nn.Module,
+    pixels: Tensor,
+    labels: Tensor | None,
+    *,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Features:
+    """Runs a frozen encoder over all images, without gradients and without augmentation.
+
+    Args:
+        encoder: (B, 3, H, W) float32 in [0, 1] -> (B, D); in eval mode and already on `device`; it is not changed.
+        pixels: (N, 3, H, W) uint8, on the CPU; may be backed by a memory-mapped file, only one batch is read at a time.
+        labels: (N,) class ids.
+        batch_size: images per forward pass; changes features by rounding only.
+        device: where the forward pass runs; batches travel there as uint8.
+        progress: called as `progress(images_done, N)` after each batch.
+
+    Raises:
+        EvalError: no images, no labels, an encoder in training mode or on another device, non-finite features.
+    """
+    if labels is None:
+        raise EvalError("the images have no labels", "give labels: features are judged by how well they predict them")
+    if pixels.ndim != 4 or pixels.dtype != torch.uint8 or len(pixels) != len(labels):
+        raise EvalError(
+            f"pixels are {tuple(pixels.shape)} {pixels.dtype}, labels {tuple(labels.shape)}",
+            "give (N, 3, H, W) uint8 pixels and (N,) labels",
+        )
+    if len(pixels) == 0:
+        raise EvalError("there are no images", "give at least one image")
+    training = [name or type(module).__name__ for name, module in encoder.named_modules() if module.training]
+    if training:
+        raise EvalError(f"the encoder is in training mode ({len(training)} modules)", "call encoder.eval() first")
+    device = torch.device(device)
+    elsewhere = {parameter.device.type for parameter in encoder.parameters()} - {device.type}
+    if elsewhere:
+        raise EvalError(f"the encoder is on {min(elsewhere)}, device is {device}", f"call encoder.to('{device}') first")
+
+    rows: list[Tensor] = []
+    with torch.inference_mode():
+        for start in range(0, len(pixels), batch_size):
+            batch = pixels[start : start + batch_size].to(device).float() / 255  # (B, 3, H, W)
+            rows.append(encoder(batch).float().cpu())  # (B, D)
+            if progress is not None:
+                progress(min(start + batch_size, len(pixels)), len(pixels))
+    # Outside of inference mode: inference tensors could not be used to fit a linear layer.
+    features = Features(torch.cat(rows), labels.detach().cpu().long())
+    check_features(features, "extracted")
+    return features
+
+
+def check_features(features: Features, name: str) -> None:
+    """Raises EvalError unless `features` are finite (N, D) rows with N labels >= 0, N > 0; `name` says which split."""
+    x, y = features.x, features.y
+    if y is None:
+        raise EvalError(f"the {name} features have no labels", "give labels")
+    if x.ndim != 2 or y.shape != x.shape[:1]:
+        raise EvalError(
+            f"the {name} features are {tuple(x.shape)}, their labels {tuple(y.shape)}",
+            "give (N, D) features and (N,) labels",
+        )
+    if len(x) == 0:
+        raise EvalError(f"the {name} split is empty", "give at least one image")
+    bad_rows = int((~x.isfinite().all(dim=1)).sum())
+    if bad_rows:
+        raise EvalError(
+            f"{bad_rows} of {len(x)} {name} features are not finite",
+            "use another checkpoint: this encoder has diverged",
+        )
+    unlabeled = int((y < 0).sum())
+    if unlabeled:
+        raise EvalError(f"{unlabeled} of {len(y)} {name} labels are negative", "leave out images without a label")

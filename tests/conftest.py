@@ -1,0 +1,80 @@
+"""A tiny real run's ingredients: 64 images with structure, a narrow network, four epochs."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)  # small tensors: a second thread costs more than it brings, and bit-exact comparisons need one number
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 -> an encoded image."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_parquet(path: Path, images: list[bytes], labels: list[int] | None) -> Path:
+    """A file in the Hugging Face layout."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {"image": pa.array([{"bytes": data, "path": None} for data in images])}
+    pq.write_table(pa.table(columns | ({} if labels is None else {"label": pa.array(labels, pa.int64())})), path)
+    return path
+
+
+def striped_images(count: int, size: int = 16, seed: int = 0) -> tuple[list[bytes], list[int]]:
+    """Images of four classes (direction and colour of stripes) with noise, so that there is something to learn."""
+    rng = np.random.default_rng(seed)
+    rows, cols = np.mgrid[:size, :size]
+    images, labels = [], []
+    for i in range(count):
+        label = i % 4
+        wave = np.sin((rows if label % 2 else cols) * (0.6 + 0.3 * rng.random()) + 6 * rng.random())
+        tint = np.array([1.0, 0.5, 0.2] if label < 2 else [0.2, 0.5, 1.0])
+        pixels = 128 + 80 * wave[..., None] * tint + rng.normal(0, 20, (size, size, 3))
+        images.append(png(pixels.clip(0, 255).astype(np.uint8)))
+        labels.append(label)
+    return images, labels
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.parquet (68 images: 8 batches of 8 and a remainder) and test.parquet (40)."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_parquet(folder / "train.parquet", *striped_images(68))
+    write_parquet(folder / "test.parquet", *striped_images(40, seed=1))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("configs") / "tiny.yaml"
+    path.write_text(
+        f"data: {{source: '{tiny_data}'}}\nmodel: {{width: 8, stem: imagenet, projection_dim: 16}}\nepochs: 5\nbatch_size: 8\n"
+        "optimizer: {lr: 0.05, warmup_epochs: 1}\naugment: {crop_scale: [0.5, 1.0]}\n"
+        "prune: {fraction: 0.4, anneal_fraction: 0.2}\ndevice: cpu\nmonitor: {tensorboard: false, knn_every: 2}\n"
+    )
+    return path
+
+
+Pretrain = Callable[..., Path]
+
+
+@pytest.fixture
+def pretrain_run(tiny_config: Path, tmp_path: Path) -> Pretrain:
+    """Run pretrain.py's main on the tiny config with overrides, expect success, give the run directory."""
+    from pretrain import main
+
+    def run(name: str, *overrides: str) -> Path:
+        out = tmp_path / name
+        assert main(["--config", str(tiny_config), f"out={out}", *overrides]) == 0
+        return out
+
+    return run

@@ -1,0 +1,394 @@
+"""Augmentation against torchvision: the same explicit parameters, one sample and one op at a time, on float tensors."""
+
+import math
+
+import pytest
+import torch
+import torchvision.transforms.functional as F
+from torch import Tensor
+from torchvision.transforms import ColorJitter, RandomResizedCrop
+
+from ssl_emp import augment
+from ssl_emp.augment import Recipe, ViewParams, draw_params, grid_of_views, two_views
+
+PLAIN = {"flip_prob": 0.0, "jitter_prob": 0.0, "gray_prob": 0.0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+EVERYTHING = {"blur_prob": 0.5, "hue": 0.2, "brightness": 0.8, "contrast": 0.8, "saturation": 0.8}
+
+
+def photos(count: int, height: int, width: int | None = None, seed: int = 0) -> Tensor:
+    """(count, 3, H, W) uint8: smooth colour gradients, hard edges, noise, and patches of black, white and grey."""
+    width = width or height
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 4, 4, generator=generator)
+    images = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
+    images += 0.1 * torch.randn(images.shape, generator=generator)
+    images[:, :, : height // 4, : width // 4] = 0.0
+    images[:, :, -height // 4 :, -width // 4 :] = 1.0
+    images[:, :, : height // 4, -width // 4 :] = 0.5
+    images[:, 1:, height // 2, :] = 0.0  # a pure red line
+    return (images.clamp(0, 1) * 255).round().byte()
+
+
+def views_of(images: Tensor, recipe: Recipe, seed: int = 0, epoch: int = 0) -> tuple[tuple[Tensor, Tensor], tuple[ViewParams, ViewParams]]:
+    height, width = images.shape[2:]
+    params = draw_params(seed, epoch, torch.arange(len(images)), recipe, (height, width))
+    return two_views(images, params, recipe), params
+
+
+def row(params: ViewParams, i: int) -> ViewParams:
+    return ViewParams(*(field[i] for field in params))
+
+
+def oracle_crop(image: Tensor, p: ViewParams, size: int) -> Tensor:
+    box = [int(p.top), int(p.left), int(p.height), int(p.width)]
+    view = F.resized_crop(image / 255, *box, [size, size], antialias=True)
+    return F.hflip(view) if p.flip else view
+
+
+def oracle_jitter(view: Tensor, p: ViewParams) -> Tensor:
+    for op in p.order.tolist() if p.jitter else []:
+        view = (
+            F.adjust_brightness(view, float(p.brightness)),
+            F.adjust_contrast(view, float(p.contrast)),
+            F.adjust_saturation(view, float(p.saturation)),
+            F.adjust_hue(view, float(p.hue)),
+        )[op]
+    return view
+
+
+def oracle_view(image: Tensor, p: ViewParams, recipe: Recipe) -> Tensor:
+    view = oracle_jitter(oracle_crop(image, p, recipe.size), p)
+    if p.gray:
+        view = F.rgb_to_grayscale(view, 3)
+    if p.blur:
+        view = F.gaussian_blur(view, recipe.blur_kernel_size, float(p.blur_sigma))
+    if p.solarize:
+        view = F.solarize(view, 0.5)
+    return F.normalize(view, recipe.mean, recipe.std)
+
+
+def errors_against_oracle(images: Tensor, recipe: Recipe, seed: int = 0) -> Tensor:
+    views, params = views_of(images, recipe, seed)
+    expected = [torch.stack([oracle_view(image, row(p, i), recipe) for i, image in enumerate(images)]) for p in params]
+    return (torch.stack(views) - torch.stack(expected)).abs()
+
+
+# ---------------------------------------------------------------- pixels
+
+
+@pytest.mark.parametrize(
+    "height, width, size, count",
+    [
+        (28, 28, 28, 32),
+        (32, 32, 32, 32),
+        (64, 64, 64, 16),
+        (256, 256, 224, 3),
+        (96, 96, 17, 16),  # shrinking: the filter widens
+        (9, 9, 32, 16),  # growing
+        (40, 72, 32, 32),
+        (72, 40, 32, 32),
+        (5, 64, 16, 16),  # most boxes do not fit: the fallback
+    ],
+)
+def test_crop_resize_flip(height, width, size, count):
+    recipe = Recipe(size, **(PLAIN | {"flip_prob": 0.5}))
+    images = photos(count, height, width)
+    _, (a, b) = views_of(images, recipe)
+    assert {bool(f) for f in torch.cat([a.flip, b.flip])} == {True, False}
+    assert errors_against_oracle(images, recipe).max() < 1e-5
+
+
+def test_crop_sees_nothing_outside_its_box():
+    recipe = Recipe(16, crop_scale=(0.1, 0.5), **PLAIN)
+    images = photos(16, 32)
+    views, params = views_of(images, recipe)
+    for view, p in zip(views, params, strict=True):
+        outside = torch.full_like(images, 255)
+        for i, (top, left, height, width) in enumerate(zip(*(t.tolist() for t in p[:4]), strict=True)):
+            box = slice(top, top + height), slice(left, left + width)
+            outside[i][:, *box] = images[i][:, *box]
+        again = two_views(outside, (p, p), recipe)[0]
+        assert torch.equal(again, view)
+
+
+@pytest.mark.parametrize("op", ["brightness", "contrast", "saturation", "hue"])
+def test_one_colour_op(op):
+    strengths = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+    strengths[op] = 0.5 if op == "hue" else 0.9
+    recipe = Recipe(32, **(PLAIN | strengths | {"jitter_prob": 0.7}))
+    images = photos(24, 32)
+    assert errors_against_oracle(images, recipe).max() < 1e-5
+    plain, _ = views_of(images, Recipe(32, **PLAIN))
+    changed, (a, _) = views_of(images, recipe)
+    moved = (changed[0] - plain[0]).abs().amax((1, 2, 3))
+    assert (moved[a.jitter] > 1e-3).all() and (moved[~a.jitter] < 1e-6).all()
+
+
+def test_colour_ops_in_every_order():
+    recipe = Recipe(16, **(PLAIN | {"jitter_prob": 1.0, "hue": 0.5, "brightness": 0.9, "contrast": 0.9, "saturation": 0.9}))
+    images = photos(80, 16)
+    _, (a, b) = views_of(images, recipe)
+    assert len(set(map(tuple, torch.cat([a.order, b.order]).tolist()))) == 24
+    assert errors_against_oracle(images, recipe).max() < 3e-5  # four ops' rounding, magnified by factors up to 1.9
+
+
+@pytest.mark.parametrize("size", [8, 32, 64])
+def test_blur(size):
+    recipe = Recipe(size, crop_scale=(1, 1), crop_ratio=(1, 1), **(PLAIN | {"blur_prob": 0.7}))
+    images = photos(32, size)
+    assert errors_against_oracle(images, recipe).max() < 1e-5
+    (view, _), (a, _) = views_of(images, recipe)
+    assert ((view - images / 255)[~a.blur].abs() < 1e-6).all() and a.blur.any() and not a.blur.all()
+
+
+def test_blur_kernel_is_odd_and_about_a_tenth():
+    sizes = torch.arange(8, 512)
+    kernels = torch.tensor([Recipe(int(size)).blur_kernel_size for size in sizes])
+    assert (kernels % 2 == 1).all() and Recipe(224).blur_kernel_size == 23
+    assert (kernels[sizes > 40] / sizes[sizes > 40]).sub(0.1).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("prob", ["gray_prob", "solarize_prob"])
+def test_gray_and_solarize(prob):
+    recipe = Recipe(32, crop_scale=(1, 1), crop_ratio=(1, 1), **(PLAIN | {prob: 0.5}))
+    assert errors_against_oracle(photos(64, 32), recipe).max() < 1e-6
+
+
+@pytest.mark.parametrize("height, width, size, count", [(32, 32, 32, 48), (48, 80, 64, 16), (256, 256, 224, 1)])
+def test_full_chain(height, width, size, count):
+    recipe = Recipe(size, **EVERYTHING)
+    errors = errors_against_oracle(photos(count, height, width), recipe)
+    assert errors.max() < 5e-4  # normalised units: 1e-4 of the pixel range
+    assert errors.mean() < 1e-5
+
+
+def test_full_chain_with_solarize():
+    recipe = Recipe(32, solarize_prob=0.5, **EVERYTHING)
+    errors = errors_against_oracle(photos(32, 32), recipe)
+    assert (errors > 5e-4).double().mean() < 1e-3  # a rounding error at 0.5 turns into a jump: rare pixels only
+
+
+def test_nothing_random_is_the_identity():
+    images = photos(8, 32)
+    recipe = Recipe(32, crop_scale=(1, 1), crop_ratio=(1, 1), flip_prob=0, jitter_prob=0, gray_prob=0)
+    for view in views_of(images, recipe)[0]:
+        expected = F.normalize(images / 255, recipe.mean, recipe.std)
+        assert view.shape == (8, 3, 32, 32) and view.dtype == torch.float32 and view.is_contiguous()
+        torch.testing.assert_close(view, expected, rtol=0, atol=1e-6)
+
+
+def test_ops_of_no_strength_are_not_run(monkeypatch):
+    def forbidden(*args: object) -> None:
+        raise AssertionError("ran an op that the recipe leaves out")
+
+    images = photos(4, 16)
+    with monkeypatch.context() as patch:
+        patch.setattr(augment, "_jitter", forbidden)
+        patch.setattr(augment, "_blur_weights", forbidden)
+        views_of(images, Recipe(16, jitter_prob=0))
+    with monkeypatch.context() as patch:
+        patch.setattr(augment, "_shift_hue", forbidden)
+        views_of(images, Recipe(16, hue=0))
+    with monkeypatch.context() as patch:
+        patch.setattr(augment, "_blends", forbidden)
+        views_of(images, Recipe(16, brightness=0, contrast=0, saturation=0))
+        with pytest.raises(AssertionError):
+            views_of(images, Recipe(16))
+
+
+def test_a_view_does_not_depend_on_its_batch():
+    recipe = Recipe(32, solarize_prob=0.2, **EVERYTHING)
+    images, index = photos(48, 32), torch.arange(1000, 1048)
+    whole = two_views(images, draw_params(7, 3, index, recipe, 32), recipe)
+    for part in (
+        torch.tensor([5]),
+        torch.arange(47, -1, -5),
+        torch.randperm(48, generator=torch.Generator().manual_seed(0)),
+    ):
+        params = draw_params(7, 3, index[part], recipe, 32)
+        for view, expected in zip(two_views(images[part], params, recipe), whole, strict=True):
+            # parameters are equal bit for bit (below); a matmul library may block another batch size another way
+            torch.testing.assert_close(view, expected[part], rtol=0, atol=1e-5)
+
+
+def test_two_views_differ():
+    (a, b), _ = views_of(photos(32, 32), Recipe(32))
+    assert ((a - b).abs().mean((1, 2, 3)) > 1e-2).all()
+
+
+def test_only_uint8_images():
+    recipe = Recipe(16)
+    params = draw_params(0, 0, torch.arange(2), recipe, 16)
+    for images in (torch.rand(2, 3, 16, 16), torch.zeros(2, 1, 16, 16, dtype=torch.uint8)):
+        with pytest.raises(AssertionError, match="images are"):
+            two_views(images, params, recipe)
+
+
+def test_refuses_autocast():
+    recipe = Recipe(16)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(AssertionError, match="autocast"):
+        views_of(photos(2, 16), recipe)
+
+
+def test_inputs_are_left_alone():
+    images, recipe = photos(4, 16), Recipe(16, solarize_prob=0.5, **EVERYTHING)
+    params = draw_params(0, 0, torch.arange(4), recipe, 16)
+    copies = images.clone(), [[field.clone() for field in p] for p in params]
+    first, second = two_views(images, params, recipe), two_views(images, params, recipe)
+    assert torch.equal(images, copies[0])
+    assert all(torch.equal(x, y) for p, q in zip(params, copies[1], strict=True) for x, y in zip(p, q, strict=True))
+    assert torch.equal(torch.stack(first), torch.stack(second))
+
+
+# ---------------------------------------------------------------- draws
+
+
+def test_draws_are_a_function_of_seed_epoch_and_index():
+    recipe = Recipe(32, blur_prob=0.5, solarize_prob=0.5)
+    index = torch.arange(500)
+    order = torch.randperm(500, generator=torch.Generator().manual_seed(1))
+    first, shuffled = draw_params(1, 2, index, recipe, 48), draw_params(1, 2, index[order], recipe, 48)
+    for p, q in zip(first, shuffled, strict=True):
+        for x, y in zip(p, q, strict=True):
+            assert torch.equal(x[order], y)
+    for other in (draw_params(2, 2, index, recipe, 48), draw_params(1, 3, index, recipe, 48), first[::-1]):
+        same = (other[0].brightness == first[0].brightness).double().mean()
+        assert same < 0.01
+
+
+def test_no_global_generator():
+    state = torch.random.get_rng_state()
+    views_of(photos(4, 16), Recipe(16, solarize_prob=0.5, **EVERYTHING))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def gap(ours: Tensor, theirs: Tensor) -> float:
+    """Two-sample Kolmogorov-Smirnov distance over the 0.1 % limit: below 1 the samples look alike."""
+    ours, theirs = ours.double().sort().values, theirs.double().sort().values
+    points = torch.cat([ours, theirs])
+    distances = [torch.searchsorted(s, points, right=True) / len(s) for s in (ours, theirs)]
+    limit = 1.95 * math.sqrt(1 / len(ours) + 1 / len(theirs))
+    return ((distances[0] - distances[1]).abs().max() / limit).item()
+
+
+@pytest.mark.parametrize(
+    "height, width, scale, ratio",
+    [
+        (32, 32, (0.08, 1.0), (3 / 4, 4 / 3)),
+        (224, 160, (0.2, 1.0), (3 / 4, 4 / 3)),
+        (20, 60, (0.5, 0.9), (0.5, 2.0)),  # half of the tries do not fit
+    ],
+)
+def test_crop_boxes_are_torchvisions(height, width, scale, ratio):
+    n = 4000
+    recipe = Recipe(32, crop_scale=scale, crop_ratio=ratio)
+    a, b = draw_params(0, 0, torch.arange(n), recipe, (height, width))
+    image = torch.empty(3, height, width)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = torch.tensor([RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(n)])
+    top, left, box_height, box_width = theirs.unbind(1)
+    for p in (a, b):
+        assert ((p.top >= 0) & (p.left >= 0) & (p.height > 0) & (p.width > 0)).all()
+        assert ((p.top + p.height <= height) & (p.left + p.width <= width)).all()
+        assert gap(p.height * p.width, box_height * box_width) < 1
+        assert gap(p.height / p.width, box_height / box_width) < 1
+        assert gap(p.top / height, top / height) < 1 and gap(p.left / width, left / width) < 1
+        assert gap(p.top / (height - p.height + 1), top / (height - box_height + 1)) < 1
+
+
+@pytest.mark.parametrize("height, width", [(10, 100), (100, 10), (3, 3000), (3000, 1), (31, 29)])
+def test_crop_falls_back_to_the_centre_as_torchvision_does(height, width):
+    recipe = Recipe(8, crop_scale=(1.5, 2.0))  # nothing fits
+    a, _ = draw_params(0, 0, torch.arange(3), recipe, (height, width))
+    box = RandomResizedCrop.get_params(torch.empty(3, height, width), [1.5, 2.0], list(recipe.crop_ratio))
+    assert torch.stack(a[:4], 1).tolist() == [list(box)] * 3
+
+
+def test_colour_draws_are_torchvisions():
+    n = 4000
+    recipe = Recipe(32, brightness=0.4, contrast=1.5, saturation=0.8, hue=0.2)
+    jitter = ColorJitter(0.4, 1.5, 0.8, 0.2)  # contrast: factors from max(0, 1 - 1.5)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        drawn = [jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) for _ in range(n)]
+    theirs = torch.tensor([d[1:] for d in drawn])  # (n, 4)
+    for p in draw_params(0, 0, torch.arange(n), recipe, 32):
+        for ours, column in zip((p.brightness, p.contrast, p.saturation, p.hue), theirs.unbind(1), strict=True):
+            assert gap(ours, column) < 1
+
+
+def test_all_orders_are_equally_likely():
+    n = 24_000
+    for p in draw_params(0, 0, torch.arange(n), Recipe(32), 32):
+        assert (p.order.sort(1).values == torch.arange(4)).all()
+        counts = (p.order @ torch.tensor([64, 16, 4, 1])).bincount()
+        counts = counts[counts > 0]
+        assert len(counts) == 24
+        assert ((counts - n / 24) ** 2 / (n / 24)).sum() < 23 + 5 * math.sqrt(2 * 23)  # chi-square
+
+
+@pytest.mark.parametrize("prob", [0.0, 0.2, 0.8, 1.0])
+def test_gates_open_as_often_as_asked(prob):
+    n = 20_000
+    recipe = Recipe(32, flip_prob=prob, jitter_prob=prob, gray_prob=prob, blur_prob=prob, solarize_prob=prob)
+    a, b = draw_params(5, 6, torch.arange(n), recipe, 32)
+    gates = torch.stack([g for p in (a, b) for g in (p.flip, p.jitter, p.gray, p.blur, p.solarize)]).double()
+    limit = 4.5 * math.sqrt(prob * (1 - prob) / n)
+    assert (gates.mean(1) - prob).abs().max() <= limit
+    if 0 < prob < 1:  # and independently of each other and between the views
+        assert (torch.corrcoef(gates) - torch.eye(10)).abs().max() < 4.5 / math.sqrt(n)
+
+
+def test_blur_sigma_is_uniform():
+    a, _ = draw_params(0, 0, torch.arange(4000), Recipe(32, blur_prob=0.5, blur_sigma=(0.1, 2.0)), 32)
+    assert gap(a.blur_sigma, torch.linspace(0.1, 2.0, 100_000)) < 1
+
+
+# ---------------------------------------------------------------- preview, compiler, devices
+
+
+def test_grid_shows_the_pixels():
+    images = photos(5, 16)
+    recipe = Recipe(16, crop_scale=(1, 1), crop_ratio=(1, 1), flip_prob=0, jitter_prob=0, gray_prob=0)
+    (a, b), _ = views_of(images, recipe)
+    grid = grid_of_views(a, b, recipe, columns=3)
+    assert grid.dtype == torch.uint8 and grid.shape == (3, 2 + 2 * 18, 2 + 3 * 34)  # 2 pixels of padding
+    for i in range(5):
+        top, left = 2 + i // 3 * 18, 2 + i % 3 * 34
+        pair = torch.cat([images[i], images[i]], 2)
+        assert torch.equal(grid[:, top : top + 16, left : left + 32], pair)
+
+
+@pytest.mark.slow
+def test_compiles_whole_and_once():
+    recipe = Recipe(16, solarize_prob=0.2, **EVERYTHING)
+    images, index = photos(8, 16), torch.arange(8)
+    cut, draw = torch.compile(two_views, fullgraph=True), torch.compile(draw_params, fullgraph=True)
+    cut(images, draw(0, torch.tensor(0), index, recipe, 16), recipe)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for epoch in range(1, 4):
+            params = draw(0, torch.tensor(epoch), index + epoch, recipe, 16)
+            expected = draw_params(0, epoch, index + epoch, recipe, 16)
+            for p, q in zip(params, expected, strict=True):
+                for x, y in zip(p, q, strict=True):
+                    torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+            views, plain = cut(images, expected, recipe), two_views(images, expected, recipe)
+            assert ((torch.stack(views) - torch.stack(plain)).abs() > 1e-4).double().mean() < 1e-3  # solarize jumps
+
+
+@pytest.mark.gpu
+def test_gpu_gives_the_same_views():
+    recipe = Recipe(32, **EVERYTHING)
+    images, index = photos(64, 32), torch.arange(64)
+    params, on_gpu = draw_params(0, 0, index, recipe, 32), draw_params(0, 0, index.cuda(), recipe, 32)
+    for p, q in zip(params, on_gpu, strict=True):
+        for x, y in zip(p, q, strict=True):
+            torch.testing.assert_close(x, y.cpu(), rtol=0, atol=1e-6)
+    torch.cuda.set_sync_debug_mode("error")  # nothing may wait for the device
+    try:
+        views = two_views(images.cuda(), draw_params(0, 0, index.cuda(), recipe, 32), recipe)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for view, expected in zip(views, two_views(images, params, recipe), strict=True):
+        torch.testing.assert_close(view.cpu(), expected, rtol=0, atol=1e-3)

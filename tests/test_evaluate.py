@@ -1,0 +1,240 @@
+"""evaluate.py from the command line to the table and the JSON."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import striped_images, write_parquet
+from torch import nn
+
+import evaluate
+from ssl_emp.config import DataConfig
+from ssl_emp.images import load_images
+from ssl_emp.model import build_encoder, save_encoder
+
+SMALL = ("knn.num_neighbors=5", "device=cpu")
+
+
+def make_run(folder: Path, data: dict[str, Any], seed: int = 0) -> Path:
+    """What pretrain.py leaves behind, with untrained weights."""
+    torch.manual_seed(seed)
+    save_encoder(build_encoder("resnet18", 8, "imagenet", 16, [0.5] * 3, [0.25] * 3).eval(), folder / "encoder")
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": data, "model": {"arch": "resnet18", "width": 8}, "seed": seed}))
+    return folder
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, tiny_data: Path) -> Path:
+    return make_run(tmp_path / "run", {"source": str(tiny_data), "labels": "none"})
+
+
+def table(text: str) -> list[dict[str, str]]:
+    """The rows of a Markdown table."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """Runs to exit code 2; gives its one line on standard error."""
+    assert evaluate.main([str(word) for word in argv]) == 2
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if not line.startswith("warning: ")]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and ". fix: " in errors[0], captured.err
+    return errors[0]
+
+
+def test_a_run_beside_its_floors(run_dir: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = hashlib.sha256((run_dir / "encoder/model.safetensors").read_bytes()).digest()
+    assert evaluate.main([str(run_dir), "random", "pixels", "knn", "linear", *SMALL, "data.max_images=60"]) == 0
+    rows = table(capsys.readouterr().out)
+    assert list(rows[0]) == ["encoder", "evaluator", "data", "protocol", "metric", "value", "n_test", "seed"]
+    run = str(run_dir)
+    assert [(row["encoder"], row["evaluator"]) for row in rows] == [
+        (run, "knn"), (run, "linear"), ("random", "knn"), ("random", "linear"), ("pixels", "knn"), ("pixels", "linear")
+    ]  # fmt: skip
+    assert rows[0]["protocol"] == "cosine kNN, k=5, T=0.1, bank 60, last epoch"
+    assert rows[1]["protocol"].startswith("logistic regression on frozen features, L-BFGS, <= 200 steps, l2=")
+    assert rows[1]["protocol"].endswith("chosen on 20% of 60 train, refit, last epoch")
+    assert rows[2]["protocol"].endswith("untrained resnet18 of width 8")
+    assert rows[4]["protocol"].endswith("raw pixels")
+    for row in rows:
+        assert (row["data"], row["n_test"], row["seed"]) == (f"{tiny_data} 16px, subset 0", "40", "0")  # max_images is for train only
+        assert 0 <= float(row["value"]) <= 100 and len(row["value"].split(".")[1]) == 2
+    for evaluator in ("knn", "linear"):
+        stored = json.loads((run_dir / f"eval/{evaluator}.json").read_text())
+        shown = [row for row in rows if row["evaluator"] == evaluator]
+        assert [{key: str(value) for key, value in row.items()} for row in stored] == [
+            row | {"value": str(float(row["value"]))} for row in shown
+        ]
+    assert hashlib.sha256((run_dir / "encoder/model.safetensors").read_bytes()).digest() == weights
+    assert sorted(path.name for path in (run_dir / "eval").iterdir()) == ["knn.json", "linear.json"]
+
+
+def test_the_knn_number_is_that_of_a_loop_over_the_images(run_dir: Path, tiny_data: Path, tmp_path: Path) -> None:
+    assert evaluate.main([str(run_dir), "pixels", "knn", "knn.num_neighbors=1", "device=cpu", "--out", str(tmp_path / "out")]) == 0
+    train, test = load_images(str(tiny_data), "train"), load_images(str(tiny_data), "test")
+    assert train.labels is not None and test.labels is not None
+    hits = 0
+    for image, label in zip(test.pixels.double(), test.labels, strict=True):
+        similarities = [nn.functional.cosine_similarity(image.flatten(), other.flatten(), dim=0) for other in train.pixels.double()]
+        hits += int(train.labels[torch.stack(similarities).argmax()] == label)
+    rows = {row["encoder"]: row["value"] for row in json.loads((tmp_path / "out/knn.json").read_text())}
+    assert rows["pixels"] == round(100 * hits / len(test.labels), 2)
+    assert not (run_dir / "eval").exists()  # --out instead
+
+
+def test_a_rerun_replaces_its_rows_and_keeps_the_others(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def keys() -> list[tuple[str, int]]:
+        return [(row["protocol"].split(", ")[1], row["seed"]) for row in json.loads((run_dir / "eval/knn.json").read_text())]
+
+    for override in ("seed=0", "knn.num_neighbors=7", "seed=1"):
+        assert evaluate.main([str(run_dir), "knn", *SMALL, override]) == 0
+    assert keys() == [("k=5", 0), ("k=7", 0), ("k=5", 1)]
+    edited = json.loads((run_dir / "eval/knn.json").read_text())
+    edited[0]["value"] = -1
+    (run_dir / "eval/knn.json").write_text(json.dumps(edited))
+    assert evaluate.main([str(run_dir) + "/", "knn", *SMALL]) == 0
+    assert keys() == [("k=7", 0), ("k=5", 1), ("k=5", 0)]
+    assert all(row["value"] >= 0 for row in json.loads((run_dir / "eval/knn.json").read_text()))
+    capsys.readouterr()
+    (run_dir / "eval/knn.json").write_text("{")
+    assert "does not hold rows" in fails(capsys, run_dir, "knn", *SMALL)
+    assert (run_dir / "eval/knn.json").read_text() == "{"
+
+
+def test_runs_are_judged_on_their_own_data(tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_parquet(tmp_path / "other/train.parquet", *striped_images(32, seed=2))
+    write_parquet(tmp_path / "elsewhere.parquet", *striped_images(24, seed=3))
+    first = make_run(tmp_path / "a", {"source": str(tiny_data)})
+    second = make_run(tmp_path / "b", {"source": str(tmp_path / "other"), "test_source": str(tmp_path / "elsewhere.parquet")}, seed=1)
+    assert evaluate.main([str(first), str(second), str(second / "encoder"), "knn", *SMALL]) == 0
+    rows = table(capsys.readouterr().out)
+    assert [row["n_test"] for row in rows] == ["40", "24", "40"]
+    assert [row["data"].split()[0] for row in rows] == [str(tiny_data), str(tmp_path / "other"), str(tiny_data)]
+    assert rows[2]["protocol"].endswith("as exported")
+    stored = {name: json.loads((tmp_path / name / "eval/knn.json").read_text()) for name in ("a", "b")}
+    assert [row["encoder"] for row in stored["a"]] == [str(first), str(second / "encoder")]
+    assert [row["encoder"] for row in stored["b"]] == [str(second)]
+    # another source on the command line is for all, and drops the test_source that belonged to the run's
+    assert evaluate.main([str(second), "knn", f"data.source={tiny_data}", *SMALL]) == 0
+    assert table(capsys.readouterr().out)[0]["data"] == f"{tiny_data} 16px"
+
+
+def test_without_a_run_nothing_is_written(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["pixels", "random", "knn", f"data.source={tiny_data}", "model.width=8", *SMALL]
+    assert evaluate.main(words) == 0
+    first = table(capsys.readouterr().out)
+    assert [row["encoder"] for row in first] == ["pixels", "random"] and not list(tmp_path.iterdir())
+    torch.rand(3)  # `random` depends on its seed, not on what was drawn before
+    assert evaluate.main([*words, "data.image_size=16"]) == 0
+    assert table(capsys.readouterr().out) == first
+
+
+def test_from_a_shell_a_mistake_is_one_line() -> None:
+    words = [sys.executable, str(Path(evaluate.__file__)), "nothing", "knn"]
+    failed = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert failed.returncode == 2 and failed.stdout == ""
+    assert failed.stderr.startswith("error: 'nothing' is no directory, encoder or evaluator. fix: ") and failed.stderr.count("\n") == 1
+
+
+def test_what_was_done_before_an_error_is_kept(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main([str(run_dir), "linear", "knn", "knn.num_neighbors=500", "device=cpu"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: num_neighbors is 500, the train split has 68 images. fix: ") and captured.err.count("\n") == 1
+    assert [row["evaluator"] for row in table(captured.out)] == ["linear"]
+    assert len(json.loads((run_dir / "eval/linear.json").read_text())) == 1
+
+
+def test_wrong_words_are_named(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no encoder named" in fails(capsys, "knn")
+    assert "no evaluator named" in fails(capsys, "random")
+    assert "no encoder named" in fails(capsys)
+    assert "--fast" in fails(capsys, "random", "knn", "--fast")
+    assert "did you mean linear?" in fails(capsys, run_dir, "knn", "linaer")
+    assert "'finetune' is no directory" in fails(capsys, run_dir, "finetune", "knn")
+    assert "unknown key 'knn.num_neighbours'. fix: did you mean knn.num_neighbors?" in fails(capsys, run_dir, "knn", "knn.num_neighbours=5")
+    assert "unknown key 'zzz'. fix: use one of data.source" in fails(capsys, run_dir, "knn", "zzz=5")
+    for override in ("knn.num_neighbors=0", "knn.temperature=0", "knn.temperature=.nan", "linear.val_fraction=1", "seed=-1", "seed=x"):
+        assert override.partition("=")[0] + ":" in fails(capsys, run_dir, "knn", override)
+    assert "device 'gpu' cannot be used" in fails(capsys, run_dir, "knn", "device=gpu")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/config.yaml").write_text("data: {}")
+    assert "has no encoder yet" in fails(capsys, tmp_path / "half", "knn")
+    (tmp_path / "empty").mkdir()
+    assert "no encoder in" in fails(capsys, tmp_path / "empty", "knn")
+    (run_dir / "config.yaml").write_text("seed: 0")
+    assert "has no data section" in fails(capsys, run_dir, "knn")
+    (run_dir / "config.yaml").write_text("data: [1")
+    assert "not valid YAML" in fails(capsys, run_dir, "knn")
+
+
+def test_missing_labels_and_splits_are_named(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, labels = striped_images(24)
+    write_parquet(tmp_path / "unlabeled/train.parquet", data, None)
+    write_parquet(tmp_path / "unlabeled/test.parquet", data, None)
+    line = fails(capsys, run_dir, "knn", f"data.source={tmp_path / 'unlabeled'}")
+    assert "the train split of" in line and "unlabeled has no labels" in line and "a folder for each class" in line
+    assert "drop data.labels=none" in fails(capsys, run_dir, "knn", "data.labels=none")
+    write_parquet(tmp_path / "one/train.parquet", data, labels)
+    assert "has no test split" in fails(capsys, run_dir, "knn", f"data.source={tmp_path / 'one'}")
+    assert "no such folder" in fails(capsys, run_dir, "knn", f"data.source={tmp_path / 'none'}")
+    assert "no such folder" in fails(capsys, run_dir, "knn", f"data.test_source={tmp_path / 'none'}")
+
+
+def test_images_in_both_splits_are_counted(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, labels = striped_images(24)
+    more, more_labels = striped_images(8, seed=1)
+    write_parquet(tmp_path / "leaky/train.parquet", data, labels)
+    write_parquet(tmp_path / "leaky/test.parquet", data[:3] + more, labels[:3] + more_labels)
+    assert evaluate.main([str(run_dir), "pixels", "knn", f"data.source={tmp_path / 'leaky'}", *SMALL]) == 0
+    warning = "warning: 3 of 11 distinct test images also occur in the train split, pixel by pixel\n"
+    assert capsys.readouterr().err == warning  # once, though there are two encoders
+
+
+def test_folders_that_number_their_classes_differently(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Test folder without class `a`: its `b` is class 0 there, but class 1 in train."""
+    data, labels = striped_images(32)
+    for row, (image, label) in enumerate(zip(data, labels, strict=True)):
+        for split in ("train",) if label == 0 else ("train", "held"):
+            folder = tmp_path / split / "abcd"[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{row}.png").write_bytes(image)
+    sources = (f"data.source={tmp_path / 'train'}", f"data.test_source={tmp_path / 'held'}")
+    assert evaluate.main(["pixels", "knn", *sources, "knn.num_neighbors=1", "device=cpu"]) == 0
+    assert table(capsys.readouterr().out)[0]["value"] == "100.00"  # the same images: each is its own neighbour
+    (tmp_path / "held/b").rename(tmp_path / "held/e")
+    assert "classes e of the test split are not in the train split" in fails(capsys, "pixels", "knn", *sources)
+
+
+def test_timm_models(run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    timm = pytest.importorskip("timm")
+    assert "timm:no_such_net cannot be loaded" in fails(capsys, run_dir, "timm:no_such_net", "knn")
+    real = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, num_classes: real(name, pretrained=False, num_classes=num_classes))
+    assert evaluate.main([str(run_dir), "timm:test_resnet", "knn", "data.image_size=32", *SMALL]) == 0
+    rows = table(capsys.readouterr().out)
+    assert rows[1]["encoder"] == "timm:test_resnet" and rows[1]["protocol"].endswith("timm weights") and " 32px" in rows[1]["data"]
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert "pip install timm" in fails(capsys, run_dir, "timm:test_resnet", "knn")
+
+
+def test_a_run_with_data_of_another_shape_and_ctrl_c(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {"data": {"max_images": 5}}
+    inherited = evaluate.read_run_data(run_dir, given)
+    assert (inherited.max_images, inherited.labels) == (5, "auto")  # trained without labels, judged with them
+    assert evaluate.read_run_data(run_dir, {"data": {"source": "cifar10"}}) == DataConfig(source="cifar10")
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "load_splits", interrupted)
+    assert evaluate.main([str(run_dir), "knn"]) == 130

@@ -1,0 +1,439 @@
+"""The main job end to end: what a run leaves, that pruning prunes, that a resumed run is the uninterrupted one, bad input."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from conftest import Pretrain, striped_images, write_parquet
+from PIL import Image
+from torch import Tensor
+
+import pretrain
+from ssl_emp import load_encoder
+from ssl_emp.augment import draw_params, two_views
+from ssl_emp.checkpoint import load_checkpoint
+from ssl_emp.config import load_config
+from ssl_emp.errors import RunFailed
+from ssl_emp.images import HostImages
+from ssl_emp.loss import nt_xent
+from ssl_emp.pruning import feature_distance, select_kept
+from ssl_emp.report import Report, rank_correlation
+
+ROOT = Path(__file__).parent.parent
+CLOCK = ("seconds", "per_second")  # parts of the names of what may differ between equal runs
+
+
+def tensors(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf of a checkpoint by its path."""
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, list):
+        items = {str(i): leaf for i, leaf in enumerate(tree)}.items()
+    else:
+        return {prefix: tree}
+    return {path: leaf for key, branch in items for path, leaf in tensors(branch, f"{prefix}/{key}").items()}
+
+
+def final_state(run: Path) -> dict[str, Any]:
+    state, warnings = load_checkpoint(run / "checkpoints")
+    assert state is not None and not warnings
+    return {path: leaf for path, leaf in tensors(state).items() if not path.startswith(("/config", "/seconds"))}
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not any(part in key for part in CLOCK)} for row in found]
+
+
+def assert_same_run(run: Path, reference: Path) -> None:
+    ours, theirs = final_state(run), final_state(reference)
+    assert ours.keys() == theirs.keys()
+    for path, leaf in ours.items():
+        same = leaf.equal(theirs[path]) if isinstance(leaf, Tensor) else leaf == theirs[path]
+        assert same, f"{path} differs"
+    assert rows(run) == rows(reference)
+    assert (run / "encoder" / "model.safetensors").read_bytes() == (reference / "encoder" / "model.safetensors").read_bytes()
+    assert pq.read_table(run / "pruning" / "samples.parquet").equals(pq.read_table(reference / "pruning" / "samples.parquet"))
+
+
+def samples(run: Path) -> dict[str, list[Any]]:
+    return pq.read_table(run / "pruning" / "samples.parquet").to_pydict()
+
+
+def test_a_run_leaves_what_it_promises(pretrain_run: Pretrain, capsys: pytest.CaptureFixture[str]) -> None:
+    run = pretrain_run("run", "monitor.tensorboard=true")
+    said = capsys.readouterr().out
+    left = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    promised = {"config.yaml", "environment.json", "train.log", "metrics.jsonl", "encoder/model.safetensors", "encoder/config.json"}
+    assert promised | {"pruning/samples.parquet", "checkpoints/manifest.json"} <= left
+    assert any(name.startswith("events.out.tfevents") for name in left) and not any(".tmp" in name for name in left)
+
+    # 68 images, batch 8: 8 steps; a pruned epoch keeps round(0.6 * 68) = 41 -> 5 steps; epochs 0 and 4 are full
+    assert [row["step"] for row in rows(run)] == [8, 13, 18, 23, 31]
+    assert [round(row["kept_share"], 3) for row in rows(run)] == [1, 0.603, 0.603, 0.603, 1]
+    assert "31 steps against 40 unpruned (77.5%)" in said and "248 of 320 unpruned (77.5%)" in said
+    assert all(f"epoch {epoch}/5" in said for epoch in range(1, 6)) and "kNN" in said and "images/s" in said
+    assert "steps against" in (run / "train.log").read_text(), "the start-up summary stands in the log too"
+    per_sample = samples(run)
+    assert sum(per_sample["times_trained"]) == 248 and per_sample["name"][3] == "train.parquet#3"
+    assert all(math.isfinite(score) for score in per_sample["score"])
+    for score, loss, distance in zip(per_sample["score"], per_sample["loss"], per_sample["distance"], strict=True):
+        assert score == pytest.approx(loss - 5 * distance, rel=1e-5)
+    assert yaml.safe_load((run / "config.yaml").read_text())["prune"]["fraction"] == 0.4
+    assert load_encoder(run)(torch.rand(2, 3, 16, 16)).shape == (2, 64)
+
+
+def test_learning_happens(pretrain_run: Pretrain) -> None:
+    losses = [row["loss"] for row in rows(pretrain_run("run", "epochs=12", "prune.policy=none", "augment.jitter_prob=0"))]
+    assert losses[-1] < losses[0] - 0.2, losses
+
+
+def test_fraction_0_is_the_unpruned_run_bit_for_bit(pretrain_run: Pretrain) -> None:
+    unpruned = pretrain_run("unpruned", "prune.policy=none")
+    for policy in ("emp", "random"):
+        assert_same_run(pretrain_run(policy, f"prune.policy={policy}", "prune.fraction=0"), unpruned)
+
+
+def test_loss_is_emp_with_beta_0_and_beta_matters(pretrain_run: Pretrain) -> None:
+    loss, beta_0, beta_5 = pretrain_run("a", "prune.policy=loss"), pretrain_run("b", "prune.beta=0"), pretrain_run("c")
+    assert final_state(loss)["/terms"].equal(final_state(beta_0)["/terms"])
+    assert not final_state(beta_5)["/times_trained"].equal(final_state(beta_0)["/times_trained"])
+
+
+def test_same_seed_same_run_other_seed_other_run(pretrain_run: Pretrain) -> None:
+    first = pretrain_run("a")
+    assert_same_run(pretrain_run("b"), first)
+    assert not final_state(pretrain_run("c", "seed=1"))["/terms"].equal(final_state(first)["/terms"])
+
+
+def test_images_on_the_host_give_the_same_run(pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_device = pretrain_run("device")
+    monkeypatch.setattr(pretrain, "place_images", HostImages)
+    assert_same_run(pretrain_run("host"), on_device)
+
+
+def test_labels_do_not_touch_the_training(pretrain_run: Pretrain, tmp_path: Path) -> None:
+    images, labels = striped_images(68)
+    permuted = [labels[i] for i in torch.randperm(68, generator=torch.Generator().manual_seed(0)).tolist()]
+    runs = []
+    for name, some in (("true", labels), ("permuted", permuted), ("none", None)):
+        write_parquet(tmp_path / name / "train.parquet", images, some)
+        runs.append(pretrain_run(f"run {name}", f"data.source={tmp_path / name}"))
+    assert "knn_train_split" in rows(runs[0])[1] and "knn_train_split" not in rows(runs[2])[1]
+    for run in runs[1:]:
+        assert samples(run) == samples(runs[0])
+        assert (run / "encoder" / "model.safetensors").read_bytes() == (runs[0] / "encoder" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("scoring", ["stale", "pruned", "all"])
+def test_what_was_scored_when(pretrain_run: Pretrain, scoring: str) -> None:
+    run = pretrain_run("run", f"prune.scoring={scoring}", "prune.anneal_fraction=0")
+    scored_epoch, times = samples(run)["scored_epoch"], samples(run)["times_trained"]
+    assert sum(times) == (8 + 4 * 5) * 8
+    if scoring == "stale":
+        assert min(scored_epoch) < 4
+    else:  # every sample was scored with the weights of this epoch or, for those just trained, of the last
+        assert min(scored_epoch) >= 3
+    if scoring == "all":
+        assert set(scored_epoch) == {4}
+
+
+def test_rescore_every_sets_the_rhythm(pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+    original = pretrain.score_pass
+
+    def noted(job: Any, model: Any, views_of: Any, first: Tensor, rest: Tensor, epoch: int) -> Tensor:
+        seen.append((epoch, len(first)))
+        return original(job, model, views_of, first, rest, epoch)
+
+    monkeypatch.setattr(pretrain, "score_pass", noted)
+    pretrain_run("a", "prune.scoring=all", "prune.rescore_every=2", "epochs=6", "prune.anneal_fraction=0")
+    assert seen == [(1, 68), (3, 68), (5, 68)]
+    seen.clear()
+    pretrain_run("b", "prune.scoring=pruned", "epochs=4", "prune.anneal_fraction=0")
+    assert seen == [(1, 4), (2, 28), (3, 28)]  # the remainder of the full epoch, then what a pruned epoch left out
+
+
+def make_job(tiny_config: Path, *overrides: str) -> pretrain.Job:
+    job = pretrain.prepare(load_config(tiny_config, list(overrides)), Report())
+    job.model.train()
+    return job
+
+
+def test_the_scoring_pass_equals_the_training_pass(tiny_config: Path) -> None:
+    """Frozen weights, equal views, equal batches: equal scores; and the pass touches no weight, buffer or gradient."""
+    job = make_job(tiny_config)
+    before = {name: value.clone() for name, value in job.model.state_dict().items()}
+    order = torch.randperm(68, generator=torch.Generator().manual_seed(0))
+    first, rest = order[:20], order[20:]
+    terms = pretrain.score_pass(job, job.model, two_views, first, rest, epoch=3)
+    assert terms.shape == (2, 20) and not terms.requires_grad
+    after = job.model.state_dict()
+    assert all(after[name].equal(value) for name, value in before.items()), "running statistics included"
+    assert all(p.grad is None for p in job.model.parameters()) and job.model.training
+
+    for batch in order[:24].view(3, 8):  # 20 are filled up to three whole batches
+        params = draw_params(job.config.seed, 3, batch, job.recipe, 16)
+        h_a, h_b, z_a, z_b = pretrain.forward_views(job, job.model, *two_views(job.images.pixels[batch], params, job.recipe))
+        expected = torch.stack([nt_xent(z_a, z_b, 0.5), feature_distance(h_a, h_b)]).detach()
+        wanted = [place for place, sample in enumerate(batch.tolist()) if sample in first.tolist()]
+        places = [first.tolist().index(int(batch[place])) for place in wanted]
+        assert terms[:, places].equal(expected[:, wanted])
+
+
+def test_the_kept_set_is_the_top_of_the_last_scores(pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pruned epoch trains on exactly those with the highest loss - beta * distance at its start."""
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def noted(scores: Tensor, count: int) -> Tensor:
+        kept = select_kept(scores, count)
+        calls.append((scores.clone(), kept))
+        return kept
+
+    monkeypatch.setattr(pretrain, "select_kept", noted)
+    pretrain_run("run")
+    assert [len(kept) for _, kept in calls] == [68, 41, 41, 41, 68]
+    for scores, kept in calls[1:4]:
+        rest = torch.ones(68, dtype=torch.bool)
+        rest[kept] = False
+        assert scores[kept].min() >= scores[rest].max()
+        assert scores.isinf().sum() <= 4, "only the remainder of epoch 0 was never scored"
+
+
+class StopAfter:
+    """Stands in for `pretrain.Stop`: as if a signal came during step `steps`."""
+
+    steps = 0
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    @property
+    def signal(self) -> int | None:
+        self.reads += 1
+        # each step on the CPU reads it twice, unless a stop makes it more
+        return int(signal.SIGTERM) if self.reads > 2 * (StopAfter.steps - 1) else None
+
+
+@pytest.mark.parametrize("scoring", ["stale", "pruned"])
+def test_resume_equals_the_uninterrupted_run_bit_for_bit(
+    pretrain_run: Pretrain, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scoring: str
+) -> None:
+    reference = pretrain_run("reference", f"prune.scoring={scoring}")
+    out = tmp_path / "stopped"
+    monkeypatch.setattr(pretrain, "Stop", StopAfter)
+    arguments = ["--config", str(tiny_config), f"out={out}", f"prune.scoring={scoring}"]
+    stops = [1, 3, 4, 5, 3, 100]  # steps until each stop: inside epochs, at the end of epoch 0 (8) and of epoch 1 (13)
+    for run_number, steps in enumerate(stops):
+        StopAfter.steps = steps
+        code = pretrain.main(arguments if run_number == 0 else ["--resume", str(out)])
+        assert code == (0 if steps == 100 else 143)
+    assert_same_run(out, reference)
+
+
+def test_resuming_a_finished_run_changes_nothing(pretrain_run: Pretrain, capsys: pytest.CaptureFixture[str]) -> None:
+    run = pretrain_run("run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert pretrain.main(["--resume", str(run)]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def newest_step(run: Path) -> int:
+    return max((int(path.stem[5:]) for path in run.glob("checkpoints/step_*.pt")), default=0)
+
+
+def test_signals_and_kills_lose_nothing(pretrain_run: Pretrain, tiny_config: Path, tmp_path: Path) -> None:
+    """SIGTERM, SIGKILL and SIGINT to real processes, resumed each time: the uninterrupted run, bit for bit."""
+    overrides = ["epochs=30", "checkpoint.every_minutes=0.003"]
+    reference = pretrain_run("reference", "epochs=30")
+    out = tmp_path / "killed"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "pretrain.py"), "--config", str(tiny_config), f"out={out}", *overrides]
+    resume = [sys.executable, str(ROOT / "pretrain.py"), "--resume", str(out)]
+    for number, code in [(signal.SIGTERM, 143), (signal.SIGKILL, -9), (signal.SIGINT, 130)]:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        before, deadline = newest_step(out), time.monotonic() + 60
+        while newest_step(out) < before + 10 and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == code
+        command = resume
+    finished = subprocess.run(resume, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    assert_same_run(out, reference)
+
+
+@pytest.fixture
+def no_change(tmp_path: Path) -> Path:
+    return tmp_path / "never"
+
+
+def expect_error(capsys: pytest.CaptureFixture[str], arguments: list[str], *said: str, code: int = 2) -> None:
+    assert pretrain.main(arguments) == code
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith("error: ") and "fix: " in errors[0]
+    for part in said:
+        assert part in errors[0], errors[0]
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(
+    tiny_config: Path, tiny_data: Path, no_change: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(*overrides: str) -> list[str]:
+        return ["--config", str(tiny_config), f"out={no_change}", *overrides]
+
+    (tmp_path / "empty").mkdir()
+    expect_error(capsys, start("prune.fractoin=0.5"), "prune.fractoin", "prune.fraction")
+    expect_error(capsys, start("epochs=zero"), "epochs")
+    expect_error(capsys, start(f"data.source={tmp_path / 'empty'}"), "no images")
+    expect_error(capsys, start(f"data.source={tmp_path / 'missing'}"), "missing")
+    expect_error(capsys, start("data.source=cifar11"), "cifar1")
+    expect_error(capsys, start("batch_size=69", "prune.policy=none"), "68", "batch_size=69", "batch_size=68")
+    expect_error(capsys, start("batch_size=42"), "41 of the 68", "batch_size=41")
+    expect_error(capsys, start("device=cuda:99"), "device=cuda:99")
+    expect_error(capsys, start("device=toaster"), "device=toaster")
+    expect_error(capsys, ["--config", str(tmp_path / "no.yaml")], "no.yaml")
+    expect_error(capsys, ["--resume", str(tmp_path)], "config.yaml")
+    expect_error(capsys, ["--resume", str(tmp_path), "--config", str(tiny_config)], "--resume")
+    assert not no_change.exists()
+
+
+def test_a_used_directory_is_refused(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.tex").write_text("mine")
+    expect_error(capsys, ["--config", str(tiny_config), f"out={tmp_path / 'used'}"], "not empty", "--resume")
+    expect_error(capsys, ["--config", str(tiny_config), f"out={tmp_path / 'used' / 'thesis.tex'}"], "thesis.tex")
+    expect_error(capsys, ["--config", str(tiny_config), f"out={tmp_path / 'used' / 'thesis.tex' / 'run'}"], "cannot write")
+    assert [path.name for path in (tmp_path / "used").iterdir()] == ["thesis.tex"]
+
+
+def test_a_checkpoint_of_another_config_or_other_images_is_refused(
+    pretrain_run: Pretrain, tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_data, tmp_path / "data")
+    monkeypatch.setattr(pretrain, "Stop", StopAfter)
+    StopAfter.steps = 3
+    out = tmp_path / "run"
+    config = tmp_path / "c.yaml"
+    config.write_text(f"data: {{source: {tmp_path / 'data'}}}\nmodel: {{width: 8}}\nepochs: 3\nbatch_size: 8\ndevice: cpu\n")
+    assert pretrain.main(["--config", str(config), f"out={out}"]) == 143
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    expect_error(capsys, ["--resume", str(out), "temperature=0.2"], "temperature was 0.5 and is now 0.2")
+    expect_error(capsys, ["--resume", str(out), "model.width=16"], "model.width was 8 and is now 16")
+    images, labels = striped_images(68)
+    write_parquet(tmp_path / "data" / "train.parquet", images[::-1], labels)
+    expect_error(capsys, ["--resume", str(out)], "not those of the checkpoint")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_checkpoint_before_intact(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    monkeypatch.setattr(pretrain, "Stop", StopAfter)
+    StopAfter.steps = 3
+    arguments = ["optimizer.lr=1e20", "optimizer.warmup_epochs=0"]
+    assert pretrain.main(["--config", str(tiny_config), f"out={out}", "epochs=5"]) == 143
+    before = (out / "checkpoints" / "step_00000003.pt").read_bytes()
+    StopAfter.steps = 100
+    capsys.readouterr()
+    calls = 0
+    original = nt_xent
+
+    def sick(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
+        nonlocal calls
+        calls += 1
+        loss = original(z_a, z_b, temperature)
+        return loss * math.nan if calls == 3 else loss
+
+    monkeypatch.setattr(pretrain, "nt_xent", sick)
+    expect_error(capsys, ["--resume", str(out)], "not finite in epoch 1, step 6, samples", "checkpoint is intact", code=3)
+    assert (out / "checkpoints" / "step_00000003.pt").read_bytes() == before
+    state, warnings = load_checkpoint(out / "checkpoints")
+    assert state is not None and state["step"] == 3 and not warnings
+    monkeypatch.undo()
+    expect_error(capsys, ["--config", str(tiny_config), f"out={tmp_path / 'hot'}", *arguments], "not finite", code=3)
+
+
+def test_check_finite_names_the_samples() -> None:
+    pretrain.check_finite(torch.tensor(-1), torch.arange(8).view(2, 4), 0)
+    with pytest.raises(RunFailed, match="epoch 3, step 2, samples 4, 5, 6, 7;"):
+        pretrain.check_finite(torch.tensor(1), torch.arange(8).view(2, 4), 2)
+
+
+def test_dry_run_shows_everything_and_trains_nothing(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "runs" / "x"
+    assert pretrain.main(["--config", str(tiny_config), "--dry-run", f"out={out}"]) == 0
+    said = capsys.readouterr().out
+    resolved = yaml.safe_load(said[said.index("out:") : said.index("one batch")])
+    assert resolved["prune"]["fraction"] == 0.4 and resolved["temperature"] == 0.5
+    assert "images    68" in said and "31 steps against 40 unpruned" in said and "nothing was trained" in said
+    assert not out.exists()
+    picture = Image.open(f"{out}.views.png")
+    assert picture.size[0] > 8 * 32 and len(set(picture.convert("L").tobytes())) > 50
+
+
+def test_no_compiler_is_one_line_not_an_end(tiny_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def missing(function: Any, **options: Any) -> Any:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", missing)
+    job = make_job(tiny_config, "compile=true")
+    report = Report()
+    assert pretrain.compiled(job, report) == (job.model, two_views)
+    assert "compile   not available" in report.early[-1]
+
+
+@pytest.mark.slow
+def test_compiled_training_is_training(pretrain_run: Pretrain) -> None:
+    eager, compiled = rows(pretrain_run("eager", "epochs=2")), rows(pretrain_run("compiled", "epochs=2", "compile=true"))
+    for a, b in zip(eager, compiled, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
+def test_other_optimisers_train(pretrain_run: Pretrain, optimizer: str) -> None:
+    lr = {"lars": 5.0, "adamw": 3e-3}[optimizer]
+    overrides = [f"optimizer.name={optimizer}", f"optimizer.lr={lr}", "epochs=12", "prune.policy=none", "augment.jitter_prob=0"]
+    losses = [row["loss"] for row in rows(pretrain_run("run", *overrides))]
+    assert losses[-1] < losses[0] - 0.2, losses
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(50, generator=generator)
+    assert rank_correlation(a, a.exp()).item() == pytest.approx(1) and rank_correlation(a, -a).item() == pytest.approx(-1)
+    b = torch.randn(50, generator=generator)
+    ranks = torch.stack([a.argsort().argsort(), b.argsort().argsort()]).double()
+    assert rank_correlation(a, b).item() == pytest.approx(torch.corrcoef(ranks)[0, 1].item(), abs=1e-6)
+    assert rank_correlation(a, torch.ones(50)).item() == 0
+
+
+@pytest.mark.gpu
+def test_no_host_sync_inside_an_epoch(tiny_config: Path) -> None:
+    """One training step's arithmetic, from index to optimiser, never waits for the GPU."""
+    job = make_job(tiny_config, "device=cuda", "precision=fp32")
+    table = torch.arange(16, device="cuda").view(2, 8)
+    epoch_of = os.environ.get("EPOCH", "1")
+    for index, images in job.store.stream(table):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            params = draw_params(0, int(epoch_of), index, job.recipe, 16)
+            _, _, z_a, z_b = pretrain.forward_views(job, job.model, *two_views(images, params, job.recipe))
+            nt_xent(z_a, z_b, 0.5).mean().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
