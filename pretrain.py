@@ -486,7 +486,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this directory")
     parser.add_argument("--dry-run", action="store_true", help="show what would happen, train nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as epochs=20 prune.fraction=0.5")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     try:
         if arguments.resume and (arguments.config or arguments.dry_run):
             raise UserError("--resume takes its config from the run", "drop --config and --dry-run")

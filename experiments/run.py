@@ -72,7 +72,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, one thread each where above 1")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run directories go")
     parser.add_argument("extra", nargs="*", metavar="key=value", help="for every cell, such as data.source=PATH")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     grid = yaml.safe_load(arguments.grid.read_text())
     results = ROOT / "experiments" / "results" / f"{arguments.grid.stem}.jsonl"
     results.parent.mkdir(exist_ok=True)
