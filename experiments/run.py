@@ -40,7 +40,9 @@ def name_of(cell: dict[str, Any]) -> str:
 def run_cell(cell: dict[str, Any], grid: dict[str, Any], out: Path, extra: list[str], results: Path, threads: int | None) -> str:
     """Train (or resume) and evaluate one cell, then append its line to `results`."""
     environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-    overrides = [f"{key}={value}" for key, value in {**grid.get("overrides", {}), **cell}.items()] + extra
+    overrides = [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in {**grid.get("overrides", {}), **cell}.items()
+    ] + extra
     if (out / "config.yaml").exists():
         command = ["pretrain.py", "--resume", str(out)]
     else:
@@ -75,7 +77,7 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     grid = yaml.safe_load(arguments.grid.read_text())
     results = ROOT / "experiments" / "results" / f"{arguments.grid.stem}.jsonl"
-    results.parent.mkdir(exist_ok=True)
+    results.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line)["cell"] for line in results.read_text().splitlines()] if results.exists() else []
     todo = [cell for cell in expand(grid["cells"]) if cell not in done]
     print(f"{len(done)} cells done, {len(todo)} to do", flush=True)

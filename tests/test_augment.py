@@ -1,6 +1,7 @@
 """Augmentation against torchvision: the same explicit parameters, one sample and one op at a time, on float tensors."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from torchvision.transforms import ColorJitter, RandomResizedCrop
 from ssl_emp import augment
 from ssl_emp.augment import Recipe, ViewParams, draw_params, grid_of_views, two_views
 
-PLAIN = {"flip_prob": 0.0, "jitter_prob": 0.0, "gray_prob": 0.0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-EVERYTHING = {"blur_prob": 0.5, "hue": 0.2, "brightness": 0.8, "contrast": 0.8, "saturation": 0.8}
+PLAIN: dict[str, Any] = {"flip_prob": 0.0, "jitter_prob": 0.0, "gray_prob": 0.0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+EVERYTHING: dict[str, Any] = {"blur_prob": 0.5, "hue": 0.2, "brightness": 0.8, "contrast": 0.8, "saturation": 0.8}
 
 
 def photos(count: int, height: int, width: int | None = None, seed: int = 0) -> Tensor:
@@ -90,7 +91,7 @@ def errors_against_oracle(images: Tensor, recipe: Recipe, seed: int = 0) -> Tens
         (5, 64, 16, 16),  # most boxes do not fit: the fallback
     ],
 )
-def test_crop_resize_flip(height, width, size, count):
+def test_crop_resize_flip(height: int, width: int, size: int, count: int) -> None:
     recipe = Recipe(size, **(PLAIN | {"flip_prob": 0.5}))
     images = photos(count, height, width)
     _, (a, b) = views_of(images, recipe)
@@ -98,7 +99,7 @@ def test_crop_resize_flip(height, width, size, count):
     assert errors_against_oracle(images, recipe).max() < 1e-5
 
 
-def test_crop_sees_nothing_outside_its_box():
+def test_crop_sees_nothing_outside_its_box() -> None:
     recipe = Recipe(16, crop_scale=(0.1, 0.5), **PLAIN)
     images = photos(16, 32)
     views, params = views_of(images, recipe)
@@ -112,7 +113,7 @@ def test_crop_sees_nothing_outside_its_box():
 
 
 @pytest.mark.parametrize("op", ["brightness", "contrast", "saturation", "hue"])
-def test_one_colour_op(op):
+def test_one_colour_op(op: str) -> None:
     strengths = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
     strengths[op] = 0.5 if op == "hue" else 0.9
     recipe = Recipe(32, **(PLAIN | strengths | {"jitter_prob": 0.7}))
@@ -124,7 +125,7 @@ def test_one_colour_op(op):
     assert (moved[a.jitter] > 1e-3).all() and (moved[~a.jitter] < 1e-6).all()
 
 
-def test_colour_ops_in_every_order():
+def test_colour_ops_in_every_order() -> None:
     recipe = Recipe(16, **(PLAIN | {"jitter_prob": 1.0, "hue": 0.5, "brightness": 0.9, "contrast": 0.9, "saturation": 0.9}))
     images = photos(80, 16)
     _, (a, b) = views_of(images, recipe)
@@ -133,7 +134,7 @@ def test_colour_ops_in_every_order():
 
 
 @pytest.mark.parametrize("size", [8, 32, 64])
-def test_blur(size):
+def test_blur(size: int) -> None:
     recipe = Recipe(size, crop_scale=(1, 1), crop_ratio=(1, 1), **(PLAIN | {"blur_prob": 0.7}))
     images = photos(32, size)
     assert errors_against_oracle(images, recipe).max() < 1e-5
@@ -141,7 +142,7 @@ def test_blur(size):
     assert ((view - images / 255)[~a.blur].abs() < 1e-6).all() and a.blur.any() and not a.blur.all()
 
 
-def test_blur_kernel_is_odd_and_about_a_tenth():
+def test_blur_kernel_is_odd_and_about_a_tenth() -> None:
     sizes = torch.arange(8, 512)
     kernels = torch.tensor([Recipe(int(size)).blur_kernel_size for size in sizes])
     assert (kernels % 2 == 1).all() and Recipe(224).blur_kernel_size == 23
@@ -149,26 +150,26 @@ def test_blur_kernel_is_odd_and_about_a_tenth():
 
 
 @pytest.mark.parametrize("prob", ["gray_prob", "solarize_prob"])
-def test_gray_and_solarize(prob):
+def test_gray_and_solarize(prob: str) -> None:
     recipe = Recipe(32, crop_scale=(1, 1), crop_ratio=(1, 1), **(PLAIN | {prob: 0.5}))
     assert errors_against_oracle(photos(64, 32), recipe).max() < 1e-6
 
 
 @pytest.mark.parametrize("height, width, size, count", [(32, 32, 32, 48), (48, 80, 64, 16), (256, 256, 224, 1)])
-def test_full_chain(height, width, size, count):
+def test_full_chain(height: int, width: int, size: int, count: int) -> None:
     recipe = Recipe(size, **EVERYTHING)
     errors = errors_against_oracle(photos(count, height, width), recipe)
     assert errors.max() < 5e-4  # normalised units: 1e-4 of the pixel range
     assert errors.mean() < 1e-5
 
 
-def test_full_chain_with_solarize():
+def test_full_chain_with_solarize() -> None:
     recipe = Recipe(32, solarize_prob=0.5, **EVERYTHING)
     errors = errors_against_oracle(photos(32, 32), recipe)
     assert (errors > 5e-4).double().mean() < 1e-3  # a rounding error at 0.5 turns into a jump: rare pixels only
 
 
-def test_nothing_random_is_the_identity():
+def test_nothing_random_is_the_identity() -> None:
     images = photos(8, 32)
     recipe = Recipe(32, crop_scale=(1, 1), crop_ratio=(1, 1), flip_prob=0, jitter_prob=0, gray_prob=0)
     for view in views_of(images, recipe)[0]:
@@ -177,7 +178,7 @@ def test_nothing_random_is_the_identity():
         torch.testing.assert_close(view, expected, rtol=0, atol=1e-6)
 
 
-def test_ops_of_no_strength_are_not_run(monkeypatch):
+def test_ops_of_no_strength_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*args: object) -> None:
         raise AssertionError("ran an op that the recipe leaves out")
 
@@ -196,7 +197,7 @@ def test_ops_of_no_strength_are_not_run(monkeypatch):
             views_of(images, Recipe(16))
 
 
-def test_a_view_does_not_depend_on_its_batch():
+def test_a_view_does_not_depend_on_its_batch() -> None:
     recipe = Recipe(32, solarize_prob=0.2, **EVERYTHING)
     images, index = photos(48, 32), torch.arange(1000, 1048)
     whole = two_views(images, draw_params(7, 3, index, recipe, 32), recipe)
@@ -211,12 +212,12 @@ def test_a_view_does_not_depend_on_its_batch():
             torch.testing.assert_close(view, expected[part], rtol=0, atol=1e-5)
 
 
-def test_two_views_differ():
+def test_two_views_differ() -> None:
     (a, b), _ = views_of(photos(32, 32), Recipe(32))
     assert ((a - b).abs().mean((1, 2, 3)) > 1e-2).all()
 
 
-def test_only_uint8_images():
+def test_only_uint8_images() -> None:
     recipe = Recipe(16)
     params = draw_params(0, 0, torch.arange(2), recipe, 16)
     for images in (torch.rand(2, 3, 16, 16), torch.zeros(2, 1, 16, 16, dtype=torch.uint8)):
@@ -224,13 +225,13 @@ def test_only_uint8_images():
             two_views(images, params, recipe)
 
 
-def test_refuses_autocast():
+def test_refuses_autocast() -> None:
     recipe = Recipe(16)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(AssertionError, match="autocast"):
         views_of(photos(2, 16), recipe)
 
 
-def test_inputs_are_left_alone():
+def test_inputs_are_left_alone() -> None:
     images, recipe = photos(4, 16), Recipe(16, solarize_prob=0.5, **EVERYTHING)
     params = draw_params(0, 0, torch.arange(4), recipe, 16)
     copies = images.clone(), [[field.clone() for field in p] for p in params]
@@ -243,7 +244,7 @@ def test_inputs_are_left_alone():
 # ---------------------------------------------------------------- draws
 
 
-def test_draws_are_a_function_of_seed_epoch_and_index():
+def test_draws_are_a_function_of_seed_epoch_and_index() -> None:
     recipe = Recipe(32, blur_prob=0.5, solarize_prob=0.5)
     index = torch.arange(500)
     order = torch.randperm(500, generator=torch.Generator().manual_seed(1))
@@ -256,7 +257,7 @@ def test_draws_are_a_function_of_seed_epoch_and_index():
         assert same < 0.01
 
 
-def test_no_global_generator():
+def test_no_global_generator() -> None:
     state = torch.random.get_rng_state()
     views_of(photos(4, 16), Recipe(16, solarize_prob=0.5, **EVERYTHING))
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -279,7 +280,7 @@ def gap(ours: Tensor, theirs: Tensor) -> float:
         (20, 60, (0.5, 0.9), (0.5, 2.0)),  # half of the tries do not fit
     ],
 )
-def test_crop_boxes_are_torchvisions(height, width, scale, ratio):
+def test_crop_boxes_are_torchvisions(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]) -> None:
     n = 4000
     recipe = Recipe(32, crop_scale=scale, crop_ratio=ratio)
     a, b = draw_params(0, 0, torch.arange(n), recipe, (height, width))
@@ -298,14 +299,14 @@ def test_crop_boxes_are_torchvisions(height, width, scale, ratio):
 
 
 @pytest.mark.parametrize("height, width", [(10, 100), (100, 10), (3, 3000), (3000, 1), (31, 29)])
-def test_crop_falls_back_to_the_centre_as_torchvision_does(height, width):
+def test_crop_falls_back_to_the_centre_as_torchvision_does(height: int, width: int) -> None:
     recipe = Recipe(8, crop_scale=(1.5, 2.0))  # nothing fits
     a, _ = draw_params(0, 0, torch.arange(3), recipe, (height, width))
     box = RandomResizedCrop.get_params(torch.empty(3, height, width), [1.5, 2.0], list(recipe.crop_ratio))
     assert torch.stack(a[:4], 1).tolist() == [list(box)] * 3
 
 
-def test_colour_draws_are_torchvisions():
+def test_colour_draws_are_torchvisions() -> None:
     n = 4000
     recipe = Recipe(32, brightness=0.4, contrast=1.5, saturation=0.8, hue=0.2)
     jitter = ColorJitter(0.4, 1.5, 0.8, 0.2)  # contrast: factors from max(0, 1 - 1.5)
@@ -318,7 +319,7 @@ def test_colour_draws_are_torchvisions():
             assert gap(ours, column) < 1
 
 
-def test_all_orders_are_equally_likely():
+def test_all_orders_are_equally_likely() -> None:
     n = 24_000
     for p in draw_params(0, 0, torch.arange(n), Recipe(32), 32):
         assert (p.order.sort(1).values == torch.arange(4)).all()
@@ -329,7 +330,7 @@ def test_all_orders_are_equally_likely():
 
 
 @pytest.mark.parametrize("prob", [0.0, 0.2, 0.8, 1.0])
-def test_gates_open_as_often_as_asked(prob):
+def test_gates_open_as_often_as_asked(prob: float) -> None:
     n = 20_000
     recipe = Recipe(32, flip_prob=prob, jitter_prob=prob, gray_prob=prob, blur_prob=prob, solarize_prob=prob)
     a, b = draw_params(5, 6, torch.arange(n), recipe, 32)
@@ -340,7 +341,7 @@ def test_gates_open_as_often_as_asked(prob):
         assert (torch.corrcoef(gates) - torch.eye(10)).abs().max() < 4.5 / math.sqrt(n)
 
 
-def test_blur_sigma_is_uniform():
+def test_blur_sigma_is_uniform() -> None:
     a, _ = draw_params(0, 0, torch.arange(4000), Recipe(32, blur_prob=0.5, blur_sigma=(0.1, 2.0)), 32)
     assert gap(a.blur_sigma, torch.linspace(0.1, 2.0, 100_000)) < 1
 
@@ -348,7 +349,7 @@ def test_blur_sigma_is_uniform():
 # ---------------------------------------------------------------- preview, compiler, devices
 
 
-def test_grid_shows_the_pixels():
+def test_grid_shows_the_pixels() -> None:
     images = photos(5, 16)
     recipe = Recipe(16, crop_scale=(1, 1), crop_ratio=(1, 1), flip_prob=0, jitter_prob=0, gray_prob=0)
     (a, b), _ = views_of(images, recipe)
@@ -361,7 +362,7 @@ def test_grid_shows_the_pixels():
 
 
 @pytest.mark.slow
-def test_compiles_whole_and_once():
+def test_compiles_whole_and_once() -> None:
     recipe = Recipe(16, solarize_prob=0.2, **EVERYTHING)
     images, index = photos(8, 16), torch.arange(8)
     cut, draw = torch.compile(two_views, fullgraph=True), torch.compile(draw_params, fullgraph=True)
@@ -378,7 +379,7 @@ def test_compiles_whole_and_once():
 
 
 @pytest.mark.gpu
-def test_gpu_gives_the_same_views():
+def test_gpu_gives_the_same_views() -> None:
     recipe = Recipe(32, **EVERYTHING)
     images, index = photos(64, 32), torch.arange(64)
     params, on_gpu = draw_params(0, 0, index, recipe, 32), draw_params(0, 0, index.cuda(), recipe, 32)
