@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightly.models.modules.heads import SimCLRProjectionHead
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -96,6 +95,9 @@ class SimCLR(nn.Module):
     """f and g together: normalised views (M, 3, S, S) -> h = f(x) (M, D), z = g(h) (M, P), neither L2-normalised."""
 
     def __init__(self, encoder: Encoder, projection_hidden: int, projection_dim: int) -> None:
+        # imported here: it takes seconds, and a loaded encoder has no use for it
+        from lightly.models.modules.heads import SimCLRProjectionHead
+
         super().__init__()
         self.backbone = encoder.backbone
         self.projector = SimCLRProjectionHead(encoder.feature_dim, projection_hidden, projection_dim)
