@@ -304,38 +304,23 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
         knn = monitor_knn(job, monitor_set, report) if monitor_set and (epoch + 1) % config.monitor.knn_every == 0 else None
         seconds["monitoring"] += clock() - began
 
-        trained = terms[:, batches.flatten()]  # (2, K)
-        correlation = rank_correlation(trained[0], trained[1])
-        figures = torch.stack(
-            [trained[0].mean(), trained[0].std(), (beta * trained[1]).std(), correlation]
-        ).tolist()  # the epoch's one read-out
-        rate = len(finished) / epoch_seconds
-        eta = (total_steps - step) * seconds["training"] / step + (config.epochs - epoch - 1) * (
-            seconds["scoring"] + seconds["monitoring"]
-        ) / (epoch + 1)
         row = {
             "epoch": epoch + 1,
             "step": step,
             "samples_seen": step * batch_size,
-            "loss": figures[0],
             "kept_share": plan.kept_count(epoch, num_samples) / num_samples,
-            "std_loss": figures[1],
-            "std_beta_memory": figures[2],
-            "rank_correlation": figures[3],
-            "images_per_second": rate,
+            **describe_terms(terms[:, batches.flatten()], beta),
+            "images_per_second": len(finished) / epoch_seconds,
             "lr": lr_at(step - 1, total_steps, warmup_steps, config.optimizer.lr),
             **{f"{name}_seconds": value for name, value in seconds.items()},
             **({} if knn is None else {"knn_train_split": knn}),
         }
         report.metrics(row)
-        report.say(
-            f"{label}  loss {row['loss']:.3f}{'' if knn is None else f'  kNN {100 * knn:.1f}'}  kept {row['kept_share']:.1%}"
-            f"  std(loss) {row['std_loss']:.3f}  std(β·memory) {row['std_beta_memory']:.3f}  rank corr {row['rank_correlation']:+.2f}"
-            f"  {rate:.0f} images/s  eta {duration(eta)}"
-        )
+        beside = seconds["scoring"] + seconds["monitoring"]
+        eta = (total_steps - step) * seconds["training"] / step + (config.epochs - epoch - 1) * beside / (epoch + 1)
+        report.say(f"{label}  {epoch_line(row)}  eta {duration(eta)}")
         batches, step_in_epoch = None, 0
 
-    save(config.epochs, 0, None)
     write_samples(
         out / "pruning" / "samples.parquet",
         job.images.names,
@@ -348,6 +333,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
         },
     )
     save_encoder(job.encoder, out / "encoder")
+    save(config.epochs, 0, None)  # last: a run whose checkpoint says "finished" has everything else
     samples, full = total_steps * batch_size, job.full_steps * batch_size
     rows = [
         ("samples seen", f"{samples:,} of {full:,} unpruned ({samples / full:.1%})"),
@@ -359,6 +345,20 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
     ]
     report.table("done", rows)
     return 0
+
+
+def describe_terms(trained: Tensor, beta: float) -> dict[str, float]:
+    """What decides the ranking, over the samples of an epoch, (2, K): is one term drowned by the other? One read-out."""
+    loss, distance = trained
+    figures = [loss.mean(), loss.std(), (beta * distance).std(), rank_correlation(loss, distance)]
+    return dict(zip(("loss", "std_loss", "std_beta_memory", "rank_correlation"), torch.stack(figures).tolist(), strict=True))
+
+
+def epoch_line(row: dict[str, Any]) -> str:
+    """The metrics of an epoch as a person reads them."""
+    knn = f"  kNN (train split) {100 * row['knn_train_split']:.1f}" if "knn_train_split" in row else ""
+    spread = f"std(loss) {row['std_loss']:.3f}  std(β·memory) {row['std_beta_memory']:.3f}  rank corr {row['rank_correlation']:+.2f}"
+    return f"loss {row['loss']:.3f}{knn}  kept {row['kept_share']:.1%}  {spread}  {row['images_per_second']:.0f} images/s"
 
 
 def check_finite(bad_step: Tensor, batches: Tensor, epoch: int) -> None:
@@ -496,6 +496,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
+        return 3
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory on the device ({str(error).splitlines()[0]}). fix: lower batch_size or model.width", file=sys.stderr)
+        return 3
+    except OSError as error:  # what a full or vanished disk raises from any of the run's files
+        print(f"error: {error.filename or 'a file of the run'}: {error.strerror or error}. fix: mend that, then --resume", file=sys.stderr)
         return 3
 
 
