@@ -27,4 +27,4 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv runs data .cache
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, ValidationError
@@ -33,10 +33,12 @@ from torch import Tensor, nn
 
 from linear_eval import EvalError, Features, extract_features, knn_accuracy, linear_probe
 from ssl_emp import load_encoder
-from ssl_emp.config import AugmentConfig, DataConfig, ModelConfig, Section, parse_yaml
-from ssl_emp.errors import UserError
+from ssl_emp.config import AugmentConfig, DataConfig, ModelConfig, Section, apply_override, parse_yaml
+from ssl_emp.device import pick_device
+from ssl_emp.errors import Parser, UserError
 from ssl_emp.images import ImageSet, load_images
 from ssl_emp.model import build_encoder
+from ssl_emp.report import show_progress
 
 USAGE = "python evaluate.py ENCODER [ENCODER ...] knn|linear [...] [key=value ...], see --help"
 Checked = TypeVar("Checked", bound=Section)
@@ -93,11 +95,6 @@ class Pixels(nn.Module):
 # ---- what the user asked for -----------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message, USAGE)
-
-
 def parse_arguments(argv: list[str] | None) -> tuple[list[str], list[str], dict[str, Any], Path | None]:
     """(encoders, evaluators, overrides as nested dicts, --out), each name once and in the order given."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=USAGE)
@@ -122,12 +119,11 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
         known += [name] if section is None else [f"{name}.{key}" for key in section]
     values: dict[str, Any] = {}
     for override in overrides:
-        key, _, text = override.partition("=")
+        key = override.partition("=")[0]
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             raise UserError(f"unknown key {key!r}", f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}")
-        prefix, _, name = key.rpartition(".")
-        (values.setdefault(prefix, {}) if prefix else values)[name] = parse_yaml(text, override)
+        apply_override(EvalConfig, values, override)
     return values
 
 
@@ -139,17 +135,6 @@ def check(section: type[Checked], values: Any, where: str) -> Checked:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(f"{key}: {first['msg']} (is {str(first['input'])[:60]!r}), in {where}", f"correct {key}") from error
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
-        raise UserError(f"device {name!r} cannot be used", "choose device=auto, device=cpu or device=cuda") from error
-    return device
 
 
 # ---- encoders --------------------------------------------------------------------------------------------------------
@@ -347,13 +332,6 @@ EVALUATORS = {"knn": run_knn, "linear": run_linear}
 
 def note(line: str) -> None:
     print(line, file=sys.stderr)
-
-
-def show_progress(label: str) -> Callable[[int, int], None] | None:
-    """A counter on standard error where a person watches, else None."""
-    if not sys.stderr.isatty():
-        return None
-    return lambda done, total: print(f"\r{label} {done:,} of {total:,}", end="" if done < total else "\n", file=sys.stderr)
 
 
 def print_table(rows: list[Row]) -> None:

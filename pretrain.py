@@ -10,6 +10,7 @@ config -> images -> model -> epochs(select, stream, score, step) -> encoder. Exi
 """
 
 import argparse
+import io
 import signal
 import sys
 import time
@@ -23,20 +24,21 @@ import yaml
 from PIL import Image
 from torch import Tensor, nn
 
-from linear_eval import EvalError, extract_features, knn_accuracy
+from linear_eval import EvalError, Features, extract_features, knn_accuracy
 from ssl_emp.augment import Recipe, draw_params, grid_of_views, two_views
 from ssl_emp.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from ssl_emp.config import PretrainConfig, flatten, load_config
-from ssl_emp.errors import RunFailed, UserError
+from ssl_emp.device import describe_device, pick_device
+from ssl_emp.errors import Parser, RunFailed, UserError
 from ssl_emp.images import DeviceImages, HostImages, ImageSet, fingerprint, load_images, place_images
 from ssl_emp.loss import nt_xent
 from ssl_emp.model import Encoder, SimCLR, build_encoder, save_encoder
 from ssl_emp.optim import build_optimizer, lr_at, set_lr
 from ssl_emp.pruning import PrunePlan, combine_terms, feature_distance, select_kept, select_random, shuffled_batches
-from ssl_emp.report import Report, describe_device, duration, rank_correlation, write_environment, write_samples
+from ssl_emp.report import Report, duration, rank_correlation, show_progress, write_environment, write_samples
 
-# settings that may differ between a run and its resumption: they change no number that the run leaves behind
-FREE_ON_RESUME = ("out", "device", "data.download_dir", "data.cache_dir", "monitor.", "checkpoint.")
+# settings that may differ between a run and its resumption; whether it is bf16 is compared by itself
+FREE_ON_RESUME = ("out", "device", "precision", "data.download_dir", "data.cache_dir", "monitor.", "checkpoint.")
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,19 @@ def prepare(config: PretrainConfig, report: Report) -> Job:
         labels=data.labels,
         download_dir=data.download_dir,
         cache_dir=data.cache_dir,
+        progress=show_progress("reading images"),
     )
     num_samples, stored_size = len(images.names), images.pixels.shape[-1]
     prune = config.prune
     plan = PrunePlan(config.epochs, 0.0 if prune.policy == "none" else prune.fraction, prune.warmup_epochs, prune.anneal_fraction)
     fewest = min(plan.kept_count(epoch, num_samples) for epoch in range(config.epochs))
+    if fewest < config.batch_size and fewest < 2:
+        raise UserError(
+            f"an epoch keeps {fewest} of the {num_samples} images in {data.source}", "give more images, or a smaller prune.fraction"
+        )
     if fewest < config.batch_size:
         what = f"an epoch keeps {fewest} of the {num_samples} images in {data.source}, fewer than batch_size={config.batch_size}"
-        raise UserError(what, f"set batch_size={max(2, fewest)} or less, or give more images")
+        raise UserError(what, f"set batch_size={fewest} or less, or give more images")
 
     augment = config.augment.model_dump()
     recipe = Recipe(
@@ -102,7 +109,9 @@ def prepare(config: PretrainConfig, report: Report) -> Job:
     model = SimCLR(encoder, model_config.projection_hidden or encoder.feature_dim, model_config.projection_dim)
     encoder.to(device)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs miss this form
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    bf16 = config.precision == "bf16" or (
+        config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
     job = Job(config, device, images, place_images(images.pixels, device), plan, recipe, encoder, model, bf16, fingerprint(images))
 
     where = "on the device" if isinstance(job.store, DeviceImages) else "on the host, streamed"
@@ -114,23 +123,15 @@ def prepare(config: PretrainConfig, report: Report) -> Job:
         report.say(f"          left out: {len(images.skipped) - 10} more")
     spec = encoder.spec
     report.say(f"encoder   {spec['arch']}, width {spec['width']}, {spec['stem']} stem, {encoder.feature_dim} features")
-    kept = f"keeps {1 - plan.prune_fraction:.0%} of the samples by {prune.policy}" if plan.prune_fraction else "keeps every sample"
+    kept = (
+        f"a pruned epoch keeps {1 - plan.prune_fraction:.0%} of the samples by {prune.policy}"
+        if job.total_steps < job.full_steps
+        else "every epoch keeps every sample"
+    )
     share = job.total_steps / job.full_steps
-    report.say(f"plan      {config.epochs} epochs, batch {config.batch_size}; a pruned epoch {kept}")
+    report.say(f"plan      {config.epochs} epochs, batch {config.batch_size}; {kept}")
     report.say(f"          {job.total_steps:,} steps against {job.full_steps:,} unpruned ({share:.1%})")
     return job
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without cuda asserts
-        raise UserError(f"device={name} cannot be used here", "set device=auto, cpu or cuda") from error
-    return device
 
 
 def compiled(job: Job, report: Report) -> tuple[Any, Any]:
@@ -229,10 +230,11 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
         batches = state["batches"].to(device) if step_in_epoch else None
 
     def save(epoch: int, step_in_epoch: int, batches: Tensor | None) -> None:
+        check_weights(job.model, step)
         model_state = {"model": job.model.state_dict(), "optimizer": optimizer.state_dict()}
         per_sample = {"terms": terms, "scored_epoch": scored_epoch, "times_trained": times_trained, "batches": batches}
         position = {"epoch": epoch, "step_in_epoch": step_in_epoch, "step": step, "seconds": dict(seconds)}
-        source = {"config": config.model_dump(), "fingerprint": job.fingerprint}
+        source = {"config": config.model_dump(), "fingerprint": job.fingerprint, "bf16": job.bf16}
         save_checkpoint(out / "checkpoints", {**model_state, **per_sample, **position, **source}, step)
 
     def clock() -> float:
@@ -251,7 +253,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
                 left_out, others = split_by_age(job, scored_epoch, epoch)
                 if len(left_out):
                     terms[:, left_out] = score_pass(job, model, views_of, left_out, others, epoch)
-                    scored_epoch[left_out] = epoch
+                    scored_epoch[left_out] = epoch - 1  # older than whatever this epoch trains on
                 seconds["scoring"] += clock() - began
                 began = clock()
             count = plan.kept_count(epoch, num_samples)
@@ -277,22 +279,22 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
                 optimizer.step()
                 bad_step = torch.where((bad_step < 0) & ~loss.detach().isfinite().all(), step_in_epoch, bad_step)
                 step, step_in_epoch = step + 1, step_in_epoch + 1
+                stopping = stop.signal  # read once: it may come at any moment
                 due = time.monotonic() - saved_at > 60 * config.checkpoint.every_minutes
-                if device.type == "cpu" or due or stop.signal:  # on a GPU, reading the flag waits for it: seldom
+                if device.type == "cpu" or due or stopping:  # on a GPU, reading the flag waits for it: seldom
                     check_finite(bad_step, batches, epoch)
-                if due or stop.signal:
+                if due or stopping:
                     finished = batches[first_step:step_in_epoch].flatten()
                     times_trained[finished] += 1
                     scored_epoch[finished] = epoch
                     first_step = step_in_epoch
                     seconds["training"] += clock() - began
-                    began, saved_at = clock(), time.monotonic()
                     save(epoch, step_in_epoch, batches)
-                if stop.signal:
-                    report.say(
-                        f"stopped by {signal.Signals(stop.signal).name} after step {step}, saved. go on: python pretrain.py --resume {out}"
-                    )
-                    return 128 + stop.signal
+                    began, saved_at = clock(), time.monotonic()
+                if stopping:
+                    name = signal.Signals(stopping).name
+                    report.say(f"stopped by {name} after step {step}, saved. go on: python pretrain.py --resume {out}")
+                    return 128 + stopping
 
         check_finite(bad_step, batches, epoch)
         finished = batches[first_step:].flatten()
@@ -309,7 +311,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
             "step": step,
             "samples_seen": step * batch_size,
             "kept_share": plan.kept_count(epoch, num_samples) / num_samples,
-            **describe_terms(terms[:, batches.flatten()], beta),
+            **describe_terms(terms[:, batches.flatten()], beta, prune.memory),
             "images_per_second": len(finished) / epoch_seconds,
             "lr": lr_at(step - 1, total_steps, warmup_steps, config.optimizer.lr),
             **{f"{name}_seconds": value for name, value in seconds.items()},
@@ -332,6 +334,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
             "scored_epoch": scored_epoch,
         },
     )
+    check_weights(job.model, step)
     save_encoder(job.encoder, out / "encoder")
     save(config.epochs, 0, None)  # last: a run whose checkpoint says "finished" has everything else
     samples, full = total_steps * batch_size, job.full_steps * batch_size
@@ -347,9 +350,11 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
     return 0
 
 
-def describe_terms(trained: Tensor, beta: float) -> dict[str, float]:
+def describe_terms(trained: Tensor, beta: float, memory: str) -> dict[str, float]:
     """What decides the ranking, over the samples of an epoch, (2, K): is one term drowned by the other? One read-out."""
     loss, distance = trained
+    if memory == "standardized":  # in nats: what the rule subtracts, times the loss's spread
+        distance = distance / distance.std() * loss.std()
     figures = [loss.mean(), loss.std(), (beta * distance).std(), rank_correlation(loss, distance)]
     return dict(zip(("loss", "std_loss", "std_beta_memory", "rank_correlation"), torch.stack(figures).tolist(), strict=True))
 
@@ -371,6 +376,13 @@ def check_finite(bad_step: Tensor, batches: Tensor, epoch: int) -> None:
         raise RunFailed(f"{what}; the last checkpoint is intact. fix: lower optimizer.lr, or lengthen optimizer.warmup_epochs")
 
 
+def check_weights(model: nn.Module, step: int) -> None:
+    """Raise RunFailed before a sick network is saved: the last update may be the bad one, and no loss has seen it yet."""
+    if not torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()]).all():
+        what = f"the weights are not finite after step {step}; the last checkpoint is intact"
+        raise RunFailed(f"{what}. fix: lower optimizer.lr, or lengthen optimizer.warmup_epochs")
+
+
 def pick_monitor_set(job: Job) -> tuple[Tensor, Tensor] | None:
     """Pixels and labels of a fixed part of the train split, for the kNN line; the test split is for evaluate.py alone."""
     labels = job.images.labels
@@ -383,15 +395,16 @@ def pick_monitor_set(job: Job) -> tuple[Tensor, Tensor] | None:
 def monitor_knn(job: Job, monitor_set: tuple[Tensor, Tensor], report: Report) -> float | None:
     """kNN accuracy in 0..1 of the encoder as it is now: four fifths of the monitor set are the bank, one fifth asks."""
     job.encoder.eval()
-    features = extract_features(job.encoder, *monitor_set, batch_size=job.config.batch_size, device=job.device)
-    job.encoder.train()
-    cut = len(features.y) * 4 // 5
-    bank, queries = type(features)(features.x[:cut], features.y[:cut]), type(features)(features.x[cut:], features.y[cut:])
     try:
+        features = extract_features(job.encoder, *monitor_set, batch_size=job.config.batch_size, device=job.device)
+        cut = len(features.y) * 4 // 5
+        bank, queries = Features(features.x[:cut], features.y[:cut]), Features(features.x[cut:], features.y[cut:])
         return knn_accuracy(bank, queries, num_neighbors=min(20, cut), temperature=0.1)
     except EvalError as error:  # a collapsed encoder is worth a line, not the end of the run
         report.say(f"kNN       not taken: {error}")
         return None
+    finally:
+        job.encoder.train()
 
 
 def dry_run(job: Job, report: Report) -> int:
@@ -447,17 +460,20 @@ def run(arguments: argparse.Namespace) -> int:
         out = Path(arguments.resume)
         if not (out / "config.yaml").is_file():
             raise UserError(f"{out} is not a run directory: it has no config.yaml", "give the directory that pretrain.py wrote")
-        config = load_config(out / "config.yaml", [*arguments.overrides, f"out={out}"])
+        if any(override.startswith("out=") for override in arguments.overrides):
+            raise UserError("a run stays in its directory", "move it first, then --resume the new place, without out=")
+        before = load_config(out / "config.yaml", [])
+        config = load_config(out / "config.yaml", arguments.overrides).model_copy(update={"out": str(out)})
         state, warnings = load_checkpoint(out / "checkpoints")
         for line in warnings:
             report.say(line)
-        difference = first_difference(config.model_dump(), state["config"]) if state else None
-        if difference:
-            raise UserError(
-                f"the checkpoint in {out} is of another config: {difference}",
-                "resume without that change, or start a new run with another out=DIR",
-            )
-        if state and state["epoch"] == config.epochs:
+        for settings, source in ((before.model_dump(), "run"), (state["config"] if state else {}, "checkpoint")):
+            difference = first_difference(config.model_dump(), settings) if settings else None
+            if difference:
+                fix = "resume without that change, or start a new run with another out=DIR"
+                raise UserError(f"the {source} in {out} is of another config: {difference}", fix)
+        exported = (out / "encoder" / "config.json").is_file() and (out / "pruning" / "samples.parquet").is_file()
+        if state and state["epoch"] == config.epochs and exported:
             report.say(f"{out} is finished, nothing to do. next: python evaluate.py {out} knn linear")
             return 0
         job = prepare(config, report)
@@ -466,9 +482,11 @@ def run(arguments: argparse.Namespace) -> int:
                 f"the images in {config.data.source} are not those of the checkpoint in {out}",
                 "restore them, or start a new run with another out=DIR",
             )
-        report.say(
-            f"resume    epoch {state['epoch'] + 1}, step {state['step']}" if state else "resume    no checkpoint yet, from the beginning"
-        )
+        if state and state["bf16"] != job.bf16:
+            precision = "bf16" if state["bf16"] else "fp32"
+            raise UserError(f"the run in {out} trains in {precision}, this would go on in another", f"set precision={precision}")
+        where = f"epoch {state['epoch'] + 1}, step {state['step']}" if state else "no checkpoint yet, from the beginning"
+        report.say(f"resume    {where}")
     write_environment(out / "environment.json", job.device)
     report.attach(out, config.monitor.tensorboard)
     report.forget_from(state["epoch"] + 1 if state else 1)
@@ -479,7 +497,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Pretrain an image encoder with SimCLR and EMP data pruning.",
         epilog="Every key is in ssl_emp/config.py; override it with key=value.",
     )
@@ -487,23 +505,33 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this directory")
     parser.add_argument("--dry-run", action="store_true", help="show what would happen, train nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as epochs=20 prune.fraction=0.5")
-    arguments = parser.parse_intermixed_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without a beta is no reason to end a run
     try:
+        arguments = parser.parse_intermixed_args(argv)
         if arguments.resume and (arguments.config or arguments.dry_run):
             raise UserError("--resume takes its config from the run", "drop --config and --dry-run")
+        if not arguments.resume and not arguments.config:
+            raise UserError("nothing to do", "give --config FILE, such as configs/demo.yaml, or --resume RUN")
         return run(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(str(error), 2)
     except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of memory on the device ({str(error).splitlines()[0]}). fix: lower batch_size or model.width", file=sys.stderr)
-        return 3
+        return complain(str(error), 3)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return complain(f"out of memory ({(str(error).splitlines() or [''])[0]}). fix: lower batch_size or model.width, then --resume", 3)
     except OSError as error:  # what a full or vanished disk raises from any of the run's files
-        print(f"error: {error.filename or 'a file of the run'}: {error.strerror or error}. fix: mend that, then --resume", file=sys.stderr)
-        return 3
+        what = f"{error.filename or 'a file of the run'}: {error.strerror or error}"
+        return complain(f"{what}. fix: see to the disk and its permissions, then --resume", 3)
+    except KeyboardInterrupt:  # before the first step: nothing to save
+        return 130
+
+
+def complain(line: str, code: int) -> int:
+    """One line on standard error, and the exit code."""
+    print(f"error: {line}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

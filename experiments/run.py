@@ -37,20 +37,27 @@ def name_of(cell: dict[str, Any]) -> str:
     return "-".join(str(value) for value in cell.values())
 
 
+class CellFailed(Exception):
+    """A cell ended with an error; the others go on."""
+
+
+def environment_of(out: Path) -> dict[str, Any]:
+    environment: dict[str, Any] = json.loads((out / "environment.json").read_text())
+    return environment
+
+
 def run_cell(cell: dict[str, Any], grid: dict[str, Any], out: Path, extra: list[str], results: Path, threads: int | None) -> str:
     """Train (or resume) and evaluate one cell, then append its line to `results`."""
     environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-    overrides = [
-        f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in {**grid.get("overrides", {}), **cell}.items()
-    ] + extra
-    if (out / "config.yaml").exists():
-        command = ["pretrain.py", "--resume", str(out)]
-    else:
-        command = ["pretrain.py", "--config", grid["config"], f"out={out}", *overrides]
+    settings = {**grid.get("overrides", {}), **cell}
+    overrides = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()] + extra
+    # a resumed cell gets the overrides too: pretrain.py refuses them where the grid has changed since
+    start = ["--resume", str(out)] if (out / "config.yaml").exists() else ["--config", grid["config"], f"out={out}"]
+    command = ["pretrain.py", *start, *overrides]
     for arguments in (command, ["evaluate.py", str(out), *grid["evaluators"]]):
         finished = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
         if finished.returncode:
-            return f"{name_of(cell)}: exit code {finished.returncode}, {finished.stderr.strip().splitlines()[-1:]}"
+            raise CellFailed(f"{name_of(cell)}: exit code {finished.returncode}, {finished.stderr.strip().splitlines()[-1:]}")
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     row = {
         "cell": cell,
@@ -58,8 +65,9 @@ def run_cell(cell: dict[str, Any], grid: dict[str, Any], out: Path, extra: list[
         "training_seconds": last["training_seconds"],
         "scoring_seconds": last["scoring_seconds"],
         **{name: json.loads((out / "eval" / f"{name}.json").read_text())[0]["value"] for name in grid["evaluators"]},
-        "overrides": overrides,
-        "environment": json.loads((out / "environment.json").read_text()),
+        "config": grid["config"],
+        "settings": settings,
+        "environment": {key: value for key, value in environment_of(out).items() if key != "command"},
         "revision": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
     }
     with written, open(results, "a", encoding="utf-8") as file:
@@ -78,18 +86,25 @@ def main() -> int:
     grid = yaml.safe_load(arguments.grid.read_text())
     results = ROOT / "experiments" / "results" / f"{arguments.grid.stem}.jsonl"
     results.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line)["cell"] for line in results.read_text().splitlines()] if results.exists() else []
-    todo = [cell for cell in expand(grid["cells"]) if cell not in done]
-    print(f"{len(done)} cells done, {len(todo)} to do", flush=True)
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    done = [(row["cell"], row["settings"], row["config"]) for row in rows]
+    cells = expand(grid["cells"])
+    todo = [cell for cell in cells if (cell, {**grid.get("overrides", {}), **cell}, grid["config"]) not in done]
+    print(f"{len(cells) - len(todo)} cells done, {len(todo)} to do", flush=True)
+    failed = 0
     with ThreadPoolExecutor(arguments.jobs) as pool:
 
-        def work(cell: dict[str, Any]) -> str:
+        def work(cell: dict[str, Any]) -> str | CellFailed:
             out = arguments.runs.resolve() / arguments.grid.stem / name_of(cell)
-            return run_cell(cell, grid, out, arguments.extra, results, 1 if arguments.jobs > 1 else None)
+            try:
+                return run_cell(cell, grid, out, arguments.extra, results, 1 if arguments.jobs > 1 else None)
+            except CellFailed as error:
+                return error
 
         for number, line in enumerate(pool.map(work, todo), 1):
+            failed += isinstance(line, CellFailed)
             print(f"[{number}/{len(todo)}] {line}", flush=True)
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

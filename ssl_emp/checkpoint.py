@@ -52,7 +52,7 @@ def _read_manifest(folder: Path) -> dict[str, str]:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], step: int) -> None:
-    """Write `state` as `step_XXXXXXXX.pt`: temporary sibling, fsync, hash, rename, manifest; older ones go last.
+    """Write `state` as `step_XXXXXXXX.pt`: temporary sibling, fsync, hash, manifest, rename; older ones go last.
 
     Raises:
         RunFailed: the disk is full or refuses; the checkpoints before are intact.
@@ -65,11 +65,13 @@ def save_checkpoint(folder: Path, state: dict[str, Any], step: int) -> None:
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
-        digest = _sha256(tmp)
+        known = _read_manifest(folder)
+        known = {name: digest for name, digest in known.items() if (folder / name).is_file()} | {path.name: _sha256(tmp)}
+        newest = dict(sorted(known.items())[-KEPT:])
+        # the hash is on disk before the file has its name: killed in between, the checkpoint before is still the newest
+        write_atomically(folder / "manifest.json", json.dumps(newest, indent=1).encode())
         os.replace(tmp, path)
-        newest = sorted(name for name in {*_read_manifest(folder), path.name} if (folder / name).is_file())[-KEPT:]
-        manifest = {name: digest if name == path.name else _read_manifest(folder).get(name, "") for name in newest}
-        write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+        _sync_directory(folder)
     except (OSError, RuntimeError) as error:  # a full disk surfaces from torch.save as RuntimeError
         tmp.unlink(missing_ok=True)
         raise RunFailed(f"cannot write {path} ({error}). fix: free some space, then --resume; the checkpoint before is intact") from error

@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -101,7 +101,7 @@ class CheckpointConfig(Section):
 class PretrainConfig(Section):
     """Everything a pretraining run depends on; `RUN/config.yaml` is this, resolved."""
 
-    out: str | None = None  # run directory; null: runs/<name of the config file>
+    out: Annotated[str, Field(min_length=1)] | None = None  # run directory; null: runs/<name of the config file>
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on GPUs that have it, else fp32
@@ -139,6 +139,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# YAML 1.1 reads 010 as eight: here it is no number at all
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:int"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][\d_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
@@ -187,13 +193,14 @@ def load_config(path: str | Path | None, overrides: list[str]) -> PretrainConfig
             )
         values = loaded or {}
     for override in overrides:
-        _apply(values, override)
+        apply_override(PretrainConfig, values, override)
     if values.get("out") is None and path is not None:
         values["out"] = f"runs/{Path(path).stem}"
     return check_config(values, where)
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply_override(config: type[BaseModel], values: dict[str, Any], override: str) -> None:
+    """Write `a.b=text` into nested dicts. Text is YAML, but where `config` wants a string it is taken as it stands."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise UserError(f"{override!r} is not an override", "write key=value, such as epochs=20 or prune.fraction=0.5")
@@ -202,7 +209,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UserError(f"{key}: {section} is a value, not a section", f"write {section}=value")
-    values[name] = parse_yaml(text, override)
+    field: Any = config
+    for part in key.split("."):
+        field = field.model_fields[part].annotation if part in getattr(field, "model_fields", {}) else None
+    options = {get_args(option)[0] if get_args(option) else option for option in (get_args(field) or (field,))}
+    takes_text = str in options
+    values[name] = text if takes_text and text != "null" else parse_yaml(text, override)
 
 
 def check_config(values: dict[str, Any], where: str) -> PretrainConfig:

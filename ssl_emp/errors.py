@@ -1,5 +1,8 @@
 """The two ways a run ends early: the user can fix it (exit code 2), or the run failed (exit code 3)."""
 
+import argparse
+from typing import NoReturn
+
 
 class UserError(Exception):
     """Something the user can fix. Printed as one line, `error: what. fix: how`; exit code 2.
@@ -11,6 +14,13 @@ class UserError(Exception):
 
     def __init__(self, what: str, fix: str) -> None:
         super().__init__(f"{what}. fix: {fix}")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are one line too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, "see --help")
 
 
 class RunFailed(Exception):

@@ -167,7 +167,8 @@ def load_encoder(path: str | os.PathLike[str]) -> Encoder:
         weights = load_file(folder / "model.safetensors")
     except Exception as error:  # json, safetensors and key errors have no common base; each means a damaged export
         raise UserError(
-            f"the encoder in {folder} cannot be read ({type(error).__name__}: {error})", "export it again with pretrain.py --resume RUN"
+            f"the encoder in {folder} cannot be read ({type(error).__name__}: {error})",
+            "delete it and run pretrain.py --resume RUN: a finished run exports again",
         ) from error
     expected = encoder.backbone.state_dict()
     differing = sorted(set(expected) ^ set(weights)) or sorted(name for name in expected if expected[name].shape != weights[name].shape)

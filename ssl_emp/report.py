@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
+
+from ssl_emp.checkpoint import write_atomically
+from ssl_emp.device import describe_device
 
 Item = TypeVar("Item")
 PLAIN_EVERY_SECONDS = 60.0  # not on a terminal: a line at least this often within an epoch
@@ -67,8 +70,13 @@ class Report:
         """Drop the lines of metrics.jsonl that a resumed run is about to write again."""
         path = (self.folder or Path()) / "metrics.jsonl"
         if path.exists():
-            rows = [line for line in path.read_text().splitlines() if json.loads(line)["epoch"] < epoch]
-            path.write_text("".join(f"{line}\n" for line in rows))
+            rows = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    rows += [line] if json.loads(line)["epoch"] < epoch else []
+                except ValueError:  # cut off by a kill or a full disk: its epoch runs again
+                    break
+            write_atomically(path, "".join(f"{line}\n" for line in rows).encode())
 
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
         """Two columns, name and value; plain lines where the console is not a terminal."""
@@ -104,13 +112,6 @@ class Report:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
-
-
-def describe_device(device: torch.device) -> str:
-    """Such as `cuda (NVIDIA H100)` or `cpu (2 threads)`."""
-    if device.type == "cuda":
-        return f"cuda ({torch.cuda.get_device_name(device)})"
-    return f"{device.type} ({torch.get_num_threads()} threads)"
 
 
 def write_environment(path: Path, device: torch.device) -> None:
@@ -153,6 +154,13 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     ranks = ranks - ranks.mean(1, keepdim=True)
     varies = torch.stack([a.max() > a.min(), b.max() > b.min()]).all()
     return torch.where(varies, (ranks[0] * ranks[1]).sum() / ranks.norm(dim=1).prod().clamp(min=1e-12), 0.0)
+
+
+def show_progress(label: str) -> Callable[[int, int], None] | None:
+    """A counter (done, total) on standard error where a person watches, else None."""
+    if not sys.stderr.isatty():
+        return None
+    return lambda done, total: print(f"\r{label} {done:,} of {total:,}", end="" if done < total else "\n", file=sys.stderr)
 
 
 def duration(seconds: float) -> str:

@@ -39,6 +39,13 @@ def test_overrides_win_and_1e_3_is_a_number(tmp_path: Path) -> None:
     assert (config.optimizer.weight_decay, config.data.source, config.epochs) == (1e-4, "a b.parquet", 3)
 
 
+@pytest.mark.parametrize("text", ["a #b", "*.parquet", "x: y", "456", "true", "[1", "1e3"])
+def test_text_is_taken_as_it_stands(text: str) -> None:
+    assert load_config(None, [f"data.source={text}"]).data.source == text
+    assert load_config(None, [f"out={text}", f"data.test_source={text}"]).data.test_source == text
+    assert load_config(None, ["data.test_source=null"]).data.test_source is None
+
+
 def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
     config = load_config(ROOT / "configs" / "demo.yaml", ["seed=3"])
     assert load_config(write(tmp_path, yaml.safe_dump(config.model_dump(), sort_keys=False)), []) == config
@@ -60,6 +67,7 @@ def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
         ("epochs: 0", "epochs: should be greater than or equal to 1"),
         ("epochs: 1.5", "epochs: should be a valid integer"),
         ("epochs: yes", "epochs: should be a valid integer"),
+        ("epochs: 010", "epochs: should be a valid integer (is '010')"),
         ("batch_size: 1", "batch_size: should be greater than or equal to 2"),
         ("temperature: 0", "temperature: should be greater than 0"),
         ("compile: 1", "compile: should be a valid boolean"),

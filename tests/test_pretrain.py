@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from PIL import Image
 from torch import Tensor
 
 import pretrain
+from linear_eval import EvalError
 from ssl_emp import load_encoder
 from ssl_emp.augment import draw_params, two_views
 from ssl_emp.checkpoint import load_checkpoint
 from ssl_emp.config import load_config
 from ssl_emp.errors import RunFailed
-from ssl_emp.images import HostImages
+from ssl_emp.images import DeviceImages, HostImages
 from ssl_emp.loss import nt_xent
 from ssl_emp.pruning import feature_distance, select_kept
 from ssl_emp.report import Report, rank_correlation
@@ -143,26 +145,40 @@ def test_what_was_scored_when(pretrain_run: Pretrain, scoring: str) -> None:
     assert sum(times) == (8 + 4 * 5) * 8
     if scoring == "stale":
         assert min(scored_epoch) < 4
-    else:  # every sample was scored with the weights of this epoch or, for those just trained, of the last
-        assert min(scored_epoch) >= 3
-    if scoring == "all":
-        assert set(scored_epoch) == {4}
+    else:  # this epoch's training, the scoring pass before it (the weights of epoch 3), or epoch 3's training
+        assert set(scored_epoch) == {3, 4}
+    assert scored_epoch.count(4) == 40
 
 
-def test_rescore_every_sets_the_rhythm(pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[int, int]] = []
-    original = pretrain.score_pass
+def test_what_a_scoring_pass_scores(pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`all`: everything, at the asked rhythm. `pruned`: exactly what the last epoch did not train on."""
+    passes: list[tuple[int, set[int]]] = []
+    trained: set[int] = set()
+    missing: list[set[int]] = []
+    original, original_batches = pretrain.score_pass, pretrain.shuffled_batches
 
     def noted(job: Any, model: Any, views_of: Any, first: Tensor, rest: Tensor, epoch: int) -> Tensor:
-        seen.append((epoch, len(first)))
+        assert sorted([*first.tolist(), *rest.tolist()]) == list(range(68))
+        passes.append((epoch, set(first.tolist())))
+        missing.append(set(range(68)) - trained)
         return original(job, model, views_of, first, rest, epoch)
 
+    def noted_batches(kept: Tensor, batch_size: int, seed: int, epoch: int) -> Tensor:
+        batches = original_batches(kept, batch_size, seed, epoch)
+        if batch_size > 1:
+            trained.clear()
+            trained.update(batches.flatten().tolist())
+        return batches
+
     monkeypatch.setattr(pretrain, "score_pass", noted)
+    monkeypatch.setattr(pretrain, "shuffled_batches", noted_batches)
     pretrain_run("a", "prune.scoring=all", "prune.rescore_every=2", "epochs=6", "prune.anneal_fraction=0")
-    assert seen == [(1, 68), (3, 68), (5, 68)]
-    seen.clear()
-    pretrain_run("b", "prune.scoring=pruned", "epochs=4", "prune.anneal_fraction=0")
-    assert seen == [(1, 4), (2, 28), (3, 28)]  # the remainder of the full epoch, then what a pruned epoch left out
+    assert passes == [(epoch, set(range(68))) for epoch in (1, 3, 5)]
+    passes.clear()
+    missing.clear()
+    pretrain_run("b", "prune.scoring=pruned", "epochs=8", "prune.anneal_fraction=0")
+    assert [epoch for epoch, _ in passes] == list(range(1, 8)) and [scored for _, scored in passes] == missing
+    assert [len(scored) for scored in missing] == [4] + 6 * [28]  # the remainder of the full epoch, then the pruned
 
 
 def make_job(tiny_config: Path, *overrides: str) -> pretrain.Job:
@@ -222,8 +238,7 @@ class StopAfter:
     @property
     def signal(self) -> int | None:
         self.reads += 1
-        # each step on the CPU reads it twice, unless a stop makes it more
-        return int(signal.SIGTERM) if self.reads > 2 * (StopAfter.steps - 1) else None
+        return int(signal.SIGTERM) if self.reads >= StopAfter.steps else None  # each step reads it once
 
 
 @pytest.mark.parametrize("scoring", ["stale", "pruned"])
@@ -305,6 +320,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     expect_error(capsys, start("batch_size=42"), "41 of the 68", "batch_size=41")
     expect_error(capsys, start("device=cuda:99"), "device=cuda:99")
     expect_error(capsys, start("device=toaster"), "device=toaster")
+    expect_error(capsys, start("device=meta"), "device=meta")
+    expect_error(capsys, start("data.source=no #such: *place"), "no #such: *place")
+    expect_error(capsys, start("data.max_images=2", "batch_size=2", "prune.fraction=0.9"), "keeps 0 of the 2")
+    expect_error(capsys, [], "--config")
+    expect_error(capsys, ["--resme", "x"], "--resme")
     expect_error(capsys, ["--config", str(tmp_path / "no.yaml")], "no.yaml")
     expect_error(capsys, ["--resume", str(tmp_path)], "config.yaml")
     expect_error(capsys, ["--resume", str(tmp_path), "--config", str(tiny_config)], "--resume")
@@ -334,6 +354,12 @@ def test_a_checkpoint_of_another_config_or_other_images_is_refused(
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     expect_error(capsys, ["--resume", str(out), "temperature=0.2"], "temperature was 0.5 and is now 0.2")
     expect_error(capsys, ["--resume", str(out), "model.width=16"], "model.width was 8 and is now 16")
+    expect_error(capsys, ["--resume", str(out), "out=elsewhere"], "stays in its directory")
+    expect_error(capsys, ["--resume", str(out), "precision=bf16"], "trains in fp32", "precision=fp32")
+    edited = (out / "config.yaml").read_text().replace("epochs: 3", "epochs: 4")
+    (out / "config.yaml").write_text(edited)
+    expect_error(capsys, ["--resume", str(out)], "checkpoint", "epochs was 3 and is now 4")
+    (out / "config.yaml").write_text(edited.replace("epochs: 4", "epochs: 3"))
     images, labels = striped_images(68)
     write_parquet(tmp_path / "data" / "train.parquet", images[::-1], labels)
     expect_error(capsys, ["--resume", str(out)], "not those of the checkpoint")
@@ -423,17 +449,85 @@ def test_rank_correlation_is_spearmans() -> None:
     assert rank_correlation(a, torch.ones(50)).item() == 0
 
 
+def test_a_finished_run_without_its_exports_exports_again(pretrain_run: Pretrain) -> None:
+    """As if killed between the last step and the end, or with the encoder deleted."""
+    run, reference = pretrain_run("run"), pretrain_run("reference")
+    shutil.rmtree(run / "encoder")
+    (run / "pruning" / "samples.parquet").unlink()
+    assert pretrain.main(["--resume", str(run)]) == 0
+    assert_same_run(run, reference)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(pretrain_run: Pretrain, capsys: pytest.CaptureFixture[str]) -> None:
+    run, reference = pretrain_run("run"), pretrain_run("reference")
+    for name in ("checkpoints", "encoder", "pruning"):
+        shutil.rmtree(run / name)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"epo')  # a line cut off
+    capsys.readouterr()
+    expect_error(capsys, ["--resume", str(run), "temperature=0.1"], "temperature was 0.5 and is now 0.1")
+    assert pretrain.main(["--resume", str(run), "data.download_dir=elsewhere"]) == 0
+    ours, theirs = final_state(run), final_state(reference)
+    assert all(leaf.equal(theirs[path]) for path, leaf in ours.items() if isinstance(leaf, Tensor)) and rows(run) == rows(reference)
+
+
+def test_a_last_update_that_is_not_finite_is_not_saved(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sick = ["optimizer.lr=1e38", "optimizer.warmup_epochs=0", "monitor.knn_every=0"]
+    one_step = ["epochs=1", "data.max_images=8"]
+    expect_error(capsys, ["--config", str(tiny_config), f"out={tmp_path / 'a'}", *sick, *one_step, "prune.policy=none"], "weights", code=3)
+    assert not (tmp_path / "a" / "encoder").exists() and not (tmp_path / "a" / "checkpoints").exists()
+    monkeypatch.setattr(pretrain, "Stop", StopAfter)
+    StopAfter.steps = 1
+    expect_error(capsys, ["--config", str(tiny_config), f"out={tmp_path / 'b'}", *sick], "weights are not finite after step 1", code=3)
+    assert not (tmp_path / "b" / "checkpoints").exists()
+
+
+def test_a_collapsed_encoder_costs_the_knn_line_only(
+    pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def collapsed(*arguments: Any, **options: Any) -> Any:
+        raise EvalError("68 rows of features are all zero", "train it")
+
+    monkeypatch.setattr(pretrain, "extract_features", collapsed)
+    run = pretrain_run("run")
+    assert "kNN       not taken: 68 rows" in capsys.readouterr().out and "knn_train_split" not in rows(run)[-1]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "metrics.jsonl"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_full_disk_and_a_full_device_are_one_line(
+    error: Exception, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pretrain, "nt_xent" if isinstance(error, torch.OutOfMemoryError) else "write_samples", full)
+    words = ("out of memory", "batch_size") if isinstance(error, torch.OutOfMemoryError) else ("metrics.jsonl: No space left", "--resume")
+    expect_error(capsys, ["--config", str(tiny_config), f"out={tmp_path / 'run'}"], *words, code=3)
+
+
+def test_a_terminal_without_greek_does_not_end_a_run(tiny_config: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "pretrain.py"), "--config", str(tiny_config), f"out={tmp_path / 'run'}", "epochs=1"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120)
+    assert finished.returncode == 0 and b"std(?" in finished.stdout, finished.stderr
+
+
 @pytest.mark.gpu
-def test_no_host_sync_inside_an_epoch(tiny_config: Path) -> None:
-    """One training step's arithmetic, from index to optimiser, never waits for the GPU."""
-    job = make_job(tiny_config, "device=cuda", "precision=fp32")
-    table = torch.arange(16, device="cuda").view(2, 8)
-    epoch_of = os.environ.get("EPOCH", "1")
-    for index, images in job.store.stream(table):
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            params = draw_params(0, int(epoch_of), index, job.recipe, 16)
-            _, _, z_a, z_b = pretrain.forward_views(job, job.model, *two_views(images, params, job.recipe))
-            nt_xent(z_a, z_b, 0.5).mean().backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+def test_no_host_sync_inside_an_epoch(tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real loop, from the second batch of an epoch to its last, never waits for the GPU."""
+    original = DeviceImages.stream
+
+    def watched(self: DeviceImages, index_batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for number, batch in enumerate(original(self, index_batches)):
+            if number == 1:  # the first step may set up its libraries
+                torch.cuda.set_sync_debug_mode("error")
+            yield batch
+        torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(DeviceImages, "stream", watched)
+    try:
+        assert pretrain.main(["--config", str(tiny_config), f"out={tmp_path / 'run'}", "device=cuda", "prune.scoring=pruned"]) == 0
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
