@@ -335,15 +335,20 @@ def note(line: str) -> None:
 
 
 def print_table(rows: list[Row]) -> None:
+    """Markdown; on a terminal, where protocols would fold into towers, a table with the protocols below it."""
     cells = [[f"{row[name]:.2f}" if name == "value" else str(row[name]) for name in COLUMNS] for row in rows]
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(*COLUMNS)
+        console, table = Console(highlight=False), Table(*COLUMNS)
+        place = COLUMNS.index("protocol")
+        protocols = list(dict.fromkeys(line[place] for line in cells))
         for line in cells:
-            table.add_row(*line)
-        Console().print(table)
+            table.add_row(*line[:place], f"({protocols.index(line[place]) + 1})", *line[place + 1 :])
+        console.print(table)
+        for number, protocol in enumerate(protocols, 1):
+            console.print(f"({number}) {protocol}", markup=False)
         return
     widths = [max(map(len, column)) for column in zip(COLUMNS, *cells, strict=True)]
     for line in [list(COLUMNS), ["-" * width for width in widths], *cells]:

@@ -399,9 +399,14 @@ def _torchvision(name: str, split: str, labels: str, download_dir: str) -> _Sour
 
     part = "unlabeled" if name == "stl10" and split == "train" and labels == "none" else split
     choice = {"split": part} if name == "stl10" else {"train": split == "train"}
+    folder = os.path.expanduser(download_dir)
+    was_there = os.path.exists(folder)
     try:
-        data = getattr(datasets, TORCHVISION[name])(os.path.expanduser(download_dir), download=True, **choice)
+        data = getattr(datasets, TORCHVISION[name])(folder, download=True, **choice)
     except (OSError, RuntimeError) as exc:  # URLError is an OSError
+        if not was_there:
+            with suppress(OSError):  # torchvision made it before it asked the network; with files in it, it stays
+                os.rmdir(folder)
         what = f"{name} is not in {download_dir} and could not be downloaded: {_reason(exc)}"
         raise UserError(what, f"connect to the network, or copy torchvision's files of {name} into {download_dir}") from exc
     pixels = np.asarray(data.data)  # (N, H, W), (N, H, W, 3), or (N, 3, H, W) for STL-10

@@ -154,6 +154,14 @@ def test_what_was_done_before_an_error_is_kept(run_dir: Path, capsys: pytest.Cap
     assert len(json.loads((run_dir / "eval/linear.json").read_text())) == 1
 
 
+def test_a_terminal_gets_the_protocols_below_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    row = dict.fromkeys(evaluate.COLUMNS, "x") | {"value": 12.345, "protocol": "a very long protocol " * 5}
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    evaluate.print_table([row, row | {"encoder": "y"}])
+    table, _, below = capsys.readouterr().out.partition("(1) a very")
+    assert table.count("(1)") == 2 and table.count("12.35") + table.count("12.34") == 2 and "long protocol" in below
+
+
 def test_wrong_words_are_named(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no encoder named" in fails(capsys, "knn")
     assert "no evaluator named" in fails(capsys, "random")

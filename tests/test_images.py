@@ -693,14 +693,19 @@ def test_stl10_pretrains_on_its_unlabeled_part(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("error", [URLError(OSError(-3, "Temporary failure in name resolution")), RuntimeError("Error downloading\nx.tgz")])
 @pytest.mark.parametrize(("name", "attribute"), sorted(module.TORCHVISION.items()))
-def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch, name: str, attribute: str, error: Exception) -> None:
-    def offline(*_: Any, **__: Any) -> None:
+def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, attribute: str, error: Exception) -> None:
+    def offline(root: str, **_: Any) -> None:
+        Path(root).mkdir(exist_ok=True)  # as torchvision does before it asks the network
         raise error
 
     monkeypatch.setattr(f"torchvision.datasets.{attribute}", offline)
     with pytest.raises(UserError, match=f"{name} is not in .*could not be downloaded.*fix: connect to the network, or copy") as caught:
-        load_images(name)
-    assert "\n" not in str(caught.value)
+        load_images(name, download_dir=str(tmp_path / "data"))
+    assert "\n" not in str(caught.value) and not (tmp_path / "data").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError):
+        load_images(name, download_dir=str(tmp_path / "mine"))
+    assert (tmp_path / "mine").exists()
 
 
 def test_mnist5k_is_split_by_class_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
