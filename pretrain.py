@@ -263,7 +263,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
                 kept = select_kept(combine_terms(terms, beta, prune.memory), count)
             batches = shuffled_batches(kept, batch_size, config.seed, epoch)
         bad_step = torch.tensor(-1, device=device)  # first step of the epoch with a non-finite loss
-        first_step = step_in_epoch
+        first_step, seconds_before = step_in_epoch, seconds["training"]
         label = f"epoch {epoch + 1}/{config.epochs}"
 
         with report.progress(job.store.stream(batches[first_step:]), len(batches), label, first_step) as stream:
@@ -273,6 +273,8 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
                 loss = nt_xent(z_a, z_b, config.temperature)  # (B,)
                 distance = feature_distance(h_a.detach(), h_b.detach(), prune.memory)  # (B,)
                 terms[:, index] = torch.stack([loss.detach(), distance])
+                scored_epoch[index] = epoch
+                times_trained[index] += 1
                 set_lr(optimizer, lr_at(step, total_steps, warmup_steps, config.optimizer.lr))
                 optimizer.zero_grad(set_to_none=True)
                 loss.mean().backward()
@@ -284,10 +286,6 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
                 if device.type == "cpu" or due or stopping:  # on a GPU, reading the flag waits for it: seldom
                     check_finite(bad_step, batches, epoch)
                 if due or stopping:
-                    finished = batches[first_step:step_in_epoch].flatten()
-                    times_trained[finished] += 1
-                    scored_epoch[finished] = epoch
-                    first_step = step_in_epoch
                     seconds["training"] += clock() - began
                     save(epoch, step_in_epoch, batches)
                     began, saved_at = clock(), time.monotonic()
@@ -297,11 +295,8 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
                     return 128 + stopping
 
         check_finite(bad_step, batches, epoch)
-        finished = batches[first_step:].flatten()
-        times_trained[finished] += 1
-        scored_epoch[finished] = epoch
-        epoch_seconds = clock() - began
-        seconds["training"] += epoch_seconds
+        seconds["training"] += clock() - began
+        rate = (len(batches) - first_step) * batch_size / (seconds["training"] - seconds_before)
         began = clock()
         knn = monitor_knn(job, monitor_set, report) if monitor_set and (epoch + 1) % config.monitor.knn_every == 0 else None
         seconds["monitoring"] += clock() - began
@@ -312,7 +307,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
             "samples_seen": step * batch_size,
             "kept_share": plan.kept_count(epoch, num_samples) / num_samples,
             **describe_terms(terms[:, batches.flatten()], beta, prune.memory),
-            "images_per_second": len(finished) / epoch_seconds,
+            "images_per_second": rate,
             "lr": lr_at(step - 1, total_steps, warmup_steps, config.optimizer.lr),
             **{f"{name}_seconds": value for name, value in seconds.items()},
             **({} if knn is None else {"knn_train_split": knn}),

@@ -271,7 +271,7 @@ def newest_step(run: Path) -> int:
 
 def test_signals_and_kills_lose_nothing(pretrain_run: Pretrain, tiny_config: Path, tmp_path: Path) -> None:
     """SIGTERM, SIGKILL and SIGINT to real processes, resumed each time: the uninterrupted run, bit for bit."""
-    overrides = ["epochs=30", "checkpoint.every_minutes=0.003"]
+    overrides = ["epochs=30", "checkpoint.every_minutes=0.0005"]
     reference = pretrain_run("reference", "epochs=30")
     out = tmp_path / "killed"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
