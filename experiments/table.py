@@ -10,25 +10,34 @@ from pathlib import Path
 from typing import Any
 
 
-def spread(values: list[float], digits: int = 1) -> str:
+def spread(values: list[float], digits: int = 1, sign: str = "") -> str:
     """`41.3 ± 0.4`; a single value stands alone."""
-    mean = f"{statistics.mean(values):.{digits}f}"
+    mean = f"{statistics.mean(values):{sign}.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def difference(group: list[dict[str, Any]], reference: list[dict[str, Any]], metric: str) -> str:
+    """Mean ± std of the paired differences over the seeds that both have: runs of one seed share weights, views, images."""
+    theirs = {row["cell"].get("seed"): row[metric] for row in reference}
+    pairs = [row[metric] - theirs[row["cell"].get("seed")] for row in group if row["cell"].get("seed") in theirs]
+    return "" if not pairs or group is reference else spread(pairs, 2, "+")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """One line for each cell without its seed, in the order of first appearance."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in rows:
-        cell = {key.removeprefix("prune."): value for key, value in row["cell"].items() if key != "seed"}
-        groups.setdefault(json.dumps(cell), []).append(row)
+        cell = row["cell"]
+        groups.setdefault((cell["prune.policy"], cell.get("prune.fraction", 0)), []).append(row)
     full = max(row["samples_seen"] for row in rows)
-    lines = ["| policy | s | samples seen | of unpruned | kNN % | linear % | training s | n |", "|---|---|---|---|---|---|---|---|"]
-    for key, group in groups.items():
-        cell, seen = json.loads(key), group[0]["samples_seen"]
+    heads = ("policy", "s", "samples seen", "of unpruned", "kNN %", "linear %", "kNN - none", "kNN - random", "training s", "n")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for (policy, fraction), group in groups.items():
+        seen = group[0]["samples_seen"]
         metrics = [spread([row[name] for row in group], 2) for name in ("knn", "linear")]
+        beside = [difference(group, groups.get(key, []), "knn") for key in (("none", 0), ("random", fraction))]
         seconds = spread([row["training_seconds"] for row in group], 0)
-        columns = [cell["policy"], cell.get("fraction", 0), f"{seen:,}", f"{seen / full:.1%}", *metrics, seconds, len(group)]
+        columns = [policy, fraction, f"{seen:,}", f"{seen / full:.1%}", *metrics, *beside, seconds, len(group)]
         lines.append(f"| {' | '.join(str(column) for column in columns)} |")
     return "\n".join(lines)
 

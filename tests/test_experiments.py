@@ -28,9 +28,17 @@ def test_table() -> None:
         cell = {"prune.policy": policy, **more, "seed": seed}
         return {"cell": cell, "samples_seen": seen, "knn": knn, "linear": knn + 1, "training_seconds": 10.0}
 
-    lines = table([row("none", 0, 100, 40.0), row("none", 1, 100, 42.0), row("emp", 0, 70, 41.0, **{"prune.fraction": 0.3})]).splitlines()
-    assert lines[2] == "| none | 0 | 100 | 100.0% | 41.00 ± 1.41 | 42.00 ± 1.41 | 10 ± 0 | 2 |"
-    assert lines[3] == "| emp | 0.3 | 70 | 70.0% | 41.00 | 42.00 | 10 | 1 |"
+    pruned = {"prune.fraction": 0.3}
+    rows = [
+        row("none", 0, 100, 40.0),
+        row("none", 1, 100, 42.0),
+        row("random", 0, 70, 39.5, **pruned),
+        row("random", 1, 70, 40.5, **pruned),
+    ]
+    lines = table([*rows, row("emp", 1, 70, 41.0, **pruned)]).splitlines()
+    assert lines[2] == "| none | 0 | 100 | 100.0% | 41.00 ± 1.41 | 42.00 ± 1.41 |  |  | 10 ± 0 | 2 |"
+    assert lines[3] == "| random | 0.3 | 70 | 70.0% | 40.00 ± 0.71 | 41.00 ± 0.71 | -1.00 ± 0.71 |  | 10 ± 0 | 2 |"
+    assert lines[4] == "| emp | 0.3 | 70 | 70.0% | 41.00 | 42.00 | -1.00 | +0.50 | 10 | 1 |", "paired with seed 1"
 
 
 def test_a_grid_runs_and_goes_on_where_it_stopped(

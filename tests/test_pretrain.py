@@ -514,6 +514,13 @@ def test_a_terminal_without_greek_does_not_end_a_run(tiny_config: Path, tmp_path
     assert finished.returncode == 0 and b"std(?" in finished.stdout, finished.stderr
 
 
+def test_a_terminal_gets_a_bar_and_the_same_run(pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = pretrain_run("plain")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the captured output for a terminal
+    assert Report().console.is_terminal
+    assert_same_run(pretrain_run("bar"), plain)
+
+
 @pytest.mark.gpu
 def test_no_host_sync_inside_an_epoch(tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real loop, from the second batch of an epoch to its last, never waits for the GPU."""
