@@ -24,7 +24,7 @@ def difference(group: list[dict[str, Any]], reference: list[dict[str, Any]], met
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One line for each cell without its seed, in the order of first appearance."""
+    """One line for each cell without its seed, by fraction, then in the order of first appearance."""
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in rows:
         cell = row["cell"]
@@ -32,7 +32,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     full = max(row["samples_seen"] for row in rows)
     heads = ("policy", "s", "samples seen", "of unpruned", "kNN %", "linear %", "kNN - none", "kNN - random", "training s", "n")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for (policy, fraction), group in groups.items():
+    for (policy, fraction), group in sorted(groups.items(), key=lambda item: item[0][1]):
         seen = group[0]["samples_seen"]
         metrics = [spread([row[name] for row in group], 2) for name in ("knn", "linear")]
         beside = [difference(group, groups.get(key, []), "knn") for key in (("none", 0), ("random", fraction))]
