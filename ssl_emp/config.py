@@ -196,7 +196,7 @@ def load_config(path: str | Path | None, overrides: list[str]) -> PretrainConfig
         apply_override(PretrainConfig, values, override)
     if values.get("out") is None and path is not None:
         values["out"] = f"runs/{Path(path).stem}"
-    return check_config(values, where)
+    return check_config(values, f"{where} and the command line" if path is not None and overrides else where)
 
 
 def apply_override(config: type[BaseModel], values: dict[str, Any], override: str) -> None:
@@ -224,7 +224,7 @@ def check_config(values: dict[str, Any], where: str) -> PretrainConfig:
     except ValidationError as error:
         problems = [_describe(item) for item in error.errors()]
         count = "" if len(problems) == 1 else f"{len(problems)} problems: "
-        raise UserError(f"{count}{'; '.join(problems)}, in {where}", "correct it there, or override with key=value") from error
+        raise UserError(f"{count}{'; '.join(problems)}, in {where}", "correct it, or override it with key=value") from error
 
 
 def _describe(item: Any) -> str:
