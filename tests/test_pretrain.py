@@ -425,10 +425,31 @@ def test_no_compiler_is_one_line_not_an_end(tiny_config: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_compiled_training_is_training(pretrain_run: Pretrain) -> None:
-    eager, compiled = rows(pretrain_run("eager", "epochs=2")), rows(pretrain_run("compiled", "epochs=2", "compile=true"))
-    for a, b in zip(eager, compiled, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)
+def test_a_compiled_step_is_the_eager_step(tiny_config: Path) -> None:
+    """Equal weights, equal batch: losses, gradients and running statistics agree. (Whole runs drift: selection amplifies rounding.)"""
+    results = []
+    for override in ("compile=false", "compile=true"):
+        job = make_job(tiny_config, override, "batch_size=32")
+        model, views_of = pretrain.compiled(job, Report())
+        assert (model is job.model) == (override == "compile=false"), "a compiler is needed for this test"
+        index = torch.arange(32)
+        params = draw_params(0, 1, index, job.recipe, 16)
+        _, _, z_a, z_b = pretrain.forward_views(job, model, *views_of(job.images.pixels[index], params, job.recipe))
+        loss = nt_xent(z_a, z_b, 0.5)
+        loss.mean().backward()
+        gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
+        results.append(([loss.detach()], gradients, [buffer.float() for buffer in job.model.buffers()]))
+    for eager, fused in zip(*results, strict=True):
+        assert len(eager) == len(fused) > 0
+        for a, b in zip(eager, fused, strict=True):
+            assert (a - b).norm() <= 1e-3 * a.norm() + 1e-6
+
+
+@pytest.mark.slow
+def test_a_compiled_run_ends_well(pretrain_run: Pretrain) -> None:
+    run = pretrain_run("run", "epochs=3", "compile=true", "prune.scoring=pruned")
+    assert [row["step"] for row in rows(run)] == [8, 13, 21] and all(math.isfinite(row["loss"]) for row in rows(run))
+    assert load_encoder(run)(torch.rand(2, 3, 16, 16)).shape == (2, 64)
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "adamw"])
