@@ -79,6 +79,17 @@ def extract_features(
     return features
 
 
+def check_splits(train: Features, test: Features) -> None:
+    """Raises EvalError unless both splits pass `check_features` and are of equal width."""
+    check_features(train, "train")
+    check_features(test, "test")
+    if train.x.shape[1] != test.x.shape[1]:
+        raise EvalError(
+            f"train features have {train.x.shape[1]} columns, test features {test.x.shape[1]}",
+            "use one encoder and one image size for both",
+        )
+
+
 def check_features(features: Features, name: str) -> None:
     """Raises EvalError unless `features` are finite (N, D) rows with N labels >= 0, N > 0; `name` says which split."""
     x, y = features.x, features.y

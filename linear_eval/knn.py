@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from linear_eval.features import EvalError, Features, check_features
+from linear_eval.features import EvalError, Features, check_splits
 
 Backend = Literal["auto", "faiss", "torch"]
 Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (Q, D), k -> similarities (Q, k) descending, bank rows (Q, k)
@@ -44,13 +44,7 @@ def knn_predict(train: Features, test: Features, *, num_neighbors: int, temperat
         EvalError: a value out of range, features that are empty, not finite, of different width or all zero in a row,
             faiss asked for but not installed.
     """
-    check_features(train, "train")
-    check_features(test, "test")
-    if train.x.shape[1] != test.x.shape[1]:
-        raise EvalError(
-            f"train features have {train.x.shape[1]} columns, test features {test.x.shape[1]}",
-            "use one encoder and one image size for both",
-        )
+    check_splits(train, test)
     if not 1 <= num_neighbors <= len(train.x):
         raise EvalError(
             f"num_neighbors is {num_neighbors}, the train split has {len(train.x)} images",

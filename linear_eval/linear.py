@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_eval.features import EvalError, Features, check_features
+from linear_eval.features import EvalError, Features, check_splits
 
 L2_GRID = tuple(10.0**exponent for exponent in range(-6, 3))
 Layer = tuple[Tensor, Tensor]  # weight (C, D), bias (C,)
@@ -62,13 +62,7 @@ def linear_probe(
         EvalError: features that are empty, not finite or of different width, fewer than two classes or two rows in one,
             test classes that are missing in train, a value out of range.
     """
-    check_features(train, "train")
-    check_features(test, "test")
-    if train.x.shape[1] != test.x.shape[1]:
-        raise EvalError(
-            f"train features have {train.x.shape[1]} columns, test features {test.x.shape[1]}",
-            "use one encoder and one image size for both",
-        )
+    check_splits(train, test)
     if not l2_grid or min(l2_grid) <= 0:
         raise EvalError(f"l2_grid is {list(l2_grid)}", "give at least one value, all > 0")
     if not 0 < val_fraction < 1:
