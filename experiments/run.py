@@ -41,11 +41,6 @@ class CellFailed(Exception):
     """A cell ended with an error; the others go on."""
 
 
-def environment_of(out: Path) -> dict[str, Any]:
-    environment: dict[str, Any] = json.loads((out / "environment.json").read_text())
-    return environment
-
-
 def run_cell(cell: dict[str, Any], grid: dict[str, Any], out: Path, extra: list[str], results: Path, threads: int | None) -> str:
     """Train (or resume) and evaluate one cell, then append its line to `results`."""
     environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
@@ -67,7 +62,7 @@ def run_cell(cell: dict[str, Any], grid: dict[str, Any], out: Path, extra: list[
         **{name: json.loads((out / "eval" / f"{name}.json").read_text())[0]["value"] for name in grid["evaluators"]},
         "config": grid["config"],
         "settings": settings,
-        "environment": {key: value for key, value in environment_of(out).items() if key != "command"},
+        "environment": {key: value for key, value in json.loads((out / "environment.json").read_text()).items() if key != "command"},
         "revision": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
     }
     with written, open(results, "a", encoding="utf-8") as file:

@@ -593,11 +593,6 @@ class DeviceImages:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    @property
-    def image_size(self) -> int:
-        """S, pixels a side."""
-        return self.pixels.shape[-1]
-
     def stream(self, index_batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (index (B,), images (B, 3, S, S) uint8) for every row of index_batches (steps, B) int64; never waits for the device."""
         for index in index_batches:
@@ -616,11 +611,6 @@ class HostImages:
 
     def __len__(self) -> int:
         return len(self.pixels)
-
-    @property
-    def image_size(self) -> int:
-        """S, pixels a side."""
-        return self.pixels.shape[-1]
 
     def stream(self, index_batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """As `DeviceImages.stream`. An error of the gathering thread is raised here; leaving early ends the thread."""

@@ -817,7 +817,7 @@ def test_both_stores_give_the_same_batches(device: str) -> None:
         for index, images in ((index_a, a), (index_b, b)):
             assert index.device.type == images.device.type == device and images.dtype == torch.uint8
             assert torch.equal(index.cpu(), index_expected) and torch.equal(images.cpu(), expected)
-    assert [len(store) for store in stores] == [60, 60] and [store.image_size for store in stores] == [5, 5]
+    assert [len(store) for store in stores] == [60, 60] and [store.pixels.shape[-1] for store in stores] == [5, 5]
     assert gather_threads() == []
 
 
