@@ -1,10 +1,16 @@
 """NT-Xent, the contrastive loss of SimCLR, one value per sample.
 
-Letters: B pairs, P projection dimensions.
+Letters: B pairs, M = 2B views, P projection dimensions.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# similarities held at once: on the CPU what its caches hold, on a GPU all of them up to 8,192 views (256 MiB)
+BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 
 
 def nt_xent(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
@@ -17,6 +23,7 @@ def nt_xent(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
 
     Returns:
         (B,) losses. Each of the 2B views has one positive and 2B - 2 negatives; identical projections give log(2B - 1).
+        Differentiable once; the memory beyond inputs and outputs does not grow with B².
     """
     assert z_a.shape == z_b.shape and z_a.dim() == 2, (z_a.shape, z_b.shape)
     z = torch.cat([z_a, z_b])
@@ -24,10 +31,54 @@ def nt_xent(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
     norm = z.norm(dim=1, keepdim=True)  # (2B, 1)
     # (2B, P); a zero row stays zero, with gradient zero; NaN stays NaN, so that a sick network is noticed
     z = torch.where(norm == 0, 0, z / norm.where(norm != 0, 1))
-    with torch.autocast(z.device.type, enabled=False):
-        logits = z @ z.T / temperature  # (2B, 2B)
-        half = len(z_a)
-        positive = (z[:half] * z[half:]).sum(1) / temperature  # (B,)
-        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-        normaliser = logits.masked_fill(itself, -torch.inf).logsumexp(1)  # (2B,)
+    half = len(z_a)
+    positive = (z[:half] * z[half:]).sum(1) / temperature  # (B,)
+    normaliser = _LogSumExpOfOthers.apply(z, temperature)  # (2B,)
     return (normaliser[:half] + normaliser[half:]) / 2 - positive
+
+
+class _LogSumExpOfOthers(torch.autograd.Function):
+    """z (M, P) -> (M,): log of the sum over j != i of exp(z_i . z_j / T), block of rows by block of rows.
+
+    With p_ij = exp(s_ij) / sum_j exp(s_ij) and upstream gradients w, the gradient of z_i is sum_j (w_i p_ij + w_j p_ji) z_j / T;
+    as s is symmetric, the block that holds s_ij also gives p_ji, and one product does for both terms: what is computed twice
+    (s, in the backward) is saved again there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, temperature: float) -> Tensor:
+        columns = (z / temperature).T.contiguous()  # (P, M)
+        result = z.new_empty(len(z))
+        for rows in _row_blocks(z):
+            similarity = _similarity(z, columns, rows)  # (R, M)
+            highest = similarity.amax(1, keepdim=True)  # (R, 1)
+            result[rows] = similarity.sub_(highest).exp_().sum(1).log_() + highest.squeeze(1)
+        ctx.save_for_backward(z, columns, result)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        z, columns, result = ctx.saved_tensors
+        scaled = columns.T  # (M, P), z / T
+        gradient = torch.empty_like(z)
+        for rows in _row_blocks(z):
+            similarity = _similarity(z, columns, rows)  # (R, M)
+            weight = (similarity - result[rows].unsqueeze(1)).exp_().mul_(upstream[rows].unsqueeze(1))  # w_i p_ij
+            weight += similarity.sub_(result).exp_().mul_(upstream)  # w_j p_ji
+            with torch.autocast(z.device.type, enabled=False):
+                gradient[rows] = weight @ scaled
+        return gradient, None
+
+
+def _row_blocks(z: Tensor) -> list[slice]:
+    rows = max(1, BLOCK_ELEMENTS.get(z.device.type, BLOCK_ELEMENTS["cuda"]) // len(z))
+    return [slice(start, start + rows) for start in range(0, len(z), rows)]
+
+
+def _similarity(z: Tensor, columns: Tensor, rows: slice) -> Tensor:
+    """(R, M) scaled similarities of a block of views to all of them, -inf to themselves."""
+    with torch.autocast(z.device.type, enabled=False):
+        similarity = z[rows] @ columns
+    similarity.diagonal(rows.start).fill_(-torch.inf)
+    return similarity

@@ -1,12 +1,15 @@
 """nt_xent against a double loop typed from SimCLR's Algorithm 1, in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from lightly.loss import NTXentLoss
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ssl_emp import loss as loss_module
 from ssl_emp.loss import nt_xent
 
 
@@ -93,3 +96,39 @@ def test_half_precision_is_computed_in_float32() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = nt_xent(z_a, z_b, 0.1)
     torch.testing.assert_close(loss.double(), algorithm_1(z_a, z_b, 0.1), rtol=1e-5, atol=1e-5)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most elements that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("block", [1, 7 * 26, 10_000])  # a row at a time, a remainder, everything at once
+def test_blocks_of_rows_change_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    z_a, z_b = (z.requires_grad_() for z in random_pair(13, 5))
+    upstream = torch.rand(13, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = nt_xent(z_a, z_b, 0.3)
+    gradients = torch.autograd.grad(expected, (z_a, z_b), upstream)
+    monkeypatch.setitem(loss_module.BLOCK_ELEMENTS, "cpu", block)
+    loss = nt_xent(z_a, z_b, 0.3)
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(torch.autograd.grad(loss, (z_a, z_b), upstream), gradients, rtol=1e-12, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda a, b: nt_xent(a, b, 0.3), (z_a, z_b))
+
+
+def test_memory_does_not_grow_with_the_square_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    z_a, z_b = (z.requires_grad_() for z in random_pair(500, 4, dtype=torch.float32))
+    for block, expected in ((100_000, 100_000), (10**7, 1000**2)):
+        monkeypatch.setitem(loss_module.BLOCK_ELEMENTS, "cpu", block)
+        with LargestTensor() as largest:
+            nt_xent(z_a, z_b, 0.5).mean().backward()
+        assert largest.elements == expected
