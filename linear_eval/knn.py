@@ -16,6 +16,7 @@ Backend = Literal["auto", "faiss", "torch"]
 Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (Q, D), k -> similarities (Q, k) descending, bank rows (Q, k)
 
 TIE = 1e-6  # cosine similarities closer than this may be ordered differently by two float32 matmuls
+SPARE = 16  # neighbours found beyond the k-th, so that a tie at the cut is settled among a few
 CHUNK_ELEMENTS = 2**27  # float32 similarities held at once: 512 MiB
 
 
@@ -70,28 +71,41 @@ def knn_predict(train: Features, test: Features, *, num_neighbors: int, temperat
 
 
 def _unit_rows(x: Tensor, name: str) -> Tensor:
-    norm = x.double().norm(dim=1, keepdim=True)  # float64: tiny features must not underflow
-    zeros = int((norm == 0).sum())
+    largest = x.abs().amax(dim=1, keepdim=True)
+    zeros = int((largest == 0).sum())
     if zeros:
         raise EvalError(
             f"{zeros} of {len(x)} {name} features are all zero, their cosine similarity is undefined",
             "leave these images out (all black?) or use another encoder",
         )
-    return (x / norm).float().contiguous()
+    x = x / largest  # first: the squares of tiny or huge features would leave float32
+    return x.div_(torch.linalg.vector_norm(x, dim=1, keepdim=True))
 
 
 def _nearest(search: Search, bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k nearest bank rows. Where the cut falls between (nearly) equal ones, it is settled exactly: lowest row first."""
-    similarity, index = search(queries, min(k + 1, len(bank)))
+    similarity, index = search(queries, min(k + SPARE, len(bank)))
     if k == len(bank):
         return similarity, index
     tied = (similarity[:, k - 1] - similarity[:, k] < TIE).nonzero().squeeze(1)
+    complete = similarity[tied, k - 1] - similarity[tied, -1] >= TIE  # every row that may come in is among the ones found
+    few, many = (tied, tied[:0]) if index.shape[1] == len(bank) else (tied[complete], tied[~complete])
+    found = index
     similarity, index = similarity[:, :k].clone(), index[:, :k].clone()
-    for rows in tied.split(max(1, CHUNK_ELEMENTS // 4 // len(bank))):
+    for rows in few.split(max(1, CHUNK_ELEMENTS // 4 // found.shape[1] // bank.shape[1])):
+        candidates = found[rows].sort(dim=1).values  # (R, k + SPARE), lowest row first
+        exact = (bank[candidates].double() @ queries[rows].double().unsqueeze(2)).squeeze(2)
+        similarity[rows], order = _first_k(exact, k)
+        index[rows] = candidates.gather(1, order)
+    for rows in many.split(max(1, CHUNK_ELEMENTS // 4 // len(bank))) if len(many) else ():
         exact = torch.cat([queries[rows].double() @ part.double().T for part in bank.split(65536)], dim=1)  # (R, N)
-        order = exact.round(decimals=9).argsort(dim=1, descending=True, stable=True)[:, :k]
-        similarity[rows], index[rows] = exact.gather(1, order).float(), order
+        similarity[rows], index[rows] = _first_k(exact, k)
     return similarity, index
+
+
+def _first_k(exact: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    order = exact.round(decimals=9).argsort(dim=1, descending=True, stable=True)[:, :k]
+    return exact.gather(1, order).float(), order
 
 
 def _make_search(bank: Tensor, backend: Backend) -> Search:
