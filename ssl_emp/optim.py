@@ -50,9 +50,9 @@ def build_optimizer(model: nn.Module, name: str, lr: float, momentum: float, wei
         groups[1]["adapt"] = False
         return Lars(groups, lr=lr, momentum=momentum)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr)
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
     assert name == "sgd", name
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
 
 
 def lr_at(step: int, total_steps: int, warmup_steps: int, peak_lr: float) -> float:
