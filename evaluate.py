@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from linear_eval import EvalError, Features, extract_features, knn_accuracy, linear_probe
 from ssl_emp import load_encoder
 from ssl_emp.config import AugmentConfig, DataConfig, ModelConfig, Section, apply_override, parse_yaml
-from ssl_emp.device import pick_device
+from ssl_emp.device import keep_freed_memory, pick_device
 from ssl_emp.errors import Parser, UserError
-from ssl_emp.images import ImageSet, load_images
+from ssl_emp.images import EncodedPixels, ImageSet, load_images
 from ssl_emp.model import build_encoder
 from ssl_emp.report import show_progress
 
@@ -252,7 +252,9 @@ def load_timm(name: str) -> tuple[nn.Module, int, bool]:
 
 def load_splits(data: DataConfig, image_size: int | None) -> tuple[ImageSet, ImageSet]:
     """(train, test), labeled alike and of one size. Raises UserError where a split or its labels are missing."""
-    load = partial(load_images, labels=data.labels, download_dir=data.download_dir, cache_dir=data.cache_dir)
+    load = partial(
+        load_images, labels=data.labels, jpeg_quality=data.jpeg_quality, download_dir=data.download_dir, cache_dir=data.cache_dir
+    )
     train = load(
         data.source,
         "train",
@@ -260,8 +262,11 @@ def load_splits(data: DataConfig, image_size: int | None) -> tuple[ImageSet, Ima
         image_size=image_size,
         max_images=data.max_images,  # of the train split only: all of the test split counts
         subset_seed=data.subset_seed,
+        store=data.store,
         progress=show_progress("train images"),
     )
+    # both splits lose what JPEG loses, or neither
+    load = partial(load, store="encoded" if train.store == "encoded" else data.store)
     load = partial(load, image_size=train.pixels.shape[-1], progress=show_progress("test images"))
     if data.test_source is None:
         test = load(data.source, "test", kind=data.kind)
@@ -299,8 +304,10 @@ def align_labels(train: ImageSet, test: ImageSet) -> Tensor:
     return number[test.labels]
 
 
-def image_hashes(pixels: Tensor) -> set[bytes]:
-    return {hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest() for image in pixels}
+def image_hashes(pixels: Tensor | EncodedPixels) -> set[bytes]:
+    """Of images (N, 3, S, S), decoded 256 at a time."""
+    chunks = (pixels[start : start + 256] for start in range(0, len(pixels), 256))
+    return {hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest() for chunk in chunks for image in chunk}
 
 
 # ---- evaluators: features of both splits -> protocol, accuracy -------------------------------------------------------
@@ -436,6 +443,7 @@ def evaluate(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    keep_freed_memory()
     try:
         evaluate(argv)
     except (UserError, EvalError) as error:

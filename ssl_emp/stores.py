@@ -1,0 +1,410 @@
+"""Where pixels live: a tensor, a raw file, or a file of JPEGs; and batches of them on the device, resident or streamed.
+
+A finished file is found again by its key; whoever builds one holds a lock on its `.part`, and others wait for it.
+"""
+
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import queue
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl_emp.decode import Encoded, cores, decode, decode_jpeg, map_runs, reason, to_jpeg
+from ssl_emp.errors import UserError
+
+PREFETCH_BATCHES = 3  # host batches held ahead of the one in use
+SAVE_BYTES = 1 << 24  # of JPEGs between two points that a killed build can go on from
+DIGEST_BYTES = 32
+
+Progress = Callable[[int, int], None]
+Read = Callable[[np.ndarray], Iterator[Encoded]]  # positions -> their images, in order
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPixels:
+    """(N, 3, S, S) uint8 that lie as JPEGs in one mapped file and are decoded when indexed, in a thread a core.
+
+    size: S. path: the file. data: (nbytes,) uint8, the file. spans: (N, 2) int64, where each JPEG begins and ends in it.
+    """
+
+    size: int
+    path: Path
+    data: Tensor
+    spans: np.ndarray
+
+    dtype = torch.uint8
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self), 3, self.size, self.size))
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file, not of the pixels."""
+        return len(self.data)
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: int | slice | Tensor) -> Tensor:
+        """uint8, shaped as a tensor's rows would be. Raises IndexError, or UserError where the file is damaged."""
+        spans = self.spans[index.cpu().numpy() if isinstance(index, Tensor) else index]  # (..., 2)
+        rows = spans.reshape(-1, 2)
+        images = torch.empty((len(rows), *self.shape[1:]), dtype=torch.uint8)
+        self._decode(rows, images)
+        return images.view(*spans.shape[:-1], *self.shape[1:])
+
+    def gather(self, index: Tensor, out: Tensor) -> Tensor:
+        """`self[index]` for index (B,), written to out (B, 3, S, S)."""
+        self._decode(self.spans[index.numpy()], out)
+        return out
+
+    def _decode(self, spans: np.ndarray, out: Tensor) -> None:
+        pixels = out.numpy()
+        run = -(-len(spans) // (4 * cores()))  # rows a task: few enough for all threads to end together
+
+        def decode_run(first: int) -> None:
+            for row, (begin, end) in enumerate(spans[first : first + run].tolist(), first):
+                try:
+                    image = decode_jpeg(self.data[begin:end])
+                    if image.shape != pixels.shape[1:]:
+                        raise ValueError(f"an image of shape {image.shape}")
+                except (OSError, RuntimeError, ValueError) as exc:
+                    raise _damaged(self.path, reason(exc)) from exc
+                pixels[row] = image
+
+        for _ in _decoders().map(decode_run, range(0, len(spans), max(run, 1))):
+            pass
+
+
+Pixels = Tensor | EncodedPixels
+
+
+@functools.cache
+def _decoders() -> ThreadPoolExecutor:
+    """Threads shared by all encoded sets of the process, kept: starting them for each batch would cost as much as small images."""
+    return ThreadPoolExecutor(cores(), "ssl_emp-decode")
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(f"{path} is damaged ({why})", f"delete it (rm '{path}'), and it is built again")
+
+
+def available_memory() -> int:
+    """Bytes of main memory a process may still take: what the kernel calls available, at most the container's limit."""
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, StopIteration):  # Linux: free pages alone (sysconf) leave out the page cache, which yields
+        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        available = int(line.split()[1]) * 1024
+    with suppress(OSError, ValueError):  # where there is no limit, the file is missing or says "max"
+        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return available
+
+
+# --------------------------------------------------------------------------------------------------------- building
+
+
+def decode_into(pixels: np.ndarray, read: Read, positions: np.ndarray, max_pixels: int, progress: Progress | None) -> dict[int, str]:
+    """Decode positions into the first rows of pixels (len(positions), 3, S, S). Returns {row left out: reason}; the rest moves up."""
+    failed: dict[int, str] = {}
+
+    def decode_run(first_row: int, run: list[Encoded]) -> int:
+        for row, encoded in enumerate(run, first_row):
+            try:
+                pixels[row] = decode(encoded, pixels.shape[-1], max_pixels)
+            except Exception as exc:  # noqa: BLE001 - damaged files make Pillow raise a dozen types, SyntaxError among them
+                failed[row] = reason(exc)
+        return len(run)
+
+    done = 0
+    with closing(map_runs(decode_run, read(positions), len(positions))) as runs:
+        for count in runs:
+            done += count
+            if progress:
+                progress(done, len(positions))
+
+    kept = np.delete(np.arange(len(positions)), sorted(failed))
+    for target in np.flatnonzero(kept != np.arange(len(kept))):  # in place: a copy would double the memory
+        pixels[target] = pixels[kept[target]]
+    return failed
+
+
+def store_key(version: str, positions: np.ndarray, *numbers: int) -> str:
+    """Name of the file for these positions of this version of a source, at these settings."""
+    text = " ".join(["1", version, *map(str, numbers)])
+    return hashlib.sha256(text.encode() + positions.astype("<i8").tobytes()).hexdigest()[:32]
+
+
+def raw_path(folder: Path, key: str) -> Path:
+    return folder / f"{key}.u8"
+
+
+def encoded_path(folder: Path, key: str) -> Path:
+    return folder / f"{key}.jpegs"
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[BinaryIO]:
+    """Open path for appending, made where it is missing, and hold its lock; waits for whoever holds it now."""
+    while True:
+        with open(path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # else renamed or removed meanwhile
+                yield file
+                return
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what killed builds of raw files left: nobody holds a lock on it. (A killed build of JPEGs goes on instead.)"""
+    for part in folder.glob("*.u8.part"):
+        with suppress(OSError), open(part, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
+
+
+def raw_pixels(
+    folder: Path, key: str, size: int, read: Read, positions: np.ndarray, max_pixels: int, progress: Progress | None
+) -> tuple[np.ndarray, dict[int, str]]:
+    """`decode_into` a mapped file that later calls with the same key find again."""
+    data, note = raw_path(folder, key), folder / f"{key}.json"  # the data comes last: where it is, both are complete
+    part, note_part = folder / f"{key}.u8.part", folder / f"{key}.json.part"
+    shape = (len(positions), 3, size, size)
+    num_bytes = int(np.prod(shape))
+    if not data.is_file():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_stale(folder)
+            with _alone(part) as file:
+                try:
+                    if data.is_file():  # another process built it while this one waited
+                        part.unlink()
+                    else:
+                        file.truncate(num_bytes)
+                        if hasattr(os, "posix_fallocate"):  # a mapped file that meets a full disk kills the process with SIGBUS
+                            os.posix_fallocate(file.fileno(), 0, num_bytes)
+                        mapped = np.memmap(part, np.uint8, "r+", shape=shape)
+                        failed = decode_into(mapped, read, positions, max_pixels, progress)
+                        mapped.flush()
+                        note_part.write_text(json.dumps(failed))
+                        os.replace(note_part, note)
+                        os.replace(part, data)
+                except BaseException:
+                    part.unlink(missing_ok=True)
+                    note_part.unlink(missing_ok=True)
+                    raise
+        except OSError as exc:
+            what = f"{num_bytes / 2**30:.1f} GiB of pixels do not fit into {folder}: {reason(exc)}"
+            raise UserError(what, "set cache_dir to a folder with room, store to encoded, or a smaller image_size or max_images") from exc
+    elif progress:
+        progress(len(positions), len(positions))
+    if data.stat().st_size != num_bytes:
+        raise _damaged(data, f"{data.stat().st_size:,} bytes instead of {num_bytes:,}")
+    failed = {int(row): why for row, why in json.loads(note.read_text()).items()}
+    # "r+" though nobody writes: torch wants writable memory, and a private mapping ("c") counts in full against memory
+    return np.memmap(data, np.uint8, "r+", shape=shape), failed
+
+
+def encoded_pixels(
+    folder: Path, key: str, size: int, read: Read, positions: np.ndarray, max_pixels: int, quality: int, progress: Progress | None
+) -> tuple[EncodedPixels, dict[int, str]]:
+    """JPEGs in one file that later calls with the same key find again; a killed build goes on where it was.
+
+    The file: the records in the order of positions, each the JPEG of an image or, for one left out, the reason; then where
+    each record ends, len(positions) int64, negative for reasons; then the sha256 of those numbers.
+    """
+    path, log_path = encoded_path(folder, key), folder / f"{key}.ends.part"
+    if not path.is_file():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _alone(folder / f"{key}.jpegs.part") as data:
+                if path.is_file():  # another process built it while this one waited
+                    os.unlink(data.name)
+                else:
+                    with open(log_path, "a+b") as log:
+                        _append_records(data, log, size, read, positions, max_pixels, quality, progress)
+                        log.seek(0)
+                        ends = log.read()
+                    data.write(ends + hashlib.sha256(ends).digest())
+                    data.flush()
+                    os.fsync(data.fileno())
+                    os.replace(data.name, path)
+                log_path.unlink(missing_ok=True)
+        except OSError as exc:
+            what = f"the images could not be stored as JPEG in {folder}: {reason(exc)}"
+            raise UserError(what, "make room there and start again, it goes on where it was; or set cache_dir to another folder") from exc
+    elif progress:
+        progress(len(positions), len(positions))
+    return _open_encoded(path, size, len(positions))
+
+
+def _append_records(
+    data: BinaryIO, log: BinaryIO, size: int, read: Read, positions: np.ndarray, max_pixels: int, quality: int, progress: Progress | None
+) -> None:
+    """Write the records that are still missing to data, and where they end to log."""
+
+    def encode_run(_: int, run: list[Encoded]) -> list[tuple[bool, bytes]]:
+        records = []
+        for encoded in run:
+            try:
+                records.append((True, to_jpeg(encoded, size, max_pixels, quality)))
+            except Exception as exc:  # noqa: BLE001 - as in decode_into
+                records.append((False, reason(exc).encode()))
+        return records
+
+    log.seek(0)
+    content = log.read()
+    ends = np.frombuffer(content[: len(content) // 8 * 8], "<i8")[: len(positions)]
+    begins = np.abs(np.concatenate([[0], ends[:-1]]))[: len(ends)]
+    whole = (np.abs(ends) > begins) & (np.abs(ends) <= os.fstat(data.fileno()).st_size)
+    done = len(ends) if whole.all() else int(whole.argmin())
+    end = saved = int(abs(ends[done - 1])) if done else 0
+    data.truncate(end)
+    log.truncate(8 * done)
+    waiting: list[int] = []  # ends not in the log yet
+
+    def save() -> None:
+        data.flush()
+        os.fsync(data.fileno())  # first the records, then the numbers that say they are there
+        log.write(np.array(waiting, "<i8").tobytes())
+        log.flush()
+        waiting.clear()
+
+    try:
+        with closing(map_runs(encode_run, read(positions[done:]), len(positions) - done)) as runs:
+            for records in runs:
+                for is_image, record in records:
+                    data.write(record)
+                    end += len(record)
+                    waiting.append(end if is_image else -end)
+                done += len(records)
+                if end - saved > SAVE_BYTES:
+                    save()
+                    saved = end
+                if progress:
+                    progress(done, len(positions))
+    finally:
+        save()
+
+
+def _open_encoded(path: Path, size: int, count: int) -> tuple[EncodedPixels, dict[int, str]]:
+    try:
+        mapped = np.memmap(path, np.uint8, "r")
+    except (OSError, ValueError) as exc:  # ValueError: an empty file
+        raise _damaged(path, reason(exc)) from exc
+    num_records_bytes = len(mapped) - 8 * count - DIGEST_BYTES
+    ends = mapped[max(num_records_bytes, 0) : -DIGEST_BYTES].tobytes()
+    if hashlib.sha256(ends).digest() != mapped[-DIGEST_BYTES:].tobytes():
+        raise _damaged(path, "its table of contents does not match its checksum")
+    signed = np.frombuffer(ends, "<i8").astype(np.int64)
+    if len(signed) != count or abs(signed[-1]) != num_records_bytes:
+        raise _damaged(path, "it is not of the size it was written in")
+    spans = np.stack([np.abs(np.concatenate([[0], signed[:-1]])), np.abs(signed)], axis=1)  # (count, 2)
+    failed = {int(row): mapped[slice(*spans[row])].tobytes().decode() for row in np.flatnonzero(signed < 0)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mapping is read-only: nobody writes
+        data = torch.from_numpy(mapped)
+    return EncodedPixels(size, path, data, spans[signed > 0]), failed
+
+
+# ---------------------------------------------------------------------------------------------------------- serving
+
+
+class DeviceImages:
+    """Images resident on the device: a batch is one gather there."""
+
+    def __init__(self, pixels: Tensor, device: torch.device | str) -> None:
+        """pixels: (N, 3, S, S) uint8."""
+        self.pixels = pixels.to(device)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def stream(self, index_batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (index (B,), images (B, 3, S, S) uint8) for every row of index_batches (steps, B) int64; never waits for the device."""
+        for index in index_batches:
+            yield index, self.pixels[index]
+
+
+class HostImages:
+    """Images in main memory or a file: a thread gathers or decodes the next batches while the device works on this one."""
+
+    def __init__(self, pixels: Pixels, device: torch.device | str, prefetch_batches: int = PREFETCH_BATCHES) -> None:
+        """pixels: (N, 3, S, S) uint8 on the CPU; device: where the batches go.
+
+        prefetch_batches: so many batches are held in main memory, ready or in the making, besides the one handed over last.
+        """
+        self.pixels = pixels
+        self.prefetch_batches = prefetch_batches
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def stream(self, index_batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `DeviceImages.stream`. An error of the gathering thread is raised here; leaving early ends the thread."""
+        table = index_batches.cpu()  # waits for the device, once an epoch: 8 bytes an image
+        ready: queue.Queue[Tensor | Exception] = queue.Queue()
+        room = threading.Semaphore(self.prefetch_batches)
+        stop = threading.Event()
+
+        def gather() -> None:
+            try:
+                if self.device.type == "cuda":
+                    torch.cuda.set_device(self.device)  # a new thread starts on GPU 0, and pinning would take memory there
+                for index in table:
+                    room.acquire()
+                    if stop.is_set():
+                        return
+                    images = torch.empty((len(index), *self.pixels.shape[1:]), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+                    if isinstance(self.pixels, EncodedPixels):
+                        ready.put(self.pixels.gather(index, images))
+                    else:
+                        ready.put(torch.index_select(self.pixels, 0, index, out=images))
+            except Exception as exc:  # noqa: BLE001 - handed over to the consumer, whatever it is
+                ready.put(exc)
+
+        thread = threading.Thread(target=gather, name="ssl_emp-gather", daemon=True)
+        thread.start()
+        try:
+            for index in index_batches:
+                images = ready.get()
+                if isinstance(images, Exception):
+                    raise images
+                room.release()
+                yield index.to(self.device, non_blocking=True), images.to(self.device, non_blocking=True)
+        finally:
+            stop.set()
+            room.release()
+            thread.join()
+
+
+def place_images(pixels: Pixels, device: torch.device | str) -> DeviceImages | HostImages:
+    """(N, 3, S, S) uint8 on the device where it takes at most half of the free memory there, else kept on the host and streamed.
+
+    JPEGs are decoded onto a GPU with that much room, once; on the CPU they always stream: they are JPEGs because memory is short.
+    """
+    device = torch.device(device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if pixels.shape.numel() > free // 2 or (isinstance(pixels, EncodedPixels) and device.type != "cuda"):
+        return HostImages(pixels, device)
+    if isinstance(pixels, Tensor):
+        return DeviceImages(pixels, device)
+    resident = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
+    for start in range(0, len(pixels), 1024):
+        resident[start : start + 1024] = pixels[start : start + 1024].to(device)
+    return DeviceImages(resident, device)
