@@ -28,7 +28,7 @@ from linear_eval import EvalError, Features, extract_features, knn_accuracy
 from ssl_emp.augment import Recipe, draw_params, grid_of_views, two_views
 from ssl_emp.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from ssl_emp.config import PretrainConfig, flatten, load_config
-from ssl_emp.device import describe_device, pick_device
+from ssl_emp.device import describe_device, keep_freed_memory, pick_device
 from ssl_emp.errors import Parser, RunFailed, UserError
 from ssl_emp.images import DeviceImages, HostImages, ImageSet, fingerprint, load_images, place_images
 from ssl_emp.loss import nt_xent
@@ -38,7 +38,7 @@ from ssl_emp.pruning import PrunePlan, combine_terms, feature_distance, select_k
 from ssl_emp.report import Report, duration, rank_correlation, show_progress, write_environment, write_samples
 
 # settings that may differ between a run and its resumption; whether it is bf16 is compared by itself
-FREE_ON_RESUME = ("out", "device", "precision", "data.download_dir", "data.cache_dir", "monitor.", "checkpoint.")
+FREE_ON_RESUME = ("out", "device", "precision", "data.download_dir", "data.cache_dir", "data.store", "monitor.", "checkpoint.")
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ def prepare(config: PretrainConfig, report: Report) -> Job:
         max_images=data.max_images,
         subset_seed=data.subset_seed,
         labels=data.labels,
+        store=data.store,
+        jpeg_quality=data.jpeg_quality,
         download_dir=data.download_dir,
         cache_dir=data.cache_dir,
         progress=show_progress("reading images"),
@@ -114,7 +116,7 @@ def prepare(config: PretrainConfig, report: Report) -> Job:
     )
     job = Job(config, device, images, place_images(images.pixels, device), plan, recipe, encoder, model, bf16, fingerprint(images))
 
-    where = "on the device" if isinstance(job.store, DeviceImages) else "on the host, streamed"
+    where = f"{images.stored}, {'on the device' if isinstance(job.store, DeviceImages) else 'streamed from the host'}"
     report.say(f"device    {describe_device(device)}, {'bf16 autocast' if bf16 else 'fp32'}")
     report.say(f"images    {num_samples:,} of {stored_size}x{stored_size} from {data.source}, {where}; {len(images.skipped)} unreadable")
     for name, reason in images.skipped[:10]:
@@ -475,7 +477,7 @@ def run(arguments: argparse.Namespace) -> int:
         if state and state["fingerprint"] != job.fingerprint:
             raise UserError(
                 f"the images in {config.data.source} are not those of the checkpoint in {out}",
-                "restore them, or start a new run with another out=DIR",
+                f"restore them (now: {job.images.stored}; was it another data.store?), or start a new run with another out=DIR",
             )
         if state and state["bf16"] != job.bf16:
             precision = "bf16" if state["bf16"] else "fp32"
@@ -503,6 +505,7 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without a beta is no reason to end a run
+    keep_freed_memory()
     try:
         arguments = parser.parse_intermixed_args(argv)
         if arguments.resume and (arguments.config or arguments.dry_run):

@@ -19,6 +19,7 @@ import yaml
 from conftest import Pretrain, striped_images, write_parquet
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain
 from linear_eval import EvalError
@@ -540,6 +541,38 @@ def test_a_terminal_gets_a_bar_and_the_same_run(pretrain_run: Pretrain, monkeypa
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the captured output for a terminal
     assert Report().console.is_terminal
     assert_same_run(pretrain_run("bar"), plain)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts operations whose answer the host must wait for: `.item()`, `bool(tensor)`, `nonzero()`, indexing with a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.name().partition(".")[0]
+        by_mask = name in ("aten::index", "aten::index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.count += by_mask or name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique2")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
+def test_an_epoch_reads_nothing_from_the_device(optimizer: str, pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, original, check_finite = HostReads(), DeviceImages.stream, pretrain.check_finite
+
+    def watched(self: DeviceImages, index_batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in original(self, index_batches):
+            with reads:  # one step: the loop's body runs while this generator waits
+                yield batch
+
+    monkeypatch.setattr(DeviceImages, "stream", watched)
+    monkeypatch.setattr(pretrain, "check_finite", lambda *args: None)  # on the CPU, where it is free, the loop looks at every step
+    pretrain_run("run", f"optimizer.name={optimizer}", "prune.scoring=pruned")
+    assert reads.count == 0
+    monkeypatch.setattr(pretrain, "check_finite", check_finite)
+    pretrain_run("watching", "epochs=1")
+    assert reads.count == 8  # a read a step: the counter sees what it is meant to see
 
 
 @pytest.mark.gpu
