@@ -1,0 +1,127 @@
+"""The peer of `benchmarks.training`: SimCLR trained by lightly's own parts, as its CIFAR-10 benchmark puts them together.
+
+    python -m benchmarks.lightly_loop --data FOLDER --width 16 --batch-size 256 --steps 8 --warmup-steps 2 [--plus]
+
+lightly's SimCLRTransform on PIL images in a DataLoader with one worker a core, its projection head and NTXentLoss, two
+forward passes, SGD, fp32. `--plus` adds what an experienced user would: channels_last, torch.compile, one forward pass over
+both views, persistent workers, and on a GPU pinned memory and bf16 autocast. The network is this package's, so that both
+sides of the comparison train the same one; the images lie decoded in memory, which spares the loader the files. Prints one
+line of JSON; the steps of the warm-up (compilation, start of the workers) are not in it.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightly.loss import NTXentLoss
+from lightly.models.modules.heads import SimCLRProjectionHead
+from lightly.transforms import SimCLRTransform
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks import common
+from ssl_emp.device import pick_device
+from ssl_emp.errors import Parser, UserError
+from ssl_emp.images import load_images
+from ssl_emp.model import build_encoder
+
+
+class PilImages(Dataset[tuple[list[Tensor], int]]):
+    """Decoded images handed out as torchvision's CIFAR10 does: a PIL image, transformed, and its label."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor | None, transform: Any) -> None:
+        """pixels: (N, 3, S, S) uint8."""
+        self.pixels = pixels.permute(0, 2, 3, 1).contiguous().numpy()  # (N, S, S, 3)
+        self.labels = [0] * len(pixels) if labels is None else labels.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
+        return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
+
+
+def endless(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Epoch after epoch."""
+    while True:
+        yield from loader
+
+
+def train(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train for the warm-up and the timed steps; images a second of the latter, and what was run."""
+    device, plus, workers = pick_device(arguments.device), arguments.plus, common.usable_cores()
+    size, batch_size = arguments.image_size, arguments.batch_size
+    # the workers run two batches ahead each: no more images than one epoch of this needs, so that reading them is short
+    needed = (arguments.warmup_steps + arguments.steps + 2 * workers) * batch_size
+    images = load_images(arguments.data, "train", image_size=size, max_images=needed, store="memory")
+    if len(images.names) < batch_size:
+        raise UserError(f"{len(images.names)} images in {arguments.data} make no batch", f"give --batch-size {len(images.names)} or less")
+    loader: DataLoader[Any] = DataLoader(
+        PilImages(images.pixels[:], images.labels, SimCLRTransform(input_size=size, cj_strength=0.5, gaussian_blur=0)),
+        batch_size=batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=plus,
+        pin_memory=plus and device.type == "cuda",
+    )
+    encoder = build_encoder("resnet18", arguments.width, "auto", size, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    head = SimCLRProjectionHead(encoder.feature_dim, encoder.feature_dim, 128)
+    model: nn.Module = nn.Sequential(encoder.backbone, head).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=6e-2, momentum=0.9, weight_decay=5e-4)
+    criterion = NTXentLoss(temperature=0.5)
+    model.train()
+    if plus:
+        model = torch.compile(model.to(memory_format=torch.channels_last))  # type: ignore[assignment]  # torch types it as a callable
+
+    def project(view_a: Tensor, view_b: Tensor) -> tuple[Tensor, Tensor]:
+        if not plus:
+            return model(view_a), model(view_b)
+        z_a, z_b = model(torch.cat([view_a, view_b]).to(memory_format=torch.channels_last)).chunk(2)
+        return z_a, z_b
+
+    began = time.perf_counter()
+    batches = endless(loader)
+    for step in range(arguments.warmup_steps + arguments.steps):
+        if step == arguments.warmup_steps:
+            common.synchronize()
+            began = time.perf_counter()
+        (view_a, view_b), _ = next(batches)
+        view_a, view_b = (view.to(device, non_blocking=True) for view in (view_a, view_b))
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=plus and device.type == "cuda"):
+            loss = criterion(*project(view_a, view_b))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    common.synchronize()
+    took = time.perf_counter() - began
+    return {
+        "images_per_second": arguments.steps * batch_size / took,
+        "seconds": took,
+        "steps": arguments.steps,
+        "loss": loss.item(),
+        "workers": workers,
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = Parser(description="lightly's own SimCLR loop, timed.")
+    options.add_argument("--data", required=True, help="any data.source of pretrain.py")
+    options.add_argument("--width", type=int, default=64)
+    options.add_argument("--image-size", type=int, default=32)
+    options.add_argument("--batch-size", type=int, default=256)
+    options.add_argument("--steps", type=int, default=8, help="timed")
+    options.add_argument("--warmup-steps", type=int, default=2)
+    options.add_argument("--plus", action="store_true", help="with channels_last, torch.compile, one forward pass, bf16 on a GPU")
+    options.add_argument("--device", default="auto")
+    print(json.dumps(train(options.parse_args(argv))))
+
+
+if __name__ == "__main__":
+    common.run(main)
