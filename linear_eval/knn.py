@@ -4,6 +4,7 @@ Protocol: Wu et al. 2018, Unsupervised feature learning via non-parametric insta
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from types import ModuleType
 from typing import Literal
 
@@ -71,15 +72,18 @@ def knn_predict(train: Features, test: Features, *, num_neighbors: int, temperat
 
 
 def _unit_rows(x: Tensor, name: str) -> Tensor:
-    largest = x.abs().amax(dim=1, keepdim=True)
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    if ((norm > 1e-15) & (norm < 1e15)).all():
+        return x / norm
+    largest = x.abs().amax(dim=1, keepdim=True)  # the squares of tiny or huge features leave float32: scale them first
     zeros = int((largest == 0).sum())
     if zeros:
         raise EvalError(
             f"{zeros} of {len(x)} {name} features are all zero, their cosine similarity is undefined",
             "leave these images out (all black?) or use another encoder",
         )
-    x = x / largest  # first: the squares of tiny or huge features would leave float32
-    return x.div_(torch.linalg.vector_norm(x, dim=1, keepdim=True))
+    x = x / largest
+    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True)
 
 
 def _nearest(search: Search, bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -131,23 +135,24 @@ def _import_faiss() -> ModuleType | None:
 
 
 def _faiss_search(faiss: ModuleType, bank: Tensor) -> Search:
-    on_cpu = faiss.IndexFlatIP(bank.shape[1])
-    on_cpu.add(bank.numpy())
-    index = on_cpu
+    on_gpu = None
     if faiss.get_num_gpus() > 0:
         resources = faiss.StandardGpuResources()
         resources.setTempMemory(64 * 2**20)  # bytes; the default takes 1.5 GB beside torch's allocator
-        try:
-            index = faiss.index_cpu_to_gpu(resources, 0, on_cpu)
-        except (RuntimeError, MemoryError):  # the GPU is full: the CPU gives the same answer
-            pass
+        with suppress(RuntimeError, MemoryError):  # the GPU is full: the CPU gives the same answer
+            index = faiss.GpuIndexFlatIP(resources, bank.shape[1])
+            index.add(bank.numpy())
+            on_gpu = index  # only now: an index without its bank would answer too
 
     def search(queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        try:
-            similarity, rows = index.search(queries.numpy(), k)
-        except (RuntimeError, MemoryError):  # the GPU is full, or k is beyond its limit of 2048
-            similarity, rows = on_cpu.search(queries.numpy(), k)
-        return torch.from_numpy(similarity), torch.from_numpy(rows)
+        answer = None
+        if on_gpu is not None:
+            with suppress(RuntimeError, MemoryError):  # the GPU is full, or k is beyond its limit of 2048
+                answer = on_gpu.search(queries.numpy(), k)
+        if answer is None:  # without an index: it would copy the bank
+            answer = faiss.knn(queries.numpy(), bank.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+        similarity, rows = map(torch.from_numpy, answer)
+        return similarity, rows
 
     return search
 

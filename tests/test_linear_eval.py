@@ -219,27 +219,30 @@ def test_without_faiss_torch_answers_and_asking_for_faiss_says_what_to_install(m
 
 
 @pytest.mark.skipif(linear_eval.knn._import_faiss() is None, reason="no faiss")
-@pytest.mark.parametrize("fails_when", ["moved", "searched"])
+@pytest.mark.parametrize("fails_when", ["made", "filled", "searched"])
 def test_a_full_gpu_falls_back_to_the_cpu_with_the_same_result(monkeypatch: pytest.MonkeyPatch, fails_when: str) -> None:
     import faiss
 
     class FullIndex:
+        def __init__(self, resources: object, dim: int) -> None:
+            if fails_when == "made":
+                raise RuntimeError("out of memory")
+
+        def add(self, bank: object) -> None:
+            if fails_when == "filled":
+                raise RuntimeError("out of memory")
+
         def search(self, queries: object, k: int) -> None:
             raise RuntimeError("out of memory")
 
     class Resources:
         def setTempMemory(self, size: int) -> None: ...
 
-    def index_cpu_to_gpu(resources: object, device: int, index: object) -> FullIndex:
-        if fails_when == "moved":
-            raise RuntimeError("out of memory")
-        return FullIndex()
-
     train, test = blobs(60, 1, spread=2.0), blobs(50, 2, spread=2.0)
     expected = knn_predict(train, test, num_neighbors=7, temperature=0.1, backend="torch")
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
     monkeypatch.setattr(faiss, "StandardGpuResources", Resources, raising=False)
-    monkeypatch.setattr(faiss, "index_cpu_to_gpu", index_cpu_to_gpu, raising=False)
+    monkeypatch.setattr(faiss, "GpuIndexFlatIP", FullIndex, raising=False)
     assert torch.equal(knn_predict(train, test, num_neighbors=7, temperature=0.1, backend="faiss"), expected)
 
 
