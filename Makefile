@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/python evaluate.py runs/demo random pixels knn linear
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -q -m slow

@@ -1,0 +1,42 @@
+"""The device by its name, and memory that stays with the process."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ssl_emp.device import describe_device, pick_device
+from ssl_emp.errors import UserError
+
+ALLOCATE = """
+import resource, sys, torch
+from ssl_emp.device import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for number in range(6):
+    if number == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(25_000_000)  # 100 MB, freed at once
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_used_again() -> None:
+    """Page faults of four tensors of 100 MB after two like them: none, where by default the kernel hands out every page again."""
+    faults = {
+        name: int(subprocess.run([sys.executable, "-c", ALLOCATE, name], check=True, capture_output=True, text=True).stdout)
+        for name in ("kept", "returned")
+    }
+    assert faults["kept"] < 100 < faults["returned"], faults
+
+
+def test_devices_by_name() -> None:
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert describe_device(torch.device("cpu")) == f"cpu ({torch.get_num_threads()} threads)"
+    for name in ("meta", "no such device", "cuda:99"):
+        with pytest.raises(UserError, match="cannot be used here. fix: set device="):
+            pick_device(name)
