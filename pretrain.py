@@ -38,7 +38,17 @@ from ssl_emp.pruning import PrunePlan, combine_terms, feature_distance, select_k
 from ssl_emp.report import Report, duration, rank_correlation, show_progress, write_environment, write_samples
 
 # settings that may differ between a run and its resumption; whether it is bf16 is compared by itself
-FREE_ON_RESUME = ("out", "device", "precision", "data.download_dir", "data.cache_dir", "data.store", "monitor.", "checkpoint.")
+FREE_ON_RESUME = (
+    "out",
+    "device",
+    "precision",
+    "data.download_dir",
+    "data.cache_dir",
+    "data.store",
+    "keep_freed_memory",
+    "monitor.",
+    "checkpoint.",
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,8 @@ class Job:
 
 def prepare(config: PretrainConfig, report: Report) -> Job:
     """Config -> images, network, plan. Raises UserError for whatever the user can fix; writes nothing."""
+    if config.keep_freed_memory:
+        keep_freed_memory()
     device = pick_device(config.device)
     data = config.data
     images = load_images(
@@ -505,7 +517,6 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without a beta is no reason to end a run
-    keep_freed_memory()
     try:
         arguments = parser.parse_intermixed_args(argv)
         if arguments.resume and (arguments.config or arguments.dry_run):

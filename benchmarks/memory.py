@@ -51,9 +51,10 @@ def imports_peak(arguments: Any) -> float:
     return peak_megabytes([sys.executable, "-c", IMPORTS], arguments.quick)[0]
 
 
-def training_peak(width: int, batch_size: int, images: int, steps: list[int], arguments: Any) -> float:
-    """MB of pretrain.py; appends the steps that it made."""
+def training_peak(width: int, batch_size: int, images: int, keeps: bool, steps: list[int], arguments: Any) -> float:
+    """MB of pretrain.py, with or without `keep_freed_memory`; appends the steps that it made."""
     overrides = [f"data.source={arguments.data}", f"data.max_images={images}", f"model.width={width}", f"batch_size={batch_size}"]
+    overrides += [f"keep_freed_memory={str(keeps).lower()}"]
     overrides += ["monitor.knn_every=0"]  # it comes at the end of an epoch, and slow machines are stopped before that
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "pretrain.py", "--config", CONFIG, *overrides, f"device={arguments.device}", f"out={folder}/run"]
@@ -102,15 +103,20 @@ def measure(width: int, batch_size: int, images: int, arguments: Any) -> dict[st
     steps: list[int] = []
     contenders = {
         "imports": partial(imports_peak, arguments),
-        "training": partial(training_peak, width, batch_size, images, steps, arguments),
+        "training": partial(training_peak, width, batch_size, images, True, steps, arguments),
+        "training, keep_freed_memory=false": partial(training_peak, width, batch_size, images, False, steps, arguments),
     }
     figures = common.interleave(contenders, arguments.repeats)
-    figures["difference"] = [a - b for a, b in zip(figures["training"], figures["imports"], strict=True)]
+    for name in ("training", "training, keep_freed_memory=false"):
+        figures[name.replace("training", "difference")] = [a - b for a, b in zip(figures[name], figures["imports"], strict=True)]
     counted = parts(width, batch_size, images)
-    goal = Ratio("difference", goal=GOAL_MB, at_most=True, name="difference in MB")
+    goals = [
+        Ratio(name, goal=GOAL_MB, at_most=True, name=name.replace("difference", "difference in MB"))
+        for name in ("difference", "difference, keep_freed_memory=false")
+    ]
     for name, value in counted.items():
         print(f"{name}  {value:.1f} MB", file=sys.stderr)
-    return {**common.summary(figures, [goal], "MB"), "parts_megabytes": counted, "steps_until_stopped": steps}
+    return {**common.summary(figures, goals, "MB"), "parts_megabytes": counted, "steps_until_stopped": steps}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -26,7 +26,6 @@ from benchmarks import common
 from benchmarks.common import Ratio
 from ssl_emp.augment import draw_params
 from ssl_emp.config import load_config
-from ssl_emp.device import keep_freed_memory
 from ssl_emp.loss import nt_xent
 from ssl_emp.optim import build_optimizer
 from ssl_emp.pruning import feature_distance, shuffled_batches
@@ -37,9 +36,7 @@ STAGES = ("gather", "views", "forward", "loss", "scores", "backward", "optimizer
 
 def profile(config: str, overrides: list[str], steps: int, keeps: bool) -> dict[str, Any]:
     """Seconds of each stage of a step, its operations and bytes, and what this machine can do at most."""
-    if keeps:
-        keep_freed_memory()
-    job = pretrain.prepare(load_config(config, overrides), Report())
+    job = pretrain.prepare(load_config(config, [*overrides, f"keep_freed_memory={str(keeps).lower()}"]), Report())
     settings = job.config
     model, views_of = pretrain.compiled(job, Report())
     optimizer = build_optimizer(

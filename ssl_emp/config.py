@@ -108,6 +108,7 @@ class PretrainConfig(Section):
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on GPUs that have it, else fp32
     compile: bool = False  # torch.compile the network and the augmentation
+    keep_freed_memory: bool = True  # on Linux CPUs: faster steps for more memory, see benchmarks/README.md
     epochs: Annotated[int, Field(ge=1)] = 200
     batch_size: Annotated[int, Field(ge=2)] = 512
     temperature: Annotated[float, Field(gt=0)] = 0.5
