@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from ssl_emp.augment import Recipe, draw_params, two_views
+from ssl_emp.decode import cores
 from ssl_emp.device import keep_freed_memory
 
 STRONG = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2, "blur_prob": 0.5}  # SimCLR's for photographs
@@ -108,10 +109,9 @@ def _work(rows: range) -> int:
 @contextmanager
 def lightly_pool(images: Tensor, recipe: Recipe) -> Iterator[Callable[[], object]]:
     """Both views of the batch by lightly's transform in one process a core, started before it is yielded."""
-    cores = common.usable_cores()
     pieces = [range(start, min(start + 16, len(images))) for start in range(0, len(images), 16)]
     arrays = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    with multiprocessing.get_context("spawn").Pool(cores, _start_worker, (arrays, recipe)) as pool:
+    with multiprocessing.get_context("spawn").Pool(cores(), _start_worker, (arrays, recipe)) as pool:
         yield lambda: pool.map(_work, pieces, chunksize=1)
 
 

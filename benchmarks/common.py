@@ -22,6 +22,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from ssl_emp.decode import cores
 from ssl_emp.device import pick_device
 from ssl_emp.errors import Parser, UserError
 
@@ -192,7 +193,7 @@ def environment(device: torch.device | str) -> dict[str, Any]:
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"], capture_output=True).returncode
     return {
         "cpu": _cpu_model(),
-        "cores": usable_cores(),
+        "cores": cores(),
         "torch_threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -201,11 +202,6 @@ def environment(device: torch.device | str) -> dict[str, Any]:
         "revision": revision and revision + ("-dirty" if changed else ""),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_model() -> str:

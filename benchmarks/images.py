@@ -26,6 +26,7 @@ from torchvision.datasets import ImageFolder
 
 from benchmarks import common
 from ssl_emp.augment import Recipe, draw_params, two_views
+from ssl_emp.decode import cores
 from ssl_emp.device import keep_freed_memory
 from ssl_emp.errors import UserError
 from ssl_emp.images import ImageSet, load_images
@@ -67,7 +68,7 @@ def lightly(folder: Path, batch_size: int, device: torch.device) -> Callable[[],
         batch_size=batch_size,
         shuffle=True,
         drop_last=True,
-        num_workers=common.usable_cores(),
+        num_workers=cores(),
         persistent_workers=True,
         pin_memory=on_gpu,
     )

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import common
+from ssl_emp.decode import cores
 from ssl_emp.device import pick_device
 from ssl_emp.errors import Parser, UserError
 from ssl_emp.images import load_images
@@ -54,7 +55,7 @@ def endless(loader: DataLoader[Any]) -> Iterator[Any]:
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train for the warm-up and the timed steps; images a second of the latter, and what was run."""
-    device, plus, workers = pick_device(arguments.device), arguments.plus, common.usable_cores()
+    device, plus, workers = pick_device(arguments.device), arguments.plus, cores()
     size, batch_size = arguments.image_size, arguments.batch_size
     # the workers run two batches ahead each: no more images than one epoch of this needs, so that reading them is short
     needed = (arguments.warmup_steps + arguments.steps + 2 * workers) * batch_size

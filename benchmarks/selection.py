@@ -1,4 +1,4 @@
-"""Selecting the kept set: 100 million scores, and 50,000 as a share of an epoch's steps.
+"""Selecting the kept set of 100 million scores. (Its share of a step, for 50,000: `benchmarks.pruning`.)
 
     python -m benchmarks.selection
 

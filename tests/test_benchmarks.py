@@ -114,7 +114,7 @@ def test_activations_are_counted_once_each() -> None:
 
 
 def test_lightlys_loop_hands_out_two_views(data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lightly_loop.common, "usable_cores", lambda: 0)  # the loader works in this process
+    monkeypatch.setattr(lightly_loop, "cores", lambda: 0)  # the loader works in this process
     sizes = ["--width", "8", "--batch-size", "4", "--steps", "2", "--warmup-steps", "1", "--image-size", "16"]
     lightly_loop.main(["--data", str(data), "--device", "cpu", *sizes])
     result = json.loads(capsys.readouterr().out, parse_constant=no_constant)

@@ -106,6 +106,11 @@ def test_the_highest_scores_are_kept(data: st.DataObject, num_samples: int) -> N
     assert sorted((values[i] for i in kept.tolist()), reverse=True) == sorted(values, reverse=True)[:count]
 
 
+def test_a_sick_score_does_not_shorten_the_epoch_unnoticed() -> None:
+    with pytest.raises(AssertionError, match="NaN"):
+        select_kept(torch.tensor([1.0, math.nan, 3.0, 2.0]), 2)
+
+
 @given(num_samples=st.integers(2, 500), share=st.floats(0.05, 1), seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 500))
 @settings(max_examples=50)
 def test_random_sets_have_no_duplicate_and_change(num_samples: int, share: float, seed: int, epoch: int) -> None:
