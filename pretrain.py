@@ -5,19 +5,16 @@
     python pretrain.py --config configs/demo.yaml --dry-run      # what would happen, and a picture of the views
     python pretrain.py --resume runs/mine
 
-config -> images -> model -> epochs(select, stream, score, step) -> encoder. Exit codes: 0 done, 2 the user can fix it,
+config -> job (ssl_emp/job.py) -> epochs(select, stream, score, step) -> encoder. Exit codes: 0 done, 2 the user can fix it,
 3 the run failed with its last checkpoint intact, 130/143 stopped by SIGINT/SIGTERM after saving.
 """
 
 import argparse
 import io
 import json
-import math
 import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,24 +25,21 @@ from PIL import Image
 from torch import Tensor, nn
 
 from linear_eval import EvalError, Features, extract_features, knn_accuracy
-from ssl_emp.augment import Recipe, cut_views, draw_params, grid_of_views
+from ssl_emp.augment import cut_views, draw_params, grid_of_views
 from ssl_emp.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from ssl_emp.config import PretrainConfig, flatten, load_config
-from ssl_emp.device import describe_device, keep_freed_memory, pick_device
 from ssl_emp.diagnostics import Finding, diagnose, findings, next_to_say
 from ssl_emp.errors import Parser, RunFailed, UserError
-from ssl_emp.images import DeviceImages, HostImages, ImageSet, align_labels, fingerprint, load_images, place_images
-from ssl_emp.label_noise import noisy_labels
-from ssl_emp.loss import nt_xent
-from ssl_emp.model import Encoder, SimCLR, build_encoder, save_encoder
+from ssl_emp.images import ImageSet
+from ssl_emp.job import Job, prepare
+from ssl_emp.model import save_encoder
 from ssl_emp.optim import build_optimizer, lr_at, one_cycle_lr, one_cycle_momentum, set_lr, set_momentum
-from ssl_emp.policies import Rule, load_indices, random_subset
-from ssl_emp.pruning import PrunePlan, feature_distance, shuffled_batches
-from ssl_emp.report import Report, duration, rank_correlation, show_progress, write_environment, write_samples
-from ssl_emp.scores import ScoreState, draw_features
-from ssl_emp.supervised import Classifier, cross_entropy, prediction_entropy
+from ssl_emp.passes import compiled, foresee, measure_reliability, score_passes, split_by_age, terms_of
+from ssl_emp.pruning import shuffled_batches
+from ssl_emp.report import Report, duration, rank_correlation, write_environment, write_samples
+from ssl_emp.scores import ScoreState
+from ssl_emp.supervised import Classifier
 
-RELIABILITY_EPOCHS, SCORING_EPOCHS = 10**6, 10**8  # where the epoch numbers of draws that are not trained on begin
 # settings that may differ between a run and its resumption; whether it is bf16 is compared by itself
 FREE_ON_RESUME = (
     "out",
@@ -58,352 +52,6 @@ FREE_ON_RESUME = (
     "monitor.",
     "checkpoint.",
 )
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that a config becomes before the first step."""
-
-    config: PretrainConfig
-    device: torch.device
-    images: ImageSet
-    store: DeviceImages | HostImages
-    plan: PrunePlan
-    steps: list[int]  # batches of every epoch
-    rule: Rule
-    recipe: Recipe
-    encoder: Encoder
-    model: SimCLR | Classifier
-    bf16: bool
-    labels: Tensor | None  # (N,) on the device, noise included: what a supervised run trains on, simclr only looks at class balance
-    is_noisy: Tensor | None  # (N,) on the device, where labels were made wrong
-    test: ImageSet | None  # of a supervised run, for the accuracy of the last epoch
-    fingerprint: str  # of the images: scores belong to positions, so a resume needs the same set
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.images.names)
-
-    @property
-    def num_classes(self) -> int:
-        """0 without labels."""
-        return 0 if self.images.labels is None else count_classes(self.images)
-
-    @property
-    def total_steps(self) -> int:
-        return sum(self.steps)
-
-    @property
-    def full_steps(self) -> int:
-        """Steps of the same run without pruning."""
-        return self.config.epochs * (self.num_samples // self.config.batch_size)
-
-
-def prepare(config: PretrainConfig, report: Report) -> Job:
-    """Config -> images, network, plan. Raises UserError for whatever the user can fix; writes nothing."""
-    if config.keep_freed_memory:
-        keep_freed_memory()
-    device = pick_device(config.device)
-    data = config.data
-    images = load_images(
-        data.source,
-        "train",
-        kind=data.kind,
-        image_size=data.image_size,
-        max_images=data.max_images,
-        subset_seed=data.subset_seed,
-        labels=data.labels,
-        store=data.store,
-        jpeg_quality=data.jpeg_quality,
-        download_dir=data.download_dir,
-        cache_dir=data.cache_dir,
-        progress=show_progress("reading images"),
-    )
-    num_samples, stored_size = len(images.names), images.pixels.shape[-1]
-    prune = config.prune
-    fraction = 0.0 if prune.policy == "none" else prune.fraction
-    plan = PrunePlan(config.epochs, fraction, prune.warmup_epochs, prune.anneal_fraction, shorter=prune.policy == "shorter")
-    if num_samples < 2:
-        raise UserError(f"{data.source} has {num_samples} image to train on", "give more images")
-    steps = plan.epoch_steps(num_samples, config.batch_size)
-    if not steps or min(steps) < 1:
-        fewest = min(plan.kept_count(epoch, num_samples) for epoch in range(config.epochs))
-        largest = num_samples // math.ceil(1 / (1 - fraction))
-        what = f"an epoch keeps {fewest} of the {num_samples} images in {data.source}, too few for batch_size={config.batch_size}"
-        raise UserError(
-            what,
-            f"set batch_size={largest} or less, or give more images" if largest > 1 else "give more images, or a smaller prune.fraction",
-        )
-    subset = load_indices(Path(prune.indices), num_samples) if prune.indices else None
-    needed = max((count * config.batch_size for epoch, count in enumerate(steps) if plan.is_pruned(epoch)), default=0)
-    if subset is not None and len(subset) < needed:
-        what = f"{prune.indices} names {len(subset)} samples, and a pruned epoch needs {needed}"
-        raise UserError(what, f"set prune.fraction to {1 - len(subset) / num_samples:.3f} or more")
-
-    augment = config.augment.model_dump()
-    recipe = Recipe(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in augment.items()}
-        | {"size": augment["size"] or stored_size}
-    )
-    if recipe.crop_padding and not recipe.crop_padding < recipe.size == stored_size:
-        what = f"augment.crop_padding={recipe.crop_padding} with images of {stored_size} and views of {recipe.size} pixels"
-        raise UserError(what, "give views the size of the images (data.image_size, augment.size), and less padding than that")
-    supervised = config.objective == "supervised"
-    if supervised and images.labels is None:
-        raise UserError(f"objective supervised needs labels, and {data.source} has none", "label the images, or set objective=simclr")
-    labels, is_noisy, num_classes = images.labels, None, 0
-    if labels is not None:
-        num_classes = count_classes(images)
-        if supervised and num_classes < 2:
-            raise UserError(
-                f"objective supervised needs two classes, {data.source} has {num_classes}", "give more, or set objective=simclr"
-            )
-        if data.label_noise:
-            labels, is_noisy = noisy_labels(labels, num_classes, data.label_noise, data.subset_seed)
-        labels, is_noisy = labels.to(device), None if is_noisy is None else is_noisy.to(device)
-    test = load_test(config, images, stored_size, report) if supervised else None
-
-    torch.manual_seed(config.seed)
-    model_config = config.model
-    encoder = build_encoder(model_config.arch, model_config.width, model_config.stem, recipe.size, config.augment.mean, config.augment.std)
-    hidden = model_config.projection_hidden or encoder.feature_dim
-    model: SimCLR | Classifier = SimCLR(encoder, hidden, model_config.projection_dim, tuple(prune.layers))
-    if supervised:
-        model = Classifier(encoder.backbone, encoder.feature_dim, num_classes)
-    encoder.to(device)
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs miss this form
-    bf16 = config.precision == "bf16" or (
-        config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
-    store = place_images(images.pixels, device)
-    rule = Rule(
-        policy=prune.policy,
-        plan=plan,
-        beta=prune.beta,
-        beta_end=prune.beta_end,
-        loss_weight=prune.loss_weight,
-        loss_weight_end=prune.loss_weight_end,
-        memory=prune.memory,
-        explore=prune.explore_share,
-        soften=prune.soften,
-        confidence=prune.confidence,
-        fixed=None if subset is None else subset.to(device),
-    )
-    job = Job(
-        config,
-        device,
-        images,
-        store,
-        plan,
-        steps,
-        rule,
-        recipe,
-        encoder,
-        model,
-        bf16,
-        labels,
-        is_noisy,
-        test,
-        fingerprint(images),
-    )
-
-    where = f"{images.stored}, {'on the device' if isinstance(job.store, DeviceImages) else 'streamed from the host'}"
-    report.say(f"device    {describe_device(device)}, {'bf16 autocast' if bf16 else 'fp32'}")
-    report.say(f"images    {num_samples:,} of {stored_size}x{stored_size} from {data.source}, {where}; {len(images.skipped)} unreadable")
-    for name, reason in images.skipped[:10]:
-        report.say(f"          left out: {name} ({reason})")
-    if len(images.skipped) > 10:
-        report.say(f"          left out: {len(images.skipped) - 10} more")
-    spec = encoder.spec
-    report.say(f"encoder   {spec['arch']}, width {spec['width']}, {spec['stem']} stem, {encoder.feature_dim} features")
-    kept = "every epoch keeps every sample"
-    if plan.shorter and fraction:
-        kept = f"every epoch keeps every sample, and there are {len(steps)} of them"
-    elif job.total_steps < job.full_steps:
-        kept = f"a pruned epoch keeps {1 - fraction:.0%} of the samples by {prune.policy}"
-    share = job.total_steps / job.full_steps
-    report.say(f"plan      {config.epochs} epochs, batch {config.batch_size}; {kept}")
-    report.say(f"          {job.total_steps:,} steps against {job.full_steps:,} unpruned ({share:.1%}, asked {plan.asked_share():.1%})")
-    return job
-
-
-def count_classes(images: ImageSet) -> int:
-    """Classes of a labeled set: as named, or as numbered."""
-    assert images.labels is not None
-    return max(len(images.class_names or ()), int(images.labels.max()) + 1)
-
-
-def load_test(config: PretrainConfig, train: ImageSet, image_size: int, report: Report) -> ImageSet | None:
-    """The test split with labels numbered as in train, before the run and not after hours of it; None where there is none."""
-    data = config.data
-    options = {"image_size": image_size, "download_dir": data.download_dir, "cache_dir": data.cache_dir, "store": data.store}
-    try:
-        if data.test_source is None:
-            test = load_images(data.source, "test", kind=data.kind, **options)  # type: ignore[arg-type]  # str and int by name
-        else:
-            test = load_images(data.test_source, "train", **options)  # type: ignore[arg-type]
-    except UserError as error:
-        report.say(f"test      none, so no test accuracy at the end: {error}")
-        return None
-    if test.labels is None:
-        report.say("test      has no labels, so no test accuracy at the end")
-        return None
-    return replace(test, labels=align_labels(train, test))
-
-
-def compiled(job: Job, report: Report) -> tuple[Any, Any]:
-    """(model, cut_views), through torch.compile where it is asked for and a compiler is found."""
-    if not job.config.compile:
-        return job.model, cut_views
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=job.device))
-    except Exception as error:  # dynamo wraps a missing C++ compiler or triton in many types
-        report.say(f"compile   not available ({type(error).__name__}), going on without it")
-        return job.model, cut_views
-    if not job.config.cuda_graphs:
-        return torch.compile(job.model), torch.compile(cut_views, dynamic=False)
-    if job.device.type != "cuda":
-        report.say("compile   cuda_graphs needs a GPU, going on without it")
-        return torch.compile(job.model), torch.compile(cut_views, dynamic=False)
-    replayed = torch.compile(cut_views, dynamic=False, mode="reduce-overhead")
-
-    def views_of(*arguments: Any) -> tuple[Tensor, ...]:
-        torch.compiler.cudagraph_mark_step_begin()  # every step, trained or scored, begins here: the last one's outputs may be reused
-        return replayed(*arguments)
-
-    return torch.compile(job.model, mode="reduce-overhead"), views_of
-
-
-def forward_views(job: Job, model: Any, view_a: Tensor, view_b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One pass, one BatchNorm over both views, as SimCLR: (B, 3, S, S) x 2 -> h_a, h_b (B, D), z_a, z_b (B, P)."""
-    views = torch.cat([view_a, view_b]).to(memory_format=torch.channels_last)
-    with torch.autocast(job.device.type, dtype=torch.bfloat16, enabled=job.bf16):
-        h, z = model(views)
-    return (*h.chunk(2), *z.chunk(2))
-
-
-def simclr_terms(
-    job: Job, model: Any, views_of: Any, index: Tensor, images: Tensor, epoch: int, recipe: Recipe, common_draw: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The samples `index` (B,) through the network -> loss (B,) nats, distance (B,), and what was drawn (B, F) if that is used."""
-    config, side = job.config, images.shape[-1]
-    params = draw_params(config.seed, epoch, torch.zeros_like(index) if common_draw else index, recipe, side)
-    view_a, view_b = views_of(images, params, recipe)
-    h_a, h_b, z_a, z_b = forward_views(job, model, view_a, view_b)
-    loss = nt_xent(z_a, z_b, config.temperature)
-    distance = feature_distance(h_a.detach(), h_b.detach(), config.prune.memory)
-    return loss, distance, draw_features(*params, side) if config.prune.adjusts else None
-
-
-def supervised_terms(
-    job: Job, model: Any, views_of: Any, index: Tensor, images: Tensor, epoch: int, recipe: Recipe, common_draw: bool = False
-) -> tuple[Tensor, Tensor, None]:
-    """The samples `index` (B,) through the network -> loss (B,) nats, minus the prediction's entropy (B,) nats."""
-    config = job.config
-    params = draw_params(config.seed, epoch, torch.zeros_like(index) if common_draw else index, recipe, images.shape[-1])
-    (view,) = views_of(images, params[:1], recipe)
-    with torch.autocast(job.device.type, dtype=torch.bfloat16, enabled=job.bf16):
-        _, logits = model(view.to(memory_format=torch.channels_last))
-    assert job.labels is not None
-    return cross_entropy(logits, job.labels[index], config.label_smoothing), -prediction_entropy(logits.detach()), None
-
-
-def terms_of(job: Job) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
-    """`simclr_terms` or `supervised_terms`."""
-    return simclr_terms if job.config.objective == "simclr" else supervised_terms
-
-
-@torch.no_grad()
-def score_pass(
-    job: Job, model: Any, views_of: Any, first: Tensor, rest: Tensor, epoch: int, recipe: Recipe
-) -> tuple[Tensor, Tensor | None]:
-    """Score `first` (K,) with the weights of now, without training: -> terms (2, K), draws (K, F), in the order of `first`.
-
-    Scores must be comparable with those of the training pass: same batch size, same views as that epoch's, BatchNorm on
-    the statistics of the batch, and no running statistic touched. The last batch is filled up from `rest`, whose scores
-    are dropped.
-    """
-    config, common_draw = job.config, job.config.prune.scoring_draw == "common"
-    batches = -(-len(first) // config.batch_size)
-    circle = torch.cat([first, rest])
-    table = circle.repeat(2)[: batches * config.batch_size].view(batches, config.batch_size)
-    norms = [module for module in job.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.track_running_stats = False
-    terms, draws = [], []
-    for index, images in job.store.stream(table):
-        loss, memory, draw = terms_of(job)(job, model, views_of, index, images, epoch, recipe, common_draw)
-        terms.append(torch.stack([loss, memory]))
-        draws += [] if draw is None else [draw]
-    for norm in norms:
-        norm.track_running_stats = True
-    return torch.cat(terms, dim=1)[:, : len(first)], torch.cat(draws)[: len(first)] if draws else None
-
-
-def score_passes(job: Job, model: Any, views_of: Any, first: Tensor, rest: Tensor, epoch: int) -> tuple[Tensor, Tensor | None]:
-    """The mean of `prune.scoring_draws` passes, at `prune.scoring_size` pixels: the first with this epoch's views."""
-    prune = job.config.prune
-    recipe = replace(job.recipe, size=prune.scoring_size or job.recipe.size)
-    keys = [epoch + draw * SCORING_EPOCHS for draw in range(prune.scoring_draws)]
-    passes = [score_pass(job, model, views_of, first, rest, key, recipe) for key in keys]
-    draws = [draw for _, draw in passes if draw is not None]
-    return torch.stack([terms for terms, _ in passes]).mean(0), torch.stack(draws).mean(0) if draws else None
-
-
-def split_by_age(job: Job, scored_epoch: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-    """(what this epoch's scoring pass must score, everything else), both in a keyed order.
-
-    `scoring: pruned` scores what the last epoch did not train on, `all` everything.
-    """
-    trained_before = job.steps[epoch - 1] * job.config.batch_size
-    count = job.num_samples if job.config.prune.scoring == "all" else job.num_samples - trained_before
-    oldest_first = scored_epoch.argsort(stable=True)  # (N,)
-    first, rest = (shuffled_batches(part, 1, job.config.seed, epoch).flatten() for part in (oldest_first[:count], oldest_first[count:]))
-    return first, rest
-
-
-def foresee(job: Job, state: ScoreState, epoch: int) -> Tensor:
-    """What the views that `epoch` will draw add to each sample's terms, (2, N), without drawing them: randomness is keyed."""
-    everyone, side = torch.arange(job.num_samples, device=job.device), job.images.pixels.shape[-1]
-    parts = []
-    for index in everyone.split(2**16):  # a draw is 150 bytes and more a sample on the way
-        parts.append(state.explained(draw_features(*draw_params(job.config.seed, epoch, index, job.recipe, side), side)))
-    return torch.cat(parts, 1)
-
-
-def measure_reliability(job: Job, model: Any, views_of: Any, state: ScoreState, epoch: int) -> dict[str, float | None]:
-    """How much of the score is the sample and not the draw: by two new draws of the same samples with the weights of now.
-
-    `draw_reliability` is the rank correlation of the two draws' scores, r. `score_reliability` is that of the score that
-    selects: its correlation c with a draw is the root of (its own reliability times r), so it is c² / r; None where r is too close to 0.
-    With `prune.adjust` there is `foresight` too: how the score expected of a draw correlates with the one it then has.
-    """
-    batch_size = job.config.batch_size
-    batches = min(-(-job.config.monitor.reliability_images // batch_size), job.num_samples // batch_size)
-    everyone = torch.arange(job.num_samples, device=job.device)
-    sample = random_subset(job.num_samples, batches * batch_size, 0, -1, job.device).index  # the same ones all the time
-    scores, foresights = [], []
-    for draw in (1, 2):
-        epoch_key = draw * RELIABILITY_EPOCHS + epoch  # views that no training epoch sees
-        order = shuffled_batches(sample, 1, job.config.seed, epoch_key).flatten()
-        terms, draws = score_pass(job, model, views_of, order, order[:0], epoch_key, job.recipe)
-        if draws is not None:
-            known = state.times_scored[order] > 0
-            expected = job.rule.score(state.terms[:, order] + state.explained(draws), state.variance[order], epoch)
-            seen = job.rule.score(terms, torch.zeros_like(terms[0]), epoch)
-            foresights.append(rank_correlation(expected[known], seen[known]))
-            terms = state.adjusted(order, terms, draws)
-        score = everyone.new_zeros(job.num_samples, dtype=torch.float32)
-        score[order] = job.rule.score(terms, torch.zeros_like(terms[0]), epoch)
-        scores.append(score[sample])
-    selecting = job.rule.score(state.terms, state.variance, epoch)[sample]
-    scored = selecting < torch.inf
-    selecting, *scores = (score[scored] for score in (selecting, *scores))
-    both = rank_correlation(*scores)
-    with_selecting = (rank_correlation(selecting, scores[0]) + rank_correlation(selecting, scores[1])) / 2
-    r, c, *foresight = torch.stack([both, with_selecting, *([torch.stack(foresights).mean()] if foresights else [])]).tolist()
-    figures: dict[str, float | None] = {"draw_reliability": r, "score_reliability": c * abs(c) / r if r > 0.02 else None}
-    return figures | ({"foresight": foresight[0]} if foresight else {})
 
 
 class Stop:

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import pretrain
 from benchmarks import common
 from benchmarks.common import Ratio
+from ssl_emp import passes
 from ssl_emp.augment import draw_params
 from ssl_emp.config import load_config
+from ssl_emp.job import prepare
 from ssl_emp.loss import nt_xent
 from ssl_emp.optim import build_optimizer
 from ssl_emp.pruning import feature_distance, shuffled_batches
@@ -37,9 +38,9 @@ STAGES = ("gather", "views", "forward", "loss", "scores", "backward", "optimizer
 
 def profile(config: str, overrides: list[str], steps: int, keeps: bool) -> dict[str, Any]:
     """Seconds of each stage of a step, its operations and bytes, and what this machine can do at most."""
-    job = pretrain.prepare(load_config(config, [*overrides, f"keep_freed_memory={str(keeps).lower()}"]), Report())
+    job = prepare(load_config(config, [*overrides, f"keep_freed_memory={str(keeps).lower()}"]), Report())
     settings = job.config
-    model, views_of = pretrain.compiled(job, Report())
+    model, views_of = passes.compiled(job, Report())
     optimizer = build_optimizer(
         job.model, settings.optimizer.name, settings.optimizer.lr, settings.optimizer.momentum, settings.optimizer.weight_decay
     )
@@ -57,7 +58,7 @@ def profile(config: str, overrides: list[str], steps: int, keeps: bool) -> dict[
         state["views"] = views_of(state["images"], params, job.recipe)
 
     def forward(index: Tensor) -> None:
-        state["out"] = pretrain.forward_views(job, model, *state["views"])
+        state["out"] = passes.forward_views(job, model, *state["views"])
 
     def loss(index: Tensor) -> None:
         _, _, z_a, z_b = state["out"]
@@ -85,7 +86,7 @@ def profile(config: str, overrides: list[str], steps: int, keeps: bool) -> dict[
                 times[stage].append(took)
 
     with FlopCounterMode(display=False) as flops:
-        pretrain.forward_views(job, job.model, *state["views"])[3].sum().backward()
+        passes.forward_views(job, job.model, *state["views"])[3].sum().backward()
     kept, seen = 0, set()
 
     def note(tensor: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ def profile(config: str, overrides: list[str], steps: int, keeps: bool) -> dict[
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        alive = pretrain.forward_views(job, job.model, *state["views"])
+        alive = passes.forward_views(job, job.model, *state["views"])
     del alive
     weights = sum(parameter.nbytes for parameter in job.model.parameters())
     medians = {stage: statistics.median(values) for stage, values in times.items()}

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import pretrain
 from experiments.reliability import draws, halves, load
 from ssl_emp.errors import UserError
+from ssl_emp.job import Job
 
 
 def main() -> int:
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/proxy"))
     arguments = parser.parse_args()
     try:
-        job: pretrain.Job = load(arguments.run, arguments.data)
+        job: Job = load(arguments.run, arguments.data)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

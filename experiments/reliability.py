@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import pretrain
+from ssl_emp import passes
 from ssl_emp.augment import cut_views, draw_params
 from ssl_emp.checkpoint import load_checkpoint
 from ssl_emp.config import load_config
 from ssl_emp.errors import UserError
+from ssl_emp.job import Job, prepare
 from ssl_emp.loss import nt_xent
 from ssl_emp.pruning import feature_distance, shuffled_batches
 from ssl_emp.report import Report, rank_correlation
@@ -41,19 +42,19 @@ COLUMNS = ("one", "adjusted", "common", "averaged", "averaged adjusted", "explai
 
 
 @torch.no_grad()
-def draws(job: pretrain.Job, sample: Tensor, batch_size: int, count: int, common: bool) -> tuple[dict[str, Tensor], Tensor]:
+def draws(job: Job, sample: Tensor, batch_size: int, count: int, common: bool) -> tuple[dict[str, Tensor], Tensor]:
     """`count` draws of `sample` (n,): -> each score (count, n), and what was drawn (count, n, F)."""
     scores: dict[str, list[Tensor]] = {"loss": [], "raw distance": [], "normalised distance": [], "EMP raw": []}
     features = []
     place = torch.empty(job.num_samples, dtype=torch.int64)
     place[sample] = torch.arange(len(sample))
     for draw in range(count):
-        key = pretrain.RELIABILITY_EPOCHS + draw
+        key = passes.RELIABILITY_EPOCHS + draw
         rows = {name: torch.full((len(sample),), torch.nan) for name in scores}  # NaN: in the remainder of this draw
         drawn = torch.empty(len(sample), 0)
         for index, images in job.store.stream(shuffled_batches(sample, batch_size, job.config.seed, key)):
             params = draw_params(job.config.seed, key, torch.zeros_like(index) if common else index, job.recipe, images.shape[-1])
-            h_a, h_b, z_a, z_b = pretrain.forward_views(job, job.model, *cut_views(images, params, job.recipe))
+            h_a, h_b, z_a, z_b = passes.forward_views(job, job.model, *cut_views(images, params, job.recipe))
             what = draw_features(*params, images.shape[-1])
             drawn = drawn if drawn.shape[1] else torch.empty(len(sample), what.shape[1])
             where = place[index]
@@ -88,10 +89,10 @@ def halves(values: Tensor) -> float:
     return float(rank_correlation(values[::2].nanmean(0), values[1::2].nanmean(0)))
 
 
-def load(run: Path, data: str | None) -> pretrain.Job:
+def load(run: Path, data: str | None) -> Job:
     """A finished run's job with its last weights, in training mode, no running statistic touched."""
     overrides = [f"data.source={data}"] if data else []
-    job = pretrain.prepare(load_config(run / "config.yaml", overrides), Report())
+    job = prepare(load_config(run / "config.yaml", overrides), Report())
     state, _ = load_checkpoint(run / "checkpoints")
     if state is None:
         raise UserError(f"{run} has no checkpoint", "run the grid with --keep-checkpoints")

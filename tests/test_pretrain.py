@@ -24,12 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain
 from linear_eval import EvalError
-from ssl_emp import load_encoder, policies
+from ssl_emp import job as job_module
+from ssl_emp import load_encoder, passes, policies
 from ssl_emp.augment import cut_views, draw_params
 from ssl_emp.checkpoint import load_checkpoint
 from ssl_emp.config import PretrainConfig, load_config
 from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.images import DeviceImages, HostImages
+from ssl_emp.job import Job, prepare
 from ssl_emp.loss import nt_xent
 from ssl_emp.pruning import feature_distance, select_kept
 from ssl_emp.report import Report, rank_correlation
@@ -125,7 +127,7 @@ def test_same_seed_same_run_other_seed_other_run(pretrain_run: Pretrain) -> None
 
 def test_images_on_the_host_give_the_same_run(pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
     on_device = pretrain_run("device")
-    monkeypatch.setattr(pretrain, "place_images", HostImages)
+    monkeypatch.setattr(job_module, "place_images", HostImages)
     assert_same_run(pretrain_run("host"), on_device)
 
 
@@ -156,14 +158,14 @@ def test_what_was_scored_when(pretrain_run: Pretrain, scoring: str) -> None:
 
 def test_what_a_scoring_pass_scores(pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
     """`all`: everything, at the asked rhythm. `pruned`: exactly what the last epoch did not train on."""
-    passes: list[tuple[int, set[int]]] = []
+    noted_passes: list[tuple[int, set[int]]] = []
     trained: set[int] = set()
     missing: list[set[int]] = []
-    original, original_batches = pretrain.score_pass, pretrain.shuffled_batches
+    original, original_batches = passes.score_pass, passes.shuffled_batches
 
     def noted(job: Any, model: Any, views_of: Any, first: Tensor, rest: Tensor, epoch: int, recipe: Any) -> Any:
         assert sorted([*first.tolist(), *rest.tolist()]) == list(range(68))
-        passes.append((epoch, set(first.tolist())))
+        noted_passes.append((epoch, set(first.tolist())))
         missing.append(set(range(68)) - trained)
         return original(job, model, views_of, first, rest, epoch, recipe)
 
@@ -174,19 +176,19 @@ def test_what_a_scoring_pass_scores(pretrain_run: Pretrain, monkeypatch: pytest.
             trained.update(batches.flatten().tolist())
         return batches
 
-    monkeypatch.setattr(pretrain, "score_pass", noted)
-    monkeypatch.setattr(pretrain, "shuffled_batches", noted_batches)
+    monkeypatch.setattr(passes, "score_pass", noted)
+    monkeypatch.setattr(passes, "shuffled_batches", noted_batches)
     pretrain_run("a", "prune.scoring=all", "prune.rescore_every=2", "epochs=6", "prune.anneal_fraction=0", "monitor.reliability_every=0")
-    assert passes == [(epoch, set(range(68))) for epoch in (1, 3, 5)]
-    passes.clear()
+    assert noted_passes == [(epoch, set(range(68))) for epoch in (1, 3, 5)]
+    noted_passes.clear()
     missing.clear()
     pretrain_run("b", "prune.scoring=pruned", "epochs=8", "prune.anneal_fraction=0", "monitor.reliability_every=0")
-    assert [epoch for epoch, _ in passes] == list(range(1, 8)) and [scored for _, scored in passes] == missing
+    assert [epoch for epoch, _ in noted_passes] == list(range(1, 8)) and [scored for _, scored in noted_passes] == missing
     assert [len(scored) for scored in missing] == [4, 28, 28, 36, 28, 28, 28]  # the remainder of the full epoch, then the pruned
 
 
-def make_job(tiny_config: Path, *overrides: str) -> pretrain.Job:
-    job = pretrain.prepare(load_config(tiny_config, list(overrides)), Report())
+def make_job(tiny_config: Path, *overrides: str) -> Job:
+    job = prepare(load_config(tiny_config, list(overrides)), Report())
     job.model.train()
     return job
 
@@ -197,7 +199,7 @@ def test_the_scoring_pass_equals_the_training_pass(tiny_config: Path) -> None:
     before = {name: value.clone() for name, value in job.model.state_dict().items()}
     order = torch.randperm(68, generator=torch.Generator().manual_seed(0))
     first, rest = order[:20], order[20:]
-    terms, draws = pretrain.score_pass(job, job.model, cut_views, first, rest, 3, job.recipe)
+    terms, draws = passes.score_pass(job, job.model, cut_views, first, rest, 3, job.recipe)
     assert draws is None
     assert terms.shape == (2, 20) and not terms.requires_grad
     after = job.model.state_dict()
@@ -206,7 +208,7 @@ def test_the_scoring_pass_equals_the_training_pass(tiny_config: Path) -> None:
 
     for batch in order[:24].view(3, 8):  # 20 are filled up to three whole batches
         params = draw_params(job.config.seed, 3, batch, job.recipe, 16)
-        h_a, h_b, z_a, z_b = pretrain.forward_views(job, job.model, *cut_views(job.images.pixels[batch], params, job.recipe))
+        h_a, h_b, z_a, z_b = passes.forward_views(job, job.model, *cut_views(job.images.pixels[batch], params, job.recipe))
         expected = torch.stack([nt_xent(z_a, z_b, 0.5), feature_distance(h_a, h_b)]).detach()
         wanted = [place for place, sample in enumerate(batch.tolist()) if sample in first.tolist()]
         places = [first.tolist().index(int(batch[place])) for place in wanted]
@@ -391,7 +393,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_checkpoint_before_intact(
         loss = original(z_a, z_b, temperature)
         return loss * math.nan if calls == 3 else loss
 
-    monkeypatch.setattr(pretrain, "nt_xent", sick)
+    monkeypatch.setattr(passes, "nt_xent", sick)
     expect_error(capsys, ["--resume", str(out)], "not finite in epoch 1, step 6, samples", "checkpoint is intact", code=3)
     assert (out / "checkpoints" / "step_00000003.pt").read_bytes() == before
     state, warnings = load_checkpoint(out / "checkpoints")
@@ -425,7 +427,7 @@ def test_no_compiler_is_one_line_not_an_end(tiny_config: Path, monkeypatch: pyte
     monkeypatch.setattr(torch, "compile", missing)
     job = make_job(tiny_config, "compile=true")
     report = Report()
-    assert pretrain.compiled(job, report) == (job.model, cut_views)
+    assert passes.compiled(job, report) == (job.model, cut_views)
     assert "compile   not available" in report.early[-1]
 
 
@@ -440,7 +442,7 @@ def test_cuda_graphs_need_compile_and_a_gpu(tiny_config: Path, monkeypatch: pyte
 
     monkeypatch.setattr(torch, "compile", noted)
     report = Report()
-    pretrain.compiled(make_job(tiny_config, "compile=true", "cuda_graphs=true"), report)
+    passes.compiled(make_job(tiny_config, "compile=true", "cuda_graphs=true"), report)
     assert modes == [None] * 3 and "cuda_graphs needs a GPU" in report.early[-1]
 
 
@@ -462,11 +464,11 @@ def test_a_compiled_step_is_the_eager_step(tiny_config: Path) -> None:
     results = []
     for override in ("compile=false", "compile=true"):
         job = make_job(tiny_config, override, "batch_size=32")
-        model, views_of = pretrain.compiled(job, Report())
+        model, views_of = passes.compiled(job, Report())
         assert (model is job.model) == (override == "compile=false"), "a compiler is needed for this test"
         index = torch.arange(32)
         params = draw_params(0, 1, index, job.recipe, 16)
-        _, _, z_a, z_b = pretrain.forward_views(job, model, *views_of(job.images.pixels[index], params, job.recipe))
+        _, _, z_a, z_b = passes.forward_views(job, model, *views_of(job.images.pixels[index], params, job.recipe))
         loss = nt_xent(z_a, z_b, 0.5)
         loss.mean().backward()
         gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
@@ -555,7 +557,8 @@ def test_a_full_disk_and_a_full_device_are_one_line(
     def full(*arguments: Any) -> None:
         raise error
 
-    monkeypatch.setattr(pretrain, "nt_xent" if isinstance(error, torch.OutOfMemoryError) else "write_samples", full)
+    target = (passes, "nt_xent") if isinstance(error, torch.OutOfMemoryError) else (pretrain, "write_samples")
+    monkeypatch.setattr(*target, full)
     words = ("out of memory", "batch_size") if isinstance(error, torch.OutOfMemoryError) else ("metrics.jsonl: No space left", "--resume")
     expect_error(capsys, ["--config", str(tiny_config), f"out={tmp_path / 'run'}"], *words, code=3)
 
@@ -691,14 +694,14 @@ def test_several_cheap_draws_are_their_mean(tiny_config: Path) -> None:
     """Three draws at half the size: the mean of three passes of one, and no two of them alike."""
     job = make_job(tiny_config, "prune.scoring_draws=3", "prune.scoring_size=8", "prune.adjust=true")
     order = torch.arange(68)
-    terms, draws = pretrain.score_passes(job, job.model, cut_views, order[:20], order[20:], 3)
+    terms, draws = passes.score_passes(job, job.model, cut_views, order[:20], order[20:], 3)
     small = replace(job.recipe, size=8)
-    keys = [3, 3 + pretrain.SCORING_EPOCHS, 3 + 2 * pretrain.SCORING_EPOCHS]
-    singles = [pretrain.score_pass(job, job.model, cut_views, order[:20], order[20:], key, small) for key in keys]
+    keys = [3, 3 + passes.SCORING_EPOCHS, 3 + 2 * passes.SCORING_EPOCHS]
+    singles = [passes.score_pass(job, job.model, cut_views, order[:20], order[20:], key, small) for key in keys]
     torch.testing.assert_close(terms, sum(single[0] for single in singles) / 3)
     assert draws is not None and singles[0][1] is not None and singles[1][1] is not None
     assert draws.shape == (20, 14) and not singles[0][0].equal(singles[1][0]) and not singles[0][1].equal(singles[1][1])
-    full_size, _ = pretrain.score_pass(job, job.model, cut_views, order[:20], order[20:], 3, job.recipe)
+    full_size, _ = passes.score_pass(job, job.model, cut_views, order[:20], order[20:], 3, job.recipe)
     assert not full_size.equal(singles[0][0])
 
 
@@ -706,7 +709,7 @@ def test_the_views_that_are_foreseen_are_the_views_that_come(pretrain_run: Pretr
     """The draws that selection looked at, row by row, are those of the training steps of the same epoch."""
     foreseen: list[Tensor] = []
     trained: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    original = pretrain.simclr_terms
+    original = passes.simclr_terms
 
     def explained(self: ScoreState, draw: Tensor) -> Tensor:
         if len(draw) == 68:
@@ -720,7 +723,7 @@ def test_the_views_that_are_foreseen_are_the_views_that_come(pretrain_run: Pretr
         return loss, memory, draw
 
     monkeypatch.setattr(ScoreState, "explained", explained)
-    monkeypatch.setattr(pretrain, "simclr_terms", noted)
+    monkeypatch.setattr(passes, "simclr_terms", noted)
     pretrain_run("run", "prune.adjust=true", "prune.foresee=true", "monitor.reliability_every=0")
     assert len(foreseen) == 3
     for epoch, draws in zip((1, 2, 3), foreseen, strict=True):
@@ -742,10 +745,10 @@ def test_reliability_is_one_where_the_score_does_not_depend_on_the_draw(tiny_con
         return through
 
     for noise, low, high in ((0.0, 0.999, 1.001), (40.0, -0.3, 0.6)):
-        monkeypatch.setattr(pretrain, "simclr_terms", fake(noise))
+        monkeypatch.setattr(passes, "simclr_terms", fake(noise))
         everyone = torch.arange(68)
         state.observe(everyone, torch.stack(fake(noise)(job, None, None, everyone, everyone, 0)[:2]), None, 0)
-        figures = pretrain.measure_reliability(job, job.model, cut_views, state, 0)
+        figures = passes.measure_reliability(job, job.model, cut_views, state, 0)
         assert figures["draw_reliability"] is not None and low < figures["draw_reliability"] < high, figures
         if noise == 0:
             assert figures["score_reliability"] == pytest.approx(1, abs=1e-3)

@@ -1,0 +1,211 @@
+"""Everything that a config becomes before the first step: images, plan, rule, network, on a device."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ssl_emp.augment import Recipe
+from ssl_emp.config import PretrainConfig
+from ssl_emp.device import describe_device, keep_freed_memory, pick_device
+from ssl_emp.errors import UserError
+from ssl_emp.images import DeviceImages, HostImages, ImageSet, align_labels, fingerprint, load_images, place_images
+from ssl_emp.label_noise import noisy_labels
+from ssl_emp.model import Encoder, SimCLR, build_encoder
+from ssl_emp.policies import Rule, load_indices
+from ssl_emp.pruning import PrunePlan
+from ssl_emp.report import Report, show_progress
+from ssl_emp.supervised import Classifier
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a config becomes before the first step."""
+
+    config: PretrainConfig
+    device: torch.device
+    images: ImageSet
+    store: DeviceImages | HostImages
+    plan: PrunePlan
+    steps: list[int]  # batches of every epoch
+    rule: Rule
+    recipe: Recipe
+    encoder: Encoder
+    model: SimCLR | Classifier
+    bf16: bool
+    labels: Tensor | None  # (N,) on the device, noise included: what a supervised run trains on, simclr only looks at class balance
+    is_noisy: Tensor | None  # (N,) on the device, where labels were made wrong
+    test: ImageSet | None  # of a supervised run, for the accuracy of the last epoch
+    fingerprint: str  # of the images: scores belong to positions, so a resume needs the same set
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.images.names)
+
+    @property
+    def num_classes(self) -> int:
+        """0 without labels."""
+        return 0 if self.images.labels is None else count_classes(self.images)
+
+    @property
+    def total_steps(self) -> int:
+        return sum(self.steps)
+
+    @property
+    def full_steps(self) -> int:
+        """Steps of the same run without pruning."""
+        return self.config.epochs * (self.num_samples // self.config.batch_size)
+
+
+def prepare(config: PretrainConfig, report: Report) -> Job:
+    """Config -> images, network, plan. Raises UserError for whatever the user can fix; writes nothing."""
+    if config.keep_freed_memory:
+        keep_freed_memory()
+    device = pick_device(config.device)
+    data = config.data
+    images = load_images(
+        data.source,
+        "train",
+        kind=data.kind,
+        image_size=data.image_size,
+        max_images=data.max_images,
+        subset_seed=data.subset_seed,
+        labels=data.labels,
+        store=data.store,
+        jpeg_quality=data.jpeg_quality,
+        download_dir=data.download_dir,
+        cache_dir=data.cache_dir,
+        progress=show_progress("reading images"),
+    )
+    num_samples, stored_size = len(images.names), images.pixels.shape[-1]
+    prune = config.prune
+    fraction = 0.0 if prune.policy == "none" else prune.fraction
+    plan = PrunePlan(config.epochs, fraction, prune.warmup_epochs, prune.anneal_fraction, shorter=prune.policy == "shorter")
+    if num_samples < 2:
+        raise UserError(f"{data.source} has {num_samples} image to train on", "give more images")
+    steps = plan.epoch_steps(num_samples, config.batch_size)
+    if not steps or min(steps) < 1:
+        fewest = min(plan.kept_count(epoch, num_samples) for epoch in range(config.epochs))
+        largest = num_samples // math.ceil(1 / (1 - fraction))
+        what = f"an epoch keeps {fewest} of the {num_samples} images in {data.source}, too few for batch_size={config.batch_size}"
+        raise UserError(
+            what,
+            f"set batch_size={largest} or less, or give more images" if largest > 1 else "give more images, or a smaller prune.fraction",
+        )
+    subset = load_indices(Path(prune.indices), num_samples) if prune.indices else None
+    needed = max((count * config.batch_size for epoch, count in enumerate(steps) if plan.is_pruned(epoch)), default=0)
+    if subset is not None and len(subset) < needed:
+        what = f"{prune.indices} names {len(subset)} samples, and a pruned epoch needs {needed}"
+        raise UserError(what, f"set prune.fraction to {1 - len(subset) / num_samples:.3f} or more")
+
+    augment = config.augment.model_dump()
+    recipe = Recipe(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in augment.items()}
+        | {"size": augment["size"] or stored_size}
+    )
+    if recipe.crop_padding and not recipe.crop_padding < recipe.size == stored_size:
+        what = f"augment.crop_padding={recipe.crop_padding} with images of {stored_size} and views of {recipe.size} pixels"
+        raise UserError(what, "give views the size of the images (data.image_size, augment.size), and less padding than that")
+    supervised = config.objective == "supervised"
+    if supervised and images.labels is None:
+        raise UserError(f"objective supervised needs labels, and {data.source} has none", "label the images, or set objective=simclr")
+    labels, is_noisy, num_classes = images.labels, None, 0
+    if labels is not None:
+        num_classes = count_classes(images)
+        if supervised and num_classes < 2:
+            raise UserError(
+                f"objective supervised needs two classes, {data.source} has {num_classes}", "give more, or set objective=simclr"
+            )
+        if data.label_noise:
+            labels, is_noisy = noisy_labels(labels, num_classes, data.label_noise, data.subset_seed)
+        labels, is_noisy = labels.to(device), None if is_noisy is None else is_noisy.to(device)
+    test = load_test(config, images, stored_size, report) if supervised else None
+
+    torch.manual_seed(config.seed)
+    model_config = config.model
+    encoder = build_encoder(model_config.arch, model_config.width, model_config.stem, recipe.size, config.augment.mean, config.augment.std)
+    hidden = model_config.projection_hidden or encoder.feature_dim
+    model: SimCLR | Classifier = SimCLR(encoder, hidden, model_config.projection_dim, tuple(prune.layers))
+    if supervised:
+        model = Classifier(encoder.backbone, encoder.feature_dim, num_classes)
+    encoder.to(device)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs miss this form
+    bf16 = config.precision == "bf16" or (
+        config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
+    store = place_images(images.pixels, device)
+    rule = Rule(
+        policy=prune.policy,
+        plan=plan,
+        beta=prune.beta,
+        beta_end=prune.beta_end,
+        loss_weight=prune.loss_weight,
+        loss_weight_end=prune.loss_weight_end,
+        memory=prune.memory,
+        explore=prune.explore_share,
+        soften=prune.soften,
+        confidence=prune.confidence,
+        fixed=None if subset is None else subset.to(device),
+    )
+    job = Job(
+        config,
+        device,
+        images,
+        store,
+        plan,
+        steps,
+        rule,
+        recipe,
+        encoder,
+        model,
+        bf16,
+        labels,
+        is_noisy,
+        test,
+        fingerprint(images),
+    )
+
+    where = f"{images.stored}, {'on the device' if isinstance(job.store, DeviceImages) else 'streamed from the host'}"
+    report.say(f"device    {describe_device(device)}, {'bf16 autocast' if bf16 else 'fp32'}")
+    report.say(f"images    {num_samples:,} of {stored_size}x{stored_size} from {data.source}, {where}; {len(images.skipped)} unreadable")
+    for name, reason in images.skipped[:10]:
+        report.say(f"          left out: {name} ({reason})")
+    if len(images.skipped) > 10:
+        report.say(f"          left out: {len(images.skipped) - 10} more")
+    spec = encoder.spec
+    report.say(f"encoder   {spec['arch']}, width {spec['width']}, {spec['stem']} stem, {encoder.feature_dim} features")
+    kept = "every epoch keeps every sample"
+    if plan.shorter and fraction:
+        kept = f"every epoch keeps every sample, and there are {len(steps)} of them"
+    elif job.total_steps < job.full_steps:
+        kept = f"a pruned epoch keeps {1 - fraction:.0%} of the samples by {prune.policy}"
+    share = job.total_steps / job.full_steps
+    report.say(f"plan      {config.epochs} epochs, batch {config.batch_size}; {kept}")
+    report.say(f"          {job.total_steps:,} steps against {job.full_steps:,} unpruned ({share:.1%}, asked {plan.asked_share():.1%})")
+    return job
+
+
+def count_classes(images: ImageSet) -> int:
+    """Classes of a labeled set: as named, or as numbered."""
+    assert images.labels is not None
+    return max(len(images.class_names or ()), int(images.labels.max()) + 1)
+
+
+def load_test(config: PretrainConfig, train: ImageSet, image_size: int, report: Report) -> ImageSet | None:
+    """The test split with labels numbered as in train, before the run and not after hours of it; None where there is none."""
+    data = config.data
+    options = {"image_size": image_size, "download_dir": data.download_dir, "cache_dir": data.cache_dir, "store": data.store}
+    try:
+        if data.test_source is None:
+            test = load_images(data.source, "test", kind=data.kind, **options)  # type: ignore[arg-type]  # str and int by name
+        else:
+            test = load_images(data.test_source, "train", **options)  # type: ignore[arg-type]
+    except UserError as error:
+        report.say(f"test      none, so no test accuracy at the end: {error}")
+        return None
+    if test.labels is None:
+        report.say("test      has no labels, so no test accuracy at the end")
+        return None
+    return replace(test, labels=align_labels(train, test))
