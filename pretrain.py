@@ -4,6 +4,7 @@
     python pretrain.py --config configs/cifar10_emp.yaml data.source=./images prune.fraction=0.5 out=runs/mine
     python pretrain.py --config configs/demo.yaml --dry-run      # what would happen, and a picture of the views
     python pretrain.py --resume runs/mine
+    python pretrain.py --config configs/cifar10_emp.yaml devices=2        # or: torchrun --nproc-per-node 2 pretrain.py --config …
 
 config -> job (ssl_emp/job.py) -> epochs(select, stream, score, step) -> encoder. Exit codes: 0 done, 2 the user can fix it,
 3 the run failed with its last checkpoint intact, 130/143 stopped by SIGINT/SIGTERM after saving.
@@ -12,9 +13,11 @@ config -> job (ssl_emp/job.py) -> epochs(select, stream, score, step) -> encoder
 import argparse
 import io
 import json
+import os
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,14 +31,26 @@ from linear_eval import EvalError, Features, extract_features, knn_accuracy
 from ssl_emp.augment import cut_views, draw_params, grid_of_views
 from ssl_emp.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from ssl_emp.config import PretrainConfig, flatten, load_config
+from ssl_emp.device import pick_device
 from ssl_emp.diagnostics import Finding, diagnose, findings, next_to_say
 from ssl_emp.errors import Parser, RunFailed, UserError
 from ssl_emp.images import ImageSet
 from ssl_emp.job import Job, prepare
+from ssl_emp.lock import is_unused, sole_writer
 from ssl_emp.model import save_encoder
-from ssl_emp.optim import build_optimizer, lr_at, one_cycle_lr, one_cycle_momentum, set_lr, set_momentum
-from ssl_emp.passes import compiled, foresee, measure_reliability, score_passes, split_by_age, terms_of
+from ssl_emp.optim import (
+    build_optimizer,
+    gradients_are_finite,
+    lr_at,
+    one_cycle_lr,
+    one_cycle_momentum,
+    set_lr,
+    set_momentum,
+    step_where,
+)
+from ssl_emp.passes import compiled, foresee, gathered, measure_reliability, score_passes, split_by_age, terms_of
 from ssl_emp.pruning import shuffled_batches
+from ssl_emp.ranks import ALONE, LostRank, Ranks, is_exchange, join_ranks, leave_ranks
 from ssl_emp.report import Report, duration, rank_correlation, write_environment, write_samples
 from ssl_emp.scores import ScoreState
 from ssl_emp.supervised import Classifier
@@ -44,6 +59,9 @@ from ssl_emp.supervised import Classifier
 FREE_ON_RESUME = (
     "out",
     "device",
+    "devices",
+    "timeout_seconds",
+    "max_bad_steps",
     "precision",
     "data.download_dir",
     "data.cache_dir",
@@ -55,23 +73,25 @@ FREE_ON_RESUME = (
 
 
 class Stop:
-    """SIGTERM, SIGINT: finish the step, save, leave. A second signal leaves at once."""
+    """SIGTERM, SIGINT, SIGUSR1: finish the step, save, leave. A second signal leaves at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self) -> None:
-        self.signal: int | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self.signal: int = 0
+        for number in self.SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        for again in (signal.SIGTERM, signal.SIGINT):
+        for again in self.SIGNALS:
             signal.signal(again, signal.SIG_DFL)
 
 
 def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) -> int:
     """Train `job` to its end in `out`, from `state` where a checkpoint gave one. Returns the exit code."""
     config, prune, plan, device = job.config, job.config.prune, job.plan, job.device
-    num_samples, batch_size, total_steps = job.num_samples, config.batch_size, job.total_steps
+    num_samples, batch_size, total_steps, ranks = job.num_samples, config.batch_size, job.total_steps, job.ranks
     model, views_of = compiled(job, report)
     optimizer = build_optimizer(
         job.model, config.optimizer.name, config.optimizer.lr, config.optimizer.momentum, config.optimizer.weight_decay
@@ -88,6 +108,8 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
 
     scores = ScoreState(num_samples, prune.score_ema, prune.adjusts, device)
     start, step_in_epoch, step, batches, weight = 0, 0, 0, None, None
+    skipped: Tensor | None = None  # (steps,) of the epoch, whose loss or gradient was not finite
+    bad = torch.zeros(2, dtype=torch.int64, device=device)  # steps that were skipped: in a row until now, the longest row
     before: dict[str, Tensor] = {}  # what the epoch's diagnosis compares with
     said: dict[str, tuple[int, float]] = {}  # what it told, when, and how bad it was
     seconds = {"training": 0.0, "scoring": 0.0, "monitoring": 0.0}
@@ -99,12 +121,19 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
         if step_in_epoch:
             batches, weight = (None if part is None else part.to(device) for part in (state["batches"], state["weight"]))
             before = {name: part.to(device) for name, part in state["before"].items()}
-        said = dict(state["said"])
+            skipped = state["skipped"].to(device)
+        bad, said = state["bad"].to(device), dict(state["said"])
+    trained = ranks.share_gradients(model)  # after the weights are those of the checkpoint on all ranks
+    parameters, buffers = list(job.model.parameters()), list(job.model.buffers())
+    kept_buffers = [buffer.clone() for buffer in buffers]
 
     def save(epoch: int, step_in_epoch: int, batches: Tensor | None, weight: Tensor | None) -> None:
         check_weights(job.model, step)
+        if not ranks.is_first:
+            return
         model_state = {"model": job.model.state_dict(), "optimizer": optimizer.state_dict()}
         per_sample = {"scores": scores.state_dict(), "batches": batches, "weight": weight, "before": before, "said": said}
+        per_sample |= {"skipped": skipped, "bad": bad}
         position = {"epoch": epoch, "step_in_epoch": step_in_epoch, "step": step, "finished": step == total_steps, "seconds": dict(seconds)}
         source = {"config": config.model_dump(), "fingerprint": job.fingerprint, "bf16": job.bf16}
         save_checkpoint(out / "checkpoints", {**model_state, **per_sample, **position, **source}, step)
@@ -116,8 +145,8 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
 
     through_network = terms_of(job)
     stop = Stop()
-    saved_at = time.monotonic()
-    monitor_set = pick_monitor_set(job)
+    saved_at, saved_step = time.monotonic(), step
+    monitor_set = pick_monitor_set(job) if ranks.is_first else None
     job.model.train()
     for epoch in range(start, len(job.steps)):
         began = clock()
@@ -129,7 +158,9 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
                 left_out, others = split_by_age(job, scores.scored_epoch, epoch)
                 if len(left_out):
                     terms, draws = score_passes(job, model, views_of, left_out, others, epoch)
-                    scores.observe(left_out, terms, draws, epoch - 1)  # older than whatever this epoch trains on
+                    known = terms.isfinite().all(0)  # the others stay as they were
+                    # older than whatever this epoch trains on
+                    scores.observe(left_out[known], terms[:, known], None if draws is None else draws[known], epoch - 1)
                 seconds["scoring"] += clock() - began
                 began = clock()
             foreseen = foresee(job, scores, epoch) if prune.foresees and plan.is_pruned(epoch) else None
@@ -139,38 +170,46 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
             if kept.weight is not None:
                 weight = torch.ones(num_samples, device=device)
                 weight[kept.index] = kept.weight
-        bad_step = torch.tensor(-1, device=device)  # first step of the epoch with a non-finite loss
+            skipped = torch.zeros(len(batches), dtype=torch.bool, device=device)
+            ranks.agree_on(f"the samples of epoch {epoch + 1}", batches, scores.terms, scores.times_trained)
+        assert skipped is not None
         first_step, seconds_before = step_in_epoch, seconds["training"]
         label = f"epoch {epoch + 1}/{len(job.steps)}"
 
-        with report.progress(job.store.stream(batches[first_step:]), len(batches), label, first_step) as stream:
+        with report.progress(job.store.stream(ranks.part(batches[first_step:])), len(batches), label, first_step) as stream:
             for index, images in stream:
-                loss, memory, draw = through_network(job, model, views_of, index, images, epoch, job.recipe)
-                scores.observe(index, torch.stack([loss.detach(), memory]), draw, epoch)
-                scores.count_trained(index, epoch)
+                torch._foreach_copy_(kept_buffers, buffers)
+                loss, memory, draw = through_network(job, trained, views_of, index, images, epoch, job.recipe)
                 weighted = loss if weight is None else loss * weight[index]
+                optimizer.zero_grad(set_to_none=True)
+                weighted.mean().backward()
+                terms, draws = gathered(job, loss, memory, draw)
+                good = terms.isfinite().all() & gradients_are_finite(parameters)  # of all ranks: the gradients are summed by now
                 set_lr(optimizer, lr_of(step))
                 if one_cycle:
                     set_momentum(optimizer, one_cycle_momentum(step, total_steps))
-                optimizer.zero_grad(set_to_none=True)
-                weighted.mean().backward()
-                optimizer.step()
-                bad_step = torch.where((bad_step < 0) & ~loss.detach().isfinite().all(), step_in_epoch, bad_step)
+                step_where(optimizer, good)
+                restore_unless(good, buffers, kept_buffers)
+                scores.observe(batches[step_in_epoch], terms, draws, epoch, good)
+                scores.count_trained(batches[step_in_epoch], epoch, good)
+                skipped[step_in_epoch] = ~good
+                bad = count_in_a_row(bad, good)
                 step, step_in_epoch = step + 1, step_in_epoch + 1
-                stopping = stop.signal  # read once: it may come at any moment
-                due = time.monotonic() - saved_at > 60 * config.checkpoint.every_minutes
-                if device.type == "cpu" or due or stopping:  # on a GPU, reading the flag waits for it: seldom
-                    check_finite(bad_step, batches, epoch)
+                minutes, steps = (time.monotonic() - saved_at) / 60, step - saved_step
+                is_due = minutes > config.checkpoint.every_minutes or steps == config.checkpoint.every_steps
+                stopping, due = ranks.highest(stop.signal, is_due)  # read once: a signal may come at any moment
+                if device.type == "cpu" or due or stopping:  # on a GPU, reading the count waits for it: seldom
+                    check_bad_steps(bad, config.max_bad_steps, skipped, batches, epoch)
                 if due or stopping:
                     seconds["training"] += clock() - began
                     save(epoch, step_in_epoch, batches, weight)
-                    began, saved_at = clock(), time.monotonic()
+                    began, saved_at, saved_step = clock(), time.monotonic(), step
                 if stopping:
                     name = signal.Signals(stopping).name
                     report.say(f"stopped by {name} after step {step}, saved. go on: python pretrain.py --resume {out}")
                     return 128 + stopping
 
-        check_finite(bad_step, batches, epoch)
+        check_bad_steps(bad, config.max_bad_steps, skipped, batches, epoch)
         seconds["training"] += clock() - began
         rate = (len(batches) - first_step) * batch_size / (seconds["training"] - seconds_before)
         began = clock()
@@ -197,18 +236,26 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
         }
         if epoch + 1 == len(job.steps):
             row |= {"asked_share": plan.asked_share(), "real_share": step / job.full_steps}
+        bad_steps = skipped.nonzero().flatten().tolist()
+        if bad_steps:
+            row["skipped_steps"] = len(bad_steps)
         if before:
             row |= diagnosis(job, scores, before, epoch)
         report.metrics(row)
         beside = seconds["scoring"] + seconds["monitoring"]
         eta = (total_steps - step) * seconds["training"] / step + (len(job.steps) - epoch - 1) * beside / (epoch + 1)
         report.say(f"{label}  {epoch_line(row)}  eta {duration(eta)}")
+        if bad_steps:
+            report.say(f"warning   {skipped_line(bad_steps, batches, epoch)}")
         found = next_to_say(what_is_off(job, row, epoch), said, epoch) if before else None
         if found is not None:
             said[found.kind] = (epoch, found.severity)
             report.say(f"warning   {found.line}")
-        batches, step_in_epoch, before = None, 0, {}
+        batches, skipped, step_in_epoch, before = None, None, 0, {}
 
+    check_weights(job.model, step)
+    if not ranks.is_first:
+        return 0
     write_samples(
         out / "pruning" / "samples.parquet",
         job.images.names,
@@ -220,7 +267,6 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
             "scored_epoch": scores.scored_epoch,
         },
     )
-    check_weights(job.model, step)
     save_encoder(job.encoder, out / "encoder")
     accuracy = None if job.test is None else classify(job, job.test)
     if job.test is not None and accuracy is not None:
@@ -308,14 +354,33 @@ def epoch_line(row: dict[str, Any]) -> str:
     return f"loss {row['loss']:.3f}{knn}  kept {row['kept_share']:.1%}  {spread}  {row['images_per_second']:.0f} images/s"
 
 
-def check_finite(bad_step: Tensor, batches: Tensor, epoch: int) -> None:
-    """Raise RunFailed where the epoch met a non-finite loss. Reads one number from the device."""
-    bad = int(bad_step)
-    if bad >= 0:
-        indices = batches[bad].tolist()
-        shown = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
-        what = f"the loss is not finite in epoch {epoch + 1}, step {bad + 1}, samples {shown}"
-        raise RunFailed(f"{what}; the last checkpoint is intact. fix: lower optimizer.lr, or lengthen optimizer.warmup_epochs")
+def restore_unless(good: Tensor, tensors: list[Tensor], before: list[Tensor]) -> None:
+    """Put back what `tensors` were before where not `good` (0-d bool). No branch, which would wait for a GPU."""
+    torch._foreach_copy_(tensors, [torch.where(good, *pair) for pair in zip(tensors, before, strict=True)])
+
+
+def count_in_a_row(bad: Tensor, good: Tensor) -> Tensor:
+    """(bad steps in a row until now, the longest row), one step on."""
+    now = torch.where(good, 0, bad[0] + 1)
+    return torch.stack([now, torch.maximum(now, bad[1])])
+
+
+def skipped_line(steps: list[int], batches: Tensor, epoch: int) -> str:
+    """Which steps of the epoch were skipped, and on which samples."""
+    samples = batches[steps[0]].tolist()
+    shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
+    counted = "1 step was" if len(steps) == 1 else f"{len(steps)} steps were"
+    what = f"{counted} skipped for a loss or gradient that is not finite"
+    return f"epoch {epoch + 1}: {what}, the first is step {steps[0] + 1}, samples {shown}"
+
+
+def check_bad_steps(bad: Tensor, most: int, skipped: Tensor, batches: Tensor, epoch: int) -> None:
+    """Raise RunFailed where more than `most` steps in a row were skipped. Reads two numbers from the device."""
+    longest = int(bad[1])
+    if longest > most:
+        line = skipped_line(skipped.nonzero().flatten().tolist(), batches, epoch)
+        fix = "lower optimizer.lr, or lengthen optimizer.warmup_epochs"
+        raise RunFailed(f"{longest} bad steps in a row, max_bad_steps is {most}; {line}; the last checkpoint is intact. fix: {fix}")
 
 
 def check_weights(model: nn.Module, step: int) -> None:
@@ -380,61 +445,87 @@ def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None
     return None
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Start, resume or try out one run."""
-    report = Report()
+def settle(arguments: argparse.Namespace) -> tuple[PretrainConfig, Path, bool]:
+    """What is asked for: the config, the run directory, and whether that is gone on with."""
     if arguments.resume is None:
         config = load_config(arguments.config, arguments.overrides)
-        if arguments.dry_run:
-            return dry_run(prepare(config, report), report)
         out = Path(config.out or "runs/default")
-        if out.is_dir() and any(out.iterdir()) or out.is_file():
-            raise UserError(f"{out} exists and is not empty", f"go on with --resume {out}, or choose another out=DIR")
-        state = None
-        job = prepare(config, report)  # before the run directory: a mistake leaves nothing behind
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            write_atomically(out / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
-        except OSError as error:
-            raise UserError(f"cannot write into {out} ({error.strerror})", "choose another out=DIR") from error
+        if not (arguments.auto_resume and (out / "config.yaml").is_file()):
+            return config, out, False
     else:
         out = Path(arguments.resume)
-        if not (out / "config.yaml").is_file():
-            raise UserError(f"{out} is not a run directory: it has no config.yaml", "give the directory that pretrain.py wrote")
         if any(override.startswith("out=") for override in arguments.overrides):
             raise UserError("a run stays in its directory", "move it first, then --resume the new place, without out=")
-        before = load_config(out / "config.yaml", [])
-        config = load_config(out / "config.yaml", arguments.overrides).model_copy(update={"out": str(out)})
-        state, warnings = load_checkpoint(out / "checkpoints")
-        for line in warnings:
-            report.say(line)
-        for settings, source in ((before.model_dump(), "run"), (state["config"] if state else {}, "checkpoint")):
-            difference = first_difference(config.model_dump(), settings) if settings else None
-            if difference:
-                fix = "resume without that change, or start a new run with another out=DIR"
-                raise UserError(f"the {source} in {out} is of another config: {difference}", fix)
-        exported = (out / "encoder" / "config.json").is_file() and (out / "pruning" / "samples.parquet").is_file()
-        if state and state["finished"] and exported:
-            report.say(f"{out} is finished, nothing to do. next: python evaluate.py {out} knn linear")
-            return 0
-        job = prepare(config, report)
-        if state and state["fingerprint"] != job.fingerprint:
-            raise UserError(
-                f"the images in {config.data.source} are not those of the checkpoint in {out}",
-                f"restore them (now: {job.images.stored}; was it another data.store?), or start a new run with another out=DIR",
-            )
-        if state and state["bf16"] != job.bf16:
-            precision = "bf16" if state["bf16"] else "fp32"
-            raise UserError(f"the run in {out} trains in {precision}, this would go on in another", f"set precision={precision}")
-        where = f"epoch {state['epoch'] + 1}, step {state['step']}" if state else "no checkpoint yet, from the beginning"
-        report.say(f"resume    {where}")
-    write_environment(out / "environment.json", job.device)
-    report.attach(out, config.monitor.tensorboard)
-    report.forget_from(state["epoch"] + 1 if state else 1)
-    try:
-        return pretrain(job, out, state, report)
-    finally:
-        report.close()
+        if not (out / "config.yaml").is_file():
+            raise UserError(f"{out} is not a run directory: it has no config.yaml", "give the directory that pretrain.py wrote")
+    overrides = [override for override in arguments.overrides if not override.startswith("out=")]
+    return load_config(out / "config.yaml", overrides).model_copy(update={"out": str(out)}), out, True
+
+
+def run(config: PretrainConfig, out: Path, resumes: bool, ranks: Ranks) -> int:
+    """Start or resume one run, as one of its ranks."""
+    report, state = Report(silent=not ranks.is_first), None
+    with ExitStack() as held:
+        if resumes:
+            if ranks.is_first:
+                held.enter_context(sole_writer(out))
+            state = load_state(config, out, report)
+            exported = (out / "encoder" / "config.json").is_file() and (out / "pruning" / "samples.parquet").is_file()
+            if state and state["finished"] and exported:
+                report.say(f"{out} is finished, nothing to do. next: python evaluate.py {out} knn linear")
+                return 0
+        elif ranks.is_first and not is_unused(out):
+            raise UserError(f"{out} exists and is not empty", f"go on with --resume {out}, or choose another out=DIR")
+        job = prepare(config, report, ranks)  # before the run directory: a mistake leaves nothing behind
+        if state:
+            check_same(job, state, out)
+        here = f"{job.fingerprint} {state['step'] if state else 'no checkpoint'}"
+        differing = [rank for rank, there in enumerate(ranks.meet(here)) if there != here]
+        if differing:
+            what = f"rank {differing[0]} and rank {ranks.rank} see other images in {config.data.source}, or another checkpoint in {out}"
+            raise UserError(what, "give all machines the same files")
+        if ranks.is_first:
+            if not resumes:
+                held.enter_context(sole_writer(out))
+                if not is_unused(out):
+                    raise UserError(f"{out} exists and is not empty", f"go on with --resume {out}, or choose another out=DIR")
+                write_atomically(out / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
+            else:
+                where = f"epoch {state['epoch'] + 1}, step {state['step']}" if state else "no checkpoint yet, from the beginning"
+                report.say(f"resume    {where}")
+            write_environment(out / "environment.json", job.device)
+        report.attach(out, config.monitor.tensorboard)
+        report.forget_from(state["epoch"] + 1 if state else 1)
+        try:
+            return pretrain(job, out, state, report)
+        finally:
+            report.close()
+
+
+def load_state(config: PretrainConfig, out: Path, report: Report) -> dict[str, Any] | None:
+    """The newest checkpoint of the run in `out`, None where there is none yet. Raises UserError where it is of another config."""
+    before = load_config(out / "config.yaml", [])
+    state, warnings = load_checkpoint(out / "checkpoints")
+    for line in warnings:
+        report.say(line)
+    for settings, source in ((before.model_dump(), "run"), (state["config"] if state else {}, "checkpoint")):
+        difference = first_difference(config.model_dump(), settings) if settings else None
+        if difference:
+            fix = "resume without that change, or start a new run with another out=DIR"
+            raise UserError(f"the {source} in {out} is of another config: {difference}", fix)
+    return state
+
+
+def check_same(job: Job, state: dict[str, Any], out: Path) -> None:
+    """Raise UserError where `state` was trained on other images, or in another precision."""
+    if state["fingerprint"] != job.fingerprint:
+        raise UserError(
+            f"the images in {job.config.data.source} are not those of the checkpoint in {out}",
+            f"restore them (now: {job.images.stored}; was it another data.store?), or start a new run with another out=DIR",
+        )
+    if state["bf16"] != job.bf16:
+        precision = "bf16" if state["bf16"] else "fp32"
+        raise UserError(f"the run in {out} trains in {precision}, this would go on in another", f"set precision={precision}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -444,34 +535,58 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file, such as configs/demo.yaml")
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this directory")
+    parser.add_argument("--auto-resume", action="store_true", help="start, or go on where the run directory has a run: for restarts")
     parser.add_argument("--dry-run", action="store_true", help="show what would happen, train nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as epochs=20 prune.fraction=0.5")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without a beta is no reason to end a run
+    ranks = ALONE
     try:
         arguments = parser.parse_intermixed_args(argv)
-        if arguments.resume and (arguments.config or arguments.dry_run):
-            raise UserError("--resume takes its config from the run", "drop --config and --dry-run")
+        if arguments.resume and (arguments.config or arguments.dry_run or arguments.auto_resume):
+            raise UserError("--resume takes its config from the run", "drop --config, --auto-resume and --dry-run")
         if not arguments.resume and not arguments.config:
             raise UserError("nothing to do", "give --config FILE, such as configs/demo.yaml, or --resume RUN")
-        return run(arguments)
+        config, out, resumes = settle(arguments)
+        if arguments.dry_run:
+            return dry_run(prepare(config, report := Report()), report)
+        ranks = join_ranks(config.devices, config.timeout_seconds, pick_device(config.device).type == "cuda")
+        code = run(config, out, resumes, ranks)
+        leave_ranks(ranks)
+        return code
     except UserError as error:
-        return complain(str(error), 2)
+        return complain(str(error), 2, ranks)
+    except LostRank as error:
+        return complain(str(error), error.code, ranks, error.speaks)
     except RunFailed as error:
-        return complain(str(error), 3)
+        return complain(str(error), 3, ranks)
     except (MemoryError, torch.OutOfMemoryError) as error:
-        return complain(f"out of memory ({(str(error).splitlines() or [''])[0]}). fix: lower batch_size or model.width, then --resume", 3)
+        what = f"out of memory ({(str(error).splitlines() or [''])[0]})"
+        return complain(f"{what}. fix: lower batch_size or model.width, then --resume", 3, ranks)
     except OSError as error:  # what a full or vanished disk raises from any of the run's files
         what = f"{error.filename or 'a file of the run'}: {error.strerror or error}"
-        return complain(f"{what}. fix: see to the disk and its permissions, then --resume", 3)
+        return complain(f"{what}. fix: see to the disk and its permissions, then --resume", 3, ranks)
     except KeyboardInterrupt:  # before the first step: nothing to save
         return 130
+    except Exception as error:
+        if is_exchange(error, ranks):
+            lost = ranks.explain(error)
+            return complain(str(lost), lost.code, ranks, lost.speaks)
+        ranks.confess(f"{type(error).__name__}: {error}", 3)
+        raise  # a bug: the traceback is what helps
 
 
-def complain(line: str, code: int) -> int:
-    """One line on standard error, and the exit code."""
-    print(f"error: {line}", file=sys.stderr)
+def complain(line: str, code: int, ranks: Ranks, speaks: bool | None = None) -> int:
+    """One line on standard error from all ranks together, and the exit code."""
+    if speaks is None:  # this rank's own mistake
+        ranks.confess(line, code)
+        speaks = ranks.is_first and int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if speaks:
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    if ranks.world_size > 1:
+        sys.stdout.flush()
+        os._exit(code)  # without waiting for an exchange that nobody else comes to
     return code
 
 

@@ -1,35 +1,61 @@
 """Training state on disk: written whole or not at all, and never trusted unread.
 
 `checkpoints/step_XXXXXXXX.pt` holds tensors and plain values only, so it loads with `weights_only=True`;
-`checkpoints/manifest.json` holds the SHA-256 of each. The newest two are kept.
+`checkpoints/manifest.json` and its copy hold the SHA-256 of each. The newest two are kept.
 """
 
+import errno
 import hashlib
 import json
 import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from torch import Tensor
 
+from ssl_emp._version import __version__
 from ssl_emp.errors import RunFailed, UserError
 
-FORMAT = 2
+FORMAT = 3
 KEPT = 2
+MANIFESTS = ("manifest.json", "manifest.copy.json")  # one damaged byte in the only one would cost every checkpoint
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the name `path` once all of it is on disk. Until then, and after an error, what has the name stays.
+
+    A temporary sibling, fsync, rename, fsync of the directory. An OSError carries the path.
+    """
+    tmp = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(tmp, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+        sync_directory(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            tmp.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)
+        raise
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file through a temporary sibling: fsync, rename, fsync of the directory."""
-    tmp = path.with_name(f".{path.name}.tmp")
-    with open(tmp, "wb") as file:
+    """Write a small file whole or not at all, see `replacing`."""
+    with replacing(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
-    _sync_directory(path.parent)
 
 
-def _sync_directory(folder: Path) -> None:
+def sync_directory(folder: Path) -> None:
+    """A rename is on disk when its directory is."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -37,47 +63,98 @@ def _sync_directory(folder: Path) -> None:
         os.close(descriptor)
 
 
+def cannot_write(path: Path, error: Exception, needed: int | None = None) -> RunFailed:
+    """The line for a file of the run that could not be written. `needed`: its bytes, where they are known."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__  # torch.save reports a full disk as "unexpected pos", on top of what it was
+    number = cause.errno if isinstance(cause, OSError) else None
+    what = f"cannot write {path}: {cause.strerror if isinstance(cause, OSError) and cause.strerror else cause or error}"
+    fix = "see to the disk and its permissions, then --resume"
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        room = [] if needed is None else [f"it needs {needed / 1e6:.1f} MB"]
+        with suppress(OSError):
+            room.append(f"{shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free")
+        what, fix = f"{what} ({', '.join(room)})", "make room there, then --resume"
+    elif number == errno.ENOENT:
+        fix = "the directory is gone: put it back and --resume, or start again"
+    return RunFailed(f"{what}; what was saved before is intact. fix: {fix}")
+
+
+class _Hashed:
+    """A file that is hashed on its way to the disk, not read again for it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_manifest(folder: Path) -> dict[str, str]:
-    """Names -> hashes; damaged or missing = nothing can be trusted."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        return {str(name): str(digest) for name, digest in manifest.items()}
-    except (OSError, ValueError, AttributeError):
-        return {}
+def _read_manifests(folder: Path) -> dict[str, list[str]]:
+    """Names -> hashes of the contents that were written under them; what is damaged or missing says nothing."""
+    known: dict[str, list[str]] = {}
+    for name in MANIFESTS:
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            for file, digests in json.loads((folder / name).read_text(encoding="utf-8")).items():
+                known.setdefault(str(file), []).extend([digests] if isinstance(digests, str) else map(str, digests))
+    return known
+
+
+def _num_bytes(tree: Any) -> int:
+    """Bytes of the tensors in nested dicts and lists."""
+    if isinstance(tree, Tensor):
+        return tree.nbytes
+    branches = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
+    return sum(map(_num_bytes, branches))
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], step: int) -> None:
-    """Write `state` as `step_XXXXXXXX.pt`: temporary sibling, fsync, hash, manifest, rename; older ones go last.
+    """Write `state` as `step_XXXXXXXX.pt`: temporary sibling, fsync, hash, manifests, rename; older ones go last.
+
+    The folder above `folder` must be there. Checkpoints of later steps go too: the run went back behind them.
 
     Raises:
         RunFailed: the disk is full or refuses; the checkpoints before are intact.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.pt"
-    tmp = folder / f".{path.name}.tmp"
     try:
-        with open(tmp, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        known = _read_manifest(folder)
-        known = {name: digest for name, digest in known.items() if (folder / name).is_file()} | {path.name: _sha256(tmp)}
-        newest = dict(sorted(known.items())[-KEPT:])
-        # the hash is on disk before the file has its name: killed in between, the checkpoint before is still the newest
-        write_atomically(folder / "manifest.json", json.dumps(newest, indent=1).encode())
-        os.replace(tmp, path)
-        _sync_directory(folder)
+        folder.mkdir(exist_ok=True)
+        with replacing(path) as file:
+            hashed = _Hashed(file)
+            content = {"format": FORMAT, "written_by": f"ssl_emp {__version__}", **state}
+            torch.save(content, hashed)  # type: ignore[arg-type]  # it only writes
+            known = _read_manifests(folder)
+            kept = sorted([*(old for old in folder.glob("step_*.pt") if old.name in known and old.name < path.name), path])[-KEPT:]
+            digests = {old.name: sorted(set(known[old.name])) for old in kept[:-1]} | {path.name: [hashed.sha256.hexdigest()]}
+            if path.is_file():  # saved again at the same step: until the rename, what has the name is the one before
+                digests[path.name].append(_sha256(path))
+            # the hash is on disk before the file has its name: killed in between, the checkpoint before is still the newest
+            for name in MANIFESTS:
+                write_atomically(folder / name, json.dumps(digests, indent=1).encode())
     except (OSError, RuntimeError) as error:  # a full disk surfaces from torch.save as RuntimeError
-        tmp.unlink(missing_ok=True)
-        raise RunFailed(f"cannot write {path} ({error}). fix: free some space, then --resume; the checkpoint before is intact") from error
+        raise cannot_write(path, error, _num_bytes(state)) from error
     for old in folder.glob("step_*.pt"):
-        if old.name not in newest:
-            old.unlink(missing_ok=True)
+        if old not in kept:
+            with suppress(OSError):  # what cannot be removed only takes room, and goes with the next
+                old.unlink(missing_ok=True)
+
+
+def _check_zip(path: Path) -> None:
+    """Raise ValueError where the archive would unpack to more than it is: torch.save neither compresses nor shares parts."""
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > path.stat().st_size:
+        raise ValueError("it is compressed")
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -89,23 +166,69 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     Raises:
         UserError: there are checkpoints, but none can be used.
     """
-    manifest = _read_manifest(folder)
+    known = _read_manifests(folder)
     paths = sorted(folder.glob("step_*.pt"), reverse=True)
     warnings: list[str] = []
     for path in paths:
-        if manifest.get(path.name) != _sha256(path):
-            warnings.append(f"warning: {path} is damaged or incomplete, passed over")
-            continue
         try:
+            if not path.is_file() or _sha256(path) not in known.get(path.name, ()):  # reading a pipe would wait for ever
+                warnings.append(f"warning: {path} is damaged or incomplete, passed over")
+                continue
+            _check_zip(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict):
+                raise TypeError
         except Exception as error:  # torch.load raises pickle, zip, runtime and key errors; all mean: not a checkpoint of ours
             warnings.append(f"warning: {path} cannot be loaded ({type(error).__name__}), passed over")
             continue
         if state.get("format") != FORMAT:
-            raise UserError(
-                f"{path} has format {state.get('format')}, this version reads {FORMAT}", "resume with the version that wrote it"
-            )
+            what = f"{path} was written by {state.get('written_by', 'another version')} in format {state.get('format')}"
+            raise UserError(f"{what}, this is ssl_emp {__version__} and reads format {FORMAT}", "resume with the version that wrote it")
         return state, warnings
     if paths:
         raise UserError(f"no usable checkpoint among {len(paths)} in {folder}", "start again with another out=DIR")
     return None, warnings
+
+
+def check_state(state: dict[str, Any], like: dict[str, Any], optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Raise UserError with the first entry in which a loaded checkpoint does not fit the run, before any of it is used.
+
+    Args:
+        state: from `load_checkpoint`.
+        like: what a save would write now; its dicts "model" and "scores" are compared entry by entry, of the rest the names.
+        optimizer: of the run, not loaded yet; what is kept for each parameter must be of the parameter's shape.
+        folder: for the message.
+    """
+    problem = next(_misfits(state, like, optimizer), None)
+    if problem:
+        raise UserError(f"the checkpoint in {folder} does not fit the run: {problem}", "start again with another out=DIR")
+
+
+def _misfits(state: dict[str, Any], like: dict[str, Any], optimizer: torch.optim.Optimizer) -> Iterator[str]:
+    def names(ours: dict[Any, Any], theirs: Any, where: str) -> Iterator[str]:
+        if not isinstance(theirs, dict):
+            yield f"{where.rstrip('.')} is of type {type(theirs).__name__}"
+            return
+        yield from (f"{where}{name} is missing" for name in ours if name not in theirs)
+        yield from (f"{where}{name} is not known" for name in theirs if name not in ours)
+
+    yield from names(like, {name: part for name, part in state.items() if name not in ("format", "written_by")}, "")
+    for section in ("model", "scores"):
+        yield from names(like[section], state[section], f"{section}.")
+        for name, ours in like[section].items():
+            theirs = state[section][name]
+            if isinstance(ours, Tensor) != isinstance(theirs, Tensor):
+                yield f"{section}.{name} is of type {type(theirs).__name__}"
+            elif isinstance(ours, Tensor) and (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+                yield f"{section}.{name} is {theirs.dtype} {tuple(theirs.shape)} and should be {ours.dtype} {tuple(ours.shape)}"
+            elif section == "model" and isinstance(ours, Tensor) and not theirs.isfinite().all():
+                yield f"model.{name} is not finite"
+    yield from names({"state": 0, "param_groups": 0}, state["optimizer"], "optimizer.")
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    numbers = [number for group in state["optimizer"]["param_groups"] for number in group["params"]]
+    if len(numbers) != len(params):
+        yield f"optimizer has {len(numbers)} parameters and should have {len(params)}"
+    for number, param in zip(numbers, params, strict=False):
+        for name, kept in state["optimizer"]["state"].get(number, {}).items():
+            if isinstance(kept, Tensor) and kept.dim() and kept.shape != param.shape:
+                yield f"optimizer.state.{number}.{name} is {tuple(kept.shape)} and should be {tuple(param.shape)}"

@@ -1,24 +1,39 @@
 """YAML and `key=value` overrides -> one checked `PretrainConfig`. Only the two scripts know it: config stops at the door."""
 
 import difflib
+import functools
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ssl_emp.errors import UserError
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Range = Annotated[list[float], Field(min_length=2, max_length=2)]
-PerChannel = Annotated[list[float], Field(min_length=3, max_length=3)]
+PerChannel = Annotated[list[Probability], Field(min_length=3, max_length=3)]  # of pixels in [0, 1]: 123.7 is of those in [0, 255]
+# far beyond use, and still far from float32's 3e38: a score that overflows ranks nothing
+Weight = Annotated[float, Field(ge=0, le=1e9)]
+SignedWeight = Annotated[float, Field(ge=-1e9, le=1e9)]
+Strength = Annotated[float, Field(ge=0, le=1000)]
 
 
 class Section(BaseModel):
     """Unknown keys, wrong types, nan and inf are errors; `prune.fraction: "0.5"` is a string, not a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _can_be_used(cls, value: Any) -> Any:
+        """What the schema has no word for, and torch or the file system would choke on hours later."""
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError("should be a number of 64 bits")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("should be text without a zero byte")
+        return value
 
 
 class DataConfig(Section):
@@ -40,8 +55,8 @@ class ModelConfig(Section):
     arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
     width: Annotated[int, Field(ge=8, le=512, multiple_of=8)] = 64  # channels of the first stage; 64 is the published network
     stem: Literal["auto", "cifar", "imagenet"] = "auto"  # auto: cifar (3x3, stride 1) up to 64 px
-    projection_hidden: Annotated[int, Field(ge=1)] | None = None  # null: as wide as the features
-    projection_dim: Annotated[int, Field(ge=1)] = 128
+    projection_hidden: Annotated[int, Field(ge=1, le=65536)] | None = None  # null: as wide as the features
+    projection_dim: Annotated[int, Field(ge=1, le=65536)] = 128
 
 
 class OptimizerConfig(Section):
@@ -50,26 +65,26 @@ class OptimizerConfig(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     schedule: Literal["cosine", "onecycle"] = "cosine"  # onecycle has its own warm-up, and moves the momentum too
-    warmup_epochs: Annotated[float, Field(ge=0)] = 1.0  # in full epochs, may be a part of one
+    warmup_epochs: Annotated[float, Field(ge=0, le=1_000_000)] = 1.0  # in full epochs, may be a part of one
 
 
 class AugmentConfig(Section):
     size: Annotated[int, Field(ge=8, le=1024)] | None = None  # pixels a side of a view; null: the stored size
     crop_scale: Range = [0.08, 1.0]  # share of the image's area
     crop_ratio: Range = [3 / 4, 4 / 3]
-    crop_padding: Annotated[int, Field(ge=0)] = 0  # above 0: pad by reflection and crop at random, instead of the resized crop
+    crop_padding: Annotated[int, Field(ge=0, le=1024)] = 0  # above 0: pad by reflection and crop at random, instead of the resized crop
     flip_prob: Probability = 0.5
     jitter_prob: Probability = 0.8
-    brightness: Annotated[float, Field(ge=0)] = 0.4
-    contrast: Annotated[float, Field(ge=0)] = 0.4
-    saturation: Annotated[float, Field(ge=0)] = 0.4
+    brightness: Strength = 0.4
+    contrast: Strength = 0.4
+    saturation: Strength = 0.4
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     gray_prob: Probability = 0.2
     blur_prob: Probability = 0.0
     blur_sigma: Range = [0.1, 2.0]
     solarize_prob: Probability = 0.0
     mean: PerChannel = [0.485, 0.456, 0.406]
-    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] = [0.229, 0.224, 0.225]
+    std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=3, max_length=3)] = [0.229, 0.224, 0.225]
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> "AugmentConfig":
@@ -79,6 +94,8 @@ class AugmentConfig(Section):
                 raise ValueError(f"{name} must be two rising numbers above 0, is {[low, high]}")
         if self.crop_scale[1] > 1:
             raise ValueError(f"crop_scale must not exceed 1, is {self.crop_scale}")
+        if self.crop_ratio[0] < 0.1 or self.crop_ratio[1] > 10:  # of 8 pixels, a tenth is still one
+            raise ValueError(f"crop_ratio must be within 0.1 and 10, is {self.crop_ratio}")
         return self
 
 
@@ -89,10 +106,10 @@ class PruneConfig(Section):
         "emp", "foresight", "loss", "distance", "epsilon_greedy", "ucb", "infobatch", "scan", "indices", "random", "shorter", "none"
     ] = "emp"  # fmt: skip
     fraction: Annotated[float, Field(ge=0, lt=1)] = 0.3  # s: share left out of a pruned epoch
-    beta: Annotated[float, Field(ge=0)] = 5.0  # the paper's best for supervised learning; not stated for SSL
-    beta_end: Annotated[float, Field(ge=0)] | None = None  # beta of the last pruned epoch, in a straight line; null: as beta
-    loss_weight: float = 1.0  # emp: 1 is the paper's; below 0 easy samples are preferred
-    loss_weight_end: float | None = None  # of the last pruned epoch
+    beta: Weight = 5.0  # the paper's best for supervised learning; not stated for SSL
+    beta_end: Weight | None = None  # beta of the last pruned epoch, in a straight line; null: as beta
+    loss_weight: SignedWeight = 1.0  # emp: 1 is the paper's; below 0 easy samples are preferred
+    loss_weight_end: SignedWeight | None = None  # of the last pruned epoch
     warmup_epochs: Annotated[int, Field(ge=1)] = 1  # first epochs on everything; the paper: 1
     anneal_fraction: Probability = 0.125  # alpha: last share of the epochs on everything; the paper states no value
     scoring: Literal["stale", "pruned", "all"] = "stale"  # stale: scores from the training forward, for free
@@ -104,14 +121,14 @@ class PruneConfig(Section):
     layers: list[
         Literal["layer1", "layer2", "layer3", "layer4"]
     ] = []  # stages whose pooled outputs the distance is taken on; none: the features
-    ema: Annotated[float, Field(gt=0, le=1)] | None = (
+    ema: Annotated[float, Field(ge=1e-6, le=1)] | None = (
         None  # weight of a new score; null: 1, but 0.3 for foresight, 0.5 for epsilon_greedy and ucb
     )
     adjust: bool = False  # take out of the score what the drawn augmentation explains
     foresee: bool = False  # brings adjust with it: rank by what the views that the coming epoch draws will make of the score
     explore: Probability | None = None  # share of the kept budget drawn at random; null: 0, but 0.1 for epsilon_greedy
-    soften: Annotated[float, Field(ge=0)] = 0.0  # noise added to the score before it ranks, in its standard deviations
-    confidence: Annotated[float, Field(ge=0)] = 1.0  # ucb: weight of the variance
+    soften: Weight = 0.0  # noise added to the score before it ranks, in its standard deviations
+    confidence: Weight = 1.0  # ucb: weight of the variance
     indices: Annotated[str, Field(min_length=1)] | None = None  # policy indices: a .npy or text file
 
     @property
@@ -148,6 +165,7 @@ class MonitorConfig(Section):
 
 class CheckpointConfig(Section):
     every_minutes: Annotated[float, Field(gt=0)] = 10.0  # besides one at the end and one at a stop
+    every_steps: Annotated[int, Field(ge=1)] | None = None  # and besides every_minutes; null: by the clock alone
 
 
 class PretrainConfig(Section):
@@ -156,11 +174,16 @@ class PretrainConfig(Section):
     out: Annotated[str, Field(min_length=1)] | None = None  # run directory; null: runs/<name of the config file>
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1
+    devices: Annotated[int, Field(ge=1)] | Literal["auto"] = (
+        1  # processes on this machine, a GPU each; auto: as many as GPUs; torchrun decides itself
+    )
+    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0  # of several processes: how long one waits for another before it calls it lost
+    max_bad_steps: Annotated[int, Field(ge=0)] = 10  # in a row: steps with a loss or gradient that is not finite are skipped, up to so many
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on GPUs that have it, else fp32
     compile: bool = False  # torch.compile the network and the augmentation
     cuda_graphs: bool = False  # replay the compiled views, forward and backward as CUDA graphs: for batches that leave a GPU waiting
     keep_freed_memory: bool = True  # on Linux CPUs: faster steps for more memory, see benchmarks/README.md
-    epochs: Annotated[int, Field(ge=1)] = 200
+    epochs: Annotated[int, Field(ge=1, le=1_000_000)] = 200
     batch_size: Annotated[int, Field(ge=2)] = 512
     objective: Literal["simclr", "supervised"] = "simclr"  # supervised: cross-entropy, and the entropy in the distance's place
     temperature: Annotated[float, Field(gt=0)] = 0.5  # simclr
@@ -197,13 +220,27 @@ class PretrainConfig(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """safe_load with `1e-3` as a number, and without duplicate keys and aliases (a few lines of them can fill memory)."""
+    """safe_load with `1e-3` as a number and dates as text, without duplicate keys, aliases (a few lines of them can fill memory)
+    and depth."""
+
+    depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        mark = self.peek_event().start_mark
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
             raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=mark)
-        return super().compose_node(parent, index)
+        if self.depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"sections or lists nested more than {MAX_DEPTH} deep", problem_mark=mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # a number of thousands of digits; YAML's own complaints are no ValueErrors
+            raise yaml.MarkedYAMLError(problem=f"{shorten(str(node.value))} cannot be read", problem_mark=node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -217,9 +254,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 reads 010 as eight: here it is no number at all
+REPLACED = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp")
+# YAML 1.1 reads 010 as eight: here it is no number at all; and a folder may be called 2024-05-31
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:int"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in REPLACED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][\d_]*)$"), list("-+0123456789"))
@@ -228,17 +266,19 @@ _Loader.add_implicit_resolver(
 )
 
 MAX_CONFIG_BYTES = 1_000_000
+MAX_DEPTH = 10
+MAX_PROBLEMS = 10  # told at once
 
 
 def parse_yaml(text: str, where: str) -> Any:
     """Parse one YAML document. Raises UserError with the line number on broken syntax."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where} is not valid YAML{line}: {problem}", "correct the syntax") from error
+        raise UserError(f"{where} is not valid YAML{line}: {shorten(problem, 150)}", "correct the syntax") from error
 
 
 def load_config(path: str | Path | None, overrides: list[str]) -> PretrainConfig:
@@ -256,14 +296,15 @@ def load_config(path: str | Path | None, overrides: list[str]) -> PretrainConfig
     if path is not None:
         where = str(path)
         try:
-            raw = Path(path).read_bytes()
+            with open(path, "rb") as file:
+                raw = file.read(MAX_CONFIG_BYTES + 1)  # whatever the path is: /dev/zero has no end
+            if len(raw) > MAX_CONFIG_BYTES:
+                raise UserError(f"{path} has more than {MAX_CONFIG_BYTES:,} bytes", "give a config file, not a data file")
             text = raw.decode("utf-8-sig")
         except OSError as error:
             raise UserError(f"cannot read {path} ({error.strerror})", "give the path of a YAML file, such as configs/demo.yaml") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not a text file", "give the path of a YAML file, such as configs/demo.yaml") from error
-        if len(raw) > MAX_CONFIG_BYTES:
-            raise UserError(f"{path} has {len(raw):,} bytes", "give a config file, not a data file")
         loaded = parse_yaml(text, where)
         if not isinstance(loaded, dict | None):
             raise UserError(
@@ -281,18 +322,18 @@ def apply_override(config: type[BaseModel], values: dict[str, Any], override: st
     """Write `a.b=text` into nested dicts. Text is YAML, but where `config` wants a string it is taken as it stands."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise UserError(f"{override!r} is not an override", "write key=value, such as epochs=20 or prune.fraction=0.5")
+        raise UserError(f"{shorten(override)} is not an override", "write key=value, such as epochs=20 or prune.fraction=0.5")
     *sections, name = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise UserError(f"{key}: {section} is a value, not a section", f"write {section}=value")
+            raise UserError(f"{shorten(key)}: {shorten(section)} is a value, not a section", f"write {shorten(section)}=value")
     field: Any = config
     for part in key.split("."):
         field = field.model_fields[part].annotation if part in getattr(field, "model_fields", {}) else None
     options = {get_args(option)[0] if get_args(option) else option for option in (get_args(field) or (field,))}
     takes_text = str in options
-    values[name] = text if takes_text and text != "null" else parse_yaml(text, override)
+    values[name] = text if takes_text and text != "null" else parse_yaml(text, shorten(override))
 
 
 def check_config(values: dict[str, Any], where: str) -> PretrainConfig:
@@ -300,14 +341,18 @@ def check_config(values: dict[str, Any], where: str) -> PretrainConfig:
     try:
         return PretrainConfig.model_validate(values)
     except ValidationError as error:
-        problems = [_describe(item) for item in error.errors()]
-        count = "" if len(problems) == 1 else f"{len(problems)} problems: "
+        found = {
+            _key_and_range(item["loc"])[0] if item["type"] != "extra_forbidden" else item["loc"]: item for item in error.errors()[::-1]
+        }
+        problems = [_describe(item) for item in list(found.values())[::-1][:MAX_PROBLEMS]]
+        problems += [f"and {len(found) - MAX_PROBLEMS} more"] if len(found) > MAX_PROBLEMS else []
+        count = "" if len(found) == 1 else f"{len(found)} problems: "
         raise UserError(f"{count}{'; '.join(problems)}, in {where}", "correct it, or override it with key=value") from error
 
 
 def _describe(item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
+        key = ".".join(map(shorten, item["loc"]))
         section: Any = PretrainConfig
         for part in item["loc"][:-1]:
             section = section.model_fields[part].annotation
@@ -315,9 +360,42 @@ def _describe(item: Any) -> str:
         prefix = key.rpartition(".")[0]
         names = f"did you mean {prefix + '.' if prefix else ''}{near[0]}?" if near else f"known are {', '.join(section.model_fields)}"
         return f"unknown key {key}, {names}"
-    shown = repr(item["input"])
+    key, range_ = _key_and_range(item["loc"])
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return f"{key}: {message}" + (f" (is {shown[:60]})" if item["type"] not in ("missing", "value_error") else "")
+    shown = f" (is {shorten(repr(item['input']))})" if item["type"] not in ("missing", "value_error") else ""
+    return f"{key}: {message}{shown}{range_}".removeprefix(": ")  # a rule of the whole config has no key
+
+
+@functools.cache
+def _schema() -> dict[str, Any]:
+    return PretrainConfig.model_json_schema()
+
+
+def _key_and_range(location: tuple[int | str, ...]) -> tuple[str, str]:
+    """The dotted key, and for a number what is allowed there, such as `, allowed: 0 <= value < 1`, else nothing."""
+    schema = _schema()
+    node, key = schema, []
+    for part in location:
+        inner = node.get("items") if isinstance(part, int) else node.get("properties", {}).get(part)
+        if inner is None:  # not a key, but which of several types pydantic tried there
+            break
+        key.append(str(part))
+        node = schema["$defs"][inner["$ref"].rpartition("/")[2]] if "$ref" in inner else inner
+    options = node.get("anyOf", [node])
+    number = next((option for option in options if option.get("type") in ("integer", "number")), None)
+    if number is None:
+        return ".".join(key), ""
+    low = next((f"{number[name]:.10g} {sign} " for name, sign in (("minimum", "<="), ("exclusiveMinimum", "<")) if name in number), "")
+    high = next((f" {sign} {number[name]:.10g}" for name, sign in (("maximum", "<="), ("exclusiveMaximum", "<")) if name in number), "")
+    step = f", a multiple of {number['multipleOf']}" if "multipleOf" in number else ""
+    words = "".join(f", or {option['const']}" for option in options if "const" in option)
+    return ".".join(key), f", allowed: {low}value{high}{step}{words}" if low or high else f", allowed: any finite number{words}"
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    """At most `limit` characters of a text that someone typed, on one line."""
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[: limit + 1])
+    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

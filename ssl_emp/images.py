@@ -45,6 +45,7 @@ KINDS = ("auto", "folder", "parquet", "torchvision", "mnist5k")
 STORES = {"memory": "in memory", "raw": "raw in a file", "encoded": "as JPEG in a file"}
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashion_mnist": "FashionMNIST"}
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
+MAX_CLASSES = 1_000_000
 MNIST_SPLIT_SEED = 20240831  # which 1,000 of the 5,000 are the test split: part of every published number
 SUBSET_STREAM = 0x5B5E7  # keeps the subset's hash apart from other uses of the same seed
 
@@ -269,8 +270,9 @@ def _find(source: str, split: str, kind: str, labels: str, download_dir: str) ->
         is_parquet = kind == "parquet" or (kind == "auto" and _parquet_in(path))
         return _parquet(path, split, labels) if is_parquet else _folder(path, split)
     is_file = os.path.isfile(path)
-    if not is_file and not glob.glob(path, recursive=True):
-        raise UserError(f"no such folder, file or data set: {source}", hint)
+    if not is_file and not any(map(os.path.isfile, glob.iglob(path, recursive=True))):  # a pipe would block for ever
+        what = "not a regular file" if os.path.lexists(path) else "no such folder, file or data set"
+        raise UserError(f"{what}: {source}", hint)
     if kind == "folder" or (is_file and not path.endswith(".parquet") and kind == "auto"):
         raise UserError(f"{source} is a file, not a folder of images", "unpack it, and give the folder or a .parquet file")
     return _parquet(path, split, labels)
@@ -278,7 +280,8 @@ def _find(source: str, split: str, kind: str, labels: str, download_dir: str) ->
 
 def _folder(root: str, split: str) -> Source:
     try:
-        visible = {entry.name for entry in os.scandir(root) if _is_visible(entry.name) and (entry.is_dir() or _is_image(entry.name))}
+        # isdir, not scandir's is_dir: that one raises where a link leads to itself
+        visible = {name for name in os.listdir(root) if _is_visible(name) and (os.path.isdir(os.path.join(root, name)) or _is_image(name))}
     except OSError as exc:
         raise UserError(f"{root} cannot be read: {exc.strerror}", "check the permissions of the folder") from exc
     test = next((name for name in ("test", "val", "validation") if os.path.isdir(os.path.join(root, name))), None)
@@ -365,20 +368,31 @@ def _parquet(source: str, split: str, labels: str) -> Source:
         tables = [pq.ParquetFile(path) for path in files]
         schema = tables[0].schema_arrow
         image = _image_column(schema, source)
+        for path, table in zip(files, tables, strict=True):
+            index = table.schema_arrow.get_field_index(image)
+            if index < 0 or not _holds_bytes(table.schema_arrow.field(index).type):
+                raise UserError(f"{path} has no column {image} of images, as {files[0]} has", "give files that share one schema")
         label = next((name for name in ("label", "labels", "fine_label") if name in schema.names and labels != "none"), None)
         numbers = None if label is None else _label_column([table.read([label])[label] for table in tables], label, source)
-    except (pa.ArrowException, OSError, KeyError) as exc:
+    except UserError:
+        raise
+    except Exception as exc:  # noqa: BLE001 - damaged files make pyarrow raise half a dozen types, UnicodeDecodeError among them
         raise UserError(
             f"{source} cannot be read as parquet: {reason(exc)}", "check that the files are whole and share one schema"
         ) from exc
     rows = [table.metadata.num_rows for table in tables]
+    in_groups = [sum(table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)) for table in tables]
+    if rows != in_groups or (numbers is not None and len(numbers) != sum(rows)):
+        raise UserError(f"{source} is damaged: it does not hold the rows that it lists", "fetch the file again")
     if not sum(rows):
         raise UserError(f"no images in {source}", "name another parquet file")
     relative = [os.path.relpath(path, base).replace(os.sep, "/") for path in files]
 
     class_names = None
-    with suppress(KeyError, TypeError, ValueError):  # metadata of another writer
-        class_names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
+    with suppress(KeyError, TypeError, ValueError, RecursionError):  # metadata of another writer
+        listed_names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
+        if isinstance(listed_names, list) and all(isinstance(name, str) for name in listed_names):
+            class_names = listed_names
     if class_names and numbers is not None and numbers.max() >= len(class_names):
         what = f"{source} has label {numbers.max()}, but names for {len(class_names)} classes only"
         raise UserError(what, 'check the table, or set labels to "none"')
@@ -397,8 +411,10 @@ def _parquet(source: str, split: str, labels: str) -> Source:
                             for position in _between(positions, start, start + len(column)):
                                 yield column[int(position) - start].as_py()
                             start += len(column)
+                        if start != first + group_rows:
+                            raise ValueError(f"{start - first} rows in a group of {group_rows}")
                     first += group_rows
-        except (pa.ArrowException, OSError) as exc:
+        except Exception as exc:  # noqa: BLE001 - as above
             raise UserError(f"{source} is damaged: {reason(exc)}", "fetch the file again") from exc
 
     info = [os.stat(path) for path in files]
@@ -419,7 +435,7 @@ def _parquet_files(source: str, split: str) -> tuple[str, list[str]]:
         if not any(parts.values()):
             parts["train"] = files
     else:
-        files = [source] if os.path.isfile(source) else sorted(glob.glob(source, recursive=True))
+        files = [source] if os.path.isfile(source) else sorted(filter(os.path.isfile, glob.glob(source, recursive=True)))
         base = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in files])
         parts = {"train": files, "test": []}
     if not parts[split]:
@@ -428,18 +444,20 @@ def _parquet_files(source: str, split: str) -> tuple[str, list[str]]:
     return base, parts[split]
 
 
-def _image_column(schema: Any, source: str) -> str:
+def _holds_bytes(kind: Any) -> bool:
+    """Whether a column of this type holds encoded images. Bytes only: text would be opened as a path, and the file read."""
     import pyarrow as pa
 
-    def holds_bytes(kind: Any) -> bool:
-        if pa.types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
-    columns = [column.name for column in schema if holds_bytes(column.type)]
+
+def _image_column(schema: Any, source: str) -> str:
+    columns = [column.name for column in schema if _holds_bytes(column.type)]
     if not columns:
         raise UserError(
-            f"{source} has no column of images, only {', '.join(schema.names)}",
+            f"{source} has no column of images, only {', '.join(f'{column.name} ({column.type})' for column in schema)}",
             "write one of type struct<bytes, path> or binary",
         )
     return next((name for name in ("image", "img") if name in columns), columns[0])
@@ -461,6 +479,8 @@ def _label_column(chunks: list[Any], label: str, source: str) -> np.ndarray | No
             f"{missing:,} of {len(numbers):,} labels of {source} are missing",
             'leave those rows out, or set labels to "none"',
         )
+    if not missing and numbers.max(initial=0) >= MAX_CLASSES:  # an id: counts of each class would fill the memory
+        raise UserError(f"column {label} of {source} holds {numbers.max()}", 'number the classes from 0, or set labels to "none"')
     return None if missing else numbers
 
 
@@ -539,7 +559,8 @@ def _first_folder(path: str) -> str | None:
 
 
 def _parquet_in(folder: str) -> list[str]:
-    return sorted(os.path.join(folder, name) for name in os.listdir(folder) if _is_visible(name) and name.endswith(".parquet"))
+    paths = sorted(os.path.join(folder, name) for name in os.listdir(folder) if _is_visible(name) and name.endswith(".parquet"))
+    return [path for path in paths if os.path.isfile(path)]
 
 
 def _between(positions: np.ndarray, low: int, high: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from ssl_emp.label_noise import noisy_labels
 from ssl_emp.model import Encoder, SimCLR, build_encoder
 from ssl_emp.policies import Rule, load_indices
 from ssl_emp.pruning import PrunePlan
+from ssl_emp.ranks import ALONE, Ranks, share_batch_norm
 from ssl_emp.report import Report, show_progress
 from ssl_emp.supervised import Classifier
 
@@ -39,6 +40,7 @@ class Job:
     is_noisy: Tensor | None  # (N,) on the device, where labels were made wrong
     test: ImageSet | None  # of a supervised run, for the accuracy of the last epoch
     fingerprint: str  # of the images: scores belong to positions, so a resume needs the same set
+    ranks: Ranks = ALONE
 
     @property
     def num_samples(self) -> int:
@@ -59,26 +61,31 @@ class Job:
         return self.config.epochs * (self.num_samples // self.config.batch_size)
 
 
-def prepare(config: PretrainConfig, report: Report) -> Job:
+def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job:
     """Config -> images, network, plan. Raises UserError for whatever the user can fix; writes nothing."""
+    if config.batch_size % ranks.world_size:
+        near = max(1, config.batch_size // ranks.world_size) * ranks.world_size
+        what = f"batch_size={config.batch_size} cannot be shared by {ranks.world_size} processes"
+        raise UserError(what, f"set batch_size={near}, or change the number of processes")
     if config.keep_freed_memory:
         keep_freed_memory()
     device = pick_device(config.device)
     data = config.data
-    images = load_images(
-        data.source,
-        "train",
-        kind=data.kind,
-        image_size=data.image_size,
-        max_images=data.max_images,
-        subset_seed=data.subset_seed,
-        labels=data.labels,
-        store=data.store,
-        jpeg_quality=data.jpeg_quality,
-        download_dir=data.download_dir,
-        cache_dir=data.cache_dir,
-        progress=show_progress("reading images"),
-    )
+    with ranks.first_then_others():
+        images = load_images(
+            data.source,
+            "train",
+            kind=data.kind,
+            image_size=data.image_size,
+            max_images=data.max_images,
+            subset_seed=data.subset_seed,
+            labels=data.labels,
+            store=data.store,
+            jpeg_quality=data.jpeg_quality,
+            download_dir=data.download_dir,
+            cache_dir=data.cache_dir,
+            progress=show_progress("reading images"),
+        )
     num_samples, stored_size = len(images.names), images.pixels.shape[-1]
     prune = config.prune
     fraction = 0.0 if prune.policy == "none" else prune.fraction
@@ -131,6 +138,7 @@ def prepare(config: PretrainConfig, report: Report) -> Job:
     if supervised:
         model = Classifier(encoder.backbone, encoder.feature_dim, num_classes)
     encoder.to(device)
+    share_batch_norm(model, ranks)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs miss this form
     bf16 = config.precision == "bf16" or (
         config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -165,10 +173,12 @@ def prepare(config: PretrainConfig, report: Report) -> Job:
         is_noisy,
         test,
         fingerprint(images),
+        ranks,
     )
 
     where = f"{images.stored}, {'on the device' if isinstance(job.store, DeviceImages) else 'streamed from the host'}"
-    report.say(f"device    {describe_device(device)}, {'bf16 autocast' if bf16 else 'fp32'}")
+    shared = f", {ranks.world_size} processes with {config.batch_size // ranks.world_size} of a batch each" if ranks.world_size > 1 else ""
+    report.say(f"device    {describe_device(device)}, {'bf16 autocast' if bf16 else 'fp32'}{shared}")
     report.say(f"images    {num_samples:,} of {stored_size}x{stored_size} from {data.source}, {where}; {len(images.skipped)} unreadable")
     for name, reason in images.skipped[:10]:
         report.say(f"          left out: {name} ({reason})")

@@ -1,6 +1,7 @@
 """NT-Xent, the contrastive loss of SimCLR, one value per sample.
 
-Letters: B pairs, M = 2B views, P projection dimensions.
+Letters: B pairs, M = 2B views, P projection dimensions. Where several ranks share a batch these are of one rank, and A are the
+views of all; with one process A = M.
 """
 
 from typing import Any
@@ -9,20 +10,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ssl_emp.ranks import ALONE, Ranks
+
 # similarities held at once: on the CPU what its caches hold, on a GPU all of them up to 8,192 views (256 MiB)
 BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 
 
-def nt_xent(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
+def nt_xent(z_a: Tensor, z_b: Tensor, temperature: float, ranks: Ranks = ALONE) -> Tensor:
     """Per-sample NT-Xent: the mean of l(i, j) and l(j, i) of SimCLR's equation 1, in nats.
 
     Args:
         z_a, z_b: (B, P) projections of the two views of the same B samples; any float type, computed in float32
             (float64 stays float64).
         temperature: softmax temperature, > 0, on cosine similarities.
+        ranks: the processes that share the batch, each with as many pairs; the views of all of them are negatives, and the
+            gradient is that of the sum of all ranks' losses with respect to this rank's projections.
 
     Returns:
-        (B,) losses. Each of the 2B views has one positive and 2B - 2 negatives; identical projections give log(2B - 1).
+        (B,) losses. Each of the 2B views has one positive and A - 2 negatives; identical projections give log(A - 1).
         Differentiable once; the memory beyond inputs and outputs does not grow with B².
     """
     assert z_a.shape == z_b.shape and z_a.dim() == 2, (z_a.shape, z_b.shape)
@@ -33,52 +38,56 @@ def nt_xent(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
     z = torch.where(norm == 0, 0, z / norm.where(norm != 0, 1))
     half = len(z_a)
     positive = (z[:half] * z[half:]).sum(1) / temperature  # (B,)
-    normaliser = _LogSumExpOfOthers.apply(z, temperature)  # (2B,)
+    normaliser = _LogSumExpOfOthers.apply(z, temperature, ranks)  # (2B,)
     return (normaliser[:half] + normaliser[half:]) / 2 - positive
 
 
 class _LogSumExpOfOthers(torch.autograd.Function):
-    """z (M, P) -> (M,): log of the sum over j != i of exp(z_i . z_j / T), block of rows by block of rows.
+    """z (M, P) -> (M,): log of the sum over j != i of exp(z_i . z_j / T), j over the views of all ranks, block of rows by block of rows.
 
     With p_ij = exp(s_ij) / sum_j exp(s_ij) and upstream gradients w, the gradient of z_i is sum_j (w_i p_ij + w_j p_ji) z_j / T;
     as s is symmetric, the block that holds s_ij also gives p_ji, and one product does for both terms: what is computed twice
-    (s, in the backward) is saved again there.
+    (s, in the backward) is saved again there. For the same reason ranks need not exchange gradients of z, which take M P
+    numbers: that of z_i follows from the (A,) logarithms and upstream gradients of all.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, temperature: float) -> Tensor:
-        columns = (z / temperature).T.contiguous()  # (P, M)
+    def forward(ctx: Any, z: Tensor, temperature: float, ranks: Ranks) -> Tensor:
+        columns = (ranks.gather(z) / temperature).T.contiguous()  # (P, A)
+        own = ranks.rank * len(z)  # the column of view 0
         result = z.new_empty(len(z))
-        for rows in _row_blocks(z):
-            similarity = _similarity(z, columns, rows)  # (R, M)
+        for rows in _row_blocks(z, columns):
+            similarity = _similarity(z, columns, rows, own)  # (R, A)
             highest = similarity.amax(1, keepdim=True)  # (R, 1)
             result[rows] = similarity.sub_(highest).exp_().sum(1).log_() + highest.squeeze(1)
         ctx.save_for_backward(z, columns, result)
+        ctx.ranks, ctx.own = ranks, own
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         z, columns, result = ctx.saved_tensors
-        scaled = columns.T  # (M, P), z / T
+        scaled = columns.T  # (A, P), z / T
+        results, upstreams = ctx.ranks.gather(result), ctx.ranks.gather(upstream)  # (A,)
         gradient = torch.empty_like(z)
-        for rows in _row_blocks(z):
-            similarity = _similarity(z, columns, rows)  # (R, M)
+        for rows in _row_blocks(z, columns):
+            similarity = _similarity(z, columns, rows, ctx.own)  # (R, A)
             weight = (similarity - result[rows].unsqueeze(1)).exp_().mul_(upstream[rows].unsqueeze(1))  # w_i p_ij
-            weight += similarity.sub_(result).exp_().mul_(upstream)  # w_j p_ji
+            weight += similarity.sub_(results).exp_().mul_(upstreams)  # w_j p_ji
             with torch.autocast(z.device.type, enabled=False):
                 gradient[rows] = weight @ scaled
-        return gradient, None
+        return gradient, None, None
 
 
-def _row_blocks(z: Tensor) -> list[slice]:
-    rows = max(1, BLOCK_ELEMENTS.get(z.device.type, BLOCK_ELEMENTS["cuda"]) // len(z))
+def _row_blocks(z: Tensor, columns: Tensor) -> list[slice]:
+    rows = max(1, BLOCK_ELEMENTS.get(z.device.type, BLOCK_ELEMENTS["cuda"]) // columns.shape[1])
     return [slice(start, start + rows) for start in range(0, len(z), rows)]
 
 
-def _similarity(z: Tensor, columns: Tensor, rows: slice) -> Tensor:
-    """(R, M) scaled similarities of a block of views to all of them, -inf to themselves."""
+def _similarity(z: Tensor, columns: Tensor, rows: slice, own: int) -> Tensor:
+    """(R, A) scaled similarities of a block of views to all of them, -inf to themselves."""
     with torch.autocast(z.device.type, enabled=False):
         similarity = z[rows] @ columns
-    similarity.diagonal(rows.start).fill_(-torch.inf)
+    similarity.diagonal(own + rows.start).fill_(-torch.inf)
     return similarity

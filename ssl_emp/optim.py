@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 
@@ -34,9 +34,15 @@ class Lars(Optimizer):
                 ]
                 torch._foreach_mul_(updates, ratios)
             momenta = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in weights]
+            found_inf: Tensor | None = getattr(self, "found_inf", None)
+            before = None if found_inf is None else [momentum.clone() for momentum in momenta]
             torch._foreach_mul_(momenta, group["momentum"])
             torch._foreach_add_(momenta, updates)
-            torch._foreach_add_(weights, momenta, alpha=-group["lr"])
+            moves = momenta
+            if before is not None and found_inf is not None:  # see step_where
+                moves = [torch.where(found_inf > 0, 0.0, momentum) for momentum in momenta]
+                torch._foreach_copy_(momenta, [torch.where(found_inf > 0, *pair) for pair in zip(before, momenta, strict=True)])
+            torch._foreach_add_(weights, moves, alpha=-group["lr"])
 
 
 def build_optimizer(model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float) -> Optimizer:
@@ -52,7 +58,25 @@ def build_optimizer(model: nn.Module, name: str, lr: float, momentum: float, wei
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=True)
     assert name == "sgd", name
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
+    sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
+    for p in params if momentum else ():  # else a first step that is skipped would leave them unset
+        sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return sgd
+
+
+def gradients_are_finite(params: Iterable[Tensor]) -> Tensor:
+    """0-d bool on the device, of all gradients; nothing is read from it."""
+    largest = torch._foreach_norm([p.grad for p in params if p.grad is not None], torch.inf)
+    return torch.stack(largest).isfinite().all()
+
+
+def step_where(optimizer: Optimizer, good: Tensor) -> None:
+    """`optimizer.step()` where `good` (0-d bool on the device) holds, else leave weights and state alone; nothing is read from it.
+
+    torch's fused optimisers take the flag that its gradient scaler gives them, and so does `Lars`.
+    """
+    optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 def lr_at(step: int, total_steps: int, warmup_steps: int, peak_lr: float) -> float:

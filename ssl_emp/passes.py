@@ -56,12 +56,15 @@ def forward_views(job: Job, model: Any, view_a: Tensor, view_b: Tensor) -> tuple
 def simclr_terms(
     job: Job, model: Any, views_of: Any, index: Tensor, images: Tensor, epoch: int, recipe: Recipe, common_draw: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The samples `index` (B,) through the network -> loss (B,) nats, distance (B,), and what was drawn (B, F) if that is used."""
+    """The samples `index` (B,) through the network -> loss (B,) nats, distance (B,), and what was drawn (B, F) if that is used.
+
+    Of several ranks each gives its own part of the batch.
+    """
     config, side = job.config, images.shape[-1]
     params = draw_params(config.seed, epoch, torch.zeros_like(index) if common_draw else index, recipe, side)
     view_a, view_b = views_of(images, params, recipe)
     h_a, h_b, z_a, z_b = forward_views(job, model, view_a, view_b)
-    loss = nt_xent(z_a, z_b, config.temperature)
+    loss = nt_xent(z_a, z_b, config.temperature, job.ranks)
     distance = feature_distance(h_a.detach(), h_b.detach(), config.prune.memory)
     return loss, distance, draw_features(*params, side) if config.prune.adjusts else None
 
@@ -84,6 +87,13 @@ def terms_of(job: Job) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
     return simclr_terms if job.config.objective == "simclr" else supervised_terms
 
 
+def gathered(job: Job, loss: Tensor, memory: Tensor, draw: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What `terms_of` gave on every rank, of the whole batch: terms (2, B), and the draws (B, F). One exchange."""
+    part = torch.stack([loss.detach(), memory], 1)
+    whole = job.ranks.gather(part if draw is None else torch.cat([part, draw], 1))
+    return whole[:, :2].T, None if draw is None else whole[:, 2:]
+
+
 @torch.no_grad()
 def score_pass(
     job: Job, model: Any, views_of: Any, first: Tensor, rest: Tensor, epoch: int, recipe: Recipe
@@ -102,9 +112,9 @@ def score_pass(
     for norm in norms:
         norm.track_running_stats = False
     terms, draws = [], []
-    for index, images in job.store.stream(table):
-        loss, memory, draw = terms_of(job)(job, model, views_of, index, images, epoch, recipe, common_draw)
-        terms.append(torch.stack([loss, memory]))
+    for index, images in job.store.stream(job.ranks.part(table)):
+        batch_terms, draw = gathered(job, *terms_of(job)(job, model, views_of, index, images, epoch, recipe, common_draw))
+        terms.append(batch_terms)
         draws += [] if draw is None else [draw]
     for norm in norms:
         norm.track_running_stats = True

@@ -5,6 +5,7 @@ draws alike. A weight multiplies the sample's loss; None means 1 for all. Scores
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_emp.decode import reason
 from ssl_emp.errors import UserError
 from ssl_emp.keyed import keyed_bits, keyed_uniform
 from ssl_emp.pruning import PrunePlan, combine_terms, mean_and_std, select_kept
@@ -199,10 +201,21 @@ def load_indices(path: Path, num_samples: int) -> Tensor:
     Raises:
         UserError: the file cannot be read, or does not hold distinct places of the data set.
     """
+    fix = "give a .npy file or a text file with one index a line"
+    if path.exists() and not path.is_file():  # a pipe would block for ever, /dev/zero fill the memory
+        raise UserError(f"cannot read the indices in {path} (not a regular file)", fix)
     try:
-        values = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, dtype=np.int64, ndmin=1)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the indices in {path} ({error})", "give a .npy file or a text file with one index a line") from error
+        if path.suffix == ".npy":
+            values = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header may declare more than memory holds
+        else:
+            # given a name, numpy would also unpack archives
+            with open(path, encoding="utf-8") as file, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # its word on an empty file: ours follows
+                values = np.loadtxt(file, dtype=np.int64, ndmin=1)
+    except Exception as error:  # damaged headers make numpy raise half a dozen types, EOFError among them
+        raise UserError(f"cannot read the indices in {path} ({reason(error)})", fix) from error
+    if not isinstance(values, np.ndarray):
+        raise UserError(f"cannot read the indices in {path} (an archive of arrays)", fix)
     if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer) or not len(values):
         raise UserError(f"{path} holds {values.dtype} of shape {values.shape}", "give one list of whole numbers")
     if values.min() < 0 or values.max() >= num_samples:

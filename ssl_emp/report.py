@@ -1,12 +1,13 @@
 """What a person sees and what a run leaves behind: console, train.log, metrics.jsonl, TensorBoard, parquet, environment."""
 
+import errno
 import json
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,26 +20,42 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from ssl_emp.checkpoint import write_atomically
+from ssl_emp.checkpoint import cannot_write, replacing, write_atomically
 from ssl_emp.device import describe_device
 
 Item = TypeVar("Item")
 PLAIN_EVERY_SECONDS = 60.0  # not on a terminal: a line at least this often within an epoch
 
 
-class Report:
-    """Console of one run, and its files once there is a folder for them."""
+class _Console(Console):
+    """A console whose reader may leave (`| head`, a full disk behind a redirection) without ending the run."""
 
-    def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with suppress(OSError, ValueError):  # else the interpreter complains of it at exit, with exit code 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Report:
+    """Console of one run, and its files once there is a folder for them.
+
+    Args:
+        silent: say and write nothing: of the ranks of a run the first one speaks.
+    """
+
+    def __init__(self, silent: bool = False) -> None:
+        self.silent = silent
+        self.console = _Console(highlight=False, soft_wrap=True, quiet=silent)
         self.folder: Path | None = None
         self.writer: Any = None
-        self.early: list[str] = []  # said before there was a folder
+        self.early: list[str] = []  # lines of train.log said before there was a folder, or while its disk was full
 
     def attach(self, folder: Path, tensorboard: bool) -> None:
         """From now on write train.log (with what was said so far), metrics.jsonl and TensorBoard events into `folder`."""
+        if self.silent:
+            return
         self.folder = folder
-        self._log(self.early)
+        self._log([])
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # half a second of import, so only where it is asked for
 
@@ -46,35 +63,56 @@ class Report:
 
     def say(self, line: str) -> None:
         """One line to the console and to train.log."""
-        self.console.print(line, markup=False)
+        self._print(line)
         self._log([line])
 
+    def _print(self, text: str) -> None:
+        try:
+            self.console.print(text, markup=False)
+        except OSError:
+            self.console.on_broken_pipe()
+
     def _log(self, lines: list[str]) -> None:
-        if self.folder is None:
-            self.early += lines
+        if self.silent:
             return
-        with open(self.folder / "train.log", "a", encoding="utf-8") as file:
-            file.writelines(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n" for line in lines)
+        self.early += [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n" for line in lines]
+        if self.folder is not None:
+            with suppress(OSError):  # they wait for room: a log is no reason to end a run
+                _append(self.folder / "train.log", self.early)
+                self.early = []
 
     def metrics(self, row: dict[str, Any]) -> None:
-        """One JSON line an epoch, and the same numbers to TensorBoard (key `epoch` is the x axis)."""
+        """One JSON line an epoch, and the same numbers to TensorBoard (key `epoch` is the x axis).
+
+        Raises:
+            RunFailed: the line cannot be written; a checkpoint after it would leave a gap for ever.
+        """
         if self.folder is not None:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            path = self.folder / "metrics.jsonl"
+            try:
+                _append(path, [json.dumps(row) + "\n"])
+            except OSError as error:
+                raise cannot_write(path, error) from error
         if self.writer is not None:
-            for name, value in row.items():
-                if isinstance(value, int | float) and name != "epoch":
-                    self.writer.add_scalar(name, value, row["epoch"])
+            try:
+                for name, value in row.items():
+                    if isinstance(value, int | float) and name != "epoch":
+                        self.writer.add_scalar(name, value, row["epoch"])
+            except OSError as error:
+                self.writer = None
+                self.say(f"warning   no more TensorBoard events: {error.strerror}")
 
     def forget_from(self, epoch: int) -> None:
         """Drop the lines of metrics.jsonl that a resumed run is about to write again."""
-        path = (self.folder or Path()) / "metrics.jsonl"
+        if self.folder is None:
+            return
+        path = self.folder / "metrics.jsonl"
         if path.exists():
             rows = []
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     rows += [line] if json.loads(line)["epoch"] < epoch else []
-                except ValueError:  # cut off by a kill or a full disk: its epoch runs again
+                except (ValueError, KeyError, TypeError):  # cut off by a crash: its epoch runs again
                     break
             write_atomically(path, "".join(f"{line}\n" for line in rows).encode())
 
@@ -88,7 +126,7 @@ class Report:
         width = max(len(name) for name, _ in rows)
         lines = [title, *(f"  {name:<{width}}  {value}" for name, value in rows)]
         if not self.console.is_terminal:
-            self.console.print("\n".join(lines), markup=False)
+            self._print("\n".join(lines))
         self._log(lines)
 
     @contextmanager
@@ -107,11 +145,30 @@ class Report:
             yield item
             if time.monotonic() - spoke > PLAIN_EVERY_SECONDS:
                 spoke = time.monotonic()
-                self.console.print(f"{label} step {done}/{total}", markup=False)
+                self._print(f"{label} step {done}/{total}")
 
     def close(self) -> None:
         if self.writer is not None:
-            self.writer.close()
+            with suppress(OSError):
+                self.writer.close()
+
+
+def _append(path: Path, lines: list[str]) -> None:
+    """Add whole lines to a file: all of them or, where the disk is full, none. A line that a crash cut off is ended first."""
+    if not lines:
+        return
+    data = "".join(lines).encode(errors="backslashreplace")  # names of files need not be text
+    with open(path, "a+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+            data = data if file.read(1) == b"\n" else b"\n" + data
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def write_environment(path: Path, device: torch.device) -> None:
@@ -133,19 +190,18 @@ def write_environment(path: Path, device: torch.device) -> None:
         "cpu_count": os.cpu_count(),
         "packages": {name: installed(name) for name in packages if installed(name)},
     }
-    path.write_text(json.dumps(environment, indent=2) + "\n")
+    write_atomically(path, (json.dumps(environment, indent=2) + "\n").encode())
 
 
 def write_samples(path: Path, names: list[str], columns: dict[str, Tensor]) -> None:
     """One row a sample: its index and name, then the columns, each (N,). Readable by pandas and DuckDB."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     table = pa.table(
         {"index": pa.array(range(len(names)), pa.int64()), "name": pa.array(names)}
         | {name: pa.array(values.cpu().numpy()) for name, values in columns.items()}
     )
-    tmp = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, tmp)
-    os.replace(tmp, path)
+    with replacing(path) as file:
+        pq.write_table(table, file)
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:

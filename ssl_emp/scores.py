@@ -82,12 +82,16 @@ class ScoreState:
         self.gram = torch.zeros(NUM_DRAW_FEATURES, NUM_DRAW_FEATURES, device=device)
         self.cross = torch.zeros(NUM_DRAW_FEATURES, 2, device=device)
 
-    def observe(self, index: Tensor, terms: Tensor, draw: Tensor | None, epoch: int) -> None:
+    def observe(self, index: Tensor, terms: Tensor, draw: Tensor | None, epoch: int, good: Tensor | None = None) -> None:
         """Take in the terms (2, B) of the samples `index` (B,), seen with the network of `epoch`. Reads nothing from the device.
 
         Args:
             draw: (B, F) of `draw_features`, needed where `adjust`.
+            good: 0-d bool on the device; where it is false, nothing is taken in.
         """
+        if good is not None:
+            self._observe_where(good, index, terms, draw, epoch)
+            return
         self.last[:, index] = terms
         before, times = self.terms[:, index], self.times_scored[index] + 1
         if self.adjust:
@@ -103,10 +107,21 @@ class ScoreState:
         self.times_scored[index] = times
         self.scored_epoch[index] = epoch
 
-    def count_trained(self, index: Tensor, epoch: int) -> None:
-        """Note that the samples `index` were trained on in `epoch`."""
-        self.times_trained[index] += 1
-        self.trained_epoch[index] = epoch
+    def _observe_where(self, good: Tensor, index: Tensor, terms: Tensor, draw: Tensor | None, epoch: int) -> None:
+        """`observe`, then back again where not `good`: a branch would wait for the device."""
+        names = ("last", "terms", "variance", "times_scored", "scored_epoch")
+        before = {name: getattr(self, name)[..., index] for name in names}
+        moments = {name: getattr(self, name) for name in self.REGRESSION}
+        self.observe(index, terms, draw, epoch)
+        for name, values in before.items():
+            getattr(self, name)[..., index] = torch.where(good, getattr(self, name)[..., index], values)
+        for name, values in moments.items():
+            setattr(self, name, torch.where(good, getattr(self, name), values))
+
+    def count_trained(self, index: Tensor, epoch: int, good: Tensor | bool = True) -> None:
+        """Note that the samples `index` were trained on in `epoch`, where `good`."""
+        self.times_trained[index] += good
+        self.trained_epoch[index] = torch.where(torch.as_tensor(good, device=index.device), epoch, self.trained_epoch[index])
 
     def _learn(self, terms: Tensor, draw: Tensor) -> None:
         """Moments of the running regression; a batch loses its influence over the next FORGET / (1 - FORGET) ones."""

@@ -212,7 +212,10 @@ def raw_pixels(
         progress(len(positions), len(positions))
     if data.stat().st_size != num_bytes:
         raise _damaged(data, f"{data.stat().st_size:,} bytes instead of {num_bytes:,}")
-    failed = {int(row): why for row, why in json.loads(note.read_text()).items()}
+    try:
+        failed = {int(row): str(why) for row, why in json.loads(note.read_text()).items()}
+    except (OSError, ValueError, AttributeError) as exc:
+        raise UserError(f"{note} is damaged ({reason(exc)})", f"delete {data} with it, and both are built again") from exc
     # "r+" though nobody writes: torch wants writable memory, and a private mapping ("c") counts in full against memory
     return np.memmap(data, np.uint8, "r+", shape=shape), failed
 

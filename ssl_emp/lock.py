@@ -1,0 +1,78 @@
+"""One process writes into a run directory at a time, and what a killed one left half written goes."""
+
+import errno
+import fcntl
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ssl_emp.errors import UserError
+
+LOCK = ".lock"
+CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some cluster file systems: better without than not at all
+WRITTEN_INTO = (".", "checkpoints", "encoder", "pruning")
+
+
+def is_unused(folder: Path) -> bool:
+    """Whether a new run may start in `folder`: it is not there, or holds at most what a killed start left."""
+    if not os.path.isdir(folder):
+        return not os.path.lexists(folder)
+    return all(path.name == LOCK or _is_leftover(path) for path in folder.iterdir())
+
+
+def _is_leftover(path: Path) -> bool:
+    """`.NAME.tmp` is pretrain.py's; other programs put their process number before `.tmp`."""
+    return path.name.startswith(".") and path.suffix == ".tmp" and not path.stem.rpartition(".")[2].isdigit()
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold `folder/.lock`, made with its folder where missing. The kernel frees the lock of a process that dies, however it dies.
+
+    For the process that writes (rank 0 of several), before anything that takes time. Temporary files that a killed process left
+    are removed; folders made here go again where nothing was put into them.
+
+    Raises:
+        UserError: another process holds it, or the folder cannot be written.
+    """
+    path = folder / LOCK
+    made = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = open(path, "a+")  # noqa: SIM115 - open until the lock is given back
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip()
+                file.close()
+                raise UserError(f"{folder} is in use by {holder or 'another process'}", "wait for it, or choose another out=DIR") from None
+            except OSError as error:
+                if error.errno not in CANNOT_LOCK:
+                    raise
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    break
+            file.close()  # removed by the process that had it, between our open and our lock: once more
+        with suppress(OSError):  # for the message to the next one: on a full disk it is shorter
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+        for part in WRITTEN_INTO:
+            for left in filter(_is_leftover, (folder / part).glob(".*.tmp")):
+                left.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write into {folder} ({error.strerror})", "see to its permissions, or choose another out=DIR") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()  # while it is locked: nobody else can have it by this name
+        with suppress(OSError):
+            file.close()
+        with suppress(OSError):  # not empty
+            for place in made:
+                place.rmdir()
