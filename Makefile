@@ -1,8 +1,8 @@
-# demo: the main job on built-in real data · test · test-slow · lint · clean. Each makes .venv where it is missing.
+# demo: the main job on built-in real data · test · test-slow · faults · mutants · lint · clean. Each makes .venv where it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow faults mutants lint clean
 
 demo: .venv/installed
 	rm -rf runs/demo
@@ -14,6 +14,14 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -q -m slow
+
+# every fault of docs/faults.md, and that page anew: about 15 minutes on 2 cores
+faults: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/report.py
+
+# does the suite notice? wrong lines of the kind that costs a run in silence, each must be caught: some minutes
+mutants: .venv/installed
+	$(BIN)/python tests/mutants.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
     python evaluate.py ENCODER [ENCODER ...] EVALUATOR [EVALUATOR ...] [key=value ...] [--out DIR]
 
 ENCODER    a run directory, an encoder directory (model.safetensors and config.json), `random` (the same network, untrained),
-           `pixels` (no network at all), `timm:NAME`
+           `pixels` (no network at all), `timm:NAME`, `torchvision:NAME`
 EVALUATOR  `knn` (every k of knn.num_neighbors from one search), `linear` (linear.protocol: lbfgs, cached or augmented), `fewshot` (few
            labels, several draws; fewshot.finetune trains the network too), `finetune` (the whole network), `diagnose` (collapse,
            effective rank, neighbours, a map, embeddings.parquet), `transfer` (transfer.suite, a YAML file of target data sets)
@@ -12,27 +12,36 @@ key=value  data.* and model.* as in pretrain.py; the sections knn, linear, fewsh
 
 A run is judged on the data in its own config.yaml, all others on that of the first run named, without one on mnist5k; data.source
 replaces the whole of it. data.max_images limits the train split only. Features are computed once for an encoder and a data set and kept
-in cache_dir. Rows go to RUN/eval/EVALUATOR.json, or to DIR. Exit codes: 0 done, 2 the user can fix it.
+in cache_dir. Rows go to RUN/eval/EVALUATOR.json, or to DIR. Exit codes: 0 done, 2 the user can fix it, 3 another process was lost.
+
+    torchrun --nproc-per-node 8 evaluate.py ...
+
+Several processes share the forward passes that make the features, each on a GPU of its own where there are GPUs; the first one fits
+on them and writes. The numbers are those of one process.
 """
 
 import argparse
 import difflib
 import hashlib
-import importlib.util
+import io
 import json
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+import torch.distributed as distributed
 from pydantic import BeforeValidator, Field, ValidationError
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from linear_eval import EvalError, Features, extract_features
 from linear_eval.augmented import augmented_probe
@@ -40,9 +49,10 @@ from linear_eval.diagnose import diagnose, draw_map, draw_neighbors, map_2d, ver
 from linear_eval.features import cached_features
 from linear_eval.fewshot import FewShotResult, fewshot, fewshot_probe
 from linear_eval.finetune import TrainResult, finetune, state_hash
-from linear_eval.knn import knn_accuracies, knn_predict
-from linear_eval.linear import linear_probe, sgd_probe
+from linear_eval.knn import import_faiss, knn_accuracies, knn_predict
+from linear_eval.linear import linear_probe, multi_label_probe, sgd_probe
 from linear_eval.metrics import MULTI_LABEL
+from linear_eval.ranks import PeerLost, num_ranks, raise_together, rank
 from linear_eval.targets import TARGETS, torchvision_target
 from linear_eval.transfer import Outcome, Target, Transfer, draw_bars, missing_lines, parse_suite, run_suite, to_csv, to_markdown, to_rows
 from ssl_emp import load_encoder
@@ -57,6 +67,7 @@ from ssl_emp.report import show_progress
 
 USAGE = "python evaluate.py ENCODER [ENCODER ...] knn|linear|fewshot|finetune|diagnose|transfer [...] [key=value ...], see --help"
 Checked = TypeVar("Checked", bound=Section)
+Made = TypeVar("Made")
 Row = dict[str, Any]  # one line of the table, keys COLUMNS
 COLUMNS = ("encoder", "evaluator", "data", "protocol", "metric", "value", "std", "n_test", "seed")
 ROW_KEY = ("encoder", "data", "protocol", "metric", "seed")  # a rerun replaces the rows that agree in these
@@ -108,6 +119,7 @@ class FinetuneConfig(Section):
 
 
 class DiagnoseConfig(Section):
+    split: Literal["test", "train"] = "test"  # a run's train split has scores and times trained beside its embeddings
     max_samples: Annotated[int, Field(ge=2, le=50_000)] = 10_000
     num_queries: Annotated[int, Field(ge=1, le=64)] = 8
     num_neighbors: Annotated[int, Field(ge=1, le=20)] = 8
@@ -243,6 +255,10 @@ def find_subjects(names: list[str], config: EvalConfig, given: dict[str, Any]) -
             network, own_size, is_fixed = load_timm(name.removeprefix("timm:"))
             size = own_size if is_fixed else given_size or own_size
             subject = Subject(name, "timm weights", data, size, fixed(network), eval_dir)
+        elif name.startswith("torchvision:"):
+            network, own_size, is_fixed, weights = load_torchvision(name.removeprefix("torchvision:"))
+            size = own_size if is_fixed else given_size or own_size
+            subject = Subject(name, f"torchvision weights {weights}", data, size, fixed(network), eval_dir)
         elif Path(name).is_dir():
             if (Path(name) / "config.yaml").is_file():
                 raise UserError(f"the run {name} has no encoder yet", f"finish it: python pretrain.py --resume {name}")
@@ -250,7 +266,8 @@ def find_subjects(names: list[str], config: EvalConfig, given: dict[str, Any]) -
             subject = Subject(name, "as exported", data, given_size or encoder.image_size, fixed(encoder), eval_dir)
         else:
             near = difflib.get_close_matches(name, [*ALL_EVALUATORS, "random", "pixels"], n=1)
-            fix = f"did you mean {near[0]}?" if near else "ENCODER is a run directory, an encoder directory, random, pixels or timm:NAME"
+            kinds = "a run directory, an encoder directory, random, pixels, timm:NAME or torchvision:NAME"
+            fix = f"did you mean {near[0]}?" if near else f"ENCODER is {kinds}"
             raise UserError(f"{name!r} is no directory, encoder or evaluator", fix)
         subjects.append(subject)
     return subjects
@@ -315,6 +332,38 @@ def load_timm(name: str) -> tuple[nn.Module, int, bool]:
     return module, about["input_size"][-1], bool(about.get("fixed_input_size"))
 
 
+def load_torchvision(name: str) -> tuple[nn.Module, int, bool, str]:
+    """A torchvision model with its best weights, without its last layer: (module, image size, whether only that, name of the weights)."""
+    from torchvision import models
+
+    known = models.list_models(module=models)  # those that classify images: their last layer can be left out
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        fix = f"did you mean torchvision:{near[0]}?" if near else "see torchvision.models.list_models(module=torchvision.models)"
+        raise UserError(f"torchvision has no image classifier {name!r}", fix)
+    weights = models.get_model_weights(name).DEFAULT
+    try:
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):  # torch.hub says that it downloads
+            network = models.get_model(name, weights=weights, progress=sys.stderr.isatty())
+    except Exception as error:  # no network, a damaged or another file: torch.hub and the unpickler have no common error
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"the weights of torchvision:{name} cannot be loaded ({type(error).__name__}: {reason[:200]})",
+            f"connect to the network, or put {weights.url.rpartition('/')[2]} into {torch.hub.get_dir()}/checkpoints",
+        ) from error
+    drop_last_layer(network)
+    about = weights.transforms()
+    is_fixed = isinstance(network, models.VisionTransformer | models.MaxVit)  # position embeddings, windows that must fit
+    return Normalized(network, list(about.mean), list(about.std)), about.crop_size[0], is_fixed, weights.name
+
+
+def drop_last_layer(network: nn.Module) -> None:
+    """Puts an Identity in the place of a torchvision classifier's layer that scores the classes; what leads to it stays."""
+    head = next(name for name in ("fc", "classifier", "heads", "head") if hasattr(network, name))
+    scoring = [name for name, part in getattr(network, head).named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+    network.set_submodule(f"{head}.{scoring[-1]}".rstrip("."), nn.Identity())
+
+
 # ---- images ----------------------------------------------------------------------------------------------------------
 
 
@@ -331,11 +380,11 @@ def load_splits(data: DataConfig, image_size: int | None) -> tuple[ImageSet, Ima
         max_images=data.max_images,  # of the train split only: all of the test split counts
         subset_seed=data.subset_seed,
         store=data.store,
-        progress=show_progress("train images"),
+        progress=progress_of("train images"),
     )
     # both splits lose what JPEG loses, or neither
     load = partial(load, store="encoded" if train.store == "encoded" else data.store)
-    load = partial(load, image_size=train.pixels.shape[-1], progress=show_progress("test images"))
+    load = partial(load, image_size=train.pixels.shape[-1], progress=progress_of("test images"))
     if data.test_source is None:
         test = load(data.source, "test", kind=data.kind)
     else:
@@ -354,10 +403,17 @@ def load_splits(data: DataConfig, image_size: int | None) -> tuple[ImageSet, Ima
                 else "sort the images into a folder for each class, add a column `label`, or choose a labeled data.source",
             )
     test = replace(test, labels=align_labels(train, test))
-    shared = len(image_hashes(train.pixels) & (hashes := image_hashes(test.pixels)))
-    if shared:
-        note(f"warning: {shared} of {len(hashes)} distinct test images also occur in the train split, pixel by pixel")
+    warn_of_overlap({"train": train}, test)
     return train, test
+
+
+def warn_of_overlap(fitted: dict[str, ImageSet], test: ImageSet, where: str = "") -> None:
+    """A line for each split, by its name, that holds images of the test split."""
+    hashes = image_hashes(test.pixels)
+    for name, images in fitted.items():
+        shared = len(image_hashes(images.pixels) & hashes)
+        if shared:
+            note(f"warning: {where}{shared} of {len(hashes)} distinct test images also occur in the {name} split, pixel by pixel")
 
 
 def image_hashes(pixels: Tensor | EncodedPixels) -> set[bytes]:
@@ -414,12 +470,25 @@ class Judged:
         return lambda epoch, index, images: cut_views(images, draw_params(seed, epoch, index, recipe, size)[:1], recipe)[0]
 
 
+def features_key(encoder: nn.Module, images: ImageSet) -> str:
+    """Name for the features of these images: a hash of the network, of its weights and buffers, and of all pixels.
+
+    Of images that lie as JPEGs in a file, its path stands for the pixels: it is made of the names, sizes and times of the source.
+    """
+    digest = hashlib.sha256(f"{encoder!r} {state_hash(encoder)} {fingerprint(images)} {len(images.names)}".encode())
+    if isinstance(images.pixels, Tensor):
+        for start in range(0, len(images.pixels), 256):  # a mapped file may be larger than memory
+            digest.update(images.pixels[start : start + 256].contiguous().numpy().data)
+    else:
+        digest.update(str(images.pixels.path).encode())
+    return digest.hexdigest()[:32]
+
+
 def extract(judged: Judged, images: ImageSet, split: str) -> Features:
     """Features of one split, from the cache where they are."""
     path = None
     if judged.config.cache_dir is not None and any(True for _ in judged.encoder.parameters()):  # pixels are their own cache
-        digest = hashlib.sha256(f"{judged.encoder!r} {state_hash(judged.encoder)} {fingerprint(images)} {len(images.names)}".encode())
-        path = Path(judged.config.cache_dir) / f"{digest.hexdigest()[:32]}.safetensors"
+        path = Path(judged.config.cache_dir) / f"{features_key(judged.encoder, images)}.safetensors"
     return cached_features(
         path,
         images.labels,
@@ -429,15 +498,17 @@ def extract(judged: Judged, images: ImageSet, split: str) -> Features:
             images.labels,
             batch_size=judged.config.batch_size,
             device=judged.device,
-            progress=show_progress(f"{judged.subject.name}: {split} features"),
+            progress=progress_of(f"{judged.subject.name}: {split} features"),
+            shared=True,
         ),
+        shared=True,
     )
 
 
 def run_knn(judged: Judged) -> list[Result]:
     knn = judged.config.knn
-    if knn.backend == "auto" and importlib.util.find_spec("faiss") is None:
-        note("faiss is not installed, kNN runs on torch with the same result; pip install faiss-cpu is faster on CPUs")
+    if knn.backend == "auto" and judged.device.type == "cpu" and import_faiss() is None:
+        note("faiss cannot be imported, kNN runs on torch with the same result; pip install faiss-cpu is faster on CPUs")
     train, test = judged.features
     found = knn_accuracies(
         train, test, num_neighbors=knn.num_neighbors, temperature=knn.temperature, backend=knn.backend, device=judged.device
@@ -521,28 +592,64 @@ def run_finetune(judged: Judged) -> list[Result]:
 def run_diagnose(judged: Judged) -> list[Result]:
     """Label-free figures of the test features; pictures and embeddings where rows are kept."""
     settings, seed = judged.config.diagnose, judged.config.seed
-    test = judged.features[1]
-    rows = torch.randperm(len(test.x), generator=torch.Generator().manual_seed(seed))[: min(2048, settings.max_samples)].sort().values
+    images, found_in = (judged.test, judged.features[1]) if settings.split == "test" else (judged.train, judged.features[0])
+    x, y = found_in.x, found_in.y
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: min(2048, settings.max_samples)].sort().values
     views = []
     for epoch in (0, 1):  # two random crops of each image
-        parts = [judged.views()(epoch, part, judged.test.pixels[part].to(judged.device)) for part in rows.split(judged.config.batch_size)]
+        parts = [judged.views()(epoch, part, images.pixels[part].to(judged.device)) for part in rows.split(judged.config.batch_size)]
         views.append(torch.cat([judged.encoder(part).float().cpu() for part in parts]))
-    found = diagnose(test.x, views=(views[0], views[1]), max_samples=settings.max_samples, seed=seed)
+    found = diagnose(x, views=(views[0], views[1]), max_samples=settings.max_samples, seed=seed)
     for line in verdict(found):
         note(f"{judged.subject.name}: {line}")
     if judged.out is not None:
-        folder, names = judged.out / "diagnose", judged.test.class_names
-        picture: dict[str, Any] = {"labels": test.y, "class_names": names}
-        coords = map_2d(test.x, method=settings.map, seed=seed)
-        counts: dict[str, Any] = {"num_queries": settings.num_queries, "num_neighbors": min(settings.num_neighbors, len(test.x) - 1)}
-        draw_neighbors(folder / "neighbors.png", judged.test.pixels, test.x, **picture, **counts, seed=seed)
+        columns, has_columns = training_columns(judged.subject, images, settings.split)
+        folder = judged.out / "diagnose"
+        picture: dict[str, Any] = {"labels": y, "class_names": images.class_names}
+        coords = map_2d(x, method=settings.map, seed=seed)
+        counts: dict[str, Any] = {"num_queries": settings.num_queries, "num_neighbors": min(settings.num_neighbors, len(x) - 1)}
+        draw_neighbors(folder / "neighbors.png", images.pixels, x, **picture, **counts, seed=seed)
         draw_map(folder / "map.png", coords, **picture, title=judged.subject.name)
-        write_embeddings(folder / "embeddings.parquet", test.x, coords, names=judged.test.names, **picture)
+        more: dict[str, Any] = {"names": images.names, "columns": columns, "has_columns": has_columns}
+        write_embeddings(folder / "embeddings.parquet", x, coords, **picture, **more)
         note(f"{judged.subject.name}: neighbors.png, map.png and embeddings.parquet are in {folder}")
-    what = f"{found.num_samples} test features of {found.dim} dimensions"
+    what = f"{found.num_samples} {settings.split} features of {found.dim} dimensions"
     figures = {"std of normalised features": found.feature_std, "effective rank": found.effective_rank, "uniformity": found.uniformity}
     figures |= {} if found.alignment is None else {"alignment of two crops": found.alignment}
     return [Result(what, value, metric) for metric, value in figures.items()]
+
+
+def training_columns(subject: Subject, images: ImageSet, split: str) -> tuple[dict[str, Tensor], Tensor | None]:
+    """({"score": (N,) float32, "times_trained": (N,) int64}, (N,) bool where they are known) from a run's pruning/samples.parquet.
+
+    Joined by name, and only if the images come from the source that the run was trained on: another one may have the same names.
+    ({}, None) where the encoder is no run, or one that kept no table.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    run = Path(subject.name)
+    path = run / "pruning" / "samples.parquet"
+    if not is_run(run) or not path.is_file():
+        return {}, None
+    try:
+        table = pq.read_table(path, columns=["name", "score", "times_trained"])
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__})", f"move it away, or: python pretrain.py --resume {run}"
+        ) from error
+    trained_on = read_run_data(run, {}).source
+    source = subject.data.source if split == "train" else subject.data.test_source or subject.data.source
+    same = source == trained_on or os.path.realpath(source) == os.path.realpath(trained_on)
+    row_of = {name: row for row, name in enumerate(table["name"].to_pylist())} if same else {}
+    rows = torch.tensor([row_of.get(name, -1) for name in images.names])
+    known = rows >= 0
+    columns = {}
+    for name, dtype in (("score", torch.float32), ("times_trained", torch.int64)):
+        values = torch.tensor(table[name].to_numpy(), dtype=dtype)
+        columns[name] = torch.zeros(len(rows), dtype=dtype)
+        columns[name][known] = values[rows[known]]
+    return columns, known
 
 
 EVALUATORS: dict[str, Callable[[Judged], list[Result]]] = {
@@ -577,24 +684,35 @@ def load_target(target: Target, image_size: int | None, config: EvalConfig) -> d
             raise UserError(f"the {split} split of {target.source} has no labels", "leave it out of the suite, or label it")
         size = images.pixels.shape[-1]
         splits[part] = images if part == "train" else replace(images, labels=align_labels(splits["train"], images))
+    warn_of_overlap({part: images for part, images in splits.items() if part != "test"}, splits["test"], f"{target.name}: ")
     return splits
 
 
 def judge_target(subject: Subject, target: Target, splits: dict[str, ImageSet], config: EvalConfig, device: torch.device) -> Outcome:
     """One encoder on one target by the target's protocol."""
-    if target.metric in MULTI_LABEL:
-        raise EvalError(f"{target.name} has several labels an image, which no probe here takes yet", "leave it out of the suite")
     size = splits["train"].pixels.shape[-1]
-    encoder = subject.build(size).eval().to(device)
-    judged = Judged(subject, encoder, splits["train"], splits["test"], config, device, None)
+    judged = Judged(subject, build(subject, size, device), splits["train"], splits["test"], config, device, None)
     train, test = judged.features
     val = extract(judged, splits["val"], "val") if "val" in splits else None
+    if rank() > 0:
+        raise EvalError("process 0 goes on with the features", "see there")
     if target.protocol == "knn":
         both = train if val is None else Features(torch.cat([train.x, val.x]), torch.cat([train.y, val.y]))
         k = config.knn.num_neighbors[0]
         predicted = knn_predict(both, test, num_neighbors=k, temperature=config.knn.temperature, device=device)
         return Outcome(predicted, test.y, f"cosine kNN, k={k}, bank {len(both.x)}, {size}px, {subject.weights}")
     chosen = f"val ({len(val.x)})" if val is not None else f"{100 * config.linear.val_fraction:g}% of train"
+    if target.metric in MULTI_LABEL:
+        found = multi_label_probe(
+            train, test, target.metric, seed=config.seed, val=val, val_fraction=config.linear.val_fraction, device=device
+        )
+        points = "11-point AP of VOC2007" if target.metric == "voc_map" else "AP over all points"
+        low, high = found.l2.min().item(), found.l2.max().item()
+        protocol = (
+            f"lbfgs, a binary regression for each of {test.y.shape[1]} classes, l2={low:.3g}..{high:.3g} of 45 in 1e-6..1e5 by {points}"
+        )
+        protocol += f" on {chosen}, refit on train+val, difficult objects not counted, {size}px, {subject.weights}"
+        return Outcome(found.scores, test.y, protocol)
     if target.protocol == "linear":
         heads = sgd_probe(train, test, seed=config.seed, val=val, val_fraction=config.linear.val_fraction, device=device)
         return Outcome(heads.predicted, test.y, f"linear heads, SGD, chosen on {chosen}, refit, {size}px, {subject.weights}")
@@ -606,6 +724,8 @@ def judge_target(subject: Subject, target: Target, splits: dict[str, ImageSet], 
 def run_transfer(subjects: list[Subject], config: EvalConfig, device: torch.device) -> Transfer:
     """Every encoder on every target of transfer.suite."""
     path = Path(config.transfer.suite)
+    if not path.is_file():  # a pipe or a device would be read for ever
+        raise UserError(f"transfer.suite={path} is no file", "give transfer.suite=FILE.yaml, such as configs/suites/small.yaml")
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
@@ -621,7 +741,7 @@ def run_transfer(subjects: list[Subject], config: EvalConfig, device: torch.devi
             for other in [other for other in loaded if other[0] != target.name]:
                 del loaded[other]  # one target's images at a time
             try:
-                loaded[key] = load_target(target, subject.image_size, config)
+                loaded[key] = in_turn(lambda: load_target(target, subject.image_size, config))
             except (UserError, EvalError) as error:
                 loaded[key] = error
         splits = loaded[key]
@@ -638,7 +758,12 @@ def run_transfer(subjects: list[Subject], config: EvalConfig, device: torch.devi
 
 
 def note(line: str) -> None:
-    print(line, file=sys.stderr)
+    if rank() == 0:
+        print(line, file=sys.stderr)
+
+
+def progress_of(label: str) -> Callable[[int, int], None] | None:
+    return show_progress(label) if rank() == 0 else None
 
 
 def shown(row: Row, name: str) -> str:
@@ -696,23 +821,44 @@ def row_key(row: Row) -> tuple[Any, ...]:
 # ---- encoder -> features -> evaluators -> table ----------------------------------------------------------------------
 
 
+def build(subject: Subject, image_size: int, device: torch.device) -> nn.Module:
+    """The encoder in eval mode on the device, or a UserError where it takes no images of this size."""
+    encoder = subject.build(image_size).eval().to(device)
+    try:
+        with torch.inference_mode():
+            encoder(torch.zeros(1, 3, image_size, image_size, device=device))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, AssertionError) as error:  # each network complains in its own way
+        reason = (str(error).splitlines() or [""])[0]
+        what = f"{subject.name} takes no images of {image_size}x{image_size} pixels ({reason[:120]})"
+        raise UserError(what, f"set data.image_size={subject.image_size or 224}, or leave it out") from error
+    return encoder
+
+
 def judge(
     subject: Subject, train: ImageSet, test: ImageSet, evaluators: list[str], config: EvalConfig, device: torch.device, out: Path | None
 ) -> Iterator[Row]:
     """Rows of one encoder, evaluator by evaluator; its features are computed once."""
     image_size = train.pixels.shape[-1]
-    judged = Judged(subject, subject.build(image_size).eval().to(device), train, test, config, device, out)
+    judged = Judged(subject, build(subject, image_size, device), train, test, config, device, out)
     data = subject.data
     described = f"{data.source} {image_size}px" + (f", test {data.test_source}" if data.test_source else "")
     described += f", subset {data.subset_seed}" if data.max_images is not None else ""
     for evaluator in evaluators:
         before = state_hash(judged.encoder)
         try:
+            _ = judged.features  # all processes share this work, and only this
+            if rank() > 0:
+                return
             results = EVALUATORS[evaluator](judged)
         except torch.OutOfMemoryError as error:
             what = f"batch_size={config.batch_size} does not fit into the memory of {device}"
             raise UserError(what, f"set batch_size={max(1, config.batch_size // 4)}") from error
-        assert state_hash(judged.encoder) == before, f"{evaluator} changed the encoder"
+        if state_hash(judged.encoder) != before:
+            raise UserError(
+                f"{subject.name} changed while {evaluator} judged it", "use an encoder that writes no state in its forward pass"
+            )
         for result in results:
             protocol = f"{result.protocol}, {subject.weights}"
             std = None if result.std is None else round(result.std, 2)
@@ -721,11 +867,18 @@ def judge(
             yield dict(zip(COLUMNS, (*values, config.seed), strict=True))
 
 
-def evaluate(argv: list[str] | None) -> None:
+def understand(argv: list[str] | None) -> tuple[list[Subject], list[str], EvalConfig, torch.device, Path | None]:
+    """The command line as (encoders, evaluators, settings, device, --out)."""
     names, evaluators, given, out = parse_arguments(argv)
     config = check(EvalConfig, given, "the command line")
-    device = pick_device(config.device)
-    subjects = find_subjects([os.path.normpath(name) if os.path.exists(name) else name for name in names], config, given)
+    device = own_device(pick_device(config.device))
+    names = [os.path.normpath(name) if os.path.exists(name) else name for name in names]
+    return find_subjects(names, config, given), evaluators, config, device, out
+
+
+def evaluate(argv: list[str] | None) -> None:
+    # also mistakes on the command line are told together: torchrun ends all processes as soon as one has ended
+    subjects, evaluators, config, device, out = in_turn(partial(understand, argv))
     alone = [evaluator for evaluator in evaluators if evaluator != "transfer"]
     splits: dict[tuple[DataConfig, int | None], tuple[ImageSet, ImageSet]] = {}
     rows: list[Row] = []
@@ -734,7 +887,7 @@ def evaluate(argv: list[str] | None) -> None:
         for subject in subjects if alone else []:
             key = (subject.data, subject.image_size)
             if key not in splits:
-                splits[key] = load_splits(*key)
+                splits[key] = in_turn(partial(load_splits, *key))
             folder = out or subject.eval_dir
             place = (
                 None if folder is None else folder / ("" if subject.eval_dir and is_run(Path(subject.name)) else safe_name(subject.name))
@@ -750,6 +903,8 @@ def evaluate(argv: list[str] | None) -> None:
                 write_rows(folder, its_rows)
     if "transfer" in evaluators:
         transfer = run_transfer(subjects, config, device)
+        if rank() > 0:
+            return
         print(to_markdown(transfer))
         for line in missing_lines(transfer):
             print(line)
@@ -775,13 +930,70 @@ def safe_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name).strip("._") or "encoder"
 
 
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """The group that torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) asks for; none where it asks for no more than one process."""
+    given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if len(given) == 1:
+        raise UserError(f"of RANK and WORLD_SIZE only {given[0]} is set", f"start with torchrun, which sets both, or unset {given[0]}")
+    if not given or os.environ["WORLD_SIZE"] == "1" or distributed.is_initialized():
+        yield
+        return
+    try:
+        store, number, count = next(rendezvous("env://", timeout=timedelta(minutes=2)))
+        # As long as the slowest evaluator of the first process may take; a process that ends closes its connections, which shows at once.
+        distributed.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=timedelta(days=7))
+    except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(
+            f"the processes do not find each other ({reason})", "start with torchrun, or set MASTER_ADDR and MASTER_PORT"
+        ) from error
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def own_device(device: torch.device) -> torch.device:
+    """The GPU of this process, one each."""
+    if device.type != "cuda" or num_ranks() == 1:
+        return device
+    here, count = int(os.environ.get("LOCAL_RANK", rank())), torch.cuda.device_count()
+    if device.index is not None or here >= count:
+        raise UserError(f"{num_ranks()} processes share device={device} ({count} here)", "start one process a GPU, or set device=cpu")
+    return torch.device("cuda", here)
+
+
+def in_turn(work: Callable[[], Made]) -> Made:
+    """`work()` by every process, by the first of a machine before its others: those then find what it downloaded or built."""
+    if num_ranks() == 1:
+        return work()
+    found: list[Made] = []
+    goes_first = os.environ.get("LOCAL_RANK", str(rank())) == "0"
+    for turn in (True, False):
+        error = None
+        if turn == goes_first:
+            try:
+                found.append(work())
+            except Exception as caught:
+                error = caught
+        raise_together(error)
+    return found[0]
+
+
 def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
+    os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # what model hubs download is read as tensors: no code in it runs
     try:
-        evaluate(argv)
-    except (UserError, EvalError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        with process_group():
+            evaluate(argv)
+    except (UserError, EvalError, PeerLost) as error:
+        if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:  # a mistake of any process is told by the first
+            print(f"error: {error}", file=sys.stderr)
+        return 3 if isinstance(error, PeerLost) else 2
     except KeyboardInterrupt:
         return 130
     return 0

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from linear_eval import EvalError, Features, extract_features, knn_accuracy
 from ssl_emp.augment import cut_views, draw_params, grid_of_views
-from ssl_emp.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from ssl_emp.checkpoint import check_state, load_checkpoint, save_checkpoint, write_atomically
 from ssl_emp.config import PretrainConfig, flatten, load_config
 from ssl_emp.device import pick_device
 from ssl_emp.diagnostics import Finding, diagnose, findings, next_to_say
@@ -73,9 +73,9 @@ FREE_ON_RESUME = (
 
 
 class Stop:
-    """SIGTERM, SIGINT, SIGUSR1: finish the step, save, leave. A second signal leaves at once."""
+    """SIGTERM, SIGINT, SIGUSR1, SIGHUP: finish the step, save, leave. A second signal leaves at once."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.signal: int = 0
@@ -113,7 +113,22 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
     before: dict[str, Tensor] = {}  # what the epoch's diagnosis compares with
     said: dict[str, tuple[int, float]] = {}  # what it told, when, and how bad it was
     seconds = {"training": 0.0, "scoring": 0.0, "monitoring": 0.0}
+
+    def snapshot(epoch: int, step_in_epoch: int, batches: Tensor | None, weight: Tensor | None) -> dict[str, Any]:
+        model_state = {"model": job.model.state_dict(), "optimizer": optimizer.state_dict()}
+        per_sample = {"scores": scores.state_dict(), "batches": batches, "weight": weight, "before": before, "said": said}
+        per_sample |= {"skipped": skipped, "bad": bad}
+        position = {"epoch": epoch, "step_in_epoch": step_in_epoch, "step": step, "finished": step == total_steps, "seconds": dict(seconds)}
+        source = {"config": config.model_dump(), "fingerprint": job.fingerprint, "bf16": job.bf16}
+        return {**model_state, **per_sample, **position, **source}
+
+    def save(epoch: int, step_in_epoch: int, batches: Tensor | None, weight: Tensor | None) -> None:
+        check_weights(job.model, step)
+        if ranks.is_first:
+            save_checkpoint(out / "checkpoints", snapshot(epoch, step_in_epoch, batches, weight), step)
+
     if state is not None:
+        check_state(state, snapshot(0, 0, None, None), optimizer, out / "checkpoints")
         job.model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scores.load_state_dict(state["scores"])
@@ -123,20 +138,13 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
             before = {name: part.to(device) for name, part in state["before"].items()}
             skipped = state["skipped"].to(device)
         bad, said = state["bad"].to(device), dict(state["said"])
+    if ranks.is_first:
+        write_environment(out / "environment.json", device)
+    report.attach(out, config.monitor.tensorboard)
+    report.forget_from(start + 1)
     trained = ranks.share_gradients(model)  # after the weights are those of the checkpoint on all ranks
     parameters, buffers = list(job.model.parameters()), list(job.model.buffers())
     kept_buffers = [buffer.clone() for buffer in buffers]
-
-    def save(epoch: int, step_in_epoch: int, batches: Tensor | None, weight: Tensor | None) -> None:
-        check_weights(job.model, step)
-        if not ranks.is_first:
-            return
-        model_state = {"model": job.model.state_dict(), "optimizer": optimizer.state_dict()}
-        per_sample = {"scores": scores.state_dict(), "batches": batches, "weight": weight, "before": before, "said": said}
-        per_sample |= {"skipped": skipped, "bad": bad}
-        position = {"epoch": epoch, "step_in_epoch": step_in_epoch, "step": step, "finished": step == total_steps, "seconds": dict(seconds)}
-        source = {"config": config.model_dump(), "fingerprint": job.fingerprint, "bf16": job.bf16}
-        save_checkpoint(out / "checkpoints", {**model_state, **per_sample, **position, **source}, step)
 
     def clock() -> float:
         if device.type == "cuda":
@@ -466,17 +474,19 @@ def run(config: PretrainConfig, out: Path, resumes: bool, ranks: Ranks) -> int:
     """Start or resume one run, as one of its ranks."""
     report, state = Report(silent=not ranks.is_first), None
     with ExitStack() as held:
+        if not resumes and ranks.is_first and not is_unused(out):
+            raise UserError(f"{out} exists and is not empty", f"go on with --resume={out}, or choose another out=DIR")
+        if ranks.is_first:  # before the images are read; a mistake leaves nothing behind
+            held.enter_context(sole_writer(out))
+            if not resumes and not is_unused(out):  # another run was quicker
+                raise UserError(f"{out} exists and is not empty", f"go on with --resume={out}, or choose another out=DIR")
         if resumes:
-            if ranks.is_first:
-                held.enter_context(sole_writer(out))
             state = load_state(config, out, report)
             exported = (out / "encoder" / "config.json").is_file() and (out / "pruning" / "samples.parquet").is_file()
             if state and state["finished"] and exported:
                 report.say(f"{out} is finished, nothing to do. next: python evaluate.py {out} knn linear")
                 return 0
-        elif ranks.is_first and not is_unused(out):
-            raise UserError(f"{out} exists and is not empty", f"go on with --resume {out}, or choose another out=DIR")
-        job = prepare(config, report, ranks)  # before the run directory: a mistake leaves nothing behind
+        job = prepare(config, report, ranks)
         if state:
             check_same(job, state, out)
         here = f"{job.fingerprint} {state['step'] if state else 'no checkpoint'}"
@@ -486,16 +496,10 @@ def run(config: PretrainConfig, out: Path, resumes: bool, ranks: Ranks) -> int:
             raise UserError(what, "give all machines the same files")
         if ranks.is_first:
             if not resumes:
-                held.enter_context(sole_writer(out))
-                if not is_unused(out):
-                    raise UserError(f"{out} exists and is not empty", f"go on with --resume {out}, or choose another out=DIR")
                 write_atomically(out / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
             else:
                 where = f"epoch {state['epoch'] + 1}, step {state['step']}" if state else "no checkpoint yet, from the beginning"
                 report.say(f"resume    {where}")
-            write_environment(out / "environment.json", job.device)
-        report.attach(out, config.monitor.tensorboard)
-        report.forget_from(state["epoch"] + 1 if state else 1)
         try:
             return pretrain(job, out, state, report)
         finally:
@@ -570,6 +574,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # before the first step: nothing to save
         return 130
     except Exception as error:
+        if "can't allocate memory" in str(error):  # how torch says it on a CPU
+            what = f"out of memory ({str(error).splitlines()[0][:100]})"
+            return complain(f"{what}. fix: lower batch_size or model.width, then --resume", 3, ranks)
         if is_exchange(error, ranks):
             lost = ranks.explain(error)
             return complain(str(lost), lost.code, ranks, lost.speaks)

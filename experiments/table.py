@@ -235,7 +235,7 @@ def over_fractions(rows: list[Row], by: list[str], metrics: list[str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, metavar="RESULTS.jsonl")
+    parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS.jsonl", help="one, or several of the same setting")
     parser.add_argument("--by", nargs="+", metavar="KEY", help="group by these keys instead, such as prune.policy prune.fraction")
     parser.add_argument("--metric", nargs="+", metavar="NAME", help="such as knn linear, or a key of the grid's log; all by default")
     parser.add_argument("--against", nargs="+", metavar="POLICY", default=AGAINST, help="differences to these: random shorter")
@@ -243,9 +243,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="write the table there instead of printing it")
     try:
         arguments = parser.parse_args(argv)
-        rows = read_rows(arguments.results)
+        rows = [row for path in arguments.results for row in read_rows(path)]
         if not rows:
-            raise UserError(f"{arguments.results} is empty", "run the grid first")
+            raise UserError(f"{arguments.results[0]} is empty", "run the grid first")
         check_names(rows, arguments.by or [], arguments.metric or [])
         text = table(rows, arguments.by, arguments.metric, arguments.against)
         if arguments.out:

@@ -6,17 +6,19 @@ Data flow: encoder + uint8 images -> `extract_features` -> `Features` (cached on
 
 from linear_eval.features import EvalError, Features, extract_features
 from linear_eval.knn import knn_accuracies, knn_accuracy, knn_predict, knn_predictions
-from linear_eval.linear import LinearResult, linear_probe, sgd_probe
+from linear_eval.linear import LinearResult, MultiLabelResult, linear_probe, multi_label_probe, sgd_probe
 
 __all__ = [
     "EvalError",
     "Features",
     "LinearResult",
+    "MultiLabelResult",
     "extract_features",
     "knn_accuracies",
     "knn_accuracy",
     "knn_predict",
     "knn_predictions",
     "linear_probe",
+    "multi_label_probe",
     "sgd_probe",
 ]

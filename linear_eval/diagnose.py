@@ -267,7 +267,7 @@ def map_2d(x: Tensor, *, method: MapMethod = "pca", seed: int = 0) -> Tensor:
     try:
         umap = importlib.import_module("umap")  # an extra, and without types
     except ImportError as error:
-        raise EvalError("a UMAP map needs the package umap-learn", "pip install umap-learn, or choose pca") from error
+        raise EvalError("a UMAP map needs the package umap-learn", "pip install umap-learn (extra `umap`), or choose pca") from error
     neighbors = min(15, len(unit) - 1)
     init = "spectral" if len(unit) > 4 else "random"
     coords = umap.UMAP(n_neighbors=neighbors, metric="cosine", random_state=seed, n_jobs=1, init=init).fit_transform(unit.numpy())
@@ -326,6 +326,7 @@ def write_embeddings(
     labels: Tensor | None = None,
     class_names: Sequence[str] | None = None,
     columns: Mapping[str, Tensor] | None = None,
+    has_columns: Tensor | None = None,
 ) -> None:
     """One parquet row for each sample: index, path, label, class_name, vector (list of D float32), x, y, then `columns`.
 
@@ -333,6 +334,7 @@ def write_embeddings(
         x: (N, D) features; coords: (N, 2), e.g. from `map_2d`.
         names: N paths or names; names, labels and class_names that are not given leave their column out.
         columns: more (N,) figures, e.g. score and times_trained. What is not finite becomes null: a score that was never computed.
+        has_columns: (N,) bool, False where all of `columns` are null.
 
     Raises:
         EvalError: lengths that differ, a column named twice, a file that cannot be written.
@@ -341,7 +343,7 @@ def write_embeddings(
     import pyarrow.parquet as pq
 
     num, dim = x.shape
-    lengths = {"coords": coords, "names": names, "labels": labels, **(columns or {})}
+    lengths = {"coords": coords, "names": names, "labels": labels, "has_columns": has_columns, **(columns or {})}
     odd = [f"{len(values)} {name}" for name, values in lengths.items() if values is not None and len(values) != num]
     if odd:
         raise EvalError(f"there are {num} features, but {', '.join(odd)}", "give one of each for every sample")
@@ -358,8 +360,8 @@ def write_embeddings(
     for name, values in (columns or {}).items():
         if name in table:
             raise EvalError(f"a column named {name} is there already", "choose another name")
-        absent = ~values.isfinite().cpu().numpy() if values.is_floating_point() else None
-        table[name] = pa.array(values.cpu().numpy(), mask=absent)
+        present = values.isfinite() if has_columns is None else values.isfinite() & has_columns
+        table[name] = pa.array(values.cpu().numpy(), mask=~present.cpu().numpy())
     with replacing(path) as temporary:
         pq.write_table(pa.table(table), temporary, compression="zstd")
 

@@ -12,12 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from linear_eval.errors import EvalError
+from linear_eval.ranks import first_says, gather_rows, num_ranks, raise_together, rank, share_of
 
-class EvalError(ValueError):
-    """Input that cannot be evaluated. The message is one line, `what. fix: how`."""
-
-    def __init__(self, what: str, fix: str) -> None:
-        super().__init__(f"{what}. fix: {fix}")
+__all__ = ["EvalError", "Features", "Pixels", "cached_features", "check_features", "check_frozen", "check_splits", "extract_features"]
 
 
 class Pixels(Protocol):
@@ -40,7 +38,7 @@ class Features:
 
     Attributes:
         x: (N, D) float32 on the CPU, one row per image.
-        y: (N,) int64 on the CPU, class ids >= 0.
+        y: (N,) int64 on the CPU, class ids >= 0; of images with several labels (N, C): 1 present, 0 absent, -1 not counted.
     """
 
     x: Tensor
@@ -55,16 +53,19 @@ def extract_features(
     batch_size: int = 256,
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
+    shared: bool = False,
 ) -> Features:
     """Runs a frozen encoder over all images, without gradients and without augmentation.
 
     Args:
         encoder: (B, 3, H, W) float32 in [0, 1] -> (B, D); in eval mode and already on `device`; it is not changed.
         pixels: (N, 3, H, W) uint8, on the CPU; may be backed by a file, only one batch is read at a time.
-        labels: (N,) class ids.
+        labels: (N,) class ids, or (N, C) of images with several labels; see `Features`.
         batch_size: images per forward pass; changes features by rounding only.
         device: where the forward pass runs; batches travel there as uint8.
         progress: called as `progress(images_done, N)` after each batch.
+        shared: the processes of a torch.distributed group, all of which must call this with the same arguments, each take a
+            contiguous part of the batches; every one gets the features of all images, to the bit those of a single process.
 
     Raises:
         EvalError: no images, no labels, an encoder in training mode or on another device, non-finite features.
@@ -74,22 +75,37 @@ def extract_features(
     if len(pixels.shape) != 4 or pixels.dtype != torch.uint8 or len(pixels) != len(labels):
         raise EvalError(
             f"pixels are {tuple(pixels.shape)} {pixels.dtype}, labels {tuple(labels.shape)}",
-            "give (N, 3, H, W) uint8 pixels and (N,) labels",
+            "give (N, 3, H, W) uint8 pixels and a label for each",
         )
     if len(pixels) == 0:
         raise EvalError("there are no images", "give at least one image")
     device = check_frozen(encoder, device)
 
+    # whole batches: how many images share one changes the rounding
+    starts = range(0, len(pixels), batch_size)
+    shares = [share_of(number, len(starts)) for number in range(num_ranks())] if shared else [range(len(starts))]
+    own = shares[rank() if shared else 0]
     rows: list[Tensor] = []
-    with torch.inference_mode():
-        for start in range(0, len(pixels), batch_size):
-            batch = pixels[start : start + batch_size].to(device).float() / 255  # (B, 3, H, W)
-            rows.append(encoder(batch).float().cpu())  # (B, D)
-            if progress is not None:
-                progress(min(start + batch_size, len(pixels)), len(pixels))
+    failed: Exception | None = None
+    try:
+        with torch.inference_mode():
+            for start in starts[own.start : own.stop]:
+                batch = pixels[start : start + batch_size].to(device).float() / 255  # (B, 3, H, W)
+                rows.append(encoder(batch).float().cpu())  # (B, D)
+                if progress is not None:
+                    progress(min(start + batch_size, len(pixels)), len(pixels))
+    except Exception as error:
+        if not shared:
+            raise
+        failed = error
     # Outside of inference mode: inference tensors could not be used to fit a linear layer.
-    features = Features(torch.cat(rows), labels.detach().cpu().long())
-    check_features(features, "extracted")
+    x = torch.cat(rows) if rows else None
+    if shared:
+        raise_together(failed)
+        x = gather_rows(x, [min(part.stop * batch_size, len(pixels)) - min(part.start * batch_size, len(pixels)) for part in shares])
+    assert x is not None
+    features = Features(x, labels.detach().cpu().long())
+    check_features(features, "extracted", multi_label=labels.ndim == 2)
     return features
 
 
@@ -105,19 +121,28 @@ def check_frozen(encoder: nn.Module, device: str | torch.device) -> torch.device
     return device
 
 
-def cached_features(path: Path | None, labels: Tensor | None, extract: Callable[[], Features]) -> Features:
+def cached_features(path: Path | None, labels: Tensor | None, extract: Callable[[], Features], *, shared: bool = False) -> Features:
     """`extract()`, or what it gave before, kept in `path` (safetensors, mapped into memory, not copied). None: nothing is kept.
 
     The path must name all that the features depend on: encoder, images, size. Labels are not part of the file. A file that cannot
     be read, or that holds another number of rows, is made again.
+
+    `shared`: all processes of a group call this, and the first one reads, decides and writes. Where it finds the features, the others
+    get no rows: the work that they would share is done.
     """
-    if path is not None and path.is_file() and labels is not None:
+    known: Features | None = None
+    is_first = rank() == 0 or not shared
+    if is_first and path is not None and path.is_file() and labels is not None:
         with suppress(SafetensorError, OSError, KeyError):
             x = load_file(path)["x"]
             if len(x) == len(labels):
-                return Features(x, labels.detach().cpu().long())
+                known = Features(x, labels.detach().cpu().long())
+    if shared and first_says(known is not None) and known is None:
+        return Features(torch.empty(0, 0), torch.empty(0, dtype=torch.int64))
+    if known is not None:
+        return known
     features = extract()
-    if path is not None:
+    if path is not None and is_first:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         with suppress(OSError):  # a full disk costs the cache, not the result
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,10 +154,10 @@ def cached_features(path: Path | None, labels: Tensor | None, extract: Callable[
     return features
 
 
-def check_splits(train: Features, test: Features) -> None:
+def check_splits(train: Features, test: Features, *, multi_label: bool = False) -> None:
     """Raises EvalError unless both splits pass `check_features` and are of equal width."""
-    check_features(train, "train")
-    check_features(test, "test")
+    check_features(train, "train", multi_label=multi_label)
+    check_features(test, "test", multi_label=multi_label)
     if train.x.shape[1] != test.x.shape[1]:
         raise EvalError(
             f"train features have {train.x.shape[1]} columns, test features {test.x.shape[1]}",
@@ -140,15 +165,18 @@ def check_splits(train: Features, test: Features) -> None:
         )
 
 
-def check_features(features: Features, name: str) -> None:
-    """Raises EvalError unless `features` are finite (N, D) rows with N labels >= 0, N > 0; `name` says which split."""
+def check_features(features: Features, name: str, *, multi_label: bool = False) -> None:
+    """Raises EvalError unless `features` are finite (N, D) rows with N labels >= 0, N > 0; `name` says which split.
+
+    `multi_label`: labels are (N, C) of 1, 0 and -1 instead.
+    """
     x, y = features.x, features.y
     if y is None:
         raise EvalError(f"the {name} features have no labels", "give labels")
-    if x.ndim != 2 or y.shape != x.shape[:1]:
+    if x.ndim != 2 or y.ndim != 1 + multi_label or len(y) != len(x):
         raise EvalError(
             f"the {name} features are {tuple(x.shape)}, their labels {tuple(y.shape)}",
-            "give (N, D) features and (N,) labels",
+            f"give (N, D) features and {'(N, C)' if multi_label else '(N,)'} labels",
         )
     if len(x) == 0:
         raise EvalError(f"the {name} split is empty", "give at least one image")
@@ -159,6 +187,10 @@ def check_features(features: Features, name: str) -> None:
             f"{bad_rows} of {len(x)} {name} features are not finite",
             "use another checkpoint: this encoder has diverged",
         )
+    if multi_label:
+        if y.shape[1] == 0 or not ((y >= -1) & (y <= 1)).all():
+            raise EvalError(f"the {name} labels {tuple(y.shape)} are not all 1, 0 or -1", "write 1 present, 0 absent, -1 not counted")
+        return
     unlabeled = int((y < 0).sum())
     if unlabeled:
         raise EvalError(f"{unlabeled} of {len(y)} {name} labels are negative", "leave out images without a label")

@@ -172,7 +172,7 @@ def _make_search(bank: Tensor, backend: Backend, device: torch.device) -> Search
     if backend not in ("auto", "faiss", "torch"):
         raise EvalError(f"backend is {backend!r}", "choose auto, faiss or torch")
     # On GPUs torch's matmul and topk are at least as fast as an index (faiss issue 3621), and k has no limit.
-    faiss = None if backend == "torch" or (backend == "auto" and device.type != "cpu") else _import_faiss()
+    faiss = None if backend == "torch" or (backend == "auto" and device.type != "cpu") else import_faiss()
     if faiss is not None:
         return _faiss_search(faiss, bank, device)
     if backend == "faiss":
@@ -183,10 +183,11 @@ def _make_search(bank: Tensor, backend: Backend, device: torch.device) -> Search
     return _torch_search(bank, device)
 
 
-def _import_faiss() -> ModuleType | None:
+def import_faiss() -> ModuleType | None:
+    """The module; None where it is not installed, or does not load."""
     try:
         import faiss
-    except (ImportError, OSError):  # OSError: installed, but its shared library does not load
+    except Exception:  # a library that is missing (OSError), one built for another numpy (AttributeError, ValueError), ...
         return None
     return faiss
 

@@ -1,7 +1,8 @@
-"""Multinomial logistic regression for many strengths of regularisation at once, by an L-BFGS whose problems advance as one batch.
+"""Logistic regression for many strengths of regularisation at once, by an L-BFGS whose problems advance as one batch.
 
-Data flow: features -> centred, rotated to principal axes -> `minimize` on batches of l2 values, coarse ones first, each later one
-starting between its solved neighbours -> weights on the features as they came.
+Data flow: features -> centred, rotated to principal axes -> `minimize` on batches of problems -> weights on the features as they
+came. `fit_logistic`: one label a row, a problem for each l2, coarse ones first, each later one starting between its solved
+neighbours. `fit_binary`: any number of labels a row, a problem for each class and l2.
 
 Methods: Nocedal and Wright 2006, Numerical optimization, algorithm 7.4; its two loops run on inner products of the stored vectors
 (Chen, Wang and Zhou 2014, Large-scale L-BFGS using MapReduce), so that an iteration reads these twice, not 4 m times.
@@ -188,13 +189,8 @@ def fit_logistic(
         tolerance: of the mean objective; see `minimize`, `FLOOR`.
         start: weight (C, D) and bias (C,) of a `Classifiers` near the solutions; default 0.
     """
-    std, center = torch.std_mean(x, dim=0, correction=0)
-    # A "constant" column's std is rounding noise of its mean; dividing by it would blow up other rows.
-    varies = std > 1e-6 * center.abs()
-    scale = torch.where(varies, 1 / std if standardize else 1, 0).to(x.dtype)  # (D,)
-    scaled = (x - center) * scale
-    axes, variance = _principal_axes(scaled)  # (D, R) or None, (R,)
-    problem = _Logistic(scaled if axes is None else scaled @ axes, y, num_classes, l2, variance)
+    center, scale, axes, variance, rows = _coordinates(x, standardize)
+    problem = _Logistic(rows, y, num_classes, l2, variance)
 
     points = x.new_zeros(len(l2), num_classes, len(variance) + 1)  # (H, C, R + 1): weights on the axes, the bias
     if start is not None:
@@ -221,20 +217,6 @@ def fit_logistic(
         stride //= 2
     weight = points[:, :, :-1] if axes is None else points[:, :, :-1] @ axes.T
     return Classifiers(weight * scale, points[:, :, -1], center, loss, num_steps, converged)
-
-
-def _principal_axes(x: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Orthonormal axes (D, R) of centred rows (N, D), R <= N, on which they are uncorrelated, and their variances there (R,).
-
-    On these axes a diagonal scaling makes the Hessians nearly the identity, and ||W|| is what it was. None: too wide to rotate.
-    """
-    num, dim = x.shape
-    if min(num, dim) > MAX_ROTATED:
-        return None, x.square().mean(0)
-    span = torch.linalg.qr(x.double().T).Q if num < dim else None  # fewer rows than columns: the solution is a sum of rows
-    inner = x if span is None else x.double() @ span
-    variance, vectors = torch.linalg.eigh((inner.T @ inner).double() / num)
-    return (vectors if span is None else span @ vectors).to(x.dtype), variance.clamp_min(0).to(x.dtype)
 
 
 class _Logistic:
@@ -292,3 +274,141 @@ def _interpolate(logs: Tensor, points: Tensor, solved: list[int], wanted: list[i
         weights = [math.prod(float((logs[target] - logs[b]) / (logs[a] - logs[b])) for b in near if b != a) for a in near]
         answers.append(sum(weight * points[a] for weight, a in zip(weights, near, strict=True)))
     return torch.stack(answers)  # type: ignore[arg-type]  # sum() of tensors is typed Tensor | int
+
+
+# ---- several labels a row ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BinaryClassifiers:
+    """P linear classifiers of one class against the rest: logits (x - center) W^T + b.
+
+    Attributes:
+        weight: (P, D).
+        bias: (P,).
+        center: (D,), the mean of the rows they were fitted to.
+        loss: (P,) float64, mean over the rows that count (nats) plus penalty / their number.
+        num_steps: (P,) int64 L-BFGS iterations.
+        converged: (P,) bool.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    center: Tensor
+    loss: Tensor
+    num_steps: Tensor
+    converged: Tensor
+
+    def scores(self, x: Tensor) -> Tensor:
+        """(N, P) logits of rows (N, D)."""
+        return torch.addmm(self.bias, x - self.center, self.weight.T)
+
+
+def fit_binary(
+    x: Tensor,
+    y: Tensor,
+    classes: Tensor,
+    l2: Tensor,
+    *,
+    standardize: bool,
+    max_iter: int,
+    tolerance: float,
+) -> BinaryClassifiers:
+    """Minimises sum of log(1 + exp(-s z)) + l2 / 2 ||w||^2 for P pairs of class and l2; s is 1 for a row that has the class, else -1.
+
+    l2 is 1 / C of scikit-learn's LogisticRegression on the rows that count. The bias is free. No pair depends on another.
+
+    Args:
+        x: (N, D) float32 or float64, which is the precision of the fit; on the device where it runs.
+        y: (N, C) 1 present, 0 absent, -1 not counted for that class; every class of `classes` has a 1 and a 0.
+        classes: (P,) int64, columns of y.
+        l2: (P,) > 0.
+        standardize: w weighs columns of standard deviation 1 over all N rows, in place of the columns as they are.
+        max_iter, tolerance: as for `fit_logistic`.
+    """
+    center, scale, axes, variance, rows = _coordinates(x, standardize)
+    most = max(1, STATE_ELEMENTS // ((2 * MEMORY + 1) * (len(variance) + 1)))
+    points, loss, num_steps, converged = [], [], [], []
+    for part in torch.arange(len(classes), device=x.device).split(most):
+        problem = _Binary(rows, y, classes[part], l2[part], variance)
+        minima = minimize(problem.evaluate, problem.start(), max_iter=max_iter, tolerance=tolerance, floor=FLOOR)
+        points.append(minima.points * problem.scaling)
+        loss.append(minima.values)
+        num_steps.append(minima.num_steps)
+        converged.append(minima.converged)
+    weight, bias = (found := torch.cat(points))[:, :-1], found[:, -1]
+    weight = (weight if axes is None else weight @ axes.T) * scale
+    return BinaryClassifiers(weight, bias, center, torch.cat(loss), torch.cat(num_steps), torch.cat(converged))
+
+
+class _Binary:
+    """Mean of log(1 + exp(-s z)) over the rows that count + l2 / (2 N) ||w||^2 of P pairs of class and l2, N rows counting.
+
+    With only a bias, the Hessian at its optimum is p (1 - p) variance + l2 / N along each axis, p the share of rows that have the
+    class: its square root scales.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, classes: Tensor, l2: Tensor, variance: Tensor) -> None:
+        self.columns, self.of_problem = classes.unique(return_inverse=True)  # (K,) columns of y, (P,) index into them
+        signs = torch.where(y[:, self.columns] < 0, 0, 2 * y[:, self.columns] - 1).to(x.dtype).T  # (K, N), 0: does not count
+        self.num_rows = signs.abs().sum(1).double()[self.of_problem]  # (P,)
+        share = ((signs > 0).sum(1)[self.of_problem] / self.num_rows).unsqueeze(1)  # (P, 1) float64
+        self.prior = (share / (1 - share)).log().squeeze(1)
+        self.penalty = ((l2.double() / self.num_rows).unsqueeze(1) * torch.ones_like(variance)).to(x.dtype)  # (P, R)
+        self.penalty = torch.cat([self.penalty, self.penalty.new_zeros(len(l2), 1)], dim=1)  # (P, R + 1): the bias is free
+        variance = torch.cat([variance, variance.new_ones(1)])
+        scaling = ((share * (1 - share)).to(x.dtype) * variance + self.penalty).rsqrt()
+        # along an axis without variance there is no gradient but rounding
+        self.scaling = torch.where(variance > 1e-12 * variance[:-1].max(), scaling, 0)  # (P, R + 1)
+        num_rows = max(64, (GPU_ELEMENTS if x.is_cuda else CPU_ELEMENTS) // len(l2))
+        columns = torch.cat([x, x.new_ones(len(x), 1)], dim=1).T  # (R + 1, N)
+        self.chunks = [(part.contiguous(), sign) for part, sign in zip(columns.split(num_rows, 1), signs.split(num_rows, 1), strict=True)]
+
+    def start(self) -> Tensor:
+        """(P, R + 1): weights 0, the bias that fits the share of rows with the class."""
+        points = torch.zeros_like(self.scaling)
+        points[:, -1] = self.prior.to(points.dtype) / self.scaling[:, -1]
+        return points
+
+    def evaluate(self, points: Tensor, problems: Tensor) -> tuple[Tensor, Tensor]:
+        """(A,) float64 values and (A, R + 1) gradients at `points` (A, R + 1) of `problems` (A,)."""
+        scaling, penalty, num_rows = self.scaling[problems], self.penalty[problems], self.num_rows[problems]
+        weight = points * scaling
+        gradient = torch.zeros_like(weight)
+        loss = torch.zeros(len(problems), dtype=torch.float64, device=points.device)
+        for x, signs in self.chunks:  # (R + 1, n), (K, n)
+            sign = signs[self.of_problem[problems]]  # (A, n)
+            margin = (weight @ x).mul_(sign)
+            loss += (torch.nn.functional.softplus(-margin) * sign.abs()).sum(1, dtype=torch.float64)
+            gradient.addmm_(margin.neg_().sigmoid_().mul_(sign), x.T, alpha=-1)
+        pull = penalty * weight
+        value = loss / num_rows + (pull * weight).sum(1, dtype=torch.float64) / 2
+        return value, (gradient / num_rows.to(gradient.dtype).unsqueeze(1) + pull) * scaling
+
+
+# ---- small parts -----------------------------------------------------------------------------------------------------
+
+
+def _coordinates(x: Tensor, standardize: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Rows (N, D) as their fit sees them: center (D,), scale (D,), axes (D, R) or None, variances (R,), rows on the axes (N, R)."""
+    std, center = torch.std_mean(x, dim=0, correction=0)
+    # A "constant" column's std is rounding noise of its mean; dividing by it would blow up other rows.
+    varies = std > 1e-6 * center.abs()
+    scale = torch.where(varies, 1 / std if standardize else 1, 0).to(x.dtype)
+    scaled = (x - center) * scale
+    axes, variance = _principal_axes(scaled)
+    return center, scale, axes, variance, scaled if axes is None else scaled @ axes
+
+
+def _principal_axes(x: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Orthonormal axes (D, R) of centred rows (N, D), R <= N, on which they are uncorrelated, and their variances there (R,).
+
+    On these axes a diagonal scaling makes the Hessians nearly the identity, and ||W|| is what it was. None: too wide to rotate.
+    """
+    num, dim = x.shape
+    if min(num, dim) > MAX_ROTATED:
+        return None, x.square().mean(0)
+    span = torch.linalg.qr(x.double().T).Q if num < dim else None  # fewer rows than columns: the solution is a sum of rows
+    inner = x if span is None else x.double() @ span
+    variance, vectors = torch.linalg.eigh((inner.T @ inner).double() / num)
+    return (vectors if span is None else span @ vectors).to(x.dtype), variance.clamp_min(0).to(x.dtype)

@@ -2,6 +2,7 @@
 
 `linear_probe`  logistic regression to the optimum, by L-BFGS: the transfer protocol of Kornblith et al. 2019, Do better ImageNet
                 models transfer better? (appendix A), and of SimCLR: 45 strengths of l2, refitted on train and validation.
+`multi_label_probe`  the same for images with several labels: a binary regression for each class, its l2 chosen for that class.
 `sgd_probe`     heads of many learning rates and weight decays, trained side by side on the same batches by SGD with momentum.
 
 Neither augments: a probe that crops and flips is another protocol.
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from linear_eval.features import EvalError, Features, check_features, check_splits
-from linear_eval.lbfgs import fit_logistic
+from linear_eval.lbfgs import BinaryClassifiers, fit_binary, fit_logistic
+from linear_eval.metrics import MULTI_LABEL, Metric, average_precision
 
 L2_GRID = tuple(10.0 ** (-6 + 11 * step / 44) for step in range(45))  # 1e-6 .. 1e5
 LEARNING_RATES = tuple(10.0 ** (-3 + 3 * step / 9) for step in range(10))  # 1e-3 .. 1, for standardised features
@@ -55,6 +57,23 @@ class HeadResult:
     weight_decay: float
     train_loss: float
     predicted: Tensor = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class MultiLabelResult:
+    """What `multi_label_probe` found.
+
+    Attributes:
+        scores: (N_test, C) float32 logits of the test rows.
+        l2: (C,) float64, chosen for each class.
+        val_precision: (C,) float64 average precision on the validation rows at that l2, 0..1.
+        train_loss: (C,) float64 mean loss (nats) plus penalty / N of the final fits.
+    """
+
+    scores: Tensor
+    l2: Tensor
+    val_precision: Tensor
+    train_loss: Tensor
 
 
 @dataclass(frozen=True)
@@ -131,6 +150,79 @@ def linear_probe(
         torch.backends.cuda.matmul.fp32_precision = callers_precision
     top1 = (predicted == task.test.y).double().mean().item()
     return LinearResult(top1, val_top1, l2, final.loss.item(), int(final.num_steps), task.labels(predicted))
+
+
+def multi_label_probe(
+    train: Features,
+    test: Features,
+    metric: Metric,
+    *,
+    seed: int,
+    val: Features | None = None,
+    val_fraction: float = 0.2,
+    l2_grid: Sequence[float] = L2_GRID,
+    standardize: bool = True,
+    max_iter: int = 1000,
+    device: str | torch.device = "cpu",
+) -> MultiLabelResult:
+    """A binary logistic regression for each class: its l2 has the best average precision on validation rows, then a fit on both.
+
+    Rows labeled -1 for a class count neither as positive nor as negative of it, in fitting and in choosing. Ties go to the larger
+    l2. The test split is not looked at beyond its features and their number of classes.
+
+    Args:
+        metric: `voc_map` or `map`, which average precision chooses.
+        val: validation split; default: a part of `train` drawn from `seed` is held out, whatever its labels.
+        All others: as for `linear_probe`.
+
+    Raises:
+        EvalError: features that are empty, not finite or of different width, labels other than (N, C) of 1, 0 and -1, a class that
+            is on all or on none of the rows that are fitted or chosen on, a value out of range.
+    """
+    grid = sorted(set(l2_grid))
+    if not grid or not all(0 < l2 < math.inf for l2 in grid):
+        raise EvalError(f"l2_grid is {list(l2_grid)}", "give at least one value, all > 0")
+    if metric not in MULTI_LABEL:
+        raise EvalError(f"metric is {metric!r}", f"choose one of {', '.join(MULTI_LABEL)}")
+    if not 0 < val_fraction < 1:
+        raise EvalError(f"val_fraction is {val_fraction}", "choose 0 < val_fraction < 1, e.g. 0.2")
+    for name, other in (("validation", val), ("test", test)):
+        if other is not None:
+            check_features(other, name, multi_label=True)
+            check_splits(train, other, multi_label=True)
+            if other.y.shape[1] != train.y.shape[1]:
+                raise EvalError(f"train labels have {train.y.shape[1]} classes, {name} labels {other.y.shape[1]}", "label all alike")
+    both = train if val is None else Features(torch.cat([train.x, val.x]), torch.cat([train.y, val.y]))
+    if val is None:
+        order = torch.randperm(len(train.x), generator=torch.Generator().manual_seed(seed))
+        held = min(max(round(val_fraction * len(order)), 1), len(order) - 1)
+        val, train = (Features(train.x[rows], train.y[rows]) for rows in (order[:held].sort().values, order[held:].sort().values))
+    for name, part in (("fitted", train), ("held-out", val)):
+        one_sided = [c for c in range(part.y.shape[1]) if not ((part.y[:, c] == 1).any() and (part.y[:, c] == 0).any())]
+        if one_sided:
+            raise EvalError(f"classes {_shorten(one_sided)} are on all or on none of the {name} images", "use more train images")
+
+    num_classes = train.y.shape[1]
+    strengths = torch.tensor(grid, dtype=torch.float64)
+    callers_precision = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"  # as in linear_probe
+
+    def fit(part: Features, classes: Tensor, strengths: Tensor, tolerance: float) -> BinaryClassifiers:
+        x, y, classes, strengths = (tensor.to(device) for tensor in (part.x, part.y, classes, strengths))
+        return fit_binary(x, y, classes, strengths, standardize=standardize, max_iter=max_iter, tolerance=tolerance)
+
+    try:
+        every = torch.arange(num_classes)
+        sweep = fit(train, every.repeat(len(grid)), strengths.repeat_interleave(num_classes), SWEEP_TOLERANCE)
+        scores = sweep.scores(val.x.to(device)).cpu().view(len(val.x), len(grid), num_classes)
+        precision = torch.stack([average_precision(scores[:, h], val.y, metric) for h in range(len(grid))])  # (H, C)
+        best = len(grid) - 1 - precision.flip(0).argmax(0)  # (C,) argmax: first of equal values, here the largest l2
+        l2 = strengths[best]
+        final = fit(both, every, l2, FIT_TOLERANCE)
+        scores = final.scores(test.x.to(device)).cpu()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = callers_precision
+    return MultiLabelResult(scores, l2, precision.gather(0, best.unsqueeze(0)).squeeze(0), final.loss.cpu())
 
 
 def sgd_probe(

@@ -20,7 +20,7 @@ from linear_eval.features import EvalError
 
 Metric = Literal["top1", "mean_per_class", "voc_map", "map"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
-MULTI_LABEL = ("voc_map", "map")
+MULTI_LABEL: tuple[Metric, ...] = ("voc_map", "map")
 CHUNK_ELEMENTS = 2**23  # weights of (draws, samples) held at once: 32 MiB, and a few temporaries of that size
 
 

@@ -42,7 +42,7 @@ class Target(_Strict):
         train_split, test_split: what is fitted, what is judged.
         val_split: where the regularisation is chosen; it then joins train. None: a part of train is held out.
         metric: see `linear_eval.metrics`.
-        protocol: `lbfgs` (SimCLR's), `linear` or `knn`.
+        protocol: `lbfgs` (SimCLR's), `linear` or `knn`; images with several labels take `lbfgs`, a regression for each class.
         image_size: pixels a side. None: as the encoder wants it.
         max_images: of the train split; all of the test split counts.
     """
@@ -68,8 +68,8 @@ class Target(_Strict):
                 raise ValueError(f"{self.source} has no split {min(unknown)}, only {', '.join(TARGETS[self.source].splits)}")
             if TARGETS[self.source].multi_label != (self.metric in MULTI_LABEL):
                 raise ValueError(f"{self.metric} does not fit the labels of {self.source}")
-        if self.metric in MULTI_LABEL and self.protocol == "knn":
-            raise ValueError(f"{self.name}: {self.metric} needs a score for each class, which protocol knn does not give")
+        if self.metric in MULTI_LABEL and self.protocol != "lbfgs":
+            raise ValueError(f"{self.name}: {self.metric} needs a score for each class, which protocol {self.protocol} does not give")
         return self
 
 

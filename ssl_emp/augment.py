@@ -201,8 +201,8 @@ def _crop_box(
     first = fits.int().argmax(-1, keepdim=True)  # argmax takes the first of equals
     width, height, fitted = (t.gather(-1, first).squeeze(-1) for t in (widths, heights, fits))
     # else the largest centre crop whose ratio is allowed
-    width = torch.where(fitted, width, min(cols, round(rows * high)))
-    height = torch.where(fitted, height, min(rows, round(cols / low)))
+    width = torch.where(fitted, width, max(1, min(cols, round(rows * high))))
+    height = torch.where(fitted, height, max(1, min(rows, round(cols / low))))
     top = torch.where(fitted, (u_top * (rows - height + 1)).long(), (rows - height) // 2)
     left = torch.where(fitted, (u_left * (cols - width + 1)).long(), (cols - width) // 2)
     return top, left, height, width

@@ -13,7 +13,12 @@ class UserError(Exception):
     """
 
     def __init__(self, what: str, fix: str) -> None:
-        super().__init__(f"{what}. fix: {fix}")
+        super().__init__(printable(f"{what}. fix: {fix}"))
+
+
+def printable(text: str) -> str:
+    """One line, whatever a file's name holds: what cannot be printed is escaped."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from ssl_emp.checkpoint import write_atomically
 from ssl_emp.errors import UserError
 
 # block, blocks a stage
@@ -132,7 +133,7 @@ def save_encoder(encoder: Encoder, folder: Path) -> None:
     Where the network is the published one (width 64, ImageNet stem), `timm.create_model("local-dir:FOLDER",
     pretrained=True)` gives the same features; the key `ssl_emp` carries what `load_encoder` needs for all others.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     # six digits: 0.485 as float32 and back is 0.485, not 0.48500001430511475
     mean, std = ([round(value, 6) for value in stat.flatten().tolist()] for stat in (encoder.mean, encoder.std))
     size = encoder.image_size
@@ -155,10 +156,9 @@ def save_encoder(encoder: Encoder, folder: Path) -> None:
         "ssl_emp": {**encoder.spec, "image_size": size, "mean": mean, "std": std},
     }
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.backbone.state_dict().items()}
-    save_file(weights, folder / ".model.tmp", metadata={"format": "pt"})
-    os.replace(folder / ".model.tmp", folder / "model.safetensors")
-    (folder / ".config.tmp").write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(folder / ".config.tmp", folder / "config.json")
+    # through memory: save_file reports a full disk in words of its own, and does not wait for the disk
+    write_atomically(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
+    write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
 def load_encoder(path: str | os.PathLike[str]) -> Encoder:

@@ -205,7 +205,9 @@ def write_samples(path: Path, names: list[str], columns: dict[str, Tensor]) -> N
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's rank correlation of two (K,) tensors, a 0-d tensor on their device; 0 where one is constant."""
+    """Spearman's rank correlation of two (K,) tensors, a 0-d tensor on their device; 0 where one is constant or K is 0."""
+    if len(a) == 0:
+        return a.new_zeros((), dtype=torch.float32)
     ranks = torch.stack([a.argsort().argsort(), b.argsort().argsort()]).float()
     ranks = ranks - ranks.mean(1, keepdim=True)
     varies = torch.stack([a.max() > a.min(), b.max() > b.min()]).all()

@@ -210,8 +210,19 @@ def test_pca_of_more_rows_and_columns_than_it_decomposes_is_near(monkeypatch: py
 
 def test_umap_is_an_extra_with_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "umap", None)
-    with pytest.raises(EvalError, match="pip install umap-learn"):
+    with pytest.raises(EvalError, match=r"pip install umap-learn \(extra `umap`\), or choose pca"):
         map_2d(gaussian(10, 3), method="umap")
+
+
+def test_umap_keeps_clusters_apart_and_repeats_by_seed() -> None:
+    pytest.importorskip("umap")
+    x = torch.cat([gaussian(40, 8) + 8, gaussian(40, 8, 1) - 8])
+    coords = map_2d(x, method="umap", seed=3)
+    assert coords.shape == (80, 2) and torch.equal(coords, map_2d(x, method="umap", seed=3))
+    distances = torch.cdist(coords, coords) + 1e9 * torch.eye(80)
+    nearest = distances.argmin(dim=1)
+    assert ((nearest < 40) == (torch.arange(80) < 40)).all()
+    assert map_2d(x[:3], method="umap").shape == (3, 2)
 
 
 def test_the_map_is_drawn_and_matplotlib_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +259,16 @@ def test_pandas_and_pyarrow_read_what_was_written(tmp_path: Path) -> None:
     schema = pq.read_schema(path)
     assert str(schema.field("vector").type) == "fixed_size_list<item: float>[5]" or schema.field("vector").type.list_size == 5
     assert [item.name for item in tmp_path.iterdir()] == ["embeddings.parquet"]
+
+
+def test_rows_without_columns_are_null_and_whole_numbers_stay_whole(tmp_path: Path) -> None:
+    columns = {"score": torch.tensor([1.0, 2.0, math.inf]), "times_trained": torch.tensor([4, 5, 6])}
+    has = torch.tensor([True, False, True])
+    write_embeddings(tmp_path / "e.parquet", gaussian(3, 2), gaussian(3, 2), columns=columns, has_columns=has)
+    table = pq.read_table(tmp_path / "e.parquet")
+    assert table["score"].to_pylist() == [1.0, None, None] and table["times_trained"].to_pylist() == [4, None, 6]
+    with pytest.raises(EvalError, match="2 has_columns"):
+        write_embeddings(tmp_path / "f.parquet", gaussian(3, 2), gaussian(3, 2), columns=columns, has_columns=has[:2])
 
 
 def test_a_table_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -4,19 +4,24 @@ import hashlib
 import json
 import subprocess
 import sys
+import urllib.error
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from conftest import striped_images, write_parquet
 from torch import nn
+from torchvision import models
 
 import evaluate
+from linear_eval import Features
 from ssl_emp.config import DataConfig
-from ssl_emp.images import load_images
+from ssl_emp.images import ImageSet, fingerprint, load_images
 from ssl_emp.model import build_encoder, save_encoder
 
 SMALL = ("knn.num_neighbors=5", "device=cpu", "cache_dir=null")
@@ -25,6 +30,7 @@ SMALL = ("knn.num_neighbors=5", "device=cpu", "cache_dir=null")
 def make_run(folder: Path, data: dict[str, Any], seed: int = 0) -> Path:
     """What pretrain.py leaves behind, with untrained weights."""
     torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
     save_encoder(build_encoder("resnet18", 8, "imagenet", 16, [0.5] * 3, [0.25] * 3).eval(), folder / "encoder")
     (folder / "config.yaml").write_text(yaml.safe_dump({"data": data, "model": {"arch": "resnet18", "width": 8}, "seed": seed}))
     return folder
@@ -236,6 +242,79 @@ def test_timm_models(run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "pip install timm" in fails(capsys, run_dir, "timm:test_resnet", "knn")
 
 
+@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5", "mobilenet_v3_small", "squeezenet1_1"])
+def test_torchvision_models(name: str, run_dir: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The features are those of the same network built by hand: its usual input, its last layer left out."""
+    torch.manual_seed(7)
+    oracle = models.get_model(name).eval()
+    weights = {key: value.clone() for key, value in oracle.state_dict().items()}
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda url, **options: weights)
+    judged: list[tuple[nn.Module, ImageSet]] = []
+    original = evaluate.extract
+
+    def kept(judge: evaluate.Judged, images: ImageSet, split: str) -> Features:
+        judged.append((judge.encoder, images))
+        return original(judge, images, split)
+
+    monkeypatch.setattr(evaluate, "extract", kept)
+    assert evaluate.main([f"torchvision:{name}", "knn", f"data.source={tiny_data}", "data.image_size=64", *SMALL]) == 0
+    encoder, images = judged[0]
+    assert images.pixels.shape[1:] == (3, 64, 64)
+    if name == "resnet18":
+        oracle.fc = nn.Identity()
+    elif name == "shufflenet_v2_x0_5":
+        oracle.fc = nn.Sequential()
+    elif name == "mobilenet_v3_small":
+        oracle.classifier = oracle.classifier[:-1]
+    else:
+        oracle.classifier = nn.AdaptiveAvgPool2d(1)
+    batch = images.pixels[:4].float() / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = oracle((batch - mean) / std)
+        torch.testing.assert_close(encoder(batch), expected, atol=1e-5, rtol=1e-5)
+    assert expected.std() > 0, "a comparison of zeros would show nothing"
+
+
+def test_torchvision_models_that_cannot_be_had(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert "no image classifier 'resnet19'. fix: did you mean torchvision:resnet1" in fails(capsys, run_dir, "torchvision:resnet19", "knn")
+    assert "no image classifier 'zzzz'. fix: see torchvision.models.list_models" in fails(capsys, "torchvision:zzzz", "knn")
+    assert "no image classifier" in fails(capsys, "torchvision:fasterrcnn_resnet50_fpn", "knn")  # it finds boxes
+
+    def unreachable(*arguments: Any, **options: Any) -> None:
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    line = fails(capsys, run_dir, "torchvision:shufflenet_v2_x0_5", "knn")
+    assert "the weights of torchvision:shufflenet_v2_x0_5 cannot be loaded (URLError: " in line and str(tmp_path / "hub") in line
+
+
+def test_a_downloaded_file_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Touch:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return Path.touch, (tmp_path / "executed",)  # type: ignore[return-value]
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    url = models.get_model_weights("shufflenet_v2_x0_5").DEFAULT.url
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    torch.save({"fc.bias": Touch()}, tmp_path / "hub/checkpoints" / url.rpartition("/")[2])
+    assert "UnpicklingError" in fails(capsys, "torchvision:shufflenet_v2_x0_5", "knn")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_network_of_one_size_says_so(tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    network = models.VisionTransformer(image_size=32, patch_size=16, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8, num_classes=7)
+    monkeypatch.setattr(models, "get_model", lambda *arguments, **options: network)
+    words = ["torchvision:vit_b_16", "knn", f"data.source={tiny_data}", *SMALL]
+    line = fails(capsys, *words, "data.image_size=32")  # the real one takes 224 px only, whatever the images are
+    assert "torchvision:vit_b_16 takes no images of 224x224 pixels (Wrong image height! Expected 32 but got 224!)" in line
+    assert network.heads(torch.ones(1, 8)).shape == (1, 8), "the head is gone"
+    monkeypatch.setattr(models, "get_model", lambda *arguments, **options: models.alexnet())
+    assert "alexnet takes no images of 16x16 pixels" in fails(capsys, "torchvision:alexnet", *words[1:], "data.image_size=16")
+
+
 def test_a_run_with_data_of_another_shape_and_ctrl_c(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {"data": {"max_images": 5}}
     inherited = evaluate.read_run_data(run_dir, given)
@@ -290,6 +369,66 @@ def test_a_diagnosis_leaves_pictures_and_embeddings(run_dir: Path, capsys: pytes
     left = {path.name for path in (run_dir / "eval/diagnose").iterdir()}
     assert left == {"neighbors.png", "map.png", "embeddings.parquet"}
     assert pq.read_table(run_dir / "eval/diagnose/embeddings.parquet").num_rows == 40
+
+
+def test_embeddings_carry_the_scores_of_what_was_trained_on(
+    run_dir: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    order = torch.randperm(68, generator=torch.Generator().manual_seed(0)).tolist()[:60]  # 8 samples are not in the table
+    columns = {"name": [f"train.parquet#{row}" for row in order], "score": [row / 2 for row in order], "times_trained": order}
+    (run_dir / "pruning").mkdir()
+    pq.write_table(pa.table(columns), run_dir / "pruning/samples.parquet")
+
+    def embeddings(*words: str) -> dict[str, list[Any]]:
+        assert evaluate.main([str(run_dir), "pixels", "diagnose", *words, *SMALL]) == 0
+        return pq.read_table(run_dir / "eval/diagnose/embeddings.parquet").to_pydict()
+
+    found = embeddings("diagnose.split=train")
+    assert found["path"] == [f"train.parquet#{row}" for row in range(68)]
+    assert found["times_trained"] == [row if row in order else None for row in range(68)]
+    assert found["score"] == [row / 2 if row in order else None for row in range(68)]
+    assert "68 train features" in table(capsys.readouterr().out)[0]["protocol"]
+    beside = pq.read_table(run_dir / "eval/pixels/diagnose/embeddings.parquet")
+    assert "score" not in beside.column_names  # no run: nothing was trained
+    found = embeddings()
+    assert found["score"] == [None] * 40 == found["times_trained"], "the test split was not trained on"
+    data, labels = striped_images(20, seed=5)
+    for split in ("train", "test"):
+        write_parquet(tmp_path / f"other/{split}.parquet", data, labels)
+    found = embeddings("diagnose.split=train", f"data.source={tmp_path / 'other'}")
+    assert found["path"][3] == "train.parquet#3" and found["score"] == [None] * 20, "the same names, but other images"
+    (run_dir / "pruning/samples.parquet").write_bytes(b"PAR1")
+    capsys.readouterr()
+    assert evaluate.main([str(run_dir), "diagnose", *SMALL]) == 2
+    assert "samples.parquet cannot be read" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("row", [1, 4999, 9998])
+def test_one_changed_image_among_ten_thousand_is_another_key(row: int) -> None:
+    pixels = torch.zeros(10_000, 3, 4, 4, dtype=torch.uint8)
+    changed = pixels.clone()
+    changed[row, 0, 0, 0] = 1
+    sets = [ImageSet(part, None, [str(number) for number in range(10_000)], None, []) for part in (pixels, changed)]
+    encoder = nn.Linear(2, 2)
+    assert fingerprint(sets[0]) == fingerprint(sets[1]), "a sample of 1,024 looks at this one: choose another row"
+    keys = [evaluate.features_key(encoder, images) for images in sets]
+    assert keys[0] != keys[1] and keys[0] == evaluate.features_key(encoder, replace(sets[0], pixels=pixels.clone()))
+    with torch.no_grad():
+        encoder.bias[0] += 1
+    assert evaluate.features_key(encoder, sets[0]) != keys[0]
+
+
+def test_images_that_lie_as_jpegs_are_known_by_their_file(tmp_path: Path) -> None:
+    data, labels = striped_images(1500, size=8)
+    keys, prints = [], []
+    for changed in (False, False, True):
+        write_parquet(tmp_path / "train.parquet", [*data[:2], data[changed + 1], *data[3:]], labels)
+        found = load_images(str(tmp_path / "train.parquet"), store="encoded", cache_dir=str(tmp_path / f"cache{changed}"))
+        assert not isinstance(found.pixels, torch.Tensor)
+        prints.append(fingerprint(found))
+        keys.append([evaluate.features_key(nn.Identity(), found) for _ in range(2)])
+    assert keys[1][0] == keys[1][1] and keys[2][0] not in (*keys[0], *keys[1])
+    assert prints[2] == prints[0], "a sample of 1,024 looks at this one: choose another row"
 
 
 def test_features_are_computed_once_for_an_encoder_and_a_data_set(

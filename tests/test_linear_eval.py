@@ -2,9 +2,11 @@
 
 import hashlib
 import math
+import os
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -15,11 +17,12 @@ import linear_eval.knn
 import linear_eval.lbfgs
 from linear_eval import EvalError, Features, extract_features, knn_accuracy, knn_predict, linear_probe
 from linear_eval.knn import knn_accuracies, knn_predictions
-from linear_eval.lbfgs import Classifiers, fit_logistic, minimize
-from linear_eval.linear import L2_GRID, HeadResult, sgd_probe, split_rows, train_heads
+from linear_eval.lbfgs import Classifiers, fit_binary, fit_logistic, minimize
+from linear_eval.linear import L2_GRID, HeadResult, multi_label_probe, sgd_probe, split_rows, train_heads
+from linear_eval.metrics import MULTI_LABEL, average_precision
 
 PRECISIONS: tuple[Literal["float32"], Literal["float64"]] = ("float32", "float64")
-BACKENDS = ["torch", pytest.param("faiss", marks=pytest.mark.skipif(linear_eval.knn._import_faiss() is None, reason="no faiss"))]
+BACKENDS = ["torch", pytest.param("faiss", marks=pytest.mark.skipif(linear_eval.knn.import_faiss() is None, reason="no faiss"))]
 
 
 def blobs(num: int, seed: int, *, dim: int = 12, classes: int = 4, spread: float = 1.0) -> Features:
@@ -99,6 +102,86 @@ def test_non_finite_features_are_counted() -> None:
 
     with pytest.raises(EvalError, match="2 of 5 extracted features are not finite"):
         extract_features(Diverged().eval(), images(5), torch.arange(5))
+
+
+SHARING = """
+import datetime, sys, torch
+from torch import distributed, nn
+from linear_eval import EvalError, extract_features
+from linear_eval.ranks import PeerLost, share_of
+sys.path.insert(0, sys.argv[3])
+from test_linear_eval import images, small_encoder
+torch.set_num_threads(1)
+me, folder = int(sys.argv[1]), sys.argv[2]
+given = dict(shared=True, batch_size=4)
+for world in (3, 2):
+    if me >= world:
+        continue
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store{world}", rank=me, world_size=world, timeout=datetime.timedelta(seconds=30)
+    )
+    found = {}
+    for num in (1, 2, 4, 5, 8, 9, 12, 13, 23, 24):
+        shares = [row for number in range(world) for row in share_of(number, num)]
+        assert shares == list(range(num)), shares
+        seen = []
+        encoder = small_encoder()
+        encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+        features = extract_features(encoder, images(num), torch.arange(num), **given)
+        found[num] = (features.x, features.y, sum(seen))
+    torch.save(found, f"{folder}/{world}-{me}.pt")
+
+    class Picky(nn.Module):  # cannot stand the last image, which the last process meets
+        def forward(self, x):
+            if (x[:, 0, 0, 0] * 255).round().int().eq(7).any():
+                raise EvalError("the seventh shade came", "leave it out")
+            return x.flatten(1)
+    pixels = torch.zeros(9, 3, 2, 2, dtype=torch.uint8)
+    pixels[-1] = 7
+    try:
+        extract_features(Picky().eval(), pixels, torch.arange(9), **given)
+    except EvalError as error:
+        print(world, me, error)
+    try:
+        extract_features(nn.Flatten().eval(), pixels[: 9 - 4 * (me == 1)], torch.arange(9 - 4 * (me == 1)), **given)
+    except EvalError as error:
+        print(world, me, error)
+    if world == 2 and me == 0:
+        try:
+            extract_features(nn.Flatten().eval(), pixels, torch.arange(9), **given)
+        except PeerLost as error:
+            print("lost:", str(error).partition("(")[0])
+    distributed.destroy_process_group()
+"""
+
+
+def test_processes_share_the_batches_and_get_what_one_would(tmp_path: Path) -> None:
+    """To the bit, every sample once, for numbers that do not divide and for fewer batches than processes."""
+    words = [sys.executable, "-c", SHARING]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    here = Path(__file__).parent
+    started = [
+        subprocess.Popen([*words, str(number), str(tmp_path), str(here)], text=True, stdout=-1, stderr=-1, cwd=here.parent, env=environment)
+        for number in range(3)
+    ]
+    outputs = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], outputs
+    for world in (2, 3):
+        results = [torch.load(tmp_path / f"{world}-{number}.pt", weights_only=True) for number in range(world)]
+        for num in results[0]:
+            alone = extract_features(small_encoder(), images(num), torch.arange(num), batch_size=4)
+            assert all(torch.equal(found[num][0], alone.x) and torch.equal(found[num][1], alone.y) for found in results)
+            assert sum(found[num][2] for found in results) == num, "images were encoded twice, or not at all"
+            assert max(found[num][2] for found in results) <= -(-num // 4 // world) * 4 + 4
+    lines = [line for out, _ in outputs for line in out.splitlines()]
+    for world in (2, 3):
+        last = world - 1
+        assert f"{world} {last} the seventh shade came. fix: leave it out" in lines
+        for number in range(last):
+            assert f"{world} {number} process {last}: the seventh shade came. fix: leave it out" in lines
+        differing = [line for line in lines if line.startswith(f"{world} ") and "columns for [5, 9] images" in line]
+        assert len(differing) == world, lines
+    assert any(line.startswith("lost: another process ended") for line in lines)
 
 
 # ---- kNN -------------------------------------------------------------------------------------------------------------
@@ -255,7 +338,7 @@ def test_without_faiss_torch_answers_and_asking_for_faiss_says_what_to_install(m
         knn_predict(train, test, num_neighbors=7, temperature=0.1, backend="gpu")  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(linear_eval.knn._import_faiss() is None, reason="no faiss")
+@pytest.mark.skipif(linear_eval.knn.import_faiss() is None, reason="no faiss")
 @pytest.mark.parametrize("fails_when", ["made", "filled", "searched"])
 def test_a_full_gpu_falls_back_to_the_cpu_with_the_same_result(monkeypatch: pytest.MonkeyPatch, fails_when: str) -> None:
     import faiss
@@ -534,6 +617,117 @@ def test_linear_probe_refuses_what_has_no_answer() -> None:
     refuses("precision", precision="bf16")
     refuses("classes 9 of the validation split have no train images", val=with_labels(train, [9] * 40))
     refuses("4 of 20 validation", val=Features(torch.cat([test.x[4:], test.x[:4] / 0]), test.y))
+
+
+# ---- several labels a row --------------------------------------------------------------------------------------------
+
+
+def tagged(num: int, seed: int, *, dim: int = 12, classes: int = 5, unsure: float = 0.1) -> Features:
+    """Columns of different scales; each class on its own side of a noisy plane, from rare to common, some rows not counted."""
+    planes = torch.randn(dim, classes, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num, dim, generator=generator)
+    y = (x @ planes + 2 * torch.randn(num, classes, generator=generator) > torch.linspace(5, -2, classes)).long()
+    y[torch.rand(num, classes, generator=generator) < unsure] = -1
+    return Features(x * torch.logspace(-1, 1, dim) + 3, y)
+
+
+def binary_loss(z: Tensor, y: Tensor, weight: Tensor, bias: Tensor, l2: float) -> float:
+    """Float64: mean over the rows that count of log(1 + exp(-s z)), plus l2 / 2 ||w||^2 / their number."""
+    counted = y >= 0
+    logits = z[counted].double() @ weight.double() + bias.double()
+    loss = nn.functional.binary_cross_entropy_with_logits(logits, y[counted].double())
+    return (loss + l2 / 2 / counted.sum() * weight.double().square().sum()).item()
+
+
+@pytest.mark.parametrize("changed", [{}, {"MAX_ROTATED": 5}, {"CPU_ELEMENTS": 1}, {"STATE_ELEMENTS": 1}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_regression_for_each_class_is_that_of_scikit_learn_over_eleven_decades(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, changed: dict[str, int]
+) -> None:
+    sklearn_linear, sklearn_metrics = pytest.importorskip("sklearn.linear_model"), pytest.importorskip("sklearn.metrics")
+    for name, value in changed.items():
+        monkeypatch.setattr(linear_eval.lbfgs, name, value)
+    train, test = tagged(300, 1), tagged(400, 2)
+    grid = [10.0**exponent for exponent in range(-6, 6)][:: 4 if changed else 1]
+    classes, l2 = torch.arange(5).repeat(len(grid)), torch.tensor(grid, dtype=torch.float64).repeat_interleave(5)
+    given: dict[str, Any] = {"standardize": True, "max_iter": 3000, "tolerance": 1e-9}
+    found = fit_binary(train.x.to(dtype), train.y, classes, l2, **given)
+    assert found.weight.dtype == dtype and found.converged.all()
+    std, mean = torch.std_mean(train.x.double(), dim=0, correction=0)
+    z, z_test = ((part.x.double() - mean) / std for part in (train, test))
+    scores = found.scores(test.x.to(dtype))
+    for p, (c, strength) in enumerate(zip(classes.tolist(), l2.tolist(), strict=True)):
+        y, y_test = train.y[:, c], test.y[:, c]
+        counted, counted_test = y >= 0, y_test >= 0
+        assert 0 < (y == 1).double().mean() < 1 and not counted.all()
+        solver = sklearn_linear.LogisticRegression(C=1 / strength, tol=1e-8, max_iter=5000, solver="newton-cg")
+        oracle = solver.fit(z[counted], y[counted])
+        best = binary_loss(z, y, torch.tensor(oracle.coef_[0]), torch.tensor(oracle.intercept_[0]), strength)
+        weight, center = found.weight[p].double(), found.center.double()
+        ours = binary_loss(z, y, weight * std, found.bias[p].double() + weight @ (mean - center), strength)
+        assert ours == pytest.approx(best, rel=1e-4) and float(found.loss[p]) == pytest.approx(ours, rel=1e-4)
+        theirs = sklearn_metrics.average_precision_score(y_test[counted_test], oracle.decision_function(z_test[counted_test]))
+        mine = average_precision(scores[:, p, None], y_test[:, None], "map")
+        assert float(mine) == pytest.approx(theirs, abs=0.005)
+
+
+def test_l2_is_chosen_for_each_class_by_its_precision_and_then_refitted() -> None:
+    train, val, test = tagged(120, 1), tagged(120, 2), tagged(300, 3)
+    grid = [1e-3, 1.0, 100.0]
+    both = Features(torch.cat([train.x, val.x]), torch.cat([train.y, val.y]))
+    given: dict[str, Any] = {"standardize": True, "max_iter": 1000, "tolerance": 1e-7}
+    for metric in MULTI_LABEL:
+        found = multi_label_probe(train, test, metric, seed=0, val=val, l2_grid=grid)
+        for c in range(5):
+            of_class, precisions = torch.tensor([c]), []
+            for l2 in grid:
+                alone = fit_binary(train.x, train.y, of_class, torch.tensor([l2]), **given)
+                precisions.append(average_precision(alone.scores(val.x), val.y[:, [c]], metric).item())
+            assert found.val_precision[c] == pytest.approx(max(precisions), abs=0.01)
+            assert precisions[grid.index(float(found.l2[c]))] == pytest.approx(max(precisions), abs=0.01)
+            alone = fit_binary(both.x, both.y, of_class, found.l2[[c]], **given)
+            torch.testing.assert_close(found.scores[:, [c]], alone.scores(test.x), atol=1e-2, rtol=1e-2)
+    assert len(set(found.l2.tolist())) > 1, "one l2 for all would do, and the test shows nothing"
+
+
+def test_rows_that_do_not_count_and_the_test_labels_have_no_say() -> None:
+    train, test = tagged(200, 1), tagged(100, 2)
+    found = multi_label_probe(train, test, "map", seed=0)
+    hidden = multi_label_probe(train, Features(test.x, 1 - test.y.clamp_min(0)), "map", seed=0)
+    assert torch.equal(found.scores, hidden.scores) and torch.equal(found.l2, hidden.l2)
+    x = torch.cat([train.x, 100 + 50 * torch.randn(40, 12, generator=torch.Generator().manual_seed(4))])
+    given: dict[str, Any] = {"standardize": False, "max_iter": 2000, "tolerance": 1e-9}
+    pairs = (torch.arange(5), torch.ones(5, dtype=torch.float64))
+    with_more = fit_binary(x.double(), torch.cat([train.y, torch.full((40, 5), -1)]), *pairs, **given)
+    without = fit_binary(train.x.double(), train.y, *pairs, **given)
+    torch.testing.assert_close(with_more.loss, without.loss, atol=0, rtol=1e-6)
+    torch.testing.assert_close(with_more.weight, without.weight, atol=1e-2, rtol=1e-2)
+
+
+def test_multi_label_probe_refuses_what_has_no_answer() -> None:
+    train, test = tagged(60, 1), tagged(30, 2)
+
+    def refuses(message: str, train: Features = train, test: Features = test, metric: Any = "map", **options: Any) -> None:
+        with pytest.raises(EvalError, match=message) as caught:
+            multi_label_probe(train, test, metric, **({"seed": 0} | options))
+        assert "\n" not in str(caught.value) and ". fix: " in str(caught.value)
+
+    refuses("not all 1, 0 or -1", train=with_labels(train, 2 * train.y))
+    refuses(r"give \(N, D\) features and \(N, C\)", train=with_labels(train, train.y[:, 0]))
+    refuses("test labels 4", test=with_labels(test, test.y[:, 1:]))
+    refuses("columns", test=Features(test.x[:, :5], test.y))
+    refuses("not finite", test=Features(test.x / 0, test.y))
+    refuses("classes 0 are on all or on none of the fitted", train=with_labels(train, train.y * torch.tensor([0, 1, 1, 1, 1])), val=test)
+    refuses("classes 0, 1 are on all or on none of the held-out", val=with_labels(test, test.y * torch.tensor([1, 0, 1, 1, 1])))
+    refuses("metric is 'top1'", metric="top1")
+    refuses("l2_grid", l2_grid=[0.0])
+    refuses("val_fraction", val_fraction=0)
+    for probe in (linear_probe, sgd_probe):
+        with pytest.raises(EvalError, match=r"labels \(30, 5\). fix: give .* \(N,\) labels"):
+            probe(train, test, seed=0)
+    with pytest.raises(EvalError, match=r"\(N,\) labels"):
+        knn_accuracy(train, test, num_neighbors=3, temperature=0.1)
 
 
 # ---- SGD heads -------------------------------------------------------------------------------------------------------

@@ -104,6 +104,7 @@ def test_defaults_fill_what_a_target_leaves_out() -> None:
         ({"name": "a", "targets": [{"name": "x", "source": "pets", "val_split": "val"}]}, "pets has no split val, only train, test"),
         ({"name": "a", "targets": [{"name": "x", "source": "voc2007"}]}, "top1 does not fit the labels of voc2007"),
         ({"name": "a", "targets": [{"name": "x", "source": "voc2007", "metric": "voc_map", "protocol": "knn"}]}, "which protocol knn does"),
+        ({"name": "a", "targets": [{"name": "x", "source": "f", "metric": "map", "protocol": "linear"}]}, "which protocol linear does"),
         ({"name": "a", "target": [], "targets": [{"name": "x", "source": "f"}]}, "did you mean targets"),
         ({"name": "a", "defaults": 3, "targets": [{"name": "x", "source": "f"}]}, "defaults in suite.yaml is 3"),
     ],
@@ -358,6 +359,40 @@ def test_voc_has_a_column_for_each_class_and_difficult_ones_do_not_count(tmp_pat
     assert found.labels[:, VOC_CLASSES.index("dog")].tolist() == [1, 1, 0]
     assert found.labels[:, VOC_CLASSES.index("sofa")].tolist() == [0, 0, 0]
     assert len(VOC_CLASSES) == 20 and list(VOC_CLASSES) == sorted(VOC_CLASSES)
+
+
+def test_voc_is_judged_by_a_regression_for_each_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the files of the challenge to its row: shades tell two classes apart, the third is a coin."""
+    import evaluate
+
+    monkeypatch.setattr("linear_eval.targets.VOC_CLASSES", ("bird", "cat", "dog"))
+    rng, folder = np.random.default_rng(0), tmp_path / "VOCdevkit/VOC2007"
+    counted = {}
+    for first, (split, count) in enumerate((("train", 40), ("val", 40), ("test", 60))):
+        shades = rng.integers(0, 256, count)
+        ids = [f"00{first}{number:03d}" for number in range(count)]
+        put_lines(folder / "ImageSets/Main" / f"{split}.txt", *ids)
+        marks = {"bird": 2 * (shades > 100) - 1, "cat": 2 * (shades > 180) - 1, "dog": 2 * rng.integers(0, 2, count) - 1}
+        marks["bird"][::9] = 0  # difficult: shades of both kinds
+        for name, column in marks.items():
+            put_lines(folder / "ImageSets/Main" / f"{name}_{split}.txt", *(f"{i} {m:2d}" for i, m in zip(ids, column, strict=True)))
+        for image, shade in zip(ids, shades, strict=True):
+            path = folder / "JPEGImages" / f"{image}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.clip(shade + rng.integers(-3, 4, (8, 8, 3)), 0, 255).astype(np.uint8)).save(path)
+        counted[split] = int(sum((column != 0).sum() for column in marks.values()))
+    suite = tmp_path / "suite.yaml"
+    suite.write_text("name: one\ntargets: [{name: VOC, source: voc2007, metric: voc_map, val_split: val, image_size: 8}]\n")
+    words = ["transfer", f"transfer.suite={suite}", f"transfer.root={tmp_path}", "transfer.num_draws=100", "device=cpu", "cache_dir=null"]
+    assert evaluate.main(["pixels", *words, "--out", str(tmp_path / "out")]) == 0
+    assert "not judged" not in capsys.readouterr().out
+    (row, _) = json.loads((tmp_path / "out/transfer.json").read_text())
+    assert row["metric"] == "VOC07 mAP %" and row["n_test"] == 60 and row["low"] <= row["high"]
+    assert "11-point AP of VOC2007 on val (40), refit on train+val, difficult objects not counted" in row["protocol"]
+    assert 75 < row["value"] < 95, "two classes near 100, one near the share of its positives"
+    assert counted["train"] == 3 * 40 - 5
 
 
 @pytest.mark.parametrize("name", TARGETS)

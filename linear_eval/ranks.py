@@ -1,0 +1,114 @@
+"""Several processes that share the work: which one this is, mistakes that all of them learn of, rows put together in order.
+
+They are torch.distributed's default group, on gloo: what travels is on the CPU, and nothing is pickled. Without a group this is
+process 0 of 1. Every process must call these functions in the same order.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from linear_eval.errors import EvalError
+
+ELEMENTS = 2**26  # numbers sent at once: 256 MiB
+
+
+class PeerLost(RuntimeError):
+    """Another process ended, or does not answer. The message is one line, `what. fix: how`."""
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def num_ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def share_of(number: int, num_items: int) -> range:
+    """The items of process `number`: contiguous, in the order of the processes, and every item in exactly one share."""
+    return range(num_items * number // num_ranks(), num_items * (number + 1) // num_ranks())
+
+
+def raise_together(error: Exception | None) -> None:
+    """Called by every process with the mistake in its own part, or None: if there was any, all of them raise.
+
+    The first process that has one raises it as it is, the others raise an EvalError that names that process.
+    """
+    if num_ranks() == 1:
+        if error is not None:
+            raise error
+        return
+    text = b"" if error is None else (" ".join(str(error).split()) or type(error).__name__).encode()[:2000]
+    lengths = _all_numbers(len(text))
+    first = next((number for number, length in enumerate(lengths) if length), None)
+    if first is None:
+        return
+    if first == rank():
+        message = torch.tensor(list(text), dtype=torch.uint8)
+    else:
+        message = torch.zeros(lengths[first], dtype=torch.uint8)
+    with _peers():
+        dist.broadcast(message, first)
+    if first == rank() and error is not None:
+        raise error
+    what, _, fix = bytes(message.tolist()).decode("utf-8", "replace").partition(". fix: ")
+    raise EvalError(f"process {first}: {what}", fix or f"see what process {first} wrote") from error
+
+
+def first_says(answer: bool) -> bool:
+    """The answer of process 0, to every process."""
+    return bool(_all_numbers(int(answer))[0])
+
+
+def gather_rows(rows: Tensor | None, counts: list[int]) -> Tensor:
+    """The rows of all processes in their order, (sum of counts, D) float32, to every process.
+
+    Args:
+        rows: this process's (M, D) float32 on the CPU; None where M = 0.
+        counts: M of every process, the same list everywhere.
+    """
+    if num_ranks() == 1:
+        assert rows is not None and len(rows) == counts[0]
+        return rows
+    widths = set(_all_numbers(0 if rows is None else rows.shape[1])) - {0}
+    sizes = set(_all_numbers(sum(counts)))
+    if len(widths) != 1 or len(sizes) != 1:
+        what = f"the processes have features of {sorted(widths)} columns for {sorted(sizes)} images"
+        raise EvalError(what, "give all of them the same encoder, images and settings")
+    gathered = torch.empty(sum(counts), widths.pop())
+    own = sum(counts[: rank()])
+    if rows is not None:
+        gathered[own : own + len(rows)] = rows
+    step, begin = max(1, ELEMENTS // gathered.shape[1]), 0
+    with _peers():
+        for number, count in enumerate(counts):
+            for part in gathered[begin : begin + count].split(step) if count else ():
+                dist.broadcast(part, number)
+            begin += count
+    return gathered
+
+
+def _all_numbers(own: int) -> list[int]:
+    """One whole number of every process, in their order."""
+    if num_ranks() == 1:
+        return [own]
+    numbers = [torch.zeros(1, dtype=torch.int64) for _ in range(num_ranks())]
+    with _peers():
+        dist.all_gather(numbers, torch.tensor([own]))
+    return [int(number) for number in numbers]
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise PeerLost(
+            f"another process ended or does not answer ({reason}). fix: see what it wrote, and start all of them again"
+        ) from error

@@ -1,0 +1,203 @@
+"""Does the suite notice? Each mutant is one wrong line of the kind that costs a run in silence; a copy of the tree gets it, and the
+named tests must fail there, after they passed without it.
+
+    python tests/mutants.py            # all of them, some minutes; exit code 1 where one survives
+    python tests/mutants.py 3 7        # these
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """What goes wrong, where, and which tests should tell."""
+
+    what: str
+    file: str
+    right: str
+    wrong: str
+    tests: str
+    marker: str = "not gpu"
+
+
+MUTANTS = [
+    Mutant(
+        "negatives of the own rank only",
+        "ssl_emp/loss.py",
+        "columns = (ranks.gather(z) / temperature)",
+        "columns = (torch.cat([z.detach()] * ranks.world_size) / temperature)",
+        "tests/test_ranks.py -k step_of_several",
+    ),
+    Mutant(
+        "a view's own column is sought at the wrong rank",
+        "ssl_emp/loss.py",
+        "own = ranks.rank * len(z)",
+        "own = 0 * len(z)",
+        "tests/test_ranks.py -k step_of_several",
+    ),
+    Mutant(
+        "gradients are not summed over the ranks",
+        "ssl_emp/ranks.py",
+        "        if self.world_size == 1:\n            return model\n",
+        "        return model\n",
+        "tests/test_ranks.py -k step_of_several",
+    ),
+    Mutant(
+        "BatchNorm of the own part of the batch",
+        "ssl_emp/ranks.py",
+        "mean = centres.mean(0)",
+        "mean = centre",
+        "tests/test_ranks.py -k step_of_several",
+    ),
+    Mutant(
+        "ranks do not compare their kept lists",
+        "ssl_emp/ranks.py",
+        "        if differing:\n            raise RunFailed(",
+        "        if False:\n            raise RunFailed(",
+        "tests/test_ranks.py -k disagree",
+    ),
+    Mutant(
+        "scores of the own part of the batch are written to all of it",
+        "ssl_emp/passes.py",
+        "whole = job.ranks.gather(part if draw is None else torch.cat([part, draw], 1))",
+        "whole = (part if draw is None else torch.cat([part, draw], 1)).repeat(job.ranks.world_size, 1)",
+        "tests/faults/test_processes_matrix.py -k D8",
+        "faults",
+    ),
+    Mutant(
+        "every epoch draws the same views",
+        "ssl_emp/passes.py",
+        "params = draw_params(config.seed, epoch, torch.zeros_like(index) if common_draw else index, recipe, side)",
+        "params = draw_params(config.seed, 0, torch.zeros_like(index) if common_draw else index, recipe, side)",
+        "tests/test_pretrain.py -k views_that_are_foreseen",
+    ),
+    Mutant(
+        "a resumed run draws its batches anew in the midst of an epoch",
+        "pretrain.py",
+        "        if step_in_epoch:\n            batches, weight",
+        "        if False:\n            batches, weight",
+        "tests/test_pretrain.py -k resume_equals",
+    ),
+    Mutant(
+        "the learning-rate schedule begins again after a resume",
+        "pretrain.py",
+        'start, step_in_epoch, step, seconds = state["epoch"], state["step_in_epoch"], state["step"], dict(state["seconds"])',
+        'start, step_in_epoch, step, seconds = state["epoch"], state["step_in_epoch"], 0, dict(state["seconds"])',
+        "tests/test_pretrain.py -k resume_equals",
+    ),
+    Mutant(
+        "scores are lost on resume",
+        "pretrain.py",
+        '        scores.load_state_dict(state["scores"])\n',
+        "",
+        "tests/test_pretrain.py -k resume_equals",
+    ),
+    Mutant(
+        "momentum is lost on resume",
+        "pretrain.py",
+        '        optimizer.load_state_dict(state["optimizer"])\n',
+        "",
+        "tests/test_pretrain.py -k resume_equals",
+    ),
+    Mutant(
+        "a bad step moves BatchNorm",
+        "pretrain.py",
+        "                restore_unless(good, buffers, kept_buffers)\n",
+        "",
+        "tests/faults/test_numerics_matrix.py -k changes_nothing",
+    ),
+    Mutant(
+        "a bad step is scored and counted",
+        "pretrain.py",
+        "scores.count_trained(batches[step_in_epoch], epoch, good)",
+        "scores.count_trained(batches[step_in_epoch], epoch)",
+        "tests/faults/test_numerics_matrix.py -k changes_nothing",
+    ),
+    Mutant(
+        "a bad step reaches the weights",
+        "ssl_emp/optim.py",
+        "    optimizer.found_inf = (~good).float()",
+        "    optimizer.found_inf = None",
+        "tests/faults/test_numerics_matrix.py -k gradient_that_is_not_finite",
+    ),
+    Mutant(
+        "what fills up the last batch of a scoring pass is scored",
+        "ssl_emp/passes.py",
+        "table = circle.repeat(2)[: batches * config.batch_size]",
+        "table = circle.flip(0).repeat(2)[: batches * config.batch_size]",
+        "tests/test_pretrain.py -k scoring_pass_equals",
+    ),
+    Mutant(
+        "the same samples are cut off in every epoch",
+        "ssl_emp/pruning.py",
+        "circle.roll(-(epoch * remainder))",
+        "circle.roll(0)",
+        "tests/test_pruning.py -k goes_round",
+    ),
+    Mutant(
+        "a checkpoint's hash is not looked at",
+        "ssl_emp/checkpoint.py",
+        "_sha256(path) not in",
+        "False and _sha256(path) not in",
+        "tests/test_checkpoint.py -k damaged_checkpoint",
+    ),
+    Mutant(
+        "a file gets its name before it is on disk",
+        "ssl_emp/checkpoint.py",
+        "            file.flush()\n            os.fsync(file.fileno())\n",
+        "",
+        "tests/faults/test_storage_matrix.py tests/faults/test_crash_matrix.py tests/test_checkpoint.py -k order",
+    ),
+    Mutant(
+        "a checkpoint may hold code",
+        "ssl_emp/checkpoint.py",
+        'map_location="cpu", weights_only=True',
+        'map_location="cpu", weights_only=False',
+        "tests/test_checkpoint.py -k pickle",
+    ),
+]
+
+
+def passes(tree: Path, mutant: Mutant) -> bool:
+    """Whether the mutant's tests pass in `tree`."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", mutant.marker, *mutant.tests.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode in (0, 1), f"{mutant.what}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    return done.returncode == 0
+
+
+def main() -> int:
+    wanted = [int(number) for number in sys.argv[1:]] or range(1, len(MUTANTS) + 1)
+    killed, began, sound = 0, time.monotonic(), set[str]()
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "runs", ".*_cache", "__pycache__", "results"))
+        for number in wanted:
+            mutant = MUTANTS[number - 1]
+            path = tree / mutant.file
+            right = path.read_text()
+            assert right.count(mutant.right) == 1, f"{mutant.file} has {right.count(mutant.right)} times: {mutant.right}"
+            if mutant.tests not in sound:
+                assert passes(tree, mutant), f"{mutant.tests} fails without the mutant"
+                sound.add(mutant.tests)
+            path.write_text(right.replace(mutant.right, mutant.wrong))
+            survived = passes(tree, mutant)
+            path.write_text(right)
+            killed += not survived
+            print(f"{number:2d} {'SURVIVED' if survived else 'killed  '} {mutant.what} ({mutant.tests})", flush=True)
+    print(f"{killed} of {len(wanted)} mutants killed in {time.monotonic() - began:.0f} s")
+    return int(killed < len(wanted))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
