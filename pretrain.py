@@ -555,7 +555,8 @@ def main(argv: list[str] | None = None) -> int:
         config, out, resumes = settle(arguments)
         if arguments.dry_run:
             return dry_run(prepare(config, report := Report()), report)
-        ranks = join_ranks(config.devices, config.timeout_seconds, pick_device(config.device).type == "cuda")
+        command = [sys.executable, *(sys.orig_argv[1:] if argv is None else [__file__, *argv])]
+        ranks = join_ranks(config.devices, config.timeout_seconds, pick_device(config.device).type == "cuda", command)
         code = run(config, out, resumes, ranks)
         leave_ranks(ranks)
         return code

@@ -9,11 +9,10 @@ Started by `devices=N` (`launch`), by torchrun or by srun. Letters: W ranks, B b
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, cast
@@ -198,13 +197,14 @@ def count_devices(devices: int | str) -> int:
     return max(1, torch.cuda.device_count()) if devices == "auto" else int(devices)
 
 
-def join_ranks(devices: int | str, timeout_seconds: float, needs_gpu: bool) -> Ranks:
+def join_ranks(devices: int | str, timeout_seconds: float, needs_gpu: bool, command: Sequence[str] = ()) -> Ranks:
     """Become one of the ranks that torchrun, srun or `launch` started; alone where none of them did.
 
     Args:
         devices: processes to start on this machine where nobody started any yet.
         timeout_seconds: of every exchange.
         needs_gpu: whether each rank takes a GPU (then tensors travel by NCCL, else by gloo).
+        command: what starts the other processes: that which started this one.
 
     Raises:
         UserError: the environment is not complete, the address does not answer, or there are fewer GPUs than ranks.
@@ -214,7 +214,7 @@ def join_ranks(devices: int | str, timeout_seconds: float, needs_gpu: bool) -> R
     if "RANK" not in os.environ:
         if count_devices(devices) == 1:
             return Ranks()
-        launch(count_devices(devices))
+        launch(count_devices(devices), command)
     end_with_launcher()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if not os.environ.get(name)]
@@ -264,8 +264,8 @@ def _take_slurm_for_torchrun() -> None:
     os.environ |= {"RANK": str(slurm.global_rank()), "WORLD_SIZE": str(slurm.world_size()), "LOCAL_RANK": str(slurm.local_rank())}
 
 
-def launch(count: int) -> None:
-    """Start this command again as the ranks 1 to count - 1 of this machine, and become rank 0.
+def launch(count: int, command: Sequence[str]) -> None:
+    """Start `command` as the ranks 1 to count - 1 of this machine, and become rank 0.
 
     Lightning Fabric's launcher would do, but it kills rank 0 before that can say what happened.
     """
@@ -275,7 +275,7 @@ def launch(count: int) -> None:
     common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for rank in range(1, count):
         environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), LAUNCHED: str(os.getpid())}
-        STARTED.append(subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment, stdin=subprocess.DEVNULL))
+        STARTED.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
     os.environ |= common | {"RANK": "0", "LOCAL_RANK": "0"}
 
 

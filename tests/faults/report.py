@@ -41,6 +41,9 @@ NOT_PROVEN = """## What this does not prove
 * **Other machines.** Bit-identical means one machine, one build of torch, the CPU. File systems over a network have other rules for locks
   and renames; the lock is of no use where the file system has none.
 * **A read that hangs.** A disk or a network share that does not answer hangs the process that reads from it; nothing here ends that.
+* **Files that change while they are mapped.** A cached file that is shortened in place ends the process with SIGBUS.
+* **Every bomb.** Images have a cap on declared pixels; a parquet file of a billion rows, or with cells of gigabytes, has none.
+* **A forged end.** A JPEG that is cut and closed again with an end marker can pass for whole.
 * **Everything else.** A row shows what was injected, no more.
 """
 SPREAD = ("seconds", "steps lost", "megabytes")  # figures of which the median and the maximum are told; of others the sum
