@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -46,8 +47,11 @@ def sole_writer(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip()
+                holder, patience = "", 20
+                while not holder and patience:  # it has the lock, and writes its name in a moment
+                    file.seek(0)
+                    holder, patience = file.read().strip(), patience - 1
+                    time.sleep(0 if holder else 0.05)
                 file.close()
                 raise UserError(f"{folder} is in use by {holder or 'another process'}", "wait for it, or choose another out=DIR") from None
             except OSError as error:

@@ -156,8 +156,7 @@ def test_D3_a_rank_hangs(tiny_config: Path, tmp_path: Path, record_property: Not
     code, _, err = finish(process, 40)
     record_property("seconds", round(seconds, 1))
     assert code == 3 and 4 < seconds < 14
-    (line,) = error_lines(err)
-    assert "rank 1 is lost" in line
+    assert "rank 1 is lost" in error_lines(err)[0]  # woken again, rank 1 finds rank 0 gone, and may say so
     wait_for(lambda: not is_alive(other), 30)
     assert load_checkpoint(tmp_path / "run" / "checkpoints")[0] is not None
 
