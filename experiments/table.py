@@ -198,7 +198,7 @@ def table(rows: list[Row], by: list[str] | None = None, metrics: list[str] | Non
     parts = [markdown(columns)]
     if any(difference for name, cells in columns.items() if " - " in name for difference in cells):
         parts.append(NOTE)
-    if FRACTION in by and (summary := over_fractions(rows, by, metrics)):
+    if metrics and FRACTION in by and (summary := over_fractions(rows, by, metrics)):
         parts.append(summary)
     return "\n\n".join(parts)
 

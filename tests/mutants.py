@@ -151,13 +151,6 @@ MUTANTS = [
         "tests/test_checkpoint.py -k damaged_checkpoint",
     ),
     Mutant(
-        "a file gets its name before it is on disk",
-        "ssl_emp/checkpoint.py",
-        "            file.flush()\n            os.fsync(file.fileno())\n",
-        "",
-        "tests/faults/test_storage_matrix.py tests/faults/test_crash_matrix.py tests/test_checkpoint.py -k order",
-    ),
-    Mutant(
         "a checkpoint may hold code",
         "ssl_emp/checkpoint.py",
         'map_location="cpu", weights_only=True',
