@@ -79,17 +79,28 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: int = 0
-        for number in self.SIGNALS:
-            signal.signal(number, self._note)
+
+    def __enter__(self) -> "Stop":
+        self.before = {number: signal.getsignal(number) for number in self.SIGNALS}
+        for number, handler in self.before.items():
+            if number != signal.SIGHUP or handler != signal.SIG_IGN:  # nohup ignores it, so that a run outlives its terminal
+                signal.signal(number, self._note)
+        return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         for again in self.SIGNALS:
-            signal.signal(again, signal.SIG_DFL)
+            if signal.getsignal(again) == self._note:
+                signal.signal(again, signal.SIG_DFL)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            if handler is not None:  # else it is not Python's
+                signal.signal(number, handler)
 
 
-def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) -> int:
-    """Train `job` to its end in `out`, from `state` where a checkpoint gave one. Returns the exit code."""
+def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, stop: Stop) -> int:
+    """Train `job` to its end in `out`, from `state` where a checkpoint gave one, or until `stop`. Returns the exit code."""
     config, prune, plan, device = job.config, job.config.prune, job.plan, job.device
     num_samples, batch_size, total_steps, ranks = job.num_samples, config.batch_size, job.total_steps, job.ranks
     model, views_of = compiled(job, report)
@@ -109,7 +120,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
     scores = ScoreState(num_samples, prune.score_ema, prune.adjusts, device)
     start, step_in_epoch, step, batches, weight = 0, 0, 0, None, None
     skipped: Tensor | None = None  # (steps,) of the epoch, whose loss or gradient was not finite
-    bad = torch.zeros(2, dtype=torch.int64, device=device)  # steps that were skipped: in a row until now, the longest row
+    bad = torch.zeros(2, dtype=torch.int64, device=device)  # steps that were skipped: in a row until now, the longest row since the start
     before: dict[str, Tensor] = {}  # what the epoch's diagnosis compares with
     said: dict[str, tuple[int, float]] = {}  # what it told, when, and how bad it was
     seconds = {"training": 0.0, "scoring": 0.0, "monitoring": 0.0}
@@ -117,7 +128,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
     def snapshot(epoch: int, step_in_epoch: int, batches: Tensor | None, weight: Tensor | None) -> dict[str, Any]:
         model_state = {"model": job.model.state_dict(), "optimizer": optimizer.state_dict()}
         per_sample = {"scores": scores.state_dict(), "batches": batches, "weight": weight, "before": before, "said": said}
-        per_sample |= {"skipped": skipped, "bad": bad}
+        per_sample |= {"skipped": skipped, "bad_in_a_row": bad[0]}
         position = {"epoch": epoch, "step_in_epoch": step_in_epoch, "step": step, "finished": step == total_steps, "seconds": dict(seconds)}
         source = {"config": config.model_dump(), "fingerprint": job.fingerprint, "bf16": job.bf16}
         return {**model_state, **per_sample, **position, **source}
@@ -137,7 +148,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
             batches, weight = (None if part is None else part.to(device) for part in (state["batches"], state["weight"]))
             before = {name: part.to(device) for name, part in state["before"].items()}
             skipped = state["skipped"].to(device)
-        bad, said = state["bad"].to(device), dict(state["said"])
+        bad[0], said = state["bad_in_a_row"], dict(state["said"])
     if ranks.is_first:
         write_environment(out / "environment.json", device)
     report.attach(out, config.monitor.tensorboard)
@@ -152,7 +163,6 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report) 
         return time.perf_counter()
 
     through_network = terms_of(job)
-    stop = Stop()
     saved_at, saved_step = time.monotonic(), step
     monitor_set = pick_monitor_set(job) if ranks.is_first else None
     job.model.train()
@@ -501,7 +511,8 @@ def run(config: PretrainConfig, out: Path, resumes: bool, ranks: Ranks) -> int:
                 where = f"epoch {state['epoch'] + 1}, step {state['step']}" if state else "no checkpoint yet, from the beginning"
                 report.say(f"resume    {where}")
         try:
-            return pretrain(job, out, state, report)
+            with Stop() as stop:
+                return pretrain(job, out, state, report, stop)
         finally:
             report.close()
 
@@ -594,6 +605,8 @@ def complain(line: str, code: int, ranks: Ranks, speaks: bool | None = None) -> 
         print(f"error: {line}", file=sys.stderr, flush=True)
     if ranks.world_size > 1:
         sys.stdout.flush()
+        if ranks.is_first:
+            time.sleep(1.0)  # what the others hear by lives in this process
         os._exit(code)  # without waiting for an exchange that nobody else comes to
     return code
 

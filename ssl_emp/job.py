@@ -128,7 +128,10 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
         if data.label_noise:
             labels, is_noisy = noisy_labels(labels, num_classes, data.label_noise, data.subset_seed)
         labels, is_noisy = labels.to(device), None if is_noisy is None else is_noisy.to(device)
-    test = load_test(config, images, stored_size, report) if supervised else None
+    test = None
+    if supervised:
+        with ranks.first_then_others():
+            test = load_test(config, images, stored_size, report)
 
     torch.manual_seed(config.seed)
     model_config = config.model
@@ -138,8 +141,8 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
     if supervised:
         model = Classifier(encoder.backbone, encoder.feature_dim, num_classes)
     encoder.to(device)
-    share_batch_norm(model, ranks)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs miss this form
+    share_batch_norm(model, ranks)  # after the move: it depends on where a BatchNorm is
     bf16 = config.precision == "bf16" or (
         config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     )

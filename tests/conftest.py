@@ -1,6 +1,7 @@
 """A tiny real run's ingredients: 64 images with structure, a narrow network, four epochs."""
 
 import io
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job: the children of the tests would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # small tensors: a second thread costs more than it brings, and bit-exact comparisons need one number
 
 

@@ -234,7 +234,7 @@ def test_the_kept_set_is_the_top_of_the_last_scores(pretrain_run: Pretrain, monk
         assert scores.isinf().sum() <= 4, "only the remainder of epoch 0 was never scored"
 
 
-class StopAfter:
+class StopAfter(pretrain.Stop):
     """Stands in for `pretrain.Stop`: as if a signal came during step `steps`."""
 
     steps = 0
@@ -243,9 +243,9 @@ class StopAfter:
         self.reads = 0
 
     @property
-    def signal(self) -> int | None:
+    def signal(self) -> int:  # type: ignore[override]  # each step reads it once
         self.reads += 1
-        return int(signal.SIGTERM) if self.reads >= StopAfter.steps else None  # each step reads it once
+        return int(signal.SIGTERM) if self.reads >= StopAfter.steps else 0
 
 
 @pytest.mark.parametrize("scoring", ["stale", "pruned"])
@@ -296,6 +296,26 @@ def test_signals_and_kills_lose_nothing(pretrain_run: Pretrain, tiny_config: Pat
     finished = subprocess.run(resume, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
     assert_same_run(out, reference)
+
+
+def test_a_run_leaves_the_signals_as_they_were(pretrain_run: Pretrain) -> None:
+    """Who calls `main` from Python wants Ctrl-C afterwards."""
+    before = [signal.getsignal(number) for number in pretrain.Stop.SIGNALS]
+    pretrain_run("run", "epochs=1", "prune.policy=none")
+    assert [signal.getsignal(number) for number in pretrain.Stop.SIGNALS] == before
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tiny_config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "kept"
+    words = [sys.executable, str(ROOT / "pretrain.py"), "--config", str(tiny_config), f"out={out}", "checkpoint.every_steps=1"]
+    process = subprocess.Popen(["nohup", *words], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while newest_step(out) < 2 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 0 and (out / "encoder" / "model.safetensors").exists()
 
 
 @pytest.fixture

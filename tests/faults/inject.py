@@ -322,6 +322,7 @@ def child(request: dict[str, Any]) -> None:
     try:
         os.setpgid(0, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup make faults
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
         for number, path in ((1, request["stdout"]), (2, request["stderr"])):

@@ -16,6 +16,7 @@ import torch
 import yaml
 from conftest import Pretrain, striped_images, write_parquet
 from PIL import Image
+from refused import main_refuses, refusal
 
 import pretrain
 from ssl_emp import config as module
@@ -28,23 +29,6 @@ from ssl_emp.scores import ScoreState
 
 Record = Callable[[str, object], None]
 CPU = torch.device("cpu")
-
-
-def refusal(call: Callable[[], object]) -> str:
-    """The message of the UserError that the call ends with: one line that names a fix."""
-    with pytest.raises(UserError) as caught:
-        call()
-    assert ". fix: " in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
-    return str(caught.value)
-
-
-def main_refuses(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that pretrain.py says, exit code 2."""
-    capsys.readouterr()
-    assert pretrain.main(list(arguments)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and ". fix: " in line
-    return line
 
 
 def encoder_hash(run: Path) -> str:

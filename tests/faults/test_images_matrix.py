@@ -24,6 +24,7 @@ import pytest
 import torch
 from conftest import Pretrain, striped_images, write_parquet
 from PIL import Image, PngImagePlugin
+from refused import main_refuses, refusal
 
 import pretrain
 from linear_eval import Features
@@ -60,23 +61,6 @@ def fill(root: Path, files: dict[str, bytes]) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
     return root
-
-
-def refusal(call: Callable[[], object]) -> str:
-    """The message of the UserError that the call ends with: one line that names a fix."""
-    with pytest.raises(UserError) as caught:
-        call()
-    assert ". fix: " in str(caught.value) and "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def main_refuses(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that pretrain.py says, exit code 2."""
-    capsys.readouterr()
-    assert pretrain.main(list(arguments)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and ". fix: " in line
-    return line
 
 
 def mean_color(images: ImageSet, name: str) -> list[float]:
