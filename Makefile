@@ -15,7 +15,7 @@ test: .venv/installed
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -q -m slow
 
-# every fault of docs/faults.md, and that page anew: about 15 minutes on 2 cores
+# every fault of docs/faults.md, and that page anew: 15 to 20 minutes on 2 cores
 faults: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/report.py
 

@@ -110,12 +110,12 @@ def _read_manifests(folder: Path) -> dict[str, list[str]]:
     return known
 
 
-def _num_bytes(tree: Any) -> int:
+def num_bytes(tree: Any) -> int:
     """Bytes of the tensors in nested dicts and lists."""
     if isinstance(tree, Tensor):
         return tree.nbytes
     branches = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
-    return sum(map(_num_bytes, branches))
+    return sum(map(num_bytes, branches))
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], step: int) -> None:
@@ -142,7 +142,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], step: int) -> None:
             for name in MANIFESTS:
                 write_atomically(folder / name, json.dumps(digests, indent=1).encode())
     except (OSError, RuntimeError) as error:  # a full disk surfaces from torch.save as RuntimeError
-        raise cannot_write(path, error, _num_bytes(state)) from error
+        raise cannot_write(path, error, num_bytes(state)) from error
     for old in folder.glob("step_*.pt"):
         if old not in kept:
             with suppress(OSError):  # what cannot be removed only takes room, and goes with the next

@@ -258,10 +258,15 @@ def _take_slurm_for_torchrun() -> None:
     """srun starts one process a task: the names that torchrun would have given them."""
     from lightning_fabric.plugins.environments import SLURMEnvironment  # it reads SLURM's lists of nodes; seconds to import
 
-    slurm = SLURMEnvironment()
-    os.environ.setdefault("MASTER_ADDR", slurm.main_address)
-    os.environ.setdefault("MASTER_PORT", str(slurm.main_port))
-    os.environ |= {"RANK": str(slurm.global_rank()), "WORLD_SIZE": str(slurm.world_size()), "LOCAL_RANK": str(slurm.local_rank())}
+    try:
+        slurm = SLURMEnvironment()
+        os.environ.setdefault("MASTER_ADDR", slurm.main_address)
+        os.environ.setdefault("MASTER_PORT", str(slurm.main_port))
+        os.environ |= {"RANK": str(slurm.global_rank()), "WORLD_SIZE": str(slurm.world_size()), "LOCAL_RANK": str(slurm.local_rank())}
+    except (RuntimeError, KeyError, ValueError) as error:
+        what = f"SLURM's variables are not those of srun with several tasks ({error})"
+        raise UserError(what, "give sbatch --ntasks-per-node and start by srun, or unset SLURM_NTASKS for one process") from error
+    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["SLURM_NTASKS_PER_NODE"])
 
 
 def launch(count: int, command: Sequence[str]) -> None:

@@ -157,6 +157,13 @@ MUTANTS = [
         'map_location="cpu", weights_only=False',
         "tests/test_checkpoint.py -k pickle",
     ),
+    Mutant(
+        "a checkpoint has its name before it is on disk",
+        "ssl_emp/checkpoint.py",
+        "            os.fsync(file.fileno())\n",
+        "",
+        "tests/test_checkpoint.py -k put_on_disk",
+    ),
 ]
 
 

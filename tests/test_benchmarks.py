@@ -146,6 +146,7 @@ def test_the_sweeps_are_compared_at_the_same_objective() -> None:
         pytest.param("augmentation", False, {"ours / lightly", "ours / ours_eager"}, marks=pytest.mark.slow),
         pytest.param("training", True, {"ours / L", "ours / L+", "ours / ours_eager"}, marks=pytest.mark.slow),
         pytest.param("pruning", True, {"speed-up, s=0.3", "speed-up, s=0.7", "added to a step / step"}, marks=pytest.mark.slow),
+        ("checkpoint", False, {"save_checkpoint / torch.save", "share of the time, every 10 minutes"}),
         ("knn", False, {"faiss / ours", "lightly / ours"}),
         ("evaluation", False, {"sklearn / ours", "sklearn_warm / ours", "ours_50 / ours_1", "ours_50 / torch_loop", "lightly / ours"}),
         pytest.param("loss", False, {"lightly / ours", "ours / lightly"}, marks=pytest.mark.slow),

@@ -148,6 +148,26 @@ def test_a_file_that_is_replaced_is_whole_or_as_it_was(tmp_path: Path) -> None:
     assert str(tmp_path / "missing") in str(caught.value.filename)
 
 
+def test_a_name_is_given_to_what_is_on_disk_and_put_on_disk_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Power loss cannot be had here; the order that survives it can: content synced, renamed, directory synced."""
+    done: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        done.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def noted_replace(old: Path, new: Path) -> None:
+        done.append(("replace", str(old)))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    save_checkpoint(tmp_path, state(1), 1)
+    files = [tmp_path / f".{name}.tmp" for name in ("manifest.json", "manifest.copy.json", "step_00000001.pt")]
+    assert done == [step for file in files for step in (("fsync", str(file)), ("replace", str(file)), ("fsync", str(tmp_path)))]
+
+
 def test_the_line_about_a_full_disk_says_how_much(tmp_path: Path) -> None:
     outer = RuntimeError("unexpected pos 768 vs 662")
     outer.__context__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

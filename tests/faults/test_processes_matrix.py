@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,8 +24,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 Note = Callable[[str, object], None]
 
 
-def start(script: Sequence[str | Path], *arguments: str | Path) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+def start(script: Sequence[str | Path], *arguments: str | Path, **variables: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | variables
     words = [str(word) for word in (*script, *arguments)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     return subprocess.Popen(words, env=environment | {"OMP_NUM_THREADS": "1"}, **pipes)
@@ -47,6 +48,17 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "nothing came of it"
         time.sleep(0.02)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:
@@ -243,6 +255,54 @@ def test_D12_torchrun_restarts(tiny_config: Path, uninterrupted: Path, tmp_path:
     code, out, err = finish(process)
     assert code == 0 and re.search(r"resume    epoch \d+, step \d+", out), err
     assert same_bits(run, uninterrupted)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("lost", [False, True], ids=["to the end", "one is lost"])
+def test_D13_two_machines(lost: bool, tiny_config: Path, uninterrupted: Path, tmp_path: Path, record_property: Note) -> None:
+    """D13 | two torchrun of one process each, as on two machines; the second is killed with its process | both end with 0, bit-identical; the first names the lost rank, and --resume goes on"""
+    run, port = tmp_path / "run", free_port()
+    address = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
+    machine: list[str | Path] = [*TORCHRUN[:3], "--nnodes", "2", "--nproc-per-node", "1", *address, ROOT / "pretrain.py"]
+    arguments: list[str | Path] = ["--config", tiny_config, f"out={run}", "epochs=8", "checkpoint.every_steps=1"]
+    first = start(machine, *arguments)
+    wait_for(lambda: answers(port))  # it is the one where they meet
+    second = start(machine, *arguments)
+    if lost:
+        wait_for(lambda: has_step(run, 5))
+        process_of_it = children(second)
+        began = time.monotonic()
+        for pid in (second.pid, *process_of_it):
+            os.kill(pid, signal.SIGKILL)
+        ended = [finish(process, 60) for process in (first, second)]
+        record_property("seconds", round(time.monotonic() - began, 1))
+        assert ended[0][0] == 1
+        code, _, err = pretrain("--resume", run, "devices=2")
+        assert code == 0, err
+    else:
+        ended = [finish(process) for process in (first, second)]
+        assert [code for code, _, _ in ended] == [0, 0], ended
+    said = [line for _, _, err in ended for line in error_lines(err)]
+    assert bool(said) == lost and all("rank" in line for line in said), ended
+    assert same_bits(run, uninterrupted)
+
+
+@pytest.mark.faults
+def test_D14_srun(tiny_config: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """D14 | two processes with the variables that srun gives them; one of its variables missing | bit-identical to devices=2; one line, code 2"""
+    task = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}
+    task |= {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "MASTER_PORT": str(free_port())}
+    arguments: list[str | Path] = [sys.executable, ROOT / "pretrain.py", "--config", tiny_config, f"out={tmp_path / 'run'}", "epochs=8"]
+    processes = [start(arguments, **task, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in "01"]
+    ended = [finish(process) for process in processes]
+    assert [code for code, _, _ in ended] == [0, 0] and not ended[1][1], ended
+    assert same_bits(tmp_path / "run", uninterrupted)
+    for missing in ("SLURM_NTASKS_PER_NODE", "SLURM_LOCALID"):
+        variables = task | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+        del variables[missing]
+        code, _, err = finish(start([*arguments[:4], f"out={tmp_path / 'never'}"], **variables))
+        (line,) = err.splitlines()
+        assert code == 2 and line.startswith("error: SLURM's variables") and "--ntasks-per-node" in line, err
 
 
 @pytest.mark.faults
