@@ -7,8 +7,8 @@ ENCODER    a run directory, an encoder directory (model.safetensors and config.j
 EVALUATOR  `knn` (every k of knn.num_neighbors from one search), `linear` (linear.protocol: lbfgs, cached or augmented), `fewshot` (few
            labels, several draws; fewshot.finetune trains the network too), `finetune` (the whole network), `diagnose` (collapse,
            effective rank, neighbours, a map, embeddings.parquet), `transfer` (transfer.suite, a YAML file of target data sets)
-key=value  data.* and model.* as in pretrain.py; the sections knn, linear, fewshot, finetune, diagnose, transfer (EvalConfig below); seed,
-           device, batch_size, cache_dir
+key=value  data.* and model.* as in pretrain.py; the sections knn, linear, fewshot, finetune, diagnose, transfer; seed, device,
+           batch_size, cache_dir (all of them in ssl_emp/eval_config.py)
 
 A run is judged on the data in its own config.yaml, all others on that of the first run named, without one on mnist5k; data.source
 replaces the whole of it. data.max_images limits the train split only. Features are computed once for an encoder and a data set and kept
@@ -21,27 +21,19 @@ on them and writes. The numbers are those of one process.
 """
 
 import argparse
-import difflib
 import hashlib
-import io
 import json
-import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as distributed
-from pydantic import BeforeValidator, Field, ValidationError
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 
 from linear_eval import EvalError, Features, extract_features
 from linear_eval.augmented import augmented_probe
@@ -52,124 +44,24 @@ from linear_eval.finetune import TrainResult, finetune, state_hash
 from linear_eval.knn import import_faiss, knn_accuracies, knn_predict
 from linear_eval.linear import linear_probe, multi_label_probe, sgd_probe
 from linear_eval.metrics import MULTI_LABEL
-from linear_eval.ranks import PeerLost, num_ranks, raise_together, rank
+from linear_eval.ranks import PeerLost, in_turn, own_device, process_group, rank
 from linear_eval.targets import TARGETS, torchvision_target
 from linear_eval.transfer import Outcome, Target, Transfer, draw_bars, missing_lines, parse_suite, run_suite, to_csv, to_markdown, to_rows
-from ssl_emp import load_encoder
 from ssl_emp.augment import Recipe, cut_views, draw_params
 from ssl_emp.checkpoint import write_atomically
-from ssl_emp.config import AugmentConfig, DataConfig, ModelConfig, Section, apply_override, parse_yaml
+from ssl_emp.config import DataConfig, parse_yaml
 from ssl_emp.device import keep_freed_memory, pick_device
 from ssl_emp.errors import Parser, UserError
+from ssl_emp.eval_config import EvalConfig, check, parse_overrides
 from ssl_emp.images import EncodedPixels, ImageSet, align_labels, fingerprint, listed, load_images, load_source
-from ssl_emp.model import build_encoder
 from ssl_emp.report import show_progress
+from ssl_emp.subjects import Subject, find_subjects, is_run, read_run_data
 
 USAGE = "python evaluate.py ENCODER [ENCODER ...] knn|linear|fewshot|finetune|diagnose|transfer [...] [key=value ...], see --help"
-Checked = TypeVar("Checked", bound=Section)
 Made = TypeVar("Made")
 Row = dict[str, Any]  # one line of the table, keys COLUMNS
 COLUMNS = ("encoder", "evaluator", "data", "protocol", "metric", "value", "std", "n_test", "seed")
 ROW_KEY = ("encoder", "data", "protocol", "metric", "seed")  # a rerun replaces the rows that agree in these
-
-
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-
-
-def as_list(value: Any) -> Any:
-    return [value] if isinstance(value, int | float | str) else value
-
-
-class KnnConfig(Section):
-    num_neighbors: Annotated[list[Count], Field(min_length=1), BeforeValidator(as_list)] = [20]  # one, or several from one search
-    temperature: Positive | None = 0.1  # null: every neighbour has one vote
-    backend: Literal["auto", "faiss", "torch"] = "auto"
-
-
-class LinearConfig(Section):
-    protocol: Literal["lbfgs", "cached", "augmented"] = "lbfgs"
-    val_fraction: Share = 0.2  # of the train split, held out to choose l2, or the learning rate
-    max_iter: Count = 1000  # lbfgs: steps a fit
-    precision: Literal["float32", "float64"] = "float32"  # lbfgs
-    epochs: Count | None = None  # null: 100 for cached, 90 for augmented
-
-
-class FewshotConfig(Section):
-    fractions: Annotated[list[Share], BeforeValidator(as_list)] = [0.01, 0.1]  # of the labels
-    per_class: Annotated[list[Count], BeforeValidator(as_list)] = []
-    num_draws: Annotated[int, Field(ge=3)] = 5
-    finetune: bool = False  # train the network too, besides the frozen features
-    epochs: Count = 60  # of finetune
-
-
-class FinetuneConfig(Section):
-    epochs: Count = 30
-    lr: Annotated[list[Positive], Field(min_length=1), BeforeValidator(as_list)] = [
-        0.05
-    ]  # for 256 images a step; several: chosen on a held-out part of train
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    batch_size: Annotated[int, Field(ge=4)] = 256
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    bf16: bool = False
-    val_fraction: Share = 0.2
-
-
-class DiagnoseConfig(Section):
-    split: Literal["test", "train"] = "test"  # a run's train split has scores and times trained beside its embeddings
-    max_samples: Annotated[int, Field(ge=2, le=50_000)] = 10_000
-    num_queries: Annotated[int, Field(ge=1, le=64)] = 8
-    num_neighbors: Annotated[int, Field(ge=1, le=20)] = 8
-    map: Literal["pca", "umap"] = "pca"
-
-
-class TransferConfig(Section):
-    suite: str = "configs/suites/small.yaml"
-    root: str = "data"  # where torchvision keeps its data sets
-    download: bool = False
-    num_draws: Annotated[int, Field(ge=100, le=100_000)] = 1000  # of the bootstrap
-
-
-class EvalConfig(Section):
-    data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
-    knn: KnnConfig = KnnConfig()
-    linear: LinearConfig = LinearConfig()
-    fewshot: FewshotConfig = FewshotConfig()
-    finetune: FinetuneConfig = FinetuneConfig()
-    diagnose: DiagnoseConfig = DiagnoseConfig()
-    transfer: TransferConfig = TransferConfig()
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # initialises `random`, draws what is held out
-    device: str = "auto"
-    batch_size: Count = 256
-    cache_dir: str | None = ".cache/ssl_emp/features"  # null: features are not kept
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One encoder to judge, and on what."""
-
-    name: str
-    weights: str  # what they are, for the protocol column
-    data: DataConfig
-    image_size: int | None  # pixels a side that it wants; None: as the images are
-    build: Callable[[int], nn.Module]  # image size S -> module: (B, 3, S, S) float in [0, 1] -> (B, D)
-    eval_dir: Path | None  # where its rows go
-
-
-class Pixels(nn.Module):
-    """No encoder: images (B, 3, S, S) -> (B, 3 S S), the floor that every encoder should beat."""
-
-    def __init__(self, image_size: int) -> None:
-        super().__init__()
-        self.image_size = image_size
-        self.feature_dim = 3 * image_size**2
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1)
 
 
 # ---- what the user asked for -----------------------------------------------------------------------------------------
@@ -189,179 +81,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[list[str], list[str], dict[
         if not wanted:
             raise UserError(f"no {kind} named", USAGE)
     return encoders, evaluators, parse_overrides(overrides), arguments.out
-
-
-def parse_overrides(overrides: list[str]) -> dict[str, Any]:
-    """`["knn.num_neighbors=5", "seed=1"]` -> `{"knn": {"num_neighbors": 5}, "seed": 1}`; an unknown key is a UserError."""
-    known: list[str] = []
-    for name, field in EvalConfig.model_fields.items():
-        section = getattr(field.annotation, "model_fields", None)
-        known += [name] if section is None else [f"{name}.{key}" for key in section]
-    values: dict[str, Any] = {}
-    for override in overrides:
-        key = override.partition("=")[0]
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            raise UserError(f"unknown key {key!r}", f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}")
-        apply_override(EvalConfig, values, override)
-    return values
-
-
-def check(section: type[Checked], values: Any, where: str) -> Checked:
-    """`section` filled with `values`, or a UserError that names the first one that does not fit."""
-    try:
-        return section.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(part for part in first["loc"] if isinstance(part, str))  # not the place in a list
-        raise UserError(f"{key}: {first['msg']} (is {str(first['input'])[:60]!r}), in {where}", f"correct {key}") from error
-
-
-# ---- encoders --------------------------------------------------------------------------------------------------------
-
-
-def find_subjects(names: list[str], config: EvalConfig, given: dict[str, Any]) -> list[Subject]:
-    """The encoders by their names on the command line. All files are read here: mistakes show before the work starts.
-
-    What is no run is judged beside the first run: on its data, `random` with its architecture and normalisation.
-    """
-    runs = {name: load_encoder(name) for name in names if is_run(Path(name))}
-    datas = {name: read_run_data(Path(name), given) for name in runs}
-    first = next(iter(runs), None)
-    data, eval_dir = (config.data, None) if first is None else (datas[first], Path(first) / "eval")
-    given_size = config.data.image_size
-    common_size = given_size if first is None or given_size else runs[first].image_size
-
-    spec, mean, std = config.model.model_dump(), AugmentConfig().mean, AugmentConfig().std
-    if first is not None:
-        spec |= runs[first].spec | given.get("model", {})
-        mean, std = runs[first].mean.flatten().tolist(), runs[first].std.flatten().tolist()
-
-    def random_network(image_size: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            return build_encoder(spec["arch"], spec["width"], spec["stem"], image_size, mean, std)
-
-    subjects = []
-    for name in names:
-        if name in runs:
-            run = runs[name]
-            subject = Subject(name, "last epoch", datas[name], given_size or run.image_size, fixed(run), Path(name) / "eval")
-        elif name == "random":
-            subject = Subject(name, f"untrained {spec['arch']} of width {spec['width']}", data, common_size, random_network, eval_dir)
-        elif name == "pixels":
-            subject = Subject(name, "raw pixels", data, common_size, Pixels, eval_dir)
-        elif name.startswith("timm:"):
-            network, own_size, is_fixed = load_timm(name.removeprefix("timm:"))
-            size = own_size if is_fixed else given_size or own_size
-            subject = Subject(name, "timm weights", data, size, fixed(network), eval_dir)
-        elif name.startswith("torchvision:"):
-            network, own_size, is_fixed, weights = load_torchvision(name.removeprefix("torchvision:"))
-            size = own_size if is_fixed else given_size or own_size
-            subject = Subject(name, f"torchvision weights {weights}", data, size, fixed(network), eval_dir)
-        elif Path(name).is_dir():
-            if (Path(name) / "config.yaml").is_file():
-                raise UserError(f"the run {name} has no encoder yet", f"finish it: python pretrain.py --resume {name}")
-            encoder = load_encoder(name)
-            subject = Subject(name, "as exported", data, given_size or encoder.image_size, fixed(encoder), eval_dir)
-        else:
-            near = difflib.get_close_matches(name, [*ALL_EVALUATORS, "random", "pixels"], n=1)
-            kinds = "a run directory, an encoder directory, random, pixels, timm:NAME or torchvision:NAME"
-            fix = f"did you mean {near[0]}?" if near else f"ENCODER is {kinds}"
-            raise UserError(f"{name!r} is no directory, encoder or evaluator", fix)
-        subjects.append(subject)
-    return subjects
-
-
-def is_run(path: Path) -> bool:
-    return (path / "encoder").is_dir() and (path / "config.yaml").is_file()
-
-
-def read_run_data(run: Path, given: dict[str, Any]) -> DataConfig:
-    """The data section of RUN/config.yaml under the overrides. Another source does not inherit what described the run's."""
-    path = run / "config.yaml"
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error})", "give a run directory that pretrain.py wrote") from error
-    own = values.get("data") if isinstance(values, dict) else None
-    if not isinstance(own, dict):
-        raise UserError(f"{path} has no data section", "give a run directory that pretrain.py wrote")
-    overrides = given.get("data", {})
-    inherited = {} if "source" in overrides else own | {"labels": "auto"}  # a run may train without labels, judging needs them
-    return check(DataConfig, inherited | overrides, str(path))
-
-
-def fixed(network: nn.Module) -> Callable[[int], nn.Module]:
-    return lambda image_size: network
-
-
-class Normalized(nn.Module):
-    """A network behind its input normalisation: images (B, 3, H, W) float in [0, 1] -> (B, D)."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, network: nn.Module, mean: list[float], std: list[float]) -> None:
-        super().__init__()
-        self.network = network
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network((images - self.mean) / self.std)
-
-
-def load_timm(name: str) -> tuple[nn.Module, int, bool]:
-    """A pretrained timm model without its classifier: (module, image size, whether it takes that size only)."""
-    try:
-        import timm
-    except ImportError as error:
-        raise UserError(f"timm:{name} needs the package timm", "pip install timm") from error
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry; the error below says it once
-    try:
-        network = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # unknown name, no weights, no network: timm and its hub have no common error
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"timm:{name} cannot be loaded ({type(error).__name__}: {reason[:200]})",
-            "check the name with timm.list_pretrained(), and that the network or timm's cache has the weights",
-        ) from error
-    about: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]  # typed as any attribute of a module
-    module = Normalized(network, list(about["mean"]), list(about["std"]))
-    return module, about["input_size"][-1], bool(about.get("fixed_input_size"))
-
-
-def load_torchvision(name: str) -> tuple[nn.Module, int, bool, str]:
-    """A torchvision model with its best weights, without its last layer: (module, image size, whether only that, name of the weights)."""
-    from torchvision import models
-
-    known = models.list_models(module=models)  # those that classify images: their last layer can be left out
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        fix = f"did you mean torchvision:{near[0]}?" if near else "see torchvision.models.list_models(module=torchvision.models)"
-        raise UserError(f"torchvision has no image classifier {name!r}", fix)
-    weights = models.get_model_weights(name).DEFAULT
-    try:
-        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):  # torch.hub says that it downloads
-            network = models.get_model(name, weights=weights, progress=sys.stderr.isatty())
-    except Exception as error:  # no network, a damaged or another file: torch.hub and the unpickler have no common error
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"the weights of torchvision:{name} cannot be loaded ({type(error).__name__}: {reason[:200]})",
-            f"connect to the network, or put {weights.url.rpartition('/')[2]} into {torch.hub.get_dir()}/checkpoints",
-        ) from error
-    drop_last_layer(network)
-    about = weights.transforms()
-    is_fixed = isinstance(network, models.VisionTransformer | models.MaxVit)  # position embeddings, windows that must fit
-    return Normalized(network, list(about.mean), list(about.std)), about.crop_size[0], is_fixed, weights.name
-
-
-def drop_last_layer(network: nn.Module) -> None:
-    """Puts an Identity in the place of a torchvision classifier's layer that scores the classes; what leads to it stays."""
-    head = next(name for name in ("fc", "classifier", "heads", "head") if hasattr(network, name))
-    scoring = [name for name, part in getattr(network, head).named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
-    network.set_submodule(f"{head}.{scoring[-1]}".rstrip("."), nn.Identity())
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -873,7 +592,7 @@ def understand(argv: list[str] | None) -> tuple[list[Subject], list[str], EvalCo
     config = check(EvalConfig, given, "the command line")
     device = own_device(pick_device(config.device))
     names = [os.path.normpath(name) if os.path.exists(name) else name for name in names]
-    return find_subjects(names, config, given), evaluators, config, device, out
+    return find_subjects(names, config, given, ALL_EVALUATORS), evaluators, config, device, out
 
 
 def evaluate(argv: list[str] | None) -> None:
@@ -928,60 +647,6 @@ def write_transfer(folder: Path, transfer: Transfer) -> None:
 def safe_name(name: str) -> str:
     """An encoder's name as a folder name."""
     return re.sub(r"[^\w.-]+", "_", name).strip("._") or "encoder"
-
-
-# ---- several processes -----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def process_group() -> Iterator[None]:
-    """The group that torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) asks for; none where it asks for no more than one process."""
-    given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
-    if len(given) == 1:
-        raise UserError(f"of RANK and WORLD_SIZE only {given[0]} is set", f"start with torchrun, which sets both, or unset {given[0]}")
-    if not given or os.environ["WORLD_SIZE"] == "1" or distributed.is_initialized():
-        yield
-        return
-    try:
-        store, number, count = next(rendezvous("env://", timeout=timedelta(minutes=2)))
-        # As long as the slowest evaluator of the first process may take; a process that ends closes its connections, which shows at once.
-        distributed.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=timedelta(days=7))
-    except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise UserError(
-            f"the processes do not find each other ({reason})", "start with torchrun, or set MASTER_ADDR and MASTER_PORT"
-        ) from error
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
-
-
-def own_device(device: torch.device) -> torch.device:
-    """The GPU of this process, one each."""
-    if device.type != "cuda" or num_ranks() == 1:
-        return device
-    here, count = int(os.environ.get("LOCAL_RANK", rank())), torch.cuda.device_count()
-    if device.index is not None or here >= count:
-        raise UserError(f"{num_ranks()} processes share device={device} ({count} here)", "start one process a GPU, or set device=cpu")
-    return torch.device("cuda", here)
-
-
-def in_turn(work: Callable[[], Made]) -> Made:
-    """`work()` by every process, by the first of a machine before its others: those then find what it downloaded or built."""
-    if num_ranks() == 1:
-        return work()
-    found: list[Made] = []
-    goes_first = os.environ.get("LOCAL_RANK", str(rank())) == "0"
-    for turn in (True, False):
-        error = None
-        if turn == goes_first:
-            try:
-                found.append(work())
-            except Exception as caught:
-                error = caught
-        raise_together(error)
-    return found[0]
 
 
 def main(argv: list[str] | None = None) -> int:

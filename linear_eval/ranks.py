@@ -4,20 +4,49 @@ They are torch.distributed's default group, on gloo: what travels is on the CPU,
 process 0 of 1. Every process must call these functions in the same order.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from linear_eval.errors import EvalError
 
+Made = TypeVar("Made")
 ELEMENTS = 2**26  # numbers sent at once: 256 MiB
 
 
 class PeerLost(RuntimeError):
     """Another process ended, or does not answer. The message is one line, `what. fix: how`."""
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """The group that torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) asks for; none where it asks for no more than one process."""
+    given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if len(given) == 1:
+        raise EvalError(f"of RANK and WORLD_SIZE only {given[0]} is set", f"start with torchrun, which sets both, or unset {given[0]}")
+    if not given or os.environ["WORLD_SIZE"] == "1" or dist.is_initialized():
+        yield
+        return
+    try:
+        store, number, count = next(rendezvous("env://", timeout=timedelta(minutes=2)))
+        # As long as the slowest evaluator of the first process may take; a process that ends closes its connections, which shows at once.
+        dist.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=timedelta(days=7))
+    except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise EvalError(
+            f"the processes do not find each other ({reason})", "start with torchrun, or set MASTER_ADDR and MASTER_PORT"
+        ) from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -27,6 +56,33 @@ def rank() -> int:
 
 def num_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def own_device(device: torch.device) -> torch.device:
+    """The GPU of this process, one each."""
+    if device.type != "cuda" or num_ranks() == 1:
+        return device
+    here, count = int(os.environ.get("LOCAL_RANK", rank())), torch.cuda.device_count()
+    if device.index is not None or here >= count:
+        raise EvalError(f"{num_ranks()} processes share device={device} ({count} here)", "start one process a GPU, or set device=cpu")
+    return torch.device("cuda", here)
+
+
+def in_turn(work: Callable[[], Made]) -> Made:
+    """`work()` by every process, by the first of a machine before its others: those then find what it downloaded or built."""
+    if num_ranks() == 1:
+        return work()
+    found: list[Made] = []
+    goes_first = os.environ.get("LOCAL_RANK", str(rank())) == "0"
+    for turn in (True, False):
+        error = None
+        if turn == goes_first:
+            try:
+                found.append(work())
+            except Exception as caught:
+                error = caught
+        raise_together(error)
+    return found[0]
 
 
 def share_of(number: int, num_items: int) -> range:

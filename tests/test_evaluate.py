@@ -20,6 +20,7 @@ from torchvision import models
 
 import evaluate
 from linear_eval import Features
+from ssl_emp import subjects
 from ssl_emp.config import DataConfig
 from ssl_emp.images import ImageSet, fingerprint, load_images
 from ssl_emp.model import build_encoder, save_encoder
@@ -317,9 +318,9 @@ def test_a_network_of_one_size_says_so(tiny_data: Path, monkeypatch: pytest.Monk
 
 def test_a_run_with_data_of_another_shape_and_ctrl_c(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {"data": {"max_images": 5}}
-    inherited = evaluate.read_run_data(run_dir, given)
+    inherited = subjects.read_run_data(run_dir, given)
     assert (inherited.max_images, inherited.labels) == (5, "auto")  # trained without labels, judged with them
-    assert evaluate.read_run_data(run_dir, {"data": {"source": "cifar10"}}) == DataConfig(source="cifar10")
+    assert subjects.read_run_data(run_dir, {"data": {"source": "cifar10"}}) == DataConfig(source="cifar10")
 
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt

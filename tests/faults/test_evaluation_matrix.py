@@ -30,6 +30,7 @@ import linear_eval.knn
 from linear_eval import EvalError, Features, knn_accuracies
 from linear_eval.finetune import state_hash
 from linear_eval.knn import import_faiss, knn_predictions
+from ssl_emp import load_encoder, subjects
 from ssl_emp.model import build_encoder, save_encoder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -443,7 +444,7 @@ def test_H8_the_encoder_stays_as_it_was(run: Run, run_dir: Path, monkeypatch: py
 def test_H8_an_encoder_that_changes_itself(run: Run, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """H8 | an encoder that writes a buffer in eval mode | one line, no number"""
 
-    class Counting(evaluate.Pixels):
+    class Counting(subjects.Pixels):
         def __init__(self, image_size: int) -> None:
             super().__init__(image_size)
             self.register_buffer("seen", torch.zeros(1))
@@ -452,7 +453,7 @@ def test_H8_an_encoder_that_changes_itself(run: Run, tiny_data: Path, monkeypatc
             self.get_buffer("seen").add_(len(images))
             return super().forward(images)
 
-    monkeypatch.setattr(evaluate, "Pixels", Counting)
+    monkeypatch.setattr(subjects, "Pixels", Counting)
     found = run("pixels", "knn", f"data.source={tiny_data}", *PLAIN)
     refused(found, "pixels changed while knn judged it")
     assert not found.rows
@@ -477,7 +478,7 @@ def test_H9_test_images_in_train(run: Run, run_dir: Path, tmp_path: Path) -> Non
 def test_H4_features_do_not_depend_on_batches_or_threads(how: str, run_dir: Path, tmp_path: Path, tiny_data: Path) -> None:
     """H4 | another batch size, another number of threads | features within 1e-5, the same table"""
     torch.manual_seed(1)
-    encoder = evaluate.load_encoder(run_dir)
+    encoder = load_encoder(run_dir)
     images = evaluate.load_images(str(tiny_data), "train")
     usual = evaluate.extract_features(encoder, images.pixels, images.labels, batch_size=256)
     threads = torch.get_num_threads()

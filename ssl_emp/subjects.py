@@ -1,0 +1,188 @@
+"""The encoders that evaluate.py judges: a run's, an exported one, an untrained one, none at all, timm's and torchvision's."""
+
+import difflib
+import io
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssl_emp.config import AugmentConfig, DataConfig, parse_yaml
+from ssl_emp.errors import UserError
+from ssl_emp.eval_config import EvalConfig, check
+from ssl_emp.model import build_encoder, load_encoder
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One encoder to judge, and on what."""
+
+    name: str
+    weights: str  # what they are, for the protocol column
+    data: DataConfig
+    image_size: int | None  # pixels a side that it wants; None: as the images are
+    build: Callable[[int], nn.Module]  # image size S -> module: (B, 3, S, S) float in [0, 1] -> (B, D)
+    eval_dir: Path | None  # where its rows go
+
+
+class Pixels(nn.Module):
+    """No encoder: images (B, 3, S, S) -> (B, 3 S S), the floor that every encoder should beat."""
+
+    def __init__(self, image_size: int) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self.feature_dim = 3 * image_size**2
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+
+def find_subjects(names: list[str], config: EvalConfig, given: dict[str, Any], evaluators: Iterable[str]) -> list[Subject]:
+    """The encoders by their names on the command line. All files are read here: mistakes show before the work starts.
+
+    What is no run is judged beside the first run: on its data, `random` with its architecture and normalisation. `evaluators` are what
+    a word that is neither may have been meant for.
+    """
+    runs = {name: load_encoder(name) for name in names if is_run(Path(name))}
+    datas = {name: read_run_data(Path(name), given) for name in runs}
+    first = next(iter(runs), None)
+    data, eval_dir = (config.data, None) if first is None else (datas[first], Path(first) / "eval")
+    given_size = config.data.image_size
+    common_size = given_size if first is None or given_size else runs[first].image_size
+
+    spec, mean, std = config.model.model_dump(), AugmentConfig().mean, AugmentConfig().std
+    if first is not None:
+        spec |= runs[first].spec | given.get("model", {})
+        mean, std = runs[first].mean.flatten().tolist(), runs[first].std.flatten().tolist()
+
+    def random_network(image_size: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return build_encoder(spec["arch"], spec["width"], spec["stem"], image_size, mean, std)
+
+    subjects = []
+    for name in names:
+        if name in runs:
+            run = runs[name]
+            subject = Subject(name, "last epoch", datas[name], given_size or run.image_size, fixed(run), Path(name) / "eval")
+        elif name == "random":
+            subject = Subject(name, f"untrained {spec['arch']} of width {spec['width']}", data, common_size, random_network, eval_dir)
+        elif name == "pixels":
+            subject = Subject(name, "raw pixels", data, common_size, Pixels, eval_dir)
+        elif name.startswith("timm:"):
+            network, own_size, is_fixed = load_timm(name.removeprefix("timm:"))
+            size = own_size if is_fixed else given_size or own_size
+            subject = Subject(name, "timm weights", data, size, fixed(network), eval_dir)
+        elif name.startswith("torchvision:"):
+            network, own_size, is_fixed, weights = load_torchvision(name.removeprefix("torchvision:"))
+            size = own_size if is_fixed else given_size or own_size
+            subject = Subject(name, f"torchvision weights {weights}", data, size, fixed(network), eval_dir)
+        elif Path(name).is_dir():
+            if (Path(name) / "config.yaml").is_file():
+                raise UserError(f"the run {name} has no encoder yet", f"finish it: python pretrain.py --resume {name}")
+            encoder = load_encoder(name)
+            subject = Subject(name, "as exported", data, given_size or encoder.image_size, fixed(encoder), eval_dir)
+        else:
+            near = difflib.get_close_matches(name, [*evaluators, "random", "pixels"], n=1)
+            kinds = "a run directory, an encoder directory, random, pixels, timm:NAME or torchvision:NAME"
+            fix = f"did you mean {near[0]}?" if near else f"ENCODER is {kinds}"
+            raise UserError(f"{name!r} is no directory, encoder or evaluator", fix)
+        subjects.append(subject)
+    return subjects
+
+
+def is_run(path: Path) -> bool:
+    return (path / "encoder").is_dir() and (path / "config.yaml").is_file()
+
+
+def read_run_data(run: Path, given: dict[str, Any]) -> DataConfig:
+    """The data section of RUN/config.yaml under the overrides. Another source does not inherit what described the run's."""
+    path = run / "config.yaml"
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({error})", "give a run directory that pretrain.py wrote") from error
+    own = values.get("data") if isinstance(values, dict) else None
+    if not isinstance(own, dict):
+        raise UserError(f"{path} has no data section", "give a run directory that pretrain.py wrote")
+    overrides = given.get("data", {})
+    inherited = {} if "source" in overrides else own | {"labels": "auto"}  # a run may train without labels, judging needs them
+    return check(DataConfig, inherited | overrides, str(path))
+
+
+def fixed(network: nn.Module) -> Callable[[int], nn.Module]:
+    return lambda image_size: network
+
+
+class Normalized(nn.Module):
+    """A network behind its input normalisation: images (B, 3, H, W) float in [0, 1] -> (B, D)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network((images - self.mean) / self.std)
+
+
+def load_timm(name: str) -> tuple[nn.Module, int, bool]:
+    """A pretrained timm model without its classifier: (module, image size, whether it takes that size only)."""
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"timm:{name} needs the package timm", "pip install timm") from error
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry; the error below says it once
+    try:
+        network = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:  # unknown name, no weights, no network: timm and its hub have no common error
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"timm:{name} cannot be loaded ({type(error).__name__}: {reason[:200]})",
+            "check the name with timm.list_pretrained(), and that the network or timm's cache has the weights",
+        ) from error
+    about: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]  # typed as any attribute of a module
+    module = Normalized(network, list(about["mean"]), list(about["std"]))
+    return module, about["input_size"][-1], bool(about.get("fixed_input_size"))
+
+
+def load_torchvision(name: str) -> tuple[nn.Module, int, bool, str]:
+    """A torchvision model with its best weights, without its last layer: (module, image size, whether only that, name of the weights)."""
+    from torchvision import models
+
+    known = models.list_models(module=models)  # those that classify images: their last layer can be left out
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        fix = f"did you mean torchvision:{near[0]}?" if near else "see torchvision.models.list_models(module=torchvision.models)"
+        raise UserError(f"torchvision has no image classifier {name!r}", fix)
+    weights = models.get_model_weights(name).DEFAULT
+    try:
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):  # torch.hub says that it downloads
+            network = models.get_model(name, weights=weights, progress=sys.stderr.isatty())
+    except Exception as error:  # no network, a damaged or another file: torch.hub and the unpickler have no common error
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"the weights of torchvision:{name} cannot be loaded ({type(error).__name__}: {reason[:200]})",
+            f"connect to the network, or put {weights.url.rpartition('/')[2]} into {torch.hub.get_dir()}/checkpoints",
+        ) from error
+    drop_last_layer(network)
+    about = weights.transforms()
+    is_fixed = isinstance(network, models.VisionTransformer | models.MaxVit)  # position embeddings, windows that must fit
+    return Normalized(network, list(about.mean), list(about.std)), about.crop_size[0], is_fixed, weights.name
+
+
+def drop_last_layer(network: nn.Module) -> None:
+    """Puts an Identity in the place of a torchvision classifier's layer that scores the classes; what leads to it stays."""
+    head = next(name for name in ("fc", "classifier", "heads", "head") if hasattr(network, name))
+    scoring = [name for name, part in getattr(network, head).named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+    network.set_submodule(f"{head}.{scoring[-1]}".rstrip("."), nn.Identity())
