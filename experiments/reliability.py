@@ -124,7 +124,8 @@ def measure(run: Path, batch_size: int, arguments: argparse.Namespace) -> list[d
             halves(left),
             explained,
         )
-        about = {"run": run.name, "epochs": job.config.epochs, "width": job.config.model.width, "batch_size": batch_size, "score": name}
+        about = {"run": run.name, "data": Path(job.config.data.source).name, "epochs": job.config.epochs, "width": job.config.model.width}
+        about |= {"batch_size": batch_size, "score": name}
         rows.append(about | {"images": count, "draws": arguments.draws} | dict(zip(COLUMNS, figures, strict=True)))
     return rows
 
