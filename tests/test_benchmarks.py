@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import striped_images, write_parquet
 
-from benchmarks import common, evaluation, lightly_loop, memory
+from benchmarks import common, evaluation, lightly_loop, memory, parity
 from benchmarks.common import Ratio
 from ssl_emp.errors import UserError
+from ssl_emp.model import build_encoder, save_encoder
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +169,17 @@ def test_a_quick_run_of_each(name: str, takes_data: bool, ratios: set[str], data
         found |= case["ratios"]
     assert ratios <= found.keys()
     assert all(math.isfinite(row["median"]) and row["median"] > 0 for row in found.values())
+
+
+def test_the_evaluators_are_those_of_the_libraries(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    torch.manual_seed(0)
+    save_encoder(build_encoder("resnet18", 8, "cifar", 16, [0.5] * 3, [0.25] * 3), tmp_path / "encoder")
+    out = tmp_path / "parity.json"
+    parity.main([str(tmp_path / "encoder"), "--data", str(tiny_data), "--device", "cpu", "--out", str(out)])
+    result = json.loads(out.read_text(), parse_constant=no_constant)
+    assert [row["same label"] for row in result["knn"]] == [100.0] * 4 and all(row["ours"] == row["theirs"] for row in result["knn"])
+    assert [row["l2"] for row in result["logistic"]] == list(parity.L2)
+    above = [abs(row["objective above theirs"]) for row in result["logistic"] if row["l2"] >= 1]
+    assert max(above) < 1e-4, "68 images are separable: below, the objective goes to 0, and an absolute tolerance ends the fit"
+    assert str(tiny_data) not in out.read_text() and "| l2 |" in capsys.readouterr().out
