@@ -285,12 +285,19 @@ def launch(count: int, command: Sequence[str]) -> None:
 
 
 def leave_ranks(ranks: Ranks) -> None:
-    """After the work: wait for the others, then close the connections."""
-    if ranks.world_size > 1:
-        ranks.meet(patient=True)
-        dist.destroy_process_group()
-        for process in STARTED:
-            process.wait()
+    """After the work: wait for the others, then close the connections. Rank 0, in whose process the store may live, goes last."""
+    if ranks.store is None:
+        return
+    ranks.meet(patient=True)
+    if ranks.is_first:
+        keys, deadline = [f"left/{rank}" for rank in range(1, ranks.world_size)], time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < deadline and not ranks.store.check(keys):
+            time.sleep(0.02)
+    else:
+        ranks.store.set(f"left/{ranks.rank}", "yes")
+    dist.destroy_process_group()
+    for process in STARTED:
+        process.wait()
 
 
 def is_exchange(error: Exception, ranks: Ranks) -> bool:

@@ -26,23 +26,26 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _as_rank(work: Callable[[Ranks], Any], rank: int, world_size: int, port: int, answers: Any) -> None:
+def _as_rank(work: Callable[[Ranks], Any], rank: int, world_size: int, port: int, answers: Any, all_answered: Any) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     try:
         answers.put((rank, work(join_ranks(1, 30.0, needs_gpu=False))))
     except Exception as error:  # noqa: BLE001 - told to the test
         answers.put((rank, error))
+    all_answered.wait(60)  # rank 0 has the store, which the others may be reading
 
 
 def on_ranks(world_size: int, work: Callable[[Ranks], Any]) -> list[Any]:
     """What `work(ranks)` gives in each of `world_size` forked processes that talk by gloo."""
     context = multiprocessing.get_context("fork")  # torch is imported already: seconds a process
-    answers, port = context.Queue(), free_port()
-    processes = [context.Process(target=_as_rank, args=(work, rank, world_size, port, answers)) for rank in range(world_size)]
+    answers, all_answered, port = context.Queue(), context.Event(), free_port()
+    shared = (world_size, port, answers, all_answered)
+    processes = [context.Process(target=_as_rank, args=(work, rank, *shared)) for rank in range(world_size)]
     for process in processes:
         process.start()
     found = dict(answers.get(timeout=60) for _ in processes)
+    all_answered.set()
     for process in processes:
         process.join(30)
         assert process.exitcode == 0
@@ -161,16 +164,34 @@ def test_the_first_goes_first_and_every_word_is_heard() -> None:
     assert all(words == ["word 0", "word 1", "word 2"] for _, _, words in times)
 
 
+def test_rank_0_leaves_last() -> None:
+    """The store may live in its process: a rank that is slow to leave still finds it."""
+
+    def work(ranks: Ranks) -> float:
+        if ranks.rank == 2:
+            heard = ranks._heard
+
+            def slowly(key: str) -> bool:
+                time.sleep(0.3)
+                return heard(key)
+
+            ranks._heard = slowly  # type: ignore[method-assign]
+        ranks_module.leave_ranks(ranks)
+        return time.monotonic()
+
+    left = on_ranks(3, work)
+    assert all(isinstance(moment, float) for moment in left), left
+    assert left[0] >= left[2] - 0.2 and left[2] - left[1] > 0.2, left
+
+
 def test_a_confession_reaches_who_waits() -> None:
     def work(ranks: Ranks) -> Any:
         if ranks.rank == 1:
             ranks.confess("the file a.jpg is bad", 2)
-            time.sleep(1)
             return None
         try:
             ranks.meet()
         except ranks_module.LostRank as error:
-            time.sleep(2)  # rank 0 has the store
             return str(error), error.code, error.speaks
         return "nothing heard"
 
