@@ -117,7 +117,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
     every = config.monitor.reliability_every
     rescores = job.rule.scores and prune.scoring != "stale"
 
-    scores = ScoreState(num_samples, prune.score_ema, prune.adjusts, device)
+    scores = ScoreState(num_samples, prune.score_ema, prune.adjusts, device, prune.shrink)
     start, step_in_epoch, step, batches, weight = 0, 0, 0, None, None
     skipped: Tensor | None = None  # (steps,) of the epoch, whose loss or gradient was not finite
     bad = torch.zeros(2, dtype=torch.int64, device=device)  # steps that were skipped: in a row until now, the longest row since the start

@@ -144,11 +144,11 @@ def split_by_age(job: Job, scored_epoch: Tensor, epoch: int) -> tuple[Tensor, Te
 
 
 def foresee(job: Job, state: ScoreState, epoch: int) -> Tensor:
-    """What the views that `epoch` will draw add to each sample's terms, (2, N), without drawing them: randomness is keyed."""
+    """The terms (2, N) that each sample is expected to have under the views of `epoch`, without drawing them: randomness is keyed."""
     everyone, side = torch.arange(job.num_samples, device=job.device), job.images.pixels.shape[-1]
     parts = []
     for index in everyone.split(2**16):  # a draw is 150 bytes and more a sample on the way
-        parts.append(state.explained(draw_features(*draw_params(job.config.seed, epoch, index, job.recipe, side), side)))
+        parts.append(state.expected(index, draw_features(*draw_params(job.config.seed, epoch, index, job.recipe, side), side)))
     return torch.cat(parts, 1)
 
 
@@ -157,7 +157,8 @@ def measure_reliability(job: Job, model: Any, views_of: Any, state: ScoreState, 
 
     `draw_reliability` is the rank correlation of the two draws' scores, r. `score_reliability` is that of the score that
     selects: its correlation c with a draw is the root of (its own reliability times r), so it is c² / r; None where r is too close to 0.
-    With `prune.adjust` there is `foresight` too: how the score expected of a draw correlates with the one it then has.
+    With `prune.adjust` there are `foresight`, how the score expected of a draw correlates with the one it then has, and `recall`, the
+    slope of a sample's loss on what was remembered of it, both without the draw.
     """
     batch_size = job.config.batch_size
     batches = min(-(-job.config.monitor.reliability_images // batch_size), job.num_samples // batch_size)
@@ -170,7 +171,7 @@ def measure_reliability(job: Job, model: Any, views_of: Any, state: ScoreState, 
         terms, draws = score_pass(job, model, views_of, order, order[:0], epoch_key, job.recipe)
         if draws is not None:
             known = state.times_scored[order] > 0
-            expected = job.rule.score(state.terms[:, order] + state.explained(draws), state.variance[order], epoch)
+            expected = job.rule.score(state.expected(order, draws), state.variance[order], epoch)
             seen = job.rule.score(terms, torch.zeros_like(terms[0]), epoch)
             foresights.append(rank_correlation(expected[known], seen[known]))
             terms = state.adjusted(order, terms, draws)
@@ -184,4 +185,4 @@ def measure_reliability(job: Job, model: Any, views_of: Any, state: ScoreState, 
     with_selecting = (rank_correlation(selecting, scores[0]) + rank_correlation(selecting, scores[1])) / 2
     r, c, *foresight = torch.stack([both, with_selecting, *([torch.stack(foresights).mean()] if foresights else [])]).tolist()
     figures: dict[str, float | None] = {"draw_reliability": r, "score_reliability": c * abs(c) / r if r > 0.02 else None}
-    return figures | ({"foresight": foresight[0]} if foresight else {})
+    return figures | ({"foresight": foresight[0], "recall": state.slope()[0].item()} if foresight else {})

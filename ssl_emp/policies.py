@@ -93,7 +93,7 @@ class Rule:
         """The `count` samples of a pruned epoch, everything where the epoch is a full one.
 
         Args:
-            foreseen: (2, N), what the views that this epoch will draw add to the terms of the policies that rank.
+            foreseen: (2, N), the terms that are expected under the views of this epoch, for the policies that rank; None: those remembered.
         """
         loss = state.terms[0]
         if not self.plan.is_pruned(epoch):
@@ -108,7 +108,7 @@ class Rule:
             case "indices":
                 assert self.fixed is not None
                 return Kept(self.fixed[:count])
-        terms = state.terms if foreseen is None else state.terms + foreseen
+        terms = state.terms if foreseen is None else foreseen
         score = softened(self.score(terms, state.variance, epoch), self.soften, seed, epoch)
         return top(score, count, self.explore, seed, epoch)
 

@@ -65,14 +65,15 @@ class ScoreState:
             Bias-corrected: the n-th observation weighs ema / (1 - (1 - ema)^n), so the second one counts half and more.
         adjust: store what the draw of the augmentation and the state of the network do not explain, see `adjusted`.
         device: where the tensors live.
+        shrink: needs `adjust`; see `expected`.
     """
 
     PER_SAMPLE = ("last", "terms", "variance", "times_scored", "scored_epoch", "times_trained", "trained_epoch")
-    REGRESSION = ("gram", "cross")
+    REGRESSION = ("gram", "cross", "recall")
 
-    def __init__(self, num_samples: int, ema: float, adjust: bool, device: torch.device) -> None:
+    def __init__(self, num_samples: int, ema: float, adjust: bool, device: torch.device, shrink: bool = False) -> None:
         assert 0 < ema <= 1, ema
-        self.ema, self.adjust = ema, adjust
+        self.ema, self.adjust, self.shrink = ema, adjust, shrink
         counter = torch.zeros(num_samples, dtype=torch.int32, device=device)
         self.last = torch.full((2, num_samples), torch.inf, device=device)  # loss and memory term as last seen; +inf = never scored
         self.terms = self.last.clone()  # their running means, adjusted where asked: what ranks
@@ -81,6 +82,7 @@ class ScoreState:
         self.scored_epoch, self.trained_epoch = counter - 1, counter - 1  # -1 = never
         self.gram = torch.zeros(NUM_DRAW_FEATURES, NUM_DRAW_FEATURES, device=device)
         self.cross = torch.zeros(NUM_DRAW_FEATURES, 2, device=device)
+        self.recall = torch.zeros(2, 2, device=device)  # of the running means with what is then seen: covariance, variance; by term
 
     def observe(self, index: Tensor, terms: Tensor, draw: Tensor | None, epoch: int, good: Tensor | None = None) -> None:
         """Take in the terms (2, B) of the samples `index` (B,), seen with the network of `epoch`. Reads nothing from the device.
@@ -98,6 +100,7 @@ class ScoreState:
             assert draw is not None
             self._learn(terms, draw)
             terms = self.adjusted(index, terms, draw)
+            self._learn_recall(index, terms)
         rate = self.ema / (1 - (1 - self.ema) ** times)  # (B,)
         first = times == 1
         step = terms - torch.where(first, terms, before)
@@ -129,6 +132,31 @@ class ScoreState:
         self.gram = FORGET * self.gram + x.T @ x
         self.cross = FORGET * self.cross + x.T @ y
 
+    def _learn_recall(self, index: Tensor, terms: Tensor) -> None:
+        """How far what was remembered of the samples tells what is seen of them now, both without the draw."""
+        known = (self.times_scored[index] > 0).float()
+        before = torch.where(known > 0, self.terms[:, index], 0.0)
+        number = known.sum().clamp(min=1)
+        before, now = ((value - (value * known).sum(1, keepdim=True) / number) * known for value in (before, terms))
+        self.recall = FORGET * self.recall + torch.stack([(before * now).sum(1), before.square().sum(1)])
+
+    def expected(self, index: Tensor, draw: Tensor) -> Tensor:
+        """The terms (2, B) that the samples `index` (B,) will have under a draw (B, F), up to a constant.
+
+        The running mean of a sample is mostly noise. Where `shrink`, it counts for as much as it was found to tell: times the slope of
+        what was seen on what was remembered (Kelley 1927, the estimate of a true score). Only the samples trained on are seen again,
+        and choosing them by what is remembered does not bias a slope on it.
+        """
+        terms = self.terms[:, index]
+        if self.shrink:
+            terms = torch.where(terms < torch.inf, self.slope().clamp(0, 1).unsqueeze(1) * terms, torch.inf)
+        return terms + self.explained(draw)
+
+    def slope(self) -> Tensor:
+        """Of what was seen on what was remembered, by term: (2,), 0 before any sample was seen twice."""
+        covariance, variance = self.recall
+        return torch.where(variance > 0, covariance / variance, 0.0)
+
     def adjusted(self, index: Tensor, terms: Tensor, draw: Tensor) -> Tensor:
         """The terms (2, B) without what the draw explains and without the level of the network's present state.
 
@@ -141,7 +169,7 @@ class ScoreState:
 
     def explained(self, draw: Tensor) -> Tensor:
         """What the regression expects a draw (B, F) to add to the terms, up to a constant: (2, B)."""
-        ridge = RIDGE * self.gram.diagonal().mean() * torch.eye(NUM_DRAW_FEATURES, device=draw.device)
+        ridge = (RIDGE * self.gram.diagonal().mean()).clamp(min=1e-12) * torch.eye(NUM_DRAW_FEATURES, device=draw.device)
         weights = torch.linalg.solve_ex(self.gram + ridge, self.cross).result  # (F, 2); solve() would wait for a GPU to check
         return (draw @ weights).T
 
@@ -152,4 +180,4 @@ class ScoreState:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """What `state_dict` gave, from any device."""
         for name in (*self.PER_SAMPLE, *self.REGRESSION):
-            setattr(self, name, state[name].to(self.terms.device))
+            setattr(self, name, state[name].to(self.terms.device, copy=True))

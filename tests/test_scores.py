@@ -128,3 +128,44 @@ def test_what_a_draw_will_add_is_foreseen() -> None:
     expected = state.terms + state.explained(draw)
     assert rank_correlation(expected[0], terms[0]).item() > 0.98
     assert rank_correlation(state.terms[0], terms[0]).item() < 0.6, "the sample alone says little about this draw"
+
+
+def choose_and_observe(state: ScoreState, noise: float, epochs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Epochs on the better half by what is expected; the truth has variance 1, a sight of it `noise` more. -> last truth, terms, draws."""
+    everyone = torch.arange(len(state.last[0]))
+    for epoch in range(epochs):
+        truth, terms, draw = noisy_world(epoch + 1, len(everyone), level=5.0 - epoch)
+        terms = terms + noise * torch.randn(terms.shape, generator=torch.Generator().manual_seed(100 + epoch))
+        kept = everyone if epoch == 0 else state.expected(everyone, draw)[0].topk(len(everyone) // 2).indices
+        for batch in kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(epoch))].view(-1, 64):
+            state.observe(batch, terms[:, batch], draw[batch], epoch)
+    return truth, terms, draw
+
+
+@pytest.mark.parametrize("noise", [0.5, 2.0])
+def test_what_is_remembered_counts_for_as_much_as_it_tells(noise: float) -> None:
+    """The slope is the reliability of a single sight, 1 / (1 + noise²), though only those with the highest expectation are seen again."""
+    state = ScoreState(4096, ema=1.0, adjust=True, device=CPU, shrink=True)
+    choose_and_observe(state, noise, epochs=4)
+    covariance, variance = state.recall
+    assert (covariance / variance)[0].item() == pytest.approx(1 / (1 + noise**2 + 0.1**2), rel=0.04)
+
+
+def test_nothing_is_remembered_until_a_sample_was_seen_twice() -> None:
+    state = ScoreState(64, ema=1.0, adjust=True, device=CPU, shrink=True)
+    _, terms, draw = noisy_world(1, 64, level=1.0)
+    everyone = torch.arange(64)
+    assert state.expected(everyone, draw).eq(torch.inf).all(), "never scored: always kept"
+    state.observe(everyone, terms, draw, 0)
+    assert state.expected(everyone, draw).equal(state.explained(draw))
+
+
+def test_shrinking_foresees_better_and_brings_more_samples_back() -> None:
+    """Where a sight is mostly noise: what is expected of a new draw comes closer to what is seen, and fewer samples stay out."""
+    found = {}
+    for shrink in (False, True):
+        state = ScoreState(4096, ema=0.3, adjust=True, device=CPU, shrink=shrink)
+        _, terms, draw = choose_and_observe(state, noise=5.0, epochs=12)
+        expected = state.expected(torch.arange(4096), draw)
+        found[shrink] = rank_correlation(expected[0], terms[0]).item(), (state.scored_epoch < 6).float().mean().item()
+    assert found[True][0] > found[False][0] + 0.03 and found[True][1] < 0.2 * found[False][1], found
