@@ -127,6 +127,7 @@ class PruneConfig(Section):
     adjust: bool = False  # take out of the score what the drawn augmentation explains
     foresee: bool = False  # brings adjust with it: rank by what the views that the coming epoch draws will make of the score
     shrink: bool = False  # with foresee: what is remembered of a sample counts for as much as it was found to tell
+    rescale: bool = False  # the loss of a pruned epoch weighs N / kept, as infobatch's does: its steps sum up to those of a full one
     explore: Probability | None = None  # share of the kept budget drawn at random; null: 0, but 0.1 for epsilon_greedy
     soften: Weight = 0.0  # noise added to the score before it ranks, in its standard deviations
     confidence: Weight = 1.0  # ucb: weight of the variance

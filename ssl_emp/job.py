@@ -158,6 +158,7 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
         explore=prune.explore_share,
         soften=prune.soften,
         confidence=prune.confidence,
+        rescale=prune.rescale,
         fixed=None if subset is None else subset.to(device),
     )
     job = Job(

@@ -49,6 +49,7 @@ class Rule:
     explore: float = 0.0
     soften: float = 0.0
     confidence: float = 1.0
+    rescale: bool = False  # weigh the kept by N / K where a policy gives no weights of its own
     fixed: Tensor | None = None  # policy indices: the subset, most wanted first
 
     @property
@@ -95,9 +96,15 @@ class Rule:
         Args:
             foreseen: (2, N), the terms that are expected under the views of this epoch, for the policies that rank; None: those remembered.
         """
-        loss = state.terms[0]
         if not self.plan.is_pruned(epoch):
-            return Kept(torch.arange(len(loss), device=loss.device))
+            return Kept(torch.arange(state.last.shape[1], device=state.last.device))
+        kept = self._choose(state, epoch, count, seed, foreseen)
+        if self.rescale and kept.weight is None:
+            return Kept(kept.index, state.last.new_full((count,), state.last.shape[1] / count))
+        return kept
+
+    def _choose(self, state: ScoreState, epoch: int, count: int, seed: int, foreseen: Tensor | None) -> Kept:
+        loss = state.terms[0]
         match self.policy:
             case "random":
                 return random_subset(len(loss), count, seed, epoch, loss.device)
