@@ -216,6 +216,30 @@ def test_policies_that_rank_differ_in_the_score_only() -> None:
     assert set(easy.index.tolist()) == set(loss.argsort()[:20].tolist())
 
 
+@pytest.mark.parametrize("policy", ["random", "loss", "emp", "scan"])
+def test_rescaled_the_kept_stand_for_all(policy: str) -> None:
+    """Weights sum to N where the epoch is pruned; which samples are kept does not change, nor do InfoBatch's own weights."""
+    state, plan = observed(scores(50, 1).exp(), scores(50, 2).exp()), PrunePlan(10, 0.5)
+    plain, rescaled = (Rule(policy, plan, rescale=rescale).choose(state, 1, 20, seed=0) for rescale in (False, True))
+    assert plain.weight is None and rescaled.weight is not None and rescaled.index.equal(plain.index)
+    assert rescaled.weight.tolist() == [2.5] * 20
+    assert Rule(policy, plan, rescale=True).choose(state, 0, 20, seed=0).weight is None, "the first epoch is a full one"
+    own, same = (Rule("infobatch", plan, rescale=rescale).choose(state, 1, 20, seed=0).weight for rescale in (False, True))
+    assert own is not None and same is not None and own.equal(same)
+
+
+def test_random_rescaled_has_the_full_gradient_in_the_mean() -> None:
+    state, rule = observed(scores(1000, 1), scores(1000, 2)), Rule("random", PrunePlan(4000, 0.7), rescale=True)
+    gradients = torch.randn(1000, 8, generator=torch.Generator().manual_seed(7)).double() + 0.3
+    draws = []
+    for epoch in range(1, 2001):
+        kept = rule.choose(state, epoch, 300, seed=1)
+        assert kept.weight is not None
+        draws.append(kept.weight.double() @ gradients[kept.index])
+    summed = torch.stack(draws)
+    assert ((summed.mean(0) - gradients.sum(0)) / (summed.std(0) / 2000**0.5)).abs().max() < 4.5, "standard errors"
+
+
 def test_weights_run_in_a_straight_line_over_the_pruned_epochs() -> None:
     rule = Rule("emp", PrunePlan(8, 0.5, warmup_epochs=2, anneal_fraction=0.125), beta=1.0, beta_end=3.0, loss_weight=-1.0)
     assert [rule.beta_at(epoch) for epoch in range(8)] == [1, 1, 1, 1.5, 2, 2.5, 3, 3]
