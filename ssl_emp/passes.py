@@ -157,8 +157,8 @@ def measure_reliability(job: Job, model: Any, views_of: Any, state: ScoreState, 
 
     `draw_reliability` is the rank correlation of the two draws' scores, r. `score_reliability` is that of the score that
     selects: its correlation c with a draw is the root of (its own reliability times r), so it is c² / r; None where r is too close to 0.
-    With `prune.adjust` there are `foresight`, how the score expected of a draw correlates with the one it then has, and `recall`, the
-    slope of a sample's loss on what was remembered of it, both without the draw.
+    With `prune.adjust` there is `foresight`, how the score expected of a draw correlates with the one it then has; with `prune.shrink`
+    `recall`, the slope of a sample's loss on what was remembered of it, both without the draw.
     """
     batch_size = job.config.batch_size
     batches = min(-(-job.config.monitor.reliability_images // batch_size), job.num_samples // batch_size)
@@ -185,4 +185,5 @@ def measure_reliability(job: Job, model: Any, views_of: Any, state: ScoreState, 
     with_selecting = (rank_correlation(selecting, scores[0]) + rank_correlation(selecting, scores[1])) / 2
     r, c, *foresight = torch.stack([both, with_selecting, *([torch.stack(foresights).mean()] if foresights else [])]).tolist()
     figures: dict[str, float | None] = {"draw_reliability": r, "score_reliability": c * abs(c) / r if r > 0.02 else None}
-    return figures | ({"foresight": foresight[0], "recall": state.slope()[0].item()} if foresight else {})
+    figures |= {"foresight": foresight[0]} if foresight else {}
+    return figures | ({"recall": state.slope()[0].item()} if foresight and state.shrink else {})

@@ -100,7 +100,8 @@ class ScoreState:
             assert draw is not None
             self._learn(terms, draw)
             terms = self.adjusted(index, terms, draw)
-            self._learn_recall(index, terms)
+            if self.shrink:
+                self._learn_recall(index, terms)
         rate = self.ema / (1 - (1 - self.ema) ** times)  # (B,)
         first = times == 1
         step = terms - torch.where(first, terms, before)
