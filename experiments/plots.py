@@ -138,7 +138,7 @@ def against_cost(rows: list[Row], metric: str, cost: str) -> Figure | None:
 def beta_sweep(rows: list[Row], metric: str) -> Figure | None:
     """The metric against β, a line for each scale of the memory term (and whatever else varies), `random` across where it is one figure."""
     swept = [row for row in rows if BETA in keys_of(row) and figure(row, metric) is not None]
-    if len({keys_of(row)[BETA] for row in swept}) < 2:
+    if len({keys_of(row)[BETA] for row in swept}) < 3:  # two are a comparison
         return None
     fig, axes = canvas("β, weight of the memory term", head(metric))
     lines = labelled(swept, [BETA])
@@ -195,8 +195,8 @@ def times_trained(rows: list[Row]) -> Figure | None:
     return fig
 
 
-def draw_all(rows: list[Row], folder: Path, metrics: list[str]) -> list[Path]:
-    """Write every figure that the rows can fill into `folder`; returns the paths."""
+def draw_all(rows: list[Row], folder: Path, metrics: list[str], prefix: str) -> list[Path]:
+    """Write every figure that the rows can fill as `folder/PREFIX_*.png`; returns the paths."""
     cost = cost_of(rows)[0]
     wanted: dict[str, Callable[[], Figure | None]] = {"times_trained": partial(times_trained, rows)}
     for metric in metrics:
@@ -207,6 +207,6 @@ def draw_all(rows: list[Row], folder: Path, metrics: list[str]) -> list[Path]:
     paths = []
     for name, draw in wanted.items():
         if fig := draw():
-            paths.append(folder / f"{name}.png")
+            paths.append(folder / f"{prefix}_{name}.png")
             fig.savefig(paths[-1], dpi=150)
     return paths

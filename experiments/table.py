@@ -2,6 +2,7 @@
 
     python -m experiments.table experiments/results/ssl_policies.jsonl
     python -m experiments.table RESULTS.jsonl --metric knn --by prune.policy prune.fraction --plots DIR --out FILE.md
+    python -m experiments.table RESULTS.jsonl OTHERS.jsonl --where optimizer.lr=0.24 prune.fraction=0.5
 
 Rows are grouped by every key in which they differ, except the seed. A difference to a policy is taken row by row, to the row of
 that policy with the same seed, the same fraction (so the same samples seen) and the same of everything else; p is that of a
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ssl_emp.config import parse_yaml
 from ssl_emp.errors import Parser, UserError
 
 Row = dict[str, Any]
@@ -56,6 +58,18 @@ def keys_of(row: Row) -> Row:
 def latest(rows: list[Row]) -> list[Row]:
     """One row for each set of keys, the last: it was run again."""
     return list({frozenset(keys_of(row).items()): row for row in rows}.values())
+
+
+def where(rows: list[Row], conditions: Row) -> list[Row]:
+    """Without the rows that say otherwise; `none`, which has no fraction, stays whatever fraction is asked for."""
+    return [row for row in rows if all(keys_of(row).get(key, value) == value for key, value in conditions.items())]
+
+
+def read_conditions(words: list[str]) -> Row:
+    """`key=value` words; the values are read as YAML. Raises UserError."""
+    if wrong := [word for word in words if "=" not in word]:
+        raise UserError(f"{wrong[0]!r} is not key=value", "write such as prune.fraction=0.5")
+    return {key: parse_yaml(text, word) for word in words for key, _, text in [word.partition("=")]}
 
 
 def varying(rows: list[Row]) -> list[str]:
@@ -237,6 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS.jsonl", help="one, or several of the same setting")
     parser.add_argument("--by", nargs="+", metavar="KEY", help="group by these keys instead, such as prune.policy prune.fraction")
+    parser.add_argument("--where", nargs="+", metavar="KEY=VALUE", default=[], help="leave out the rows that have another value")
     parser.add_argument("--metric", nargs="+", metavar="NAME", help="such as knn linear, or a key of the grid's log; all by default")
     parser.add_argument("--against", nargs="+", metavar="POLICY", default=AGAINST, help="differences to these: random shorter")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw PNG files there")
@@ -246,7 +261,10 @@ def main(argv: list[str] | None = None) -> int:
         rows = [row for path in arguments.results for row in read_rows(path)]
         if not rows:
             raise UserError(f"{arguments.results[0]} is empty", "run the grid first")
-        check_names(rows, arguments.by or [], arguments.metric or [])
+        conditions = read_conditions(arguments.where)
+        check_names(rows, [*(arguments.by or []), *conditions], arguments.metric or [])
+        if not (rows := where(rows, conditions)):
+            raise UserError(f"no row has {' and '.join(arguments.where)}", "leave one of them out, or see the values without --where")
         text = table(rows, arguments.by, arguments.metric, arguments.against)
         if arguments.out:
             arguments.out.write_text(text + "\n", encoding="utf-8")
@@ -255,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.plots:
             from experiments.plots import draw_all  # matplotlib takes a second to import, so only where it is asked for
 
-            for path in draw_all(latest(rows), arguments.plots, arguments.metric or metrics_of(rows)):
+            for path in draw_all(latest(rows), arguments.plots, arguments.metric or metrics_of(rows), arguments.results[0].stem):
                 print(path, file=sys.stderr)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

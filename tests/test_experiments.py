@@ -311,7 +311,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main([str(path), "--by", "prune.policy", "--metric", "reliability", "--out", str(out)]) == 0
     assert "| emp | 70 | 0.2500 ± 0.0000 |" in out.read_text()
-    for words, what in ((["--by", "prune.polcy"], "prune.policy"), (["--metric", "k"], "knn, linear, reliability")):
+    path.write_text(path.read_text() + json.dumps(made("none", 0, 100, 45.0)) + "\n")
+    assert main([str(path), "--where", "prune.beta=2", "prune.policy=emp"]) == 0
+    assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["| 70"]
+    assert main([str(path), "--where", "prune.beta=2", "--by", "prune.policy", "prune.beta"]) == 0  # unpruned: no β that could differ
+    assert [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines()[2:]] == [["| emp", "2"], ["| none", ""]]
+    wrong = {
+        "prune.policy": ["--by", "prune.polcy"],
+        "knn, linear, reliability": ["--metric", "k"],
+        "'prune.beta' is not key=value": ["--where", "prune.beta"],
+        "prune.beta, prune.policy": ["--where", "prune.bta=2"],
+        "no row has prune.beta=3 and prune.policy=emp": ["--where", "prune.beta=3", "prune.policy=emp"],
+    }
+    for what, words in wrong.items():
         assert main([str(path), *words]) == 2
         error = capsys.readouterr().err
         assert len(error.splitlines()) == 1 and what in error
@@ -352,8 +364,8 @@ def test_accuracy_against_samples_and_seconds(tmp_path: Path) -> None:
     ]
     bars = [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in histograms.axes[0].patches]  # type: ignore[attr-defined]  # bars
     assert bars == [(1, 25), (2, 50), (3, 25)]
-    paths = plots.draw_all(rows, tmp_path, ["knn"])
-    assert {path.name for path in paths} == {"times_trained.png", "knn_samples.png", "knn_seconds.png"}
+    paths = plots.draw_all(rows, tmp_path, ["knn"], "grid")
+    assert {path.name for path in paths} == {"grid_times_trained.png", "grid_knn_samples.png", "grid_knn_seconds.png"}
     for path in paths:
         pixels = np.asarray(Image.open(path).convert("L"))
         assert min(pixels.shape) > 300 and 0.002 < (pixels < 128).mean() < 0.5, path
@@ -373,4 +385,5 @@ def test_the_beta_sweep() -> None:
     assert axes.get_xscale() == "symlog" and [text.get_text() for text in axes.texts] == ["random"]
     level = [line for line in axes.get_lines() if list(line.get_ydata()) == [39.5, 39.5]]  # type: ignore[arg-type]  # numbers
     assert len(level) == 1
-    assert plots.beta_sweep(rows[:2], "knn") is None and plots.times_trained(rows) is None
+    two = [row for row in rows if row["cell"].get("prune.beta") != 10]
+    assert plots.beta_sweep(two, "knn") is None and plots.beta_sweep(rows[:2], "knn") is None and plots.times_trained(rows) is None
