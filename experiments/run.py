@@ -59,12 +59,13 @@ class Stopped(Exception):
 
 
 def expand(cells: list[Cell]) -> list[Cell]:
-    """`[{policy: [a, b], seed: [0, 1]}]` -> four cells, in the order written, seeds outermost. `[[a, b]]` is one value, a list."""
-    grid = []
+    """`[{policy: [a, b], seed: [0, 1]}]` -> four cells, in the order written, seeds outermost, each once. `[[a, b]]` is one value, a list."""
+    grid: list[Cell] = []
     for cell in cells:
         options = [value if isinstance(value, list) else [value] for value in cell.values()]
         grid += [dict(zip(cell, values, strict=True)) for values in itertools.product(*options)]
-    return sorted(grid, key=lambda cell: cell.get("seed", 0))
+    once = {json.dumps(cell, sort_keys=True): cell for cell in grid}  # lines of a grid may overlap
+    return sorted(once.values(), key=lambda cell: cell.get("seed", 0))
 
 
 def name_of(cell: Cell, settings: Cell, config: str) -> str:

@@ -29,6 +29,9 @@ def test_cells_multiply_out_seeds_first() -> None:
         *[("none", "0"), ("emp", "['a', 'b']", "0"), ("loss", "['a', 'b']", "0")],
         *[("none", "1"), ("emp", "['a', 'b']", "1"), ("loss", "['a', 'b']", "1")],
     ]
+    assert run.expand([{"policy": "emp", "seed": 0}, {"seed": [0, 1], "policy": "emp"}]) == [
+        *[{"policy": "emp", "seed": 0}, {"policy": "emp", "seed": 1}]  # lines that overlap: two runs in one folder
+    ]
 
 
 def test_names_tell_cells_apart_and_are_folder_names() -> None:
