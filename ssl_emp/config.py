@@ -61,7 +61,7 @@ class ModelConfig(Section):
 
 class OptimizerConfig(Section):
     name: Literal["sgd", "lars", "adamw"] = "sgd"
-    lr: Annotated[float, Field(gt=0)] = 0.06  # the peak, for the batch size given
+    lr: Annotated[float, Field(gt=0)] = 0.24  # the peak, for the batch size given; 0.06 for 128 images is a start for SGD
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     schedule: Literal["cosine", "onecycle"] = "cosine"  # onecycle has its own warm-up, and moves the momentum too
