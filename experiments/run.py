@@ -330,9 +330,6 @@ def run(arguments: argparse.Namespace) -> int:
         threads = 1 if arguments.jobs > 1 else None
         extra = read_extra(arguments.extra, cells)
         lab = Lab(grid, extra, runs, results, threads, arguments.keep_checkpoints, Children(held))
-        names = Counter(map(lab.name, cells))
-        if len(names) < len(cells):
-            raise UserError(f"cell {names.most_common(1)[0][0]} stands {max(names.values())} times in {arguments.grid}", "drop the others")
         done = [(row["cell"], row["settings"], row["config"]) for row in (read_rows(results) if results.exists() else [])]
         todo = [cell for cell in cells if lab.identity(cell) not in done]
         print(f"{len(cells) - len(todo)} of {len(cells)} cells done, {len(todo)} to do", flush=True)

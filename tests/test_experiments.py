@@ -185,7 +185,6 @@ def test_a_second_runner_is_refused(lab: FakeLab) -> None:
 def test_mistakes_are_one_line(lab: FakeLab) -> None:
     for cells, words, grid, what in (
         ([{"x": "a", "seed": 0}], ["seed=1"], {}, "seed is a key of the cells"),
-        ([{"x": ["a", "a"]}], [], {}, "stands 2 times"),
         ([{"x": "a"}], [], {"celsl": 1}, "is not a grid"),
         ([{"x": "a"}], [], {"config": "gone.yaml"}, "gone.yaml, the grid's config"),
         ([{"x": "a"}], ["k=["], {}, "not valid YAML"),
