@@ -59,7 +59,7 @@ class Stopped(Exception):
 
 
 def expand(cells: list[Cell]) -> list[Cell]:
-    """`[{policy: [a, b], seed: [0, 1]}]` -> four cells, in the order written, seeds outermost, each once. `[[a, b]]` is one value, a list."""
+    """`[{policy: [a, b], seed: [0, 1]}]` -> four cells, each once, in the order written, seeds first. `[[a, b]]` is one value, a list."""
     grid: list[Cell] = []
     for cell in cells:
         options = [value if isinstance(value, list) else [value] for value in cell.values()]
