@@ -40,7 +40,7 @@ from ssl_emp.lock import is_unused, sole_writer
 from ssl_emp.model import save_encoder
 from ssl_emp.optim import (
     build_optimizer,
-    gradients_are_finite,
+    gradient_norm,
     lr_at,
     one_cycle_lr,
     one_cycle_momentum,
@@ -119,7 +119,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
 
     scores = ScoreState(num_samples, prune.score_ema, prune.adjusts, device, prune.shrink)
     start, step_in_epoch, step, batches, weight = 0, 0, 0, None, None
-    skipped: Tensor | None = None  # (steps,) of the epoch, whose loss or gradient was not finite
+    norms: Tensor | None = None  # (steps,) of the epoch, of their gradients; inf where the loss or a gradient was not finite
     bad = torch.zeros(2, dtype=torch.int64, device=device)  # steps that were skipped: in a row until now, the longest row since the start
     before: dict[str, Tensor] = {}  # what the epoch's diagnosis compares with
     said: dict[str, tuple[int, float]] = {}  # what it told, when, and how bad it was
@@ -128,7 +128,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
     def snapshot(epoch: int, step_in_epoch: int, batches: Tensor | None, weight: Tensor | None) -> dict[str, Any]:
         model_state = {"model": job.model.state_dict(), "optimizer": optimizer.state_dict()}
         per_sample = {"scores": scores.state_dict(), "batches": batches, "weight": weight, "before": before, "said": said}
-        per_sample |= {"skipped": skipped, "bad_in_a_row": bad[0]}
+        per_sample |= {"norms": norms, "bad_in_a_row": bad[0]}
         position = {"epoch": epoch, "step_in_epoch": step_in_epoch, "step": step, "finished": step == total_steps, "seconds": dict(seconds)}
         source = {"config": config.model_dump(), "fingerprint": job.fingerprint, "bf16": job.bf16}
         return {**model_state, **per_sample, **position, **source}
@@ -147,7 +147,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
         if step_in_epoch:
             batches, weight = (None if part is None else part.to(device) for part in (state["batches"], state["weight"]))
             before = {name: part.to(device) for name, part in state["before"].items()}
-            skipped = state["skipped"].to(device)
+            norms = state["norms"].to(device)
         bad[0], said = state["bad_in_a_row"], dict(state["said"])
     if ranks.is_first:
         write_environment(out / "environment.json", device)
@@ -188,9 +188,9 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
             if kept.weight is not None:
                 weight = torch.ones(num_samples, device=device)
                 weight[kept.index] = kept.weight
-            skipped = torch.zeros(len(batches), dtype=torch.bool, device=device)
+            norms = torch.zeros(len(batches), device=device)
             ranks.agree_on(f"the samples of epoch {epoch + 1}", batches, scores.terms, scores.times_trained)
-        assert skipped is not None
+        assert norms is not None
         first_step, seconds_before = step_in_epoch, seconds["training"]
         label = f"epoch {epoch + 1}/{len(job.steps)}"
 
@@ -202,7 +202,8 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
                 optimizer.zero_grad(set_to_none=True)
                 weighted.mean().backward()
                 terms, draws = gathered(job, loss, memory, draw)
-                good = terms.isfinite().all() & gradients_are_finite(parameters)  # of all ranks: the gradients are summed by now
+                norm = gradient_norm(parameters)  # of all ranks: the gradients are summed by now
+                good = terms.isfinite().all() & norm.isfinite()
                 set_lr(optimizer, lr_of(step))
                 if one_cycle:
                     set_momentum(optimizer, one_cycle_momentum(step, total_steps))
@@ -210,14 +211,14 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
                 restore_unless(good, buffers, kept_buffers)
                 scores.observe(batches[step_in_epoch], terms, draws, epoch, good)
                 scores.count_trained(batches[step_in_epoch], epoch, good)
-                skipped[step_in_epoch] = ~good
+                norms[step_in_epoch] = norm.where(good, torch.inf)
                 bad = count_in_a_row(bad, good)
                 step, step_in_epoch = step + 1, step_in_epoch + 1
                 minutes, steps = (time.monotonic() - saved_at) / 60, step - saved_step
                 is_due = minutes > config.checkpoint.every_minutes or steps == config.checkpoint.every_steps
                 stopping, due = ranks.highest(stop.signal, is_due)  # read once: a signal may come at any moment
                 if device.type == "cpu" or due or stopping:  # on a GPU, reading the count waits for it: seldom
-                    check_bad_steps(bad, config.max_bad_steps, skipped, batches, epoch)
+                    check_bad_steps(bad, config.max_bad_steps, norms.isinf(), batches, epoch)
                 if due or stopping:
                     seconds["training"] += clock() - began
                     save(epoch, step_in_epoch, batches, weight)
@@ -227,7 +228,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
                     report.say(f"stopped by {name} after step {step}, saved. go on: python pretrain.py --resume {out}")
                     return 128 + stopping
 
-        check_bad_steps(bad, config.max_bad_steps, skipped, batches, epoch)
+        check_bad_steps(bad, config.max_bad_steps, norms.isinf(), batches, epoch)
         seconds["training"] += clock() - began
         rate = (len(batches) - first_step) * batch_size / (seconds["training"] - seconds_before)
         began = clock()
@@ -249,13 +250,13 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
             **reliability,
             "images_per_second": rate,
             "lr": lr_of(step - 1),
+            "gradient_norm": float(norms[norms.isfinite()].mean().nan_to_num()),  # of the loss as it was weighted
             **{f"{name}_seconds": value for name, value in seconds.items()},
             **({} if knn is None else {"knn_train_split": knn}),
         }
         if epoch + 1 == len(job.steps):
             row |= {"asked_share": plan.asked_share(), "real_share": step / job.full_steps}
-        bad_steps = skipped.nonzero().flatten().tolist()
-        if bad_steps:
+        if bad_steps := norms.isinf().nonzero().flatten().tolist():
             row["skipped_steps"] = len(bad_steps)
         if before:
             row |= diagnosis(job, scores, before, epoch)
@@ -269,7 +270,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
         if found is not None:
             said[found.kind] = (epoch, found.severity)
             report.say(f"warning   {found.line}")
-        batches, skipped, step_in_epoch, before = None, None, 0, {}
+        batches, norms, step_in_epoch, before = None, None, 0, {}
 
     check_weights(job.model, step)
     if not ranks.is_first:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ssl_emp._version import __version__
 from ssl_emp.errors import RunFailed, UserError
 
-FORMAT = 4
+FORMAT = 5
 KEPT = 2
 MANIFESTS = ("manifest.json", "manifest.copy.json")  # one damaged byte in the only one would cost every checkpoint
 

@@ -64,10 +64,9 @@ def build_optimizer(model: nn.Module, name: str, lr: float, momentum: float, wei
     return sgd
 
 
-def gradients_are_finite(params: Iterable[Tensor]) -> Tensor:
-    """0-d bool on the device, of all gradients; nothing is read from it."""
-    largest = torch._foreach_norm([p.grad for p in params if p.grad is not None], torch.inf)
-    return torch.stack(largest).isfinite().all()
+def gradient_norm(params: Iterable[Tensor]) -> Tensor:
+    """L2 norm of all gradients together, 0-d on the device, not finite where one of them is not; nothing is read from it."""
+    return torch.stack(torch._foreach_norm([p.grad for p in params if p.grad is not None])).norm()
 
 
 def step_where(optimizer: Optimizer, good: Tensor) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_emp.optim import Lars, build_optimizer, lr_at, one_cycle_lr, one_cycle_momentum, set_lr, set_momentum
+from ssl_emp.optim import Lars, build_optimizer, gradient_norm, lr_at, one_cycle_lr, one_cycle_momentum, set_lr, set_momentum
 
 
 def small_model(seed: int = 0) -> nn.Sequential:
@@ -73,6 +73,14 @@ def test_biases_and_norms_do_not_decay_and_state_survives(name: str) -> None:
         o.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert p.equal(q)
+
+
+def test_the_gradient_norm_is_that_of_all_gradients() -> None:
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape)) for shape in [(3, 4), (5,), ()]] + [nn.Parameter(torch.ones(2))]  # the last: unused
+    sum((p.square() * torch.rand_like(p)).sum() for p in params[:3]).backward()  # type: ignore[union-attr]  # of tensors
+    squares = [float(g) ** 2 for p in params[:3] if p.grad is not None for g in p.grad.flatten()]
+    assert len(squares) == 18 and float(gradient_norm(params)) == pytest.approx(math.sqrt(sum(squares)), rel=1e-6)
 
 
 def test_curve() -> None:

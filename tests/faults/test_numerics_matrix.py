@@ -14,7 +14,7 @@ import pretrain
 from ssl_emp import passes
 from ssl_emp.checkpoint import load_checkpoint
 from ssl_emp.loss import nt_xent
-from ssl_emp.optim import build_optimizer, gradients_are_finite, step_where
+from ssl_emp.optim import build_optimizer, gradient_norm, step_where
 from ssl_emp.policies import Rule
 from ssl_emp.pruning import PrunePlan
 from ssl_emp.ranks import Ranks
@@ -70,6 +70,7 @@ def test_E1_a_bad_step_changes_nothing(value: float, optimizer: str, pretrain_ru
     for name, tensor in before["scores"].items():
         assert after["scores"][name].equal(tensor), name
     assert after["step"] == 8 and int(after["bad_in_a_row"]) == 1 and rows(run)[0]["skipped_steps"] == 1
+    assert rows(run)[0]["gradient_norm"] == pytest.approx(float(before["norms"][:7].mean()))  # of the steps that were made
     samples = before["batches"][7].tolist()
     assert f"the first is step 8, samples {', '.join(map(str, samples))}" in (run / "train.log").read_text()
     monkeypatch.undo()
@@ -130,7 +131,7 @@ def test_E1_a_gradient_that_is_not_finite(name: str) -> None:
         first.grad[0, 0] += value
         before = [p.detach().clone() for p in model.parameters()]
         state = [t.clone() for values in optimizer.state.values() for t in values.values()]
-        good = gradients_are_finite(model.parameters())
+        good = gradient_norm(model.parameters()).isfinite()
         assert bool(good) == math.isfinite(value)
         step_where(optimizer, good)
         now = [t for values in optimizer.state.values() for t in values.values()]
