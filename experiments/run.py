@@ -221,7 +221,9 @@ def read_run(out: Path, evaluators: list[str], logged: list[str]) -> dict[str, A
     if (out / "result.json").exists():  # of a supervised run
         row |= {key: value for key, value in json.loads((out / "result.json").read_text()).items() if isinstance(value, int | float)}
     for name in evaluators:
-        row[name] = json.loads((out / "eval" / f"{name}.json").read_text())[0]["value"]
+        found = json.loads((out / "eval" / f"{name}.json").read_text())[-1]  # the newest: of a protocol of before there may be others
+        row[name] = found["value"]
+        row.setdefault("protocols", {})[name] = found["protocol"]
     full = max(epoch.get("kept_share", 1) for epoch in epochs)  # below 1 where a remainder is no batch; the first epoch is never pruned
     pruned = [epoch for epoch in epochs if epoch.get("kept_share", 1) < full]
     values = {key: [epoch[key] for epoch in pruned if isinstance(epoch.get(key), int | float)] for key in logged}

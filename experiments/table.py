@@ -11,6 +11,7 @@ two-sided paired t-test over the seeds.
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -136,6 +137,12 @@ def pairs(group: list[Row], policy: str, name: str, rows: list[Row]) -> list[tup
     return [(statistics.mean(ours), statistics.mean(theirs)) for ours, theirs in (zip(*several, strict=True) for several in found.values())]
 
 
+def ways(rows: list[Row], name: str) -> list[str]:
+    """The protocols by which the metric was measured, apart from what each run chose; two ways do not compare."""
+    said = [row.get("protocols", {}).get(name, "not recorded") for row in rows if name in row]
+    return sorted({re.sub(r"\b(l2|lr|wd)=[\d.e+-]+", r"\1", protocol) for protocol in said})
+
+
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +219,9 @@ def table(rows: list[Row], by: list[str] | None = None, metrics: list[str] | Non
     parts = [markdown(columns)]
     if any(difference for name, cells in columns.items() if " - " in name for difference in cells):
         parts.append(NOTE)
+    for name in metrics:
+        if len(found := ways(rows, name)) > 1:
+            parts.append(f"Do not compare: {head(name)} was measured in {len(found)} ways ({'; '.join(found)}). Evaluate those runs again.")
     if metrics and FRACTION in by and (summary := over_fractions(rows, by, metrics)):
         parts.append(summary)
     return "\n\n".join(parts)

@@ -76,7 +76,7 @@ import json, sys
 from pathlib import Path
 (Path(sys.argv[1]) / "eval").mkdir(exist_ok=True)
 for name in sys.argv[2:]:
-    (Path(sys.argv[1]) / "eval" / f"{name}.json").write_text(json.dumps([{"value": 50.0}]))
+    (Path(sys.argv[1]) / "eval" / f"{name}.json").write_text(json.dumps([{"value": 50.0, "protocol": f"{name}, l2=3 chosen"}]))
 """
 
 
@@ -300,6 +300,15 @@ def test_other_settings_are_another_group_and_a_rerun_replaces_its_row() -> None
     ]
     assert "+1.00 (n=1)" in lines[2] and "(n=" not in lines[3]
     assert pairs(rows[2:3], "random", "knn", rows) == []
+
+
+def test_figures_of_two_protocols_are_not_compared_in_silence() -> None:
+    rows = [made("emp", 0, 70, 40.0) | {"protocols": {"linear": "L-BFGS, l2=5.62e-05 of 45 chosen"}}]
+    rows += [made("random", 0, 70, 39.0) | {"protocols": {"linear": "L-BFGS, l2=10 of 45 chosen"}}]
+    assert "ways" not in table(rows)
+    rows[1]["protocols"]["linear"] = "L-BFGS, l2=10 chosen"
+    assert "Do not compare: linear % was measured in 2 ways" in table(rows) and "ways" not in table(rows, metrics=["knn"])
+    assert "not recorded" in table([rows[0], made("random", 0, 70, 39.0)])
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
