@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ssl_emp.augment import Recipe
-from ssl_emp.config import PretrainConfig
+from ssl_emp.config import PretrainConfig, PruneConfig
 from ssl_emp.device import describe_device, keep_freed_memory, pick_device
 from ssl_emp.errors import UserError, printable
 from ssl_emp.images import DeviceImages, HostImages, ImageSet, align_labels, fingerprint, load_images, place_images
 from ssl_emp.label_noise import noisy_labels
 from ssl_emp.model import Encoder, SimCLR, build_encoder
-from ssl_emp.policies import Rule, load_indices
+from ssl_emp.policies import RANKING, SCORING, Rule, load_indices
 from ssl_emp.pruning import PrunePlan
 from ssl_emp.ranks import ALONE, Ranks, share_batch_norm
 from ssl_emp.report import Report, show_progress
@@ -198,7 +198,26 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
     share = job.total_steps / job.full_steps
     report.say(f"plan      {config.epochs} epochs, batch {config.batch_size}; {kept}")
     report.say(f"          {job.total_steps:,} steps against {job.full_steps:,} unpruned ({share:.1%}, asked {plan.asked_share():.1%})")
+    if idle := idle_keys(prune):
+        report.say(f"note      without effect, with policy {prune.policy} and scoring {prune.scoring}: {', '.join(idle)}")
     return job
+
+
+def idle_keys(prune: PruneConfig) -> list[str]:
+    """Keys of `prune` that were changed from their defaults and have no say in what a run with these settings keeps or weighs."""
+    ranks, scores = prune.policy in RANKING, prune.policy in SCORING
+    rescores = scores and prune.scoring != "stale"
+    counts = {
+        **dict.fromkeys(("beta", "beta_end", "loss_weight", "loss_weight_end"), prune.policy == "emp"),
+        **dict.fromkeys(("memory", "layers"), prune.policy in ("emp", "distance")),
+        **dict.fromkeys(("ema", "adjust", "foresee", "scoring"), scores),  # foresee brings adjust
+        **dict.fromkeys(("explore", "soften"), ranks),
+        **dict.fromkeys(("scoring_draw", "scoring_draws", "scoring_size", "rescore_every"), rescores),
+        "shrink": ranks and prune.foresees,
+        "confidence": prune.policy == "ucb",
+        "rescale": prune.policy not in ("infobatch", "shorter", "none"),
+    }
+    return [f"prune.{key}" for key, heard in counts.items() if not heard and getattr(prune, key) != PruneConfig.model_fields[key].default]
 
 
 def count_classes(images: ImageSet) -> int:

@@ -28,10 +28,10 @@ from ssl_emp import job as job_module
 from ssl_emp import load_encoder, passes, policies
 from ssl_emp.augment import cut_views, draw_params
 from ssl_emp.checkpoint import load_checkpoint
-from ssl_emp.config import PretrainConfig, load_config
+from ssl_emp.config import PretrainConfig, PruneConfig, load_config
 from ssl_emp.errors import UserError
 from ssl_emp.images import DeviceImages, HostImages
-from ssl_emp.job import Job, prepare
+from ssl_emp.job import Job, idle_keys, prepare
 from ssl_emp.loss import nt_xent
 from ssl_emp.pruning import feature_distance, select_kept
 from ssl_emp.report import Report, rank_correlation
@@ -628,6 +628,31 @@ def test_every_policy_trains_the_same_number_of_samples(policy: str, pretrain_ru
     if policy == "indices":
         times = samples(run)["times_trained"]
         assert min(times[29:61]) >= 4 and max(times[:11]) <= 2, "the first 32 named are in every pruned epoch"
+
+
+TURNED = {  # the keys of prune.* beside policy, indices and the plan, away from their defaults
+    "beta": 0.5, "beta_end": 1.0, "loss_weight": -1.0, "loss_weight_end": -0.5, "memory": "normalized", "layers": ["layer3", "layer4"],
+    "ema": 0.7, "adjust": True, "foresee": True, "shrink": True, "scoring": "all", "scoring_draw": "common", "scoring_draws": 2,
+    "scoring_size": 8, "rescore_every": 2, "explore": 0.5, "soften": 3.0, "confidence": 50.0, "rescale": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", ["emp", "foresight", "loss", "distance", "ucb", "infobatch", "random", "none"])
+def test_keys_without_effect_are_named_and_have_none(policy: str, pretrain_run: Pretrain, capsys: pytest.CaptureFixture[str]) -> None:
+    """All that are said to be without effect are turned at once, and nothing changes; each of the others changes the weights."""
+    words = {key: f"prune.{key}={json.dumps(value)}" for key, value in TURNED.items()}
+    idle = [key for key, value in TURNED.items() if idle_keys(PruneConfig.model_validate({"policy": policy, key: value}))]
+    plain = pretrain_run("plain", f"prune.policy={policy}")
+    assert "note" not in capsys.readouterr().out
+    turned = pretrain_run("turned", f"prune.policy={policy}", *(words[key] for key in idle))
+    note = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("note"))
+    assert [key for key in TURNED if f"prune.{key}," in f"{note},"] == idle
+    exported = Path("encoder", "model.safetensors")
+    assert (turned / exported).read_bytes() == (plain / exported).read_bytes()
+    brought = {"adjust", "foresee"} if policy == "foresight" else set()  # it has them already
+    for key in TURNED.keys() - set(idle) - brought if policy in ("emp", "foresight", "infobatch") else ():
+        heard = pretrain_run(key, f"prune.policy={policy}", words[key])
+        assert (heard / exported).read_bytes() != (plain / exported).read_bytes(), key
 
 
 def test_weights_of_a_policy_reach_the_loss(pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
