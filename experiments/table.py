@@ -112,9 +112,9 @@ def figure(row: Row, name: str) -> float | None:
 
 
 def metrics_of(rows: list[Row]) -> list[str]:
-    """What the evaluators and result.json brought: the numbers of the rows that are no cost."""
-    names = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, int | float))
-    return [name for name in names if name != "samples_seen" and not name.endswith(("_seconds", "_share"))]
+    """What the evaluators and result.json brought: the numbers of the rows that are no cost and no count, as test_images is."""
+    names = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, float))
+    return [name for name in names if not name.endswith(("_seconds", "_share"))]
 
 
 def over_seeds(group: list[Row], name: str) -> dict[Any, float]:

@@ -238,7 +238,8 @@ def test_a_real_grid(tiny_config: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 def made(policy: str, seed: int, seen: int, knn: float, **more: Any) -> dict[str, Any]:
     cell = {"prune.policy": policy, **{f"prune.{key}": value for key, value in more.items()}, "seed": seed}
-    return {"cell": cell, "samples_seen": seen, "knn": knn, "linear": knn + 1, "training_seconds": 10.0 + seed}
+    counts = {"samples_seen": seen, "epoch": 20, "test_images": 10}
+    return {"cell": cell, **counts, "knn": knn, "linear": knn + 1, "training_seconds": 10.0 + seed}
 
 
 def test_spread_is_the_sample_standard_deviation() -> None:
