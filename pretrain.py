@@ -13,6 +13,7 @@ config -> job (ssl_emp/job.py) -> epochs(select, stream, score, step) -> encoder
 import argparse
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -358,12 +359,17 @@ def classify(job: Job, test: ImageSet) -> float:
 
 
 def describe_terms(trained: Tensor, beta: float, memory: str) -> dict[str, float]:
-    """What decides the ranking, over the samples of an epoch, (2, K): is one term drowned by the other? One read-out."""
+    """What decides the ranking, over the samples of an epoch, (2, K): is one term drowned by the other? One read-out.
+
+    `learned_share`: of the samples with a loss below ln 2, so that the positive (or the right class) has more than half of the softmax.
+    Where it is 0 there is nothing yet that a loss could tell to leave out.
+    """
     loss, distance = trained
     if memory == "standardized":  # in nats: what the rule subtracts, times the loss's spread
         distance = distance / distance.std() * loss.std()
-    figures = [loss.mean(), loss.std(), (beta * distance).std(), rank_correlation(loss, distance)]
-    return dict(zip(("loss", "std_loss", "std_beta_memory", "rank_correlation"), torch.stack(figures).tolist(), strict=True))
+    figures = {"loss": loss.mean(), "std_loss": loss.std(), "std_beta_memory": (beta * distance).std()}
+    figures |= {"rank_correlation": rank_correlation(loss, distance), "learned_share": (loss < math.log(2)).float().mean()}
+    return dict(zip(figures, torch.stack(list(figures.values())).tolist(), strict=True))
 
 
 def epoch_line(row: dict[str, Any]) -> str:

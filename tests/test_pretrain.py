@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -487,6 +488,17 @@ def test_rank_correlation_is_spearmans() -> None:
     ranks = torch.stack([a.argsort().argsort(), b.argsort().argsort()]).double()
     assert rank_correlation(a, b).item() == pytest.approx(torch.corrcoef(ranks)[0, 1].item(), abs=1e-6)
     assert rank_correlation(a, torch.ones(50)).item() == 0
+
+
+def test_what_an_epoch_says_of_its_terms() -> None:
+    """Both spreads by the statistics module; learned is who has more than half of the softmax, so exp(-loss) > 1/2."""
+    loss, distance = [0.1, 0.69, 0.7, 3.0], [4.0, 1.0, 2.0, 2.5]
+    figures = pretrain.describe_terms(torch.tensor([loss, distance]), 5.0, "raw")
+    assert figures["learned_share"] == sum(math.exp(-value) > 0.5 for value in loss) / 4 == 0.5
+    assert figures["loss"] == pytest.approx(statistics.mean(loss)) and figures["std_loss"] == pytest.approx(statistics.stdev(loss))
+    assert figures["std_beta_memory"] == pytest.approx(5 * statistics.stdev(distance))
+    standardized = pretrain.describe_terms(torch.tensor([loss, distance]), 2.0, "standardized")
+    assert standardized["std_beta_memory"] == pytest.approx(2 * statistics.stdev(loss))
 
 
 def test_a_finished_run_without_its_exports_exports_again(pretrain_run: Pretrain) -> None:
