@@ -11,6 +11,7 @@ two-sided paired t-test over the seeds.
 
 import argparse
 import json
+import os
 import re
 import statistics
 import sys
@@ -279,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.out:
             arguments.out.write_text(text + "\n", encoding="utf-8")
         else:
-            print(text)
+            print(text, flush=True)
         if arguments.plots:
             from experiments.plots import draw_all  # matplotlib takes a second to import, so only where it is asked for
 
@@ -291,6 +292,8 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is not installed. fix: pip install -e '.[experiments]'", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # its reader, such as head, has seen enough; what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

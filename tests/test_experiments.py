@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -347,6 +348,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def lines_of(fig: Figure) -> dict[str, tuple[list[float], list[float]]]:
     containers = [container for container in fig.axes[0].containers if isinstance(container, ErrorbarContainer)]
     return {str(line.get_label()): tuple(np.asarray(line.lines[0].get_data()).tolist()) for line in containers}
+
+
+def test_a_reader_that_has_seen_enough_ends_the_table_in_silence() -> None:
+    command = [sys.executable, "-m", "experiments.table", "experiments/results/demo.jsonl"]
+    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()  # as head does
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
 
 
 def test_accuracy_against_samples_and_seconds(tmp_path: Path) -> None:
