@@ -13,12 +13,16 @@ from ssl_emp.device import describe_device, keep_freed_memory, pick_device
 from ssl_emp.errors import UserError, printable
 from ssl_emp.images import DeviceImages, HostImages, ImageSet, align_labels, fingerprint, load_images, place_images
 from ssl_emp.label_noise import noisy_labels
+from ssl_emp.loss import perfect_pair_share
 from ssl_emp.model import Encoder, SimCLR, build_encoder
 from ssl_emp.policies import RANKING, SCORING, Rule, load_indices
 from ssl_emp.pruning import PrunePlan
 from ssl_emp.ranks import ALONE, Ranks, share_batch_norm
 from ssl_emp.report import Report, show_progress
 from ssl_emp.supervised import Classifier
+
+LEARNED_SHARE = 0.5  # of its softmax: what `learned_share` in metrics.jsonl counts from
+EASILY_LEARNED = 0.95  # what a perfect pair has at the temperature that is advised
 
 
 @dataclass(frozen=True)
@@ -198,9 +202,22 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
     share = job.total_steps / job.full_steps
     report.say(f"plan      {config.epochs} epochs, batch {config.batch_size}; {kept}")
     report.say(f"          {job.total_steps:,} steps against {job.full_steps:,} unpruned ({share:.1%}, asked {plan.asked_share():.1%})")
+    if job.total_steps < job.full_steps and rule.scores and not supervised and (said := hard_to_learn(config)):
+        report.say(f"note      {said}")
     if idle := idle_keys(prune):
         report.say(f"note      without effect, with policy {prune.policy} and scoring {prune.scoring}: {', '.join(idle)}")
     return job
+
+
+def hard_to_learn(config: PretrainConfig) -> str:
+    """A line where temperature and batch let no pair be learned, so that a choice of samples has little to leave out; else empty."""
+    share = perfect_pair_share(config.batch_size, config.temperature)
+    if share >= LEARNED_SHARE:
+        return ""
+    negatives = 2 * config.batch_size - 2
+    low = 1 / math.log(negatives * EASILY_LEARNED / (1 - EASILY_LEARNED))
+    why = f"no pair is ever learned (a perfect one has {share:.0%} of its softmax), so a choice has little to leave out"
+    return f"at temperature {config.temperature:g} and batch {config.batch_size} {why}; try temperature={low:.2f}"
 
 
 def idle_keys(prune: PruneConfig) -> list[str]:

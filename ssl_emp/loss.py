@@ -4,6 +4,7 @@ Letters: B pairs, M = 2B views, P projection dimensions. Where several ranks sha
 views of all; with one process A = M.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -40,6 +41,14 @@ def nt_xent(z_a: Tensor, z_b: Tensor, temperature: float, ranks: Ranks = ALONE) 
     positive = (z[:half] * z[half:]).sum(1) / temperature  # (B,)
     normaliser = _LogSumExpOfOthers.apply(z, temperature, ranks)  # (2B,)
     return (normaliser[:half] + normaliser[half:]) / 2 - positive
+
+
+def perfect_pair_share(batch_size: int, temperature: float) -> float:
+    """Share of its softmax, in (0, 1), that a positive of similarity 1 has among the 2B - 2 negatives of a batch, at similarity 0.
+
+    What a pair still pulls with is 1 minus its share, so where this is small no pair is ever learned (docs/method.md).
+    """
+    return 1 / (1 + (2 * batch_size - 2) * math.exp(-1 / temperature))
 
 
 class _LogSumExpOfOthers(torch.autograd.Function):

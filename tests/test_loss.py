@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_emp import loss as loss_module
-from ssl_emp.loss import nt_xent
+from ssl_emp.loss import nt_xent, perfect_pair_share
 
 
 def algorithm_1(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
@@ -61,6 +61,12 @@ def test_mean_and_gradient_equal_lightlys() -> None:
 def test_identical_embeddings_cannot_be_told_apart(count: int) -> None:
     z = torch.ones(count, 8)
     torch.testing.assert_close(nt_xent(z, z, 0.1), torch.full((count,), math.log(2 * count - 1)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("count", "temperature"), [(2, 0.5), (8, 0.5), (8, 0.1)])
+def test_a_perfect_pair_among_unrelated_negatives_has_the_share_that_is_stated(count: int, temperature: float) -> None:
+    z = torch.eye(count, dtype=torch.float64)
+    assert nt_xent(z, z, temperature).neg().exp().tolist() == pytest.approx([perfect_pair_share(count, temperature)] * count, rel=1e-12)
 
 
 def test_is_per_sample_and_symmetric_in_the_views() -> None:

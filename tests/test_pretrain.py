@@ -33,7 +33,7 @@ from ssl_emp.config import PretrainConfig, PruneConfig, load_config
 from ssl_emp.errors import UserError
 from ssl_emp.images import DeviceImages, HostImages
 from ssl_emp.job import Job, idle_keys, prepare
-from ssl_emp.loss import nt_xent
+from ssl_emp.loss import nt_xent, perfect_pair_share
 from ssl_emp.pruning import feature_distance, select_kept
 from ssl_emp.report import Report, rank_correlation
 from ssl_emp.scores import ScoreState
@@ -655,9 +655,9 @@ def test_keys_without_effect_are_named_and_have_none(policy: str, pretrain_run: 
     words = {key: f"prune.{key}={json.dumps(value)}" for key, value in TURNED.items()}
     idle = [key for key, value in TURNED.items() if idle_keys(PruneConfig.model_validate({"policy": policy, key: value}))]
     plain = pretrain_run("plain", f"prune.policy={policy}")
-    assert "note" not in capsys.readouterr().out
+    assert "without effect" not in capsys.readouterr().out
     turned = pretrain_run("turned", f"prune.policy={policy}", *(words[key] for key in idle))
-    note = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("note"))
+    note = next(line for line in capsys.readouterr().out.splitlines() if "without effect" in line)
     assert [key for key in TURNED if f"prune.{key}," in f"{note},"] == idle
     exported = Path("encoder", "model.safetensors")
     assert (turned / exported).read_bytes() == (plain / exported).read_bytes()
@@ -665,6 +665,20 @@ def test_keys_without_effect_are_named_and_have_none(policy: str, pretrain_run: 
     for key in TURNED.keys() - set(idle) - brought if policy in ("emp", "foresight", "infobatch") else ():
         heard = pretrain_run(key, f"prune.policy={policy}", words[key])
         assert (heard / exported).read_bytes() != (plain / exported).read_bytes(), key
+
+
+def test_a_temperature_at_which_no_pair_is_ever_learned_is_noted(pretrain_run: Pretrain, capsys: pytest.CaptureFixture[str]) -> None:
+    def note(name: str, *overrides: str) -> str:
+        pretrain_run(name, *overrides)
+        return next((line for line in capsys.readouterr().out.splitlines() if "learned" in line), "")
+
+    said = note("warm", "temperature=0.5", "prune.policy=loss")
+    assert said.startswith("note      at temperature 0.5 and batch 8 ") and "(a perfect one has 35% of its softmax)" in said, said
+    advised = said.rpartition("; try ")[2]
+    assert 0.94 < perfect_pair_share(8, float(advised.removeprefix("temperature="))) < 0.96
+    assert note("advised", advised, "prune.policy=loss") == ""
+    assert note("no-choice", "temperature=0.5", "prune.policy=random") == ""
+    assert note("no-pruning", "temperature=0.5", "prune.policy=loss", "prune.fraction=0") == ""
 
 
 def test_weights_of_a_policy_reach_the_loss(pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
