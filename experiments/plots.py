@@ -150,7 +150,8 @@ def beta_sweep(rows: list[Row], metric: str) -> Figure | None:
         y = [statistics.mean(at[beta]) for beta in x]
         name = label if any(key in (MEMORY, POLICY) for key in varying(swept)) else head(label)
         axes.errorbar(x, y, error, label=name, capsize=2, elinewidth=0.8, linewidth=1.4, markersize=5, **style)
-    legend(axes)
+    if len(lines) > 1:
+        legend(axes)
     randoms = {id(other): other for row in swept if (other := counterpart(row, "random", rows))}.values()
     if randoms and len({keys_of(row).get(FRACTION) for row in randoms}) == 1:
         level = statistics.mean(over_seeds(list(randoms), metric).values())
