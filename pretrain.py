@@ -339,6 +339,7 @@ def what_is_off(job: Job, row: dict[str, Any], epoch: int) -> list[Finding]:
         ema=prune.score_ema,
         adjust=prune.adjusts or job.config.objective == "supervised",  # nothing to turn there
         explore=prune.explore_share,
+        redraw_every=prune.redraw_every,
         class_names=job.images.class_names,
     )
 

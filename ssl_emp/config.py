@@ -130,6 +130,7 @@ class PruneConfig(Section):
     rescale: bool = False  # the loss of a pruned epoch weighs N / kept, as infobatch's does: its steps sum up to those of a full one
     explore: Probability | None = None  # share of the kept budget drawn at random; null: 0, but 0.1 for epsilon_greedy
     soften: Weight = 0.0  # noise added to the score before it ranks, in its standard deviations
+    redraw_every: Annotated[int, Field(ge=1)] = 1  # random: pruned epochs that train on the same draw
     confidence: Weight = 1.0  # ucb: weight of the variance
     indices: Annotated[str, Field(min_length=1)] | None = None  # policy indices: a .npy or text file
 

@@ -173,6 +173,7 @@ def findings(
     ema: float = 1.0,
     adjust: bool = False,
     explore: float = 0.0,
+    redraw_every: int = 1,
     class_names: Sequence[str] | None = None,
 ) -> list[Finding]:
     """What is off in a pruned epoch, the gravest first; nothing for sets below MIN_SAMPLES. Not for full epochs.
@@ -180,8 +181,8 @@ def findings(
     Args:
         figures: of `diagnose`, `kept_share` (trained of N), and where known `std_loss`, `std_beta_memory` and `rank_correlation` of the
             two terms, `score_reliability` of the score that ranks and `draw_reliability` of one observation (0 .. 1).
-        policy, beta, loss_weight, memory, ema, adjust, explore: the values of the keys prune.* in this epoch. Policies that do not
-            rank are judged by frequency and class balance only.
+        policy, beta, loss_weight, memory, ema, adjust, explore, redraw_every: the values of the keys prune.* in this epoch. Policies
+            that do not rank are judged by frequency and class balance only.
         class_names: for the line; None: numbers.
     """
     known = {name: value for name, value in figures.items() if value is not None}
@@ -204,7 +205,7 @@ def findings(
         found += _ranking_is_chance(known, ema, adjust)
         found += _term_is_drowned(known, memory_ratio, beta, memory)
         found += _kept_sets_rotate(known, kept_share, num_samples, remember)
-    if policy != "indices":  # a fixed subset leaves the rest untrained because it was asked to
+    if policy != "indices" and redraw_every == 1:  # a subset that stays leaves the rest untrained because it was asked to
         found += _samples_are_idle(known, kept_share, mix)
     if ranks or policy in ("infobatch", "scan"):
         found += _noise_is_kept(known, kept_share, num_samples, remember)

@@ -162,6 +162,7 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
         explore=prune.explore_share,
         soften=prune.soften,
         confidence=prune.confidence,
+        redraw_every=prune.redraw_every,
         rescale=prune.rescale,
         fixed=None if subset is None else subset.to(device),
     )
@@ -231,6 +232,7 @@ def idle_keys(prune: PruneConfig) -> list[str]:
         **dict.fromkeys(("explore", "soften"), ranks),
         **dict.fromkeys(("scoring_draw", "scoring_draws", "scoring_size", "rescore_every"), rescores),
         "shrink": ranks and prune.foresees,
+        "redraw_every": prune.policy == "random",
         "confidence": prune.policy == "ucb",
         "rescale": prune.policy not in ("infobatch", "shorter", "none"),
     }

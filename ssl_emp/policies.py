@@ -49,6 +49,7 @@ class Rule:
     explore: float = 0.0
     soften: float = 0.0
     confidence: float = 1.0
+    redraw_every: int = 1
     rescale: bool = False  # weigh the kept by N / K where a policy gives no weights of its own
     fixed: Tensor | None = None  # policy indices: the subset, most wanted first
 
@@ -107,7 +108,8 @@ class Rule:
         loss = state.terms[0]
         match self.policy:
             case "random":
-                return random_subset(len(loss), count, seed, epoch, loss.device)
+                drawn = self.plan.warmup_epochs + (epoch - self.plan.warmup_epochs) // self.redraw_every * self.redraw_every
+                return random_subset(len(loss), count, seed, drawn, loss.device)
             case "infobatch":
                 return infobatch(loss, count, seed, epoch)
             case "scan":
@@ -121,7 +123,7 @@ class Rule:
 
 
 def random_subset(num_samples: int, count: int, seed: int, epoch: int, device: torch.device) -> Kept:
-    """`count` samples drawn anew each epoch, without replacement."""
+    """`count` samples drawn without replacement; the draws of one epoch are nested, and those of two are independent."""
     index = torch.arange(num_samples, device=device)
     return Kept(select_kept(keyed_bits(RANDOM, seed, epoch, index), count))
 

@@ -314,6 +314,10 @@ def test_a_policy_is_judged_by_what_it_does(policy: str, kinds: set[str]) -> Non
     assert set(found(OFF, policy=policy)) == kinds
 
 
+def test_a_subset_that_was_asked_to_stay_leaves_samples_idle_in_silence() -> None:
+    assert set(found(OFF, policy="random", redraw_every=8)) == {"balance"}
+
+
 def test_few_samples_are_not_judged() -> None:
     assert not found(OFF, num_samples=399)
     assert "ranking" not in found(OFF | {"score_repeat_samples": 399.0})

@@ -152,6 +152,16 @@ def test_random_sets_have_no_duplicate_and_change(num_samples: int, share: float
         assert set(kept.tolist()) != set(other.tolist())
 
 
+def test_a_random_set_stays_for_as_many_epochs_as_asked() -> None:
+    state, plan = observed(scores(50, 1), scores(50, 2)), PrunePlan(12, 0.5, warmup_epochs=2)
+    often, seldom = (Rule("random", plan, redraw_every=every) for every in (1, 3))
+    sets = [set(seldom.choose(state, epoch, 20, seed=0).index.tolist()) for epoch in range(2, 10)]
+    redrawn = [set(often.choose(state, epoch, 20, seed=0).index.tolist()) for epoch in range(2, 10)]
+    assert sets == [redrawn[0]] * 3 + [redrawn[3]] * 3 + [redrawn[6]] * 2
+    assert len({frozenset(kept) for kept in redrawn}) == 8
+    assert sets[1] < set(seldom.choose(state, 3, 21, seed=0).index.tolist()), "an epoch with a batch more adds to the others"
+
+
 def test_random_sets_are_uniform() -> None:
     times = torch.zeros(200)
     for epoch in range(1000):

@@ -645,7 +645,7 @@ def test_every_policy_trains_the_same_number_of_samples(policy: str, pretrain_ru
 TURNED = {  # the keys of prune.* beside policy, indices and the plan, away from their defaults
     "beta": 0.5, "beta_end": 1.0, "loss_weight": -1.0, "loss_weight_end": -0.5, "memory": "normalized", "layers": ["layer3", "layer4"],
     "ema": 0.7, "adjust": True, "foresee": True, "shrink": True, "scoring": "all", "scoring_draw": "common", "scoring_draws": 2,
-    "scoring_size": 8, "rescore_every": 2, "explore": 0.5, "soften": 3.0, "confidence": 50.0, "rescale": True,
+    "scoring_size": 8, "rescore_every": 2, "explore": 0.5, "soften": 3.0, "confidence": 50.0, "rescale": True, "redraw_every": 2,
 }  # fmt: skip
 
 

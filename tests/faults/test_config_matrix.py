@@ -324,6 +324,7 @@ EXTREME = {
     "augment.crop_scale": ["[1e-30, 1e-30]"],
     "augment.blur_sigma": ["[1e-30, 1e30]"],
     "prune.rescore_every": [str(2**63 - 1)],
+    "prune.redraw_every": [str(2**63 - 1)],
     "monitor.knn_images": [str(2**63 - 1)],
     "data.subset_seed": [str(-(2**63))],
     "optimizer.lr": ["1e20"],
@@ -336,7 +337,7 @@ EXTREME = {
     [pytest.param(key, value) for key, values in EXTREME.items() for value in values],
 )
 def test_G9_extremes_that_are_allowed(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: str) -> None:
-    """G9 | a run with the largest and smallest numbers allowed for 14 keys | trains, or stops with one line"""
+    """G9 | a run with the largest and smallest numbers allowed for 15 keys | trains, or stops with one line"""
     quick = ["epochs=2", "data.max_images=24", "augment.blur_prob=1", "prune.anneal_fraction=0", "prune.scoring=all"]
     code = pretrain.main(["--config", str(tiny_config), f"out={tmp_path / 'out'}", *quick, f"{key}={value}"])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
