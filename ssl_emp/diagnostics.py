@@ -205,7 +205,7 @@ def findings(
         found += _ranking_is_chance(known, ema, adjust)
         found += _term_is_drowned(known, memory_ratio, beta, memory)
         found += _kept_sets_rotate(known, kept_share, num_samples, remember)
-    if policy != "indices" and redraw_every == 1:  # a subset that stays leaves the rest untrained because it was asked to
+    if policy != "indices" and (policy != "random" or redraw_every == 1):  # a subset that stays was asked to leave the rest untrained
         found += _samples_are_idle(known, kept_share, mix)
     if ranks or policy in ("infobatch", "scan"):
         found += _noise_is_kept(known, kept_share, num_samples, remember)

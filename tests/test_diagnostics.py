@@ -316,6 +316,7 @@ def test_a_policy_is_judged_by_what_it_does(policy: str, kinds: set[str]) -> Non
 
 def test_a_subset_that_was_asked_to_stay_leaves_samples_idle_in_silence() -> None:
     assert set(found(OFF, policy="random", redraw_every=8)) == {"balance"}
+    assert "idle" in found(OFF, policy="loss", redraw_every=8), "where the key has no effect"
 
 
 def test_few_samples_are_not_judged() -> None:
