@@ -36,7 +36,7 @@ from ssl_emp.device import pick_device
 from ssl_emp.diagnostics import Finding, diagnose, findings, next_to_say
 from ssl_emp.errors import Parser, RunFailed, UserError
 from ssl_emp.images import ImageSet
-from ssl_emp.job import Job, prepare
+from ssl_emp.job import LEARNED_SHARE, Job, prepare
 from ssl_emp.lock import is_unused, sole_writer
 from ssl_emp.model import save_encoder
 from ssl_emp.optim import (
@@ -369,7 +369,7 @@ def describe_terms(trained: Tensor, beta: float, memory: str) -> dict[str, float
     if memory == "standardized":  # in nats: what the rule subtracts, times the loss's spread
         distance = distance / distance.std() * loss.std()
     figures = {"loss": loss.mean(), "std_loss": loss.std(), "std_beta_memory": (beta * distance).std()}
-    figures |= {"rank_correlation": rank_correlation(loss, distance), "learned_share": (loss < math.log(2)).float().mean()}
+    figures |= {"rank_correlation": rank_correlation(loss, distance), "learned_share": (loss < -math.log(LEARNED_SHARE)).float().mean()}
     return dict(zip(figures, torch.stack(list(figures.values())).tolist(), strict=True))
 
 
