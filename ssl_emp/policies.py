@@ -80,10 +80,14 @@ class Rule:
         return first + (last - first) * min(max((epoch - pruned[0]) / (pruned[-1] - pruned[0]), 0.0), 1.0)
 
     def score(self, terms: Tensor, variance: Tensor, epoch: int) -> Tensor:
-        """What the policies that rank keep the highest of, from terms (2, N) and the loss's variance (N,): (N,), +inf = never scored."""
+        """What the policies that rank keep the highest of, from terms (2, N) and the loss's variance (N,): (N,), +inf = never scored.
+
+        A tensor of its own: a view of the terms would change with them, and a score kept from before an epoch would then be
+        compared with itself after it.
+        """
         match self.policy:
             case "loss" | "foresight" | "epsilon_greedy":
-                return terms[0]
+                return terms[0].clone()
             case "distance":
                 return torch.where(terms[1] < torch.inf, -terms[1], torch.inf)
             case "ucb":

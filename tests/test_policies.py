@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ssl_emp.errors import UserError
-from ssl_emp.policies import Rule, infobatch, load_indices, random_subset, scan, softened, top, ucb_score
+from ssl_emp.policies import RANKING, Rule, infobatch, load_indices, random_subset, scan, softened, top, ucb_score
 from ssl_emp.pruning import PrunePlan
 from ssl_emp.scores import ScoreState
 
@@ -46,6 +46,20 @@ def test_budgets_are_exact_and_draws_depend_on_the_key_only(data: st.DataObject,
         assert kept.index.equal(again.index) and (kept.weight is None) == (number != 2)
         if kept.weight is not None and count > 1:  # one sample cannot stand for two groups
             assert kept.weight.shape == (count,) and kept.weight.sum().item() == pytest.approx(num_samples, rel=1e-5)
+
+
+@pytest.mark.parametrize("memory", ["raw", "normalized", "standardized"])
+@pytest.mark.parametrize("policy", RANKING)
+def test_a_score_does_not_change_with_what_it_was_made_of(policy: str, memory: str) -> None:
+    """Also at the settings where a term drops out of the formula, and one could be handed on as it is."""
+    for beta in (0.0, 5.0):
+        terms, variance = torch.stack([scores(50, 1), scores(50, 2)]).abs(), scores(50, 3).square()
+        terms[:, :5] = torch.inf  # never scored
+        rule = Rule(policy, PrunePlan(4, 0.3), beta=beta, memory=memory, confidence=beta)
+        score = rule.score(terms, variance, 1)
+        kept = score.clone()
+        terms[:, 20:], variance[20:] = 0.0, 7.0
+        assert score.equal(kept) and not rule.score(terms, variance, 1).equal(kept)
 
 
 def test_top_without_exploration_is_the_papers_rule() -> None:

@@ -20,6 +20,7 @@ import torch
 import yaml
 from conftest import Pretrain, striped_images, write_parquet
 from PIL import Image
+from scipy.stats import spearmanr
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -714,6 +715,31 @@ def test_adjusted_running_scores_resume_bit_for_bit(pretrain_run: Pretrain, tiny
     StopAfter.steps = 10**9
     assert pretrain.main(["--resume", str(out)]) == 0
     assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize("policy", ["emp", "loss", "foresight", "epsilon_greedy"])
+def test_the_repeat_of_a_score_is_that_of_two_epochs_and_survives_a_stop(
+    pretrain_run: Pretrain, tiny_config: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    """`score_repeat` against scipy on what the checkpoints of two epochs' ends hold, in a run stopped inside both of them."""
+    whole = pretrain_run("whole", f"prune.policy={policy}")
+    monkeypatch.setattr(pretrain, "Stop", StopAfter)
+    out, ends = whole.parent / "parts", []
+    for steps in (11, 2, 2, 3, 100):  # inside epoch 1, to its end, inside epoch 2, to its end, to the end of the run
+        StopAfter.steps = steps
+        start = ["--config", str(tiny_config), f"out={out}", f"prune.policy={policy}"]
+        assert pretrain.main(["--resume", str(out)] if out.exists() else start) == (143 if steps < 100 else 0)
+        ends.append(load_checkpoint(out / "checkpoints")[0])
+    assert_same_run(out, whole)
+    before, after = ends[1], ends[3]
+    assert before is not None and after is not None
+    assert (before["epoch"], after["epoch"]) == (1, 2) and (before["step"], after["step"]) == (13, 18)
+    rule, (before, after) = make_job(tiny_config, f"prune.policy={policy}").rule, (before["scores"], after["scores"])
+    fresh = (before["scored_epoch"] == 1) & (after["scored_epoch"] == 2)
+    then, now = (rule.score(state["last"], state["variance"], 2)[fresh] for state in (before, after))
+    row = rows(out)[2]
+    assert row["score_repeat_samples"] == fresh.sum() > 10
+    assert row["score_repeat"] == pytest.approx(spearmanr(then, now).statistic, abs=1e-5) and row["score_repeat"] < 0.999
 
 
 def test_foresight_is_the_loss_adjusted_averaged_and_foreseen(pretrain_run: Pretrain) -> None:

@@ -316,6 +316,18 @@ def test_A13_a_memory_limit(tmp_path: Path) -> None:
 
 
 @long
+@pytest.mark.parametrize("policy", ["loss", "foresight", "epsilon_greedy", "ucb"])
+def test_A14_kills_within_epochs_under_other_scores(policy: str, tmp_path: Path, record_property: Record) -> None:
+    """A14 | SIGKILL within each of two pruned epochs, under the policies whose score is one of the stored terms | bit-identical, the figures of the epochs that were cut in two included"""
+    out, record, chosen = tmp_path / "run", tmp_path / "record", f"prune.policy={policy}"
+    for count in (2, 3):
+        inside = sum(rig.STEPS[: count - 1]) + 2 - rig.newest_step(out)
+        assert rig.run(rig.go_on(out, SAVES, chosen), f"after_step:{inside}:kill", record=record).rc == -signal.SIGKILL
+    finish(out, record, chosen)
+    record_property("kills survived", "2/2")
+
+
+@long
 def test_a_plain_process_gives_the_same_exit_codes(tmp_path: Path) -> None:
     """control | no forked process: `python pretrain.py` as a person types it, with and without --resume | the exit codes of the forked ones, one line of error"""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
