@@ -34,6 +34,7 @@ from ssl_emp.config import PretrainConfig, PruneConfig, load_config
 from ssl_emp.errors import UserError
 from ssl_emp.images import DeviceImages, HostImages
 from ssl_emp.job import Job, idle_keys, prepare
+from ssl_emp.label_noise import noisy_labels
 from ssl_emp.loss import nt_xent, perfect_pair_share
 from ssl_emp.pruning import feature_distance, select_kept
 from ssl_emp.report import Report, rank_correlation
@@ -65,6 +66,10 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not any(part in key for part in CLOCK)} for row in found]
 
 
+def weights(run: Path) -> bytes:
+    return (run / "encoder" / "model.safetensors").read_bytes()
+
+
 def assert_same_run(run: Path, reference: Path) -> None:
     ours, theirs = final_state(run), final_state(reference)
     assert ours.keys() == theirs.keys()
@@ -72,7 +77,7 @@ def assert_same_run(run: Path, reference: Path) -> None:
         same = leaf.equal(theirs[path]) if isinstance(leaf, Tensor) else leaf == theirs[path]
         assert same, f"{path} differs"
     assert rows(run) == rows(reference)
-    assert (run / "encoder" / "model.safetensors").read_bytes() == (reference / "encoder" / "model.safetensors").read_bytes()
+    assert weights(run) == weights(reference)
     assert pq.read_table(run / "pruning" / "samples.parquet").equals(pq.read_table(reference / "pruning" / "samples.parquet"))
 
 
@@ -849,11 +854,22 @@ def test_a_supervised_dry_run_is_of_its_own_loss(tiny_config: Path, tmp_path: Pa
     assert 0.8 < value < 2.0 and (tmp_path / "x.views.png").exists(), value
 
 
-def test_label_noise_reaches_the_training_and_the_metrics(pretrain_run: Pretrain) -> None:
-    clean = pretrain_run("clean", "objective=supervised")
-    noisy = pretrain_run("noisy", "objective=supervised", "data.label_noise=0.5")
-    assert rows(noisy)[1]["noisy_data"] == 0.5 and "noisy_data" not in rows(clean)[1]
-    assert rows(noisy)[-1]["loss"] > rows(clean)[-1]["loss"]
+def test_label_noise_reaches_the_training_and_the_metrics(pretrain_run: Pretrain, tmp_path: Path) -> None:
+    """A run with label noise is, to the bit, the run on a set whose file holds those wrong labels."""
+    images, labels = striped_images(68)
+    wrong, is_noisy = noisy_labels(torch.tensor(labels), 4, 0.5, seed=3)
+    assert int((wrong != torch.tensor(labels)).sum()) == int(is_noisy.sum()) == 34
+    write_parquet(tmp_path / "wrong" / "train.parquet", images, wrong.tolist())
+    supervised = ("objective=supervised", "epochs=2", "prune.anneal_fraction=0", "monitor.knn_every=0", "data.subset_seed=3")
+    clean = pretrain_run("clean", *supervised)
+    noisy = pretrain_run("noisy", *supervised, "data.label_noise=0.5")
+    written = pretrain_run("written", *supervised, f"data.source={tmp_path / 'wrong'}")
+    assert weights(noisy) == weights(written) != weights(clean)
+    assert [row["loss"] for row in rows(noisy)] == [row["loss"] for row in rows(written)]
+    pruned = rows(noisy)[-1]
+    trained = final_state(noisy)["/scores/trained_epoch"] == 1
+    assert pruned["noisy_data"] == 0.5 and pruned["noisy_kept"] == float(is_noisy[trained].double().mean())
+    assert not any("noisy_data" in row for row in [*rows(clean), *rows(written)])
 
 
 @pytest.mark.parametrize(
