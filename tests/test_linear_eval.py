@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import linear_eval.knn
 import linear_eval.lbfgs
 from linear_eval import EvalError, Features, extract_features, knn_accuracy, knn_predict, linear_probe
+from linear_eval.fewshot import fewshot_probe
 from linear_eval.knn import knn_accuracies, knn_predictions
 from linear_eval.lbfgs import Classifiers, fit_binary, fit_logistic, minimize
 from linear_eval.linear import L2_GRID, HeadResult, multi_label_probe, sgd_probe, split_rows, train_heads
@@ -605,7 +607,6 @@ def test_linear_probe_refuses_what_has_no_answer() -> None:
         assert "\n" not in str(caught.value) and ". fix: " in str(caught.value)
 
     refuses("only class", train=with_labels(train, [3] * 40), test=with_labels(test, [3] * 20))
-    refuses("classes 8, 9 of the test split have no train images", test=with_labels(test, [8, 9] * 10))
     refuses("classes 5 have one train image", train=with_labels(train, [0, 1] * 19 + [0, 5]), test=with_labels(test, [0] * 20))
     refuses("columns", test=Features(test.x[:, :5], test.y))
     refuses("not finite", test=Features(test.x / 0, test.y))
@@ -617,6 +618,22 @@ def test_linear_probe_refuses_what_has_no_answer() -> None:
     refuses("precision", precision="bf16")
     refuses("classes 9 of the validation split have no train images", val=with_labels(train, [9] * 40))
     refuses("4 of 20 validation", val=Features(torch.cat([test.x[4:], test.x[:4] / 0]), test.y))
+
+
+@pytest.mark.parametrize("unknown", [[8], [9, 8], [1_000_000], [4, 99], [17] * 5])
+def test_test_classes_that_train_lacks_count_as_wrong_for_every_probe(unknown: list[int]) -> None:
+    train, test = blobs(40, 1), blobs(20, 2)
+    more = Features(torch.cat([test.x, test.x[: len(unknown)]]), torch.cat([test.y, torch.tensor(unknown)]))
+    assert not set(unknown) & set(train.y.tolist())
+    share = len(test.x) / len(more.x)
+    probes: list[Callable[[Features], float]] = [
+        lambda test: linear_probe(train, test, seed=0).top1,
+        lambda test: sgd_probe(train, test, seed=0, epochs=2).top1,
+        lambda test: knn_accuracy(train, test, num_neighbors=3, temperature=None),
+        lambda test: fewshot_probe(train, test, seed=0, per_class=2, num_draws=3).mean,
+    ]
+    for probe in probes:
+        assert probe(more) == pytest.approx(share * probe(test))
 
 
 # ---- several labels a row --------------------------------------------------------------------------------------------
@@ -785,7 +802,6 @@ def test_sgd_probe_refuses_what_has_no_answer() -> None:
     refuses("every head diverged", learning_rates=[1e38], epochs=30)
     refuses("every head diverged", learning_rates=[1e38], weight_decays=[0.0], epochs=30)
     refuses("only class", train=with_labels(train, [3] * 40), test=with_labels(test, [3] * 20))
-    refuses("classes 8 of the test split have no train images", test=with_labels(test, [8] * 20))
     refuses("classes 5 have one train image", train=with_labels(train, [0, 1] * 19 + [0, 5]), test=with_labels(test, [0] * 20))
     refuses("not finite", train=Features(train.x / 0, train.y))
     refuses("learning_rates is", learning_rates=[0.1, 0.0])
