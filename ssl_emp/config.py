@@ -12,12 +12,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ssl_emp.errors import UserError
 
 Probability = Annotated[float, Field(ge=0, le=1)]
-Range = Annotated[list[float], Field(min_length=2, max_length=2)]
+Range = Annotated[list[Annotated[float, Field(ge=0, le=1000)]], Field(min_length=2, max_length=2)]
 PerChannel = Annotated[list[Probability], Field(min_length=3, max_length=3)]  # of pixels in [0, 1]: 123.7 is of those in [0, 255]
 # far beyond use, and still far from float32's 3e38: a score that overflows ranks nothing
 Weight = Annotated[float, Field(ge=0, le=1e9)]
 SignedWeight = Annotated[float, Field(ge=-1e9, le=1e9)]
 Strength = Annotated[float, Field(ge=0, le=1000)]
+# every number has two ends, so that no product, sum or duration of them overflows; a run of a million epochs is none
+MOST_EPOCHS = 1_000_000
+LARGEST_BATCH = 2**20
+Every = Annotated[int, Field(ge=0, le=MOST_EPOCHS)]  # epochs from one time to the next; 0: never
+Patience = Annotated[float, Field(ge=1, le=604_800)]  # seconds, up to a week
 
 
 class Section(BaseModel):
@@ -41,8 +46,10 @@ class DataConfig(Section):
     kind: Literal["auto", "folder", "parquet", "torchvision", "mnist5k"] = "auto"
     test_source: str | None = None  # for evaluate.py, where source has no test split of its own
     image_size: Annotated[int, Field(ge=8, le=4096)] | None = None  # stored pixels a side; null: as found
-    max_images: Annotated[int, Field(ge=2)] | None = None  # a random subset of the train split
-    subset_seed: int = 0  # which subset; not tied to seed, so that runs with other seeds see the same images
+    max_images: Annotated[int, Field(ge=2, le=10**12)] | None = None  # a random subset of the train split
+    subset_seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = (
+        0  # which subset; not tied to seed, so that runs with other seeds see the same images
+    )
     labels: Literal["auto", "none"] = "auto"  # labels serve monitoring and evaluation; only objective: supervised trains on them
     label_noise: Probability = 0.0  # supervised: share of the train labels that are made wrong, which ones by subset_seed
     download_dir: str = "data"
@@ -61,11 +68,12 @@ class ModelConfig(Section):
 
 class OptimizerConfig(Section):
     name: Literal["sgd", "lars", "adamw"] = "sgd"
-    lr: Annotated[float, Field(gt=0)] = 0.24  # the peak, for the batch size given; 0.06 for 128 images is a start for SGD
+    # the peak, for the batch size given; 0.06 for 128 images is a start for SGD. Beyond its end float32 ends as well
+    lr: Annotated[float, Field(gt=0, le=1e38)] = 0.24
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 5e-4
     schedule: Literal["cosine", "onecycle"] = "cosine"  # onecycle has its own warm-up, and moves the momentum too
-    warmup_epochs: Annotated[float, Field(ge=0, le=1_000_000)] = 1.0  # in full epochs, may be a part of one
+    warmup_epochs: Annotated[float, Field(ge=0, le=MOST_EPOCHS)] = 1.0  # in full epochs, may be a part of one
 
 
 class AugmentConfig(Section):
@@ -110,13 +118,13 @@ class PruneConfig(Section):
     beta_end: Weight | None = None  # beta of the last pruned epoch, in a straight line; null: as beta
     loss_weight: SignedWeight = 1.0  # emp: 1 is the paper's; below 0 easy samples are preferred
     loss_weight_end: SignedWeight | None = None  # of the last pruned epoch
-    warmup_epochs: Annotated[int, Field(ge=1)] = 1  # first epochs on everything; the paper: 1
+    warmup_epochs: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 1  # first epochs on everything; the paper: 1
     anneal_fraction: Probability = 0.125  # alpha: last share of the epochs on everything; the paper states no value
     scoring: Literal["stale", "pruned", "all"] = "stale"  # stale: scores from the training forward, for free
     scoring_draw: Literal["own", "common"] = "own"  # of a scoring pass: the same augmentation for every sample, or one each
-    scoring_draws: Annotated[int, Field(ge=1)] = 1  # of a scoring pass: the mean of so many
+    scoring_draws: Annotated[int, Field(ge=1, le=1000)] = 1  # of a scoring pass: the mean of so many
     scoring_size: Annotated[int, Field(ge=8, le=1024)] | None = None  # pixels of its views; null: as in training; half costs a quarter
-    rescore_every: Annotated[int, Field(ge=1)] = 1  # epochs between scoring passes of pruned | all
+    rescore_every: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 1  # epochs between scoring passes of pruned | all
     memory: Literal["raw", "normalized", "standardized"] = "raw"  # scale of the distance; raw is the paper's
     layers: list[
         Literal["layer1", "layer2", "layer3", "layer4"]
@@ -130,7 +138,7 @@ class PruneConfig(Section):
     rescale: bool = False  # the loss of a pruned epoch weighs N / kept, as infobatch's does: its steps sum up to those of a full one
     explore: Probability | None = None  # share of the kept budget drawn at random; null: 0, but 0.1 for epsilon_greedy
     soften: Weight = 0.0  # noise added to the score before it ranks, in its standard deviations
-    redraw_every: Annotated[int, Field(ge=1)] = 1  # random: pruned epochs that train on the same draw
+    redraw_every: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 1  # random: pruned epochs that train on the same draw
     confidence: Weight = 1.0  # ucb: weight of the variance
     indices: Annotated[str, Field(min_length=1)] | None = None  # policy indices: a .npy or text file
 
@@ -159,16 +167,16 @@ class PruneConfig(Section):
 
 
 class MonitorConfig(Section):
-    knn_every: Annotated[int, Field(ge=0)] = 1  # epochs between kNN checks where labels exist; 0: never
-    knn_images: Annotated[int, Field(ge=100)] = 2000  # taken from the train split: 4/5 bank, 1/5 queries
-    reliability_every: Annotated[int, Field(ge=0)] = 1  # epochs between measurements of the score's reliability; 0: never
-    reliability_images: Annotated[int, Field(ge=2)] = 512  # scored twice for it, in whole batches
+    knn_every: Every = 1  # epochs between kNN checks where labels exist; 0: never
+    knn_images: Annotated[int, Field(ge=100, le=10**9)] = 2000  # taken from the train split: 4/5 bank, 1/5 queries
+    reliability_every: Every = 1  # epochs between measurements of the score's reliability; 0: never
+    reliability_images: Annotated[int, Field(ge=2, le=10**9)] = 512  # scored twice for it, in whole batches
     tensorboard: bool = True
 
 
 class CheckpointConfig(Section):
-    every_minutes: Annotated[float, Field(gt=0)] = 10.0  # besides one at the end and one at a stop
-    every_steps: Annotated[int, Field(ge=1)] | None = None  # and besides every_minutes; null: by the clock alone
+    every_minutes: Annotated[float, Field(gt=0, le=1_000_000)] = 10.0  # besides one at the end and one at a stop
+    every_steps: Annotated[int, Field(ge=1, le=10**15)] | None = None  # and besides every_minutes; null: by the clock alone
 
 
 class PretrainConfig(Section):
@@ -177,19 +185,21 @@ class PretrainConfig(Section):
     out: Annotated[str, Field(min_length=1)] | None = None  # run directory; null: runs/<name of the config file>
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    devices: Annotated[int, Field(ge=1)] | Literal["auto"] = (
+    devices: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = (
         1  # processes on this machine, a GPU each; auto: as many as GPUs; torchrun decides itself
     )
-    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0  # of several processes: how long one waits for another before it calls it lost
-    max_bad_steps: Annotated[int, Field(ge=0)] = 10  # in a row: steps with a loss or gradient that is not finite are skipped, up to so many
+    timeout_seconds: Patience = 600.0  # of several processes: how long one may give no sign of life before the others end
+    max_bad_steps: Annotated[int, Field(ge=0, le=10**9)] = (
+        10  # in a row: steps with a loss or gradient that is not finite are skipped, up to so many
+    )
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on GPUs that have it, else fp32
     compile: bool = False  # torch.compile the network and the augmentation
     cuda_graphs: bool = False  # replay the compiled views, forward and backward as CUDA graphs: for batches that leave a GPU waiting
     keep_freed_memory: bool = True  # on Linux CPUs: faster steps for more memory, see benchmarks/README.md
-    epochs: Annotated[int, Field(ge=1, le=1_000_000)] = 200
-    batch_size: Annotated[int, Field(ge=2)] = 512
+    epochs: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 200
+    batch_size: Annotated[int, Field(ge=2, le=LARGEST_BATCH)] = 512
     objective: Literal["simclr", "supervised"] = "simclr"  # supervised: cross-entropy, and the entropy in the distance's place
-    temperature: Annotated[float, Field(gt=0)] = 0.5  # simclr
+    temperature: Annotated[float, Field(ge=0.001, le=1000)] = 0.5  # simclr
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # supervised
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()

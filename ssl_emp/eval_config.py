@@ -5,13 +5,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from ssl_emp.config import DataConfig, ModelConfig, Section, apply_override
+from ssl_emp.config import LARGEST_BATCH, MOST_EPOCHS, DataConfig, ModelConfig, Section, apply_override
 from ssl_emp.errors import UserError
 
 Checked = TypeVar("Checked", bound=Section)
-Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 def as_list(value: Any) -> Any:
@@ -20,7 +19,7 @@ def as_list(value: Any) -> Any:
 
 class KnnConfig(Section):
     num_neighbors: Annotated[list[Count], Field(min_length=1), BeforeValidator(as_list)] = [20]  # one, or several from one search
-    temperature: Positive | None = 0.1  # null: every neighbour has one vote
+    temperature: Annotated[float, Field(ge=0.001, le=1000)] | None = 0.1  # null: every neighbour has one vote
     backend: Literal["auto", "faiss", "torch"] = "auto"
 
 
@@ -35,21 +34,21 @@ class LinearConfig(Section):
 class FewshotConfig(Section):
     fractions: Annotated[list[Share], BeforeValidator(as_list)] = [0.01, 0.1]  # of the labels
     per_class: Annotated[list[Count], BeforeValidator(as_list)] = []
-    num_draws: Annotated[int, Field(ge=3)] = 5
+    num_draws: Annotated[int, Field(ge=3, le=1000)] = 5
     finetune: bool = False  # train the network too, besides the frozen features
     epochs: Count = 60  # of finetune
 
 
 class FinetuneConfig(Section):
     epochs: Count = 30
-    lr: Annotated[list[Positive], Field(min_length=1), BeforeValidator(as_list)] = [
+    lr: Annotated[list[Annotated[float, Field(gt=0, le=1e6)]], Field(min_length=1), BeforeValidator(as_list)] = [
         0.05
     ]  # for 256 images a step; several: chosen on a held-out part of train
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    batch_size: Annotated[int, Field(ge=4)] = 256
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    batch_size: Annotated[int, Field(ge=4, le=LARGEST_BATCH)] = 256
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    warmup_epochs: Annotated[float, Field(ge=0, le=MOST_EPOCHS)] = 0.0
     bf16: bool = False
     val_fraction: Share = 0.2
 

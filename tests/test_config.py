@@ -1,13 +1,18 @@
 """Every mistake in a config is one clear line, all at once; every shipped config is valid."""
 
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
+from pydantic import BaseModel, Field
+from pydantic.fields import FieldInfo
 
-from ssl_emp.config import PretrainConfig, flatten, load_config
+from ssl_emp.config import CheckpointConfig, PretrainConfig, Section, flatten, load_config
 from ssl_emp.errors import UserError
+from ssl_emp.eval_config import EvalConfig, check, parse_overrides
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,7 +74,7 @@ def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
         ("epochs: yes", "epochs: should be a valid integer"),
         ("epochs: 010", "epochs: should be a valid integer (is '010')"),
         ("batch_size: 1", "batch_size: should be greater than or equal to 2"),
-        ("temperature: 0", "temperature: should be greater than 0"),
+        ("temperature: 0", "temperature: should be greater than or equal to 0.001"),
         ("compile: 1", "compile: should be a valid boolean"),
         ("model: {width: 12}", "model.width: should be a multiple of 8"),
         ("model: {arch: resnet19}", "model.arch: should be 'resnet18', 'resnet34' or 'resnet50'"),
@@ -120,3 +125,99 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
 def test_flatten() -> None:
     nested: dict[str, Any] = {"a": 1, "b": {"c": {"d": 2}, "e": [3]}}
     assert flatten(nested) == {"a": 1, "b.c.d": 2, "b.e": [3]}
+
+
+def numbers_without_an_end(model: type[BaseModel]) -> list[str]:
+    """Places in the schema of `model` where a number may be as small or as large as it likes."""
+
+    def walk(node: Any, place: str) -> Iterator[str]:
+        if isinstance(node, list):
+            for number, child in enumerate(node):
+                yield from walk(child, f"{place}/{number}")
+        if not isinstance(node, dict):
+            return
+        if node.get("type") in ("integer", "number"):
+            ends = (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum"))
+            if not all(any(isinstance(node.get(name), int | float) for name in names) for names in ends):
+                yield place
+        for name, child in node.items():
+            yield from walk(child, f"{place}/{name}") if name != "default" else ()
+
+    return list(walk(model.model_json_schema(), ""))
+
+
+def test_every_number_has_two_ends() -> None:
+    assert numbers_without_an_end(PretrainConfig) == []
+    assert numbers_without_an_end(EvalConfig) == []
+
+    class Inner(Section):
+        fine: Annotated[int, Field(ge=0, le=3)] | None = None
+        shares: list[Annotated[float, Field(ge=0)]] = []
+
+    class Careless(Section):
+        inner: Inner = Inner()
+        count: int | Literal["auto"] = 1
+
+    assert [place.rpartition("/properties/")[2] for place in numbers_without_an_end(Careless)] == ["shares/items", "count/anyOf/0"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "timeout_seconds=1e14",
+        "timeout_seconds=9e9",
+        "timeout_seconds=0",
+        "timeout_seconds=-1",
+        "devices=100000",
+        "batch_size=4000000000",
+        "epochs=9000000000",
+        "max_bad_steps=9223372036854775807",
+        "checkpoint.every_minutes=1e300",
+        "checkpoint.every_steps=9223372036854775807",
+        "optimizer.lr=1e300",
+        "optimizer.weight_decay=1e38",
+        "temperature=1e-30",
+        "temperature=1e30",
+        "prune.warmup_epochs=9223372036854775807",
+        "prune.scoring_draws=1000000000",
+        "monitor.knn_images=9223372036854775807",
+        "augment.blur_sigma=[0.1, 1e30]",
+        "data.max_images=9223372036854775807",
+    ],
+)
+def test_a_number_beyond_its_end_is_one_line_with_the_range(override: str) -> None:
+    with pytest.raises(UserError, match="allowed: .*value") as error:
+        load_config(None, [override])
+    assert "\n" not in str(error.value) and override.partition("=")[0] in str(error.value) and "fix: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "knn.num_neighbors=9000000000",
+        "knn.num_neighbors=[1, 9000000000]",
+        "knn.temperature=1e-30",
+        "fewshot.num_draws=1000000000",
+        "finetune.lr=1e30",
+        "finetune.batch_size=4000000000",
+        "batch_size=4000000000",
+        "linear.max_iter=9000000000",
+        "finetune.warmup_epochs=1e30",
+    ],
+)
+def test_so_it_is_in_evaluation(override: str) -> None:
+    with pytest.raises(UserError, match="should be (less|greater) than or equal to") as error:
+        check(EvalConfig, parse_overrides([override]), "the command line")
+    assert "\n" not in str(error.value) and override.partition("=")[0] in str(error.value)
+
+
+def test_the_largest_numbers_overflow_nowhere() -> None:
+    """What the product makes of them stays within 64 bits, and within what the standard library calls a duration."""
+    fields, checkpoint = PretrainConfig.model_fields, CheckpointConfig.model_fields
+
+    def highest(field: FieldInfo) -> float:
+        return float(next(found.le for found in field.metadata if hasattr(found, "le")))
+
+    assert timedelta(seconds=highest(fields["timeout_seconds"])).days == 7
+    assert timedelta(minutes=highest(checkpoint["every_minutes"])).days > 365
+    assert highest(fields["epochs"]) * 10**12 < 2**63 and highest(fields["batch_size"]) * 10**12 < 2**63

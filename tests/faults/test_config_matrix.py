@@ -322,13 +322,13 @@ EXTREME = {
     "augment.brightness": ["1000.0"],
     "augment.crop_ratio": ["[0.1, 10]", "[0.1, 0.1]", "[10, 10]"],
     "augment.crop_scale": ["[1e-30, 1e-30]"],
-    "augment.blur_sigma": ["[1e-30, 1e30]"],
-    "prune.rescore_every": [str(2**63 - 1)],
-    "prune.redraw_every": [str(2**63 - 1)],
-    "monitor.knn_images": [str(2**63 - 1)],
-    "data.subset_seed": [str(-(2**63))],
-    "optimizer.lr": ["1e20"],
-    "temperature": ["1e-30", "1e30"],
+    "augment.blur_sigma": ["[1e-30, 1000]"],
+    "prune.rescore_every": ["1000000"],
+    "prune.redraw_every": ["1000000"],
+    "monitor.knn_images": ["1000000000"],
+    "data.subset_seed": [str(-(2**63)), str(2**63 - 1)],
+    "optimizer.lr": ["1e20", "1e38"],
+    "temperature": ["0.001", "1000"],
 }
 
 
