@@ -51,7 +51,7 @@ from ssl_emp.augment import Recipe, cut_views, draw_params
 from ssl_emp.checkpoint import write_atomically
 from ssl_emp.config import DataConfig, parse_yaml
 from ssl_emp.device import keep_freed_memory, pick_device
-from ssl_emp.errors import Parser, UserError
+from ssl_emp.errors import Parser, UserError, printable
 from ssl_emp.eval_config import EvalConfig, check, parse_overrides
 from ssl_emp.images import EncodedPixels, ImageSet, align_labels, fingerprint, listed, load_images, load_source
 from ssl_emp.report import show_progress
@@ -89,7 +89,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[list[str], list[str], dict[
 def load_splits(data: DataConfig, image_size: int | None) -> tuple[ImageSet, ImageSet]:
     """(train, test), labeled alike and of one size. Raises UserError where a split or its labels are missing."""
     load = partial(
-        load_images, labels=data.labels, jpeg_quality=data.jpeg_quality, download_dir=data.download_dir, cache_dir=data.cache_dir
+        load_images,
+        labels=data.labels,
+        max_pixels=data.max_pixels,
+        jpeg_quality=data.jpeg_quality,
+        download_dir=data.download_dir,
+        cache_dir=data.cache_dir,
     )
     train = load(
         data.source,
@@ -114,6 +119,8 @@ def load_splits(data: DataConfig, image_size: int | None) -> tuple[ImageSet, Ima
     for split, images, source in (("train", train, data.source), ("test", test, data.test_source or data.source)):
         if images.skipped:
             note(f"{len(images.skipped)} unreadable images left out of the {split} split of {source}")
+        if images.dim:
+            note(printable(f"the {split} split of {source}: {images.dim_line}"))
         if images.labels is None:
             raise UserError(
                 f"the {split} split of {source} has no labels, and encoders are judged by predicting them",
@@ -388,6 +395,7 @@ def load_target(target: Target, image_size: int | None, config: EvalConfig) -> d
     """The splits of a target, of one size, with labels numbered alike: `train`, `val` where it has one, `test`."""
     data, size = config.data, target.image_size or image_size
     options: dict[str, Any] = {"jpeg_quality": data.jpeg_quality, "cache_dir": data.cache_dir, "store": data.store}
+    options["max_pixels"] = data.max_pixels
     splits: dict[str, ImageSet] = {}
     for part, split in (("train", target.train_split), ("val", target.val_split), ("test", target.test_split)):
         if split is None:

@@ -14,10 +14,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no EPS, PSD, SVG: formats that run code or guess
+# no EPS, PSD, SVG: formats that run code or guess. AVIF where this Pillow was built with it
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(["AVIF"] if features.check("avif") else []))
+MAX_PIXELS = 90_000_000  # of an image, unless another limit is given; Pillow itself warns from 89 million on
 EXIF_ORIENTATION = 0x0112
 RUN = 32  # images a thread takes at a time
 

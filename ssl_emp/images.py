@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_emp.decode import Encoded, opened, pillow_limits, reason
+from ssl_emp.decode import MAX_PIXELS, Encoded, opened, pillow_limits, reason
 from ssl_emp.errors import UserError
 from ssl_emp.keyed import keyed_bits
 from ssl_emp.stores import (
@@ -62,6 +62,8 @@ class ImageSet:
     class_names: name of every label where known.
     skipped: (name, reason) of every image left out.
     store: one of `STORES`, where the pixels are.
+    dim: names of the images of 16 bits a channel that use less than a tenth of that range, as microscopes and X-ray detectors of 12
+        bits write them. They are not made brighter: which range was meant, only their owner knows.
     """
 
     pixels: Tensor | EncodedPixels
@@ -70,12 +72,24 @@ class ImageSet:
     class_names: list[str] | None
     skipped: list[tuple[str, str]]
     store: str = "memory"
+    dim: list[str] = field(default_factory=list)
 
     @property
     def stored(self) -> str:
         """For people: where the pixels are, and how many bytes they take there."""
         size = self.pixels.nbytes
         return f"{STORES[self.store]} ({f'{size / 2**30:.1f} GiB' if size >= 2**30 else f'{size / 2**20:.1f} MiB'})"
+
+    @property
+    def dim_line(self) -> str:
+        """For people: how many images are dim, and what to do; empty where none is."""
+        if not self.dim:
+            return ""
+        who = "1 image uses" if len(self.dim) == 1 else f"{len(self.dim):,} images use"
+        return (
+            f"{who} less than a tenth of the 16-bit range (microscopes, X-ray): {self.dim[0]} first; "
+            "multiply them to 16 bits beforehand (12 bits: by 16), or they stay dark"
+        )
 
 
 @dataclass(frozen=True)
@@ -99,7 +113,7 @@ def load_images(
     max_images: int | None = None,
     subset_seed: int = 0,
     labels: str = "auto",
-    max_pixels: int = 50_000_000,
+    max_pixels: int = MAX_PIXELS,
     store: str = "auto",
     jpeg_quality: int = 90,
     memory_limit: int | None = None,
@@ -178,7 +192,7 @@ def load_source(
     max_images: int | None = None,
     subset_seed: int = 0,
     labels: str = "auto",
-    max_pixels: int = 50_000_000,
+    max_pixels: int = MAX_PIXELS,
     store: str = "auto",
     jpeg_quality: int = 90,
     memory_limit: int | None = None,

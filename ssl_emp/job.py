@@ -84,6 +84,7 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
             max_images=data.max_images,
             subset_seed=data.subset_seed,
             labels=data.labels,
+            max_pixels=data.max_pixels,
             store=data.store,
             jpeg_quality=data.jpeg_quality,
             download_dir=data.download_dir,
@@ -193,6 +194,8 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
         report.say(f"          left out: {printable(name)} ({reason})")
     if len(images.skipped) > 10:
         report.say(f"          left out: {len(images.skipped) - 10} more")
+    if images.dim:
+        report.say(f"          {printable(images.dim_line)}")
     spec = encoder.spec
     report.say(f"encoder   {spec['arch']}, width {spec['width']}, {spec['stem']} stem, {encoder.feature_dim} features")
     kept = "every epoch keeps every sample"
@@ -249,6 +252,7 @@ def load_test(config: PretrainConfig, train: ImageSet, image_size: int, report: 
     """The test split with labels numbered as in train, before the run and not after hours of it; None where there is none."""
     data = config.data
     options = {"image_size": image_size, "download_dir": data.download_dir, "cache_dir": data.cache_dir, "store": data.store}
+    options["max_pixels"] = data.max_pixels
     try:
         if data.test_source is None:
             test = load_images(data.source, "test", kind=data.kind, **options)  # type: ignore[arg-type]  # str and int by name
