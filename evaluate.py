@@ -53,7 +53,7 @@ from ssl_emp.config import DataConfig, parse_yaml
 from ssl_emp.device import keep_freed_memory, pick_device
 from ssl_emp.errors import Parser, UserError, printable
 from ssl_emp.eval_config import EvalConfig, check, parse_overrides
-from ssl_emp.images import EncodedPixels, ImageSet, align_labels, fingerprint, listed, load_images, load_source
+from ssl_emp.images import EncodedPixels, ImageSet, align_labels, listed, load_images, load_source
 from ssl_emp.report import show_progress
 from ssl_emp.subjects import Subject, find_subjects, is_run, read_run_data
 
@@ -197,16 +197,8 @@ class Judged:
 
 
 def features_key(encoder: nn.Module, images: ImageSet) -> str:
-    """Name for the features of these images: a hash of the network, of its weights and buffers, and of all pixels.
-
-    Of images that lie as JPEGs in a file, its path stands for the pixels: it is made of the names, sizes and times of the source.
-    """
-    digest = hashlib.sha256(f"{encoder!r} {state_hash(encoder)} {fingerprint(images)} {len(images.names)}".encode())
-    if isinstance(images.pixels, Tensor):
-        for start in range(0, len(images.pixels), 256):  # a mapped file may be larger than memory
-            digest.update(images.pixels[start : start + 256].contiguous().numpy().data)
-    else:
-        digest.update(str(images.pixels.path).encode())
+    """Name for the features of these images: a hash of the network, of its weights and buffers, and of all pixels."""
+    digest = hashlib.sha256(f"{encoder!r} {state_hash(encoder)} {images.content['pixels']} {len(images.names)}".encode())
     return digest.hexdigest()[:32]
 
 

@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 import stat
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,14 @@ from ssl_emp.stores import (
     decode_into,
     encoded_path,
     encoded_pixels,
+    pixel_digest,
     place_images,
     raw_path,
     raw_pixels,
     store_key,
 )
 
-__all__ = ["DeviceImages", "EncodedPixels", "HostImages", "ImageSet", "fingerprint", "load_images", "place_images"]
+__all__ = ["DeviceImages", "EncodedPixels", "HostImages", "ImageSet", "fingerprint", "load_images", "place_images", "sampled_fingerprint"]
 
 KINDS = ("auto", "folder", "parquet", "torchvision", "mnist5k")
 STORES = {"memory": "in memory", "raw": "raw in a file", "encoded": "as JPEG in a file"}
@@ -64,6 +66,7 @@ class ImageSet:
     store: one of `STORES`, where the pixels are.
     dim: names of the images of 16 bits a channel that use less than a tenth of that range, as microscopes and X-ray detectors of 12
         bits write them. They are not made brighter: which range was meant, only their owner knows.
+    path: the raw file that the pixels are mapped from, where they are.
     """
 
     pixels: Tensor | EncodedPixels
@@ -73,6 +76,17 @@ class ImageSet:
     skipped: list[tuple[str, str]]
     store: str = "memory"
     dim: list[str] = field(default_factory=list)
+    path: Path | None = None
+
+    @cached_property
+    def content(self) -> dict[str, str]:
+        """What the set is, by digests (hex) that tell what was changed: `names` in their order, `pixels` (all of them, see
+        `ssl_emp.stores.pixel_digest`), `labels` with the class names. Where the images lie plays no part."""
+        numbers = b"" if self.labels is None else self.labels.contiguous().numpy().tobytes()
+        kind = [self.class_names, None if self.labels is None else list(self.labels.shape)]
+        parts = {"names": json.dumps(self.names).encode(), "labels": json.dumps(kind).encode() + numbers}
+        digests = {name: hashlib.blake2b(part, digest_size=32).hexdigest() for name, part in parts.items()}
+        return digests | {"pixels": pixel_digest(self.pixels, self.path)}
 
     @property
     def stored(self) -> str:
@@ -238,17 +252,23 @@ def load_source(
         )
     kept = np.delete(positions, sorted(failed))
     return ImageSet(
-        pixels=pixels if isinstance(pixels, EncodedPixels) else torch.from_numpy(pixels[: len(kept)]),
+        pixels=pixels if isinstance(pixels, EncodedPixels) else _tensor(pixels[: len(kept)]),
         labels=None if found.labels is None or labels == "none" else torch.from_numpy(found.labels[kept]),
         names=[found.names[position] for position in kept],
         class_names=None if labels == "none" else found.class_names,
         skipped=skipped,
         store=store,
+        path=raw_path(folder, raw_key) if store == "raw" else None,
     )
 
 
 def fingerprint(images: ImageSet) -> str:
-    """sha256 (hex) of the names, the shape and the pixels of up to 1,024 evenly spaced images: cheap for any N."""
+    """sha256 (hex) of the whole of `ImageSet.content`: names, all pixels, labels and class names."""
+    return hashlib.sha256(json.dumps(images.content, sort_keys=True).encode()).hexdigest()
+
+
+def sampled_fingerprint(images: ImageSet) -> str:
+    """sha256 (hex) of the names, the shape and up to 1,024 evenly spaced images: what checkpoints of format 5 know images by."""
     digest = hashlib.sha256("\0".join(images.names).encode())
     digest.update(str(tuple(images.pixels.shape)).encode())
     for rows in torch.from_numpy(_evenly_spaced(len(images.names), 1024)).split(64):  # few at a time: images may be large
@@ -587,6 +607,13 @@ def _parquet_in(folder: str) -> list[str]:
 def _between(positions: np.ndarray, low: int, high: int) -> np.ndarray:
     start, end = np.searchsorted(positions, [low, high])
     return positions[start:end]
+
+
+def _tensor(pixels: np.ndarray) -> Tensor:
+    """Without a copy, and without torch's word that a file which is only readable cannot be written: nobody does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(pixels)
 
 
 def _evenly_spaced(length: int, count: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from ssl_emp.errors import UserError
 PREFETCH_BATCHES = 3  # host batches held ahead of the one in use
 SAVE_BYTES = 1 << 24  # of JPEGs between two points that a killed build can go on from
 DIGEST_BYTES = 32
+HASHED_BYTES = 1 << 22  # of a part that is hashed by itself, so that all cores share the work
+NOTED_BYTES = 1 << 28  # files from this size on keep their digest: a smaller one is hashed again in less than a third of a second
 
 Progress = Callable[[int, int], None]
 Read = Callable[[np.ndarray], Iterator[Encoded]]  # positions -> their images, in order
@@ -213,11 +215,10 @@ def raw_pixels(
     if data.stat().st_size != num_bytes:
         raise _damaged(data, f"{data.stat().st_size:,} bytes instead of {num_bytes:,}")
     try:
-        failed = {int(row): str(why) for row, why in json.loads(note.read_text()).items()}
+        failed = {int(row): str(why) for row, why in json.loads(note.read_text()).items() if row != "digest"}
     except (OSError, ValueError, AttributeError) as exc:
         raise UserError(f"{note} is damaged ({reason(exc)})", f"delete {data} with it, and both are built again") from exc
-    # "r+" though nobody writes: torch wants writable memory, and a private mapping ("c") counts in full against memory
-    return np.memmap(data, np.uint8, "r+", shape=shape), failed
+    return np.memmap(data, np.uint8, "r", shape=shape), failed  # a private mapping ("c") would count in full against memory
 
 
 def encoded_pixels(
@@ -320,6 +321,65 @@ def _open_encoded(path: Path, size: int, count: int) -> tuple[EncodedPixels, dic
         warnings.simplefilter("ignore")  # that the mapping is read-only: nobody writes
         data = torch.from_numpy(mapped)
     return EncodedPixels(size, path, data, spans[signed > 0]), failed
+
+
+# ---------------------------------------------------------------------------------------------------------- digests
+
+
+def pixel_digest(pixels: Pixels, path: Path | None = None) -> str:
+    """BLAKE2b (hex) over the shape and all pixels (N, 3, S, S), of `EncodedPixels` over the shape and the bytes of all JPEGs.
+
+    A tenth of a second for 100 MB on one core, and all cores share the work. The digest of a large file is kept in the note beside
+    it, with the file's size and time, so that a set larger than memory is read through once and not at every start (where the note
+    cannot be written: at every start).
+
+    Args:
+        path: the raw file that the pixels are mapped from, if they are.
+    """
+    path = pixels.path if isinstance(pixels, EncodedPixels) else path
+    if path is None or pixels.nbytes < NOTED_BYTES:
+        return _digest(pixels)
+    note, info = path.with_suffix(".json"), os.stat(path)
+    state = [info.st_size, info.st_mtime_ns]
+    known = _read_note(note)
+    kept = known.get("digest")
+    if isinstance(kept, dict) and kept.get("of") == state and isinstance(kept.get("blake2b"), str):
+        return str(kept["blake2b"])
+    digest = _digest(pixels)
+    part = note.with_name(f"{note.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(known | {"digest": {"of": state, "blake2b": digest}}))
+        os.replace(part, note)
+    except OSError:  # a cache that is only readable, a full disk
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+    return digest
+
+
+def _digest(pixels: Pixels) -> str:
+    whole = hashlib.blake2b(f"{type(pixels).__name__} {tuple(pixels.shape)}".encode(), digest_size=32)
+    rows = max(1, HASHED_BYTES // max(1, pixels.shape[1:].numel()))
+
+    def part(start: int) -> bytes:
+        if isinstance(pixels, Tensor):
+            return hashlib.blake2b(pixels[start : start + rows].contiguous().numpy().data).digest()
+        digest, content = hashlib.blake2b(), pixels.data.numpy()
+        for begin, end in pixels.spans[start : start + rows].tolist():
+            digest.update(f"{end - begin} ".encode())
+            digest.update(content[begin:end].data)
+        return digest.digest()
+
+    for digest in _decoders().map(part, range(0, len(pixels), rows)):
+        whole.update(digest)
+    return whole.hexdigest()
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    """What stands beside a file of pixels: reasons by row, and "digest". Empty where there is none that can be read."""
+    with suppress(OSError, ValueError, RecursionError):
+        values = json.loads(path.read_text())
+        return values if isinstance(values, dict) else {}
+    return {}
 
 
 # ---------------------------------------------------------------------------------------------------------- serving

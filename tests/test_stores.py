@@ -8,6 +8,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -438,6 +439,92 @@ def test_runs_on_the_three_stores_are_the_same_bit_for_bit(
         assert samples == results[0][1]
         assert [row["value"] for row in rows] == [row["value"] for row in results[0][2]] and len(rows) == 2
     assert sorted(path.suffix for path in (tmp_path / "cache/encoded").iterdir()) == [".jpegs", ".jpegs"]  # train and test
+
+
+# --- digests
+
+
+def changed_store(folder: Path, place: Path, store: str, name: str, seed: int) -> str:
+    """The fingerprint of the folder where the image `name` is another photo."""
+    copy = place / "copy"
+    shutil.copytree(folder, copy)
+    (copy / name).write_bytes(jpeg(photo(seed), quality=90))
+    return fingerprint(load(copy, place / "cache", store))
+
+
+@pytest.mark.parametrize("store", ["memory", "raw", "encoded"])
+def test_every_image_is_part_of_the_fingerprint_and_where_it_lies_is_not(
+    store: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "HASHED_BYTES", 5000)  # parts of two images
+    whole = load(folder, tmp_path / "cache", store)
+    shutil.copytree(folder, tmp_path / "moved")
+    moved = load(tmp_path / "moved", tmp_path / "cache", store)
+    assert fingerprint(moved) == fingerprint(whole)
+    for number, name in enumerate(("a_00.jpg", "a_01.jpg", "a_20.jpg", "a_39.jpg", "b_grey.jpg")):
+        assert changed_store(folder, tmp_path / str(number), store, name, 900) != fingerprint(whole), name
+
+
+def test_a_fingerprint_holds_names_order_labels_and_class_names() -> None:
+    pixels = torch.randint(0, 256, (6, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels, names, classes = torch.tensor([0, 1, 2, 0, 1, 2]), [f"{i}.png" for i in range(6)], ["a", "b", "c"]
+    whole = ImageSet(pixels, labels, names, classes, [])
+    swapped = pixels[[1, 0, 2, 3, 4, 5]]
+    others = [
+        ImageSet(pixels, labels.flip(0), names, classes, []),
+        ImageSet(pixels, None, names, None, []),
+        ImageSet(pixels, labels, names, ["a", "c", "b"], []),
+        ImageSet(pixels, labels, names, None, []),
+        ImageSet(pixels, labels.unsqueeze(1), names, classes, []),
+        ImageSet(pixels, labels, [*names[1:], names[0]], classes, []),
+        ImageSet(swapped, labels, names, classes, []),
+        ImageSet(pixels.view(6, 3, 2, 8), labels, names, classes, []),
+    ]
+    assert len({fingerprint(images) for images in [whole, *others]}) == len(others) + 1
+    assert fingerprint(ImageSet(pixels.clone(), labels.clone(), list(names), list(classes), [("x", "empty")])) == fingerprint(whole)
+
+
+@pytest.mark.parametrize("store", ["raw", "encoded"])
+def test_a_large_file_is_hashed_once(store: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = load(folder, tmp_path, store)
+    wanted = fingerprint(plain)
+    monkeypatch.setattr(stores, "NOTED_BYTES", 0)
+    assert fingerprint(load(folder, tmp_path, store)) == wanted
+    (path,) = (found for found in tmp_path.iterdir() if found.suffix in (".u8", ".jpegs"))
+    note = path.with_suffix(".json")
+    kept = json.loads(note.read_text())
+    note.write_text(json.dumps(kept | {"digest": kept["digest"] | {"blake2b": "from the note"}}))
+    again = load(folder, tmp_path, store)
+    assert again.content["pixels"] == "from the note" and again.skipped == plain.skipped
+    for damage in ("[]", "{", '{"digest": 3}', '{"digest": {"of": [0, 0], "blake2b": "00"}}', '{"digest": {"blake2b": "00"}}'):
+        note.write_text(damage)
+        assert fingerprint(replace(again)) == wanted, damage
+
+
+def test_a_file_changed_in_place_is_hashed_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "NOTED_BYTES", 0)
+    plain = fingerprint(load(folder, tmp_path, "raw"))
+    (path,) = tmp_path.glob("*.u8")
+    content = bytearray(path.read_bytes())
+    content[1234] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(1, 1))
+    assert fingerprint(load(folder, tmp_path, "raw")) != plain
+
+
+@pytest.mark.parametrize("store", ["raw", "encoded"])
+def test_a_cache_that_is_only_readable_is_read(store: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mapped for reading alone: root may write into files that are read-only, so the kernel's list of mappings is looked at."""
+    monkeypatch.setattr(stores, "NOTED_BYTES", 0)
+    plain = load(folder, tmp_path, store)
+    wanted = fingerprint(plain)
+    for path in (*tmp_path.iterdir(), tmp_path):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    again = load(folder, tmp_path, store)
+    assert fingerprint(again) == wanted and torch.equal(again.pixels[:], plain.pixels[:])
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    assert maps and all(fields[1] == "r--s" for fields in maps)
+    tmp_path.chmod(0o755)
 
 
 # --- serving
