@@ -28,7 +28,6 @@ import yaml
 from PIL import Image
 from torch import Tensor, nn
 
-from linear_eval import EvalError, Features, extract_features, knn_accuracy
 from ssl_emp.augment import cut_views, draw_params, grid_of_views
 from ssl_emp.checkpoint import check_state, load_checkpoint, save_checkpoint, write_atomically
 from ssl_emp.config import PretrainConfig, flatten, load_config
@@ -39,6 +38,7 @@ from ssl_emp.images import ImageSet
 from ssl_emp.job import LEARNED_SHARE, Job, prepare
 from ssl_emp.lock import is_unused, sole_writer
 from ssl_emp.model import save_encoder
+from ssl_emp.monitoring import monitor_knn, pick_monitor_set, schedule, schedule_line
 from ssl_emp.optim import (
     build_optimizer,
     gradient_norm,
@@ -115,7 +115,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
         peak = config.optimizer.lr
         return one_cycle_lr(step, total_steps, peak) if one_cycle else lr_at(step, total_steps, warmup_steps, peak)
 
-    every = config.monitor.reliability_every
+    measuring = schedule(job)
     rescores = job.rule.scores and prune.scoring != "stale"
 
     scores = ScoreState(num_samples, prune.score_ema, prune.adjusts, device, prune.shrink)
@@ -165,7 +165,9 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
 
     through_network = terms_of(job)
     saved_at, saved_step = time.monotonic(), step
-    monitor_set = pick_monitor_set(job) if ranks.is_first else None
+    monitor_set = pick_monitor_set(job) if ranks.is_first and measuring.knn_every else None
+    if line := schedule_line(job, measuring):
+        report.say(f"monitor   {line}")
     job.model.train()
     for epoch in range(start, len(job.steps)):
         began = clock()
@@ -233,12 +235,12 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
         seconds["training"] += clock() - began
         rate = (len(batches) - first_step) * batch_size / (seconds["training"] - seconds_before)
         began = clock()
-        knn = monitor_knn(job, monitor_set, report) if monitor_set and (epoch + 1) % config.monitor.knn_every == 0 else None
+        knn = monitor_knn(job, monitor_set, report) if monitor_set and measuring.measures_knn(epoch) else None
         seconds["monitoring"] += clock() - began
 
         began = clock()
         reliability = {}
-        if job.rule.ranks and plan.is_pruned(epoch + 1) and every and (epoch + 1) % every == 0:
+        if plan.is_pruned(epoch + 1) and measuring.measures_reliability(epoch):
             reliability = measure_reliability(job, model, views_of, scores, epoch)
         seconds["monitoring"] += clock() - began
 
@@ -299,7 +301,8 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
         ("samples seen", f"{samples:,} of {full:,} unpruned ({samples / full:.1%}, asked {plan.asked_share():.1%})"),
         ("training", duration(seconds["training"])),
         ("scoring passes", duration(seconds["scoring"])),
-        ("kNN monitor", duration(seconds["monitoring"])),
+        ("monitoring", f"{duration(seconds['monitoring'])}, {seconds['monitoring'] / sum(seconds.values()):.1%} of the time"),
+        *saved_time(seconds, total_steps, job.full_steps),
         ("encoder", str(out / "encoder")),
         ("next", f"python evaluate.py {out} knn linear"),
     ]
@@ -380,6 +383,17 @@ def epoch_line(row: dict[str, Any]) -> str:
     return f"loss {row['loss']:.3f}{knn}  kept {row['kept_share']:.1%}  {spread}  {row['images_per_second']:.0f} images/s"
 
 
+def saved_time(seconds: dict[str, float], steps: int, full_steps: int) -> list[tuple[str, str]]:
+    """A row of the last table: what the steps that were left out would have taken, less what scoring took; none where none were."""
+    if steps == full_steps:
+        return []
+    saved = seconds["training"] / steps * (full_steps - steps) - seconds["scoring"]
+    share = saved / (seconds["training"] / steps * full_steps)
+    if saved < 0:
+        return [("pruning saved", f"nothing: scoring took {duration(-saved)} more than the steps it left out")]
+    return [("pruning saved", f"about {duration(saved)} of training, {share:.0%} of that without pruning")]
+
+
 def restore_unless(good: Tensor, tensors: list[Tensor], before: list[Tensor]) -> None:
     """Put back what `tensors` were before where not `good` (0-d bool). No branch, which would wait for a GPU."""
     torch._foreach_copy_(tensors, [torch.where(good, *pair) for pair in zip(tensors, before, strict=True)])
@@ -416,33 +430,11 @@ def check_weights(model: nn.Module, step: int) -> None:
         raise RunFailed(f"{what}. fix: lower optimizer.lr, or lengthen optimizer.warmup_epochs")
 
 
-def pick_monitor_set(job: Job) -> tuple[Tensor, Tensor] | None:
-    """Pixels and labels of a fixed part of the train split, for the kNN line; the test split is for evaluate.py alone."""
-    labels = job.images.labels
-    if labels is None or not job.config.monitor.knn_every:
-        return None
-    picked = torch.randperm(job.num_samples, generator=torch.Generator().manual_seed(0))[: job.config.monitor.knn_images]
-    return job.images.pixels[picked], labels[picked]
-
-
-def monitor_knn(job: Job, monitor_set: tuple[Tensor, Tensor], report: Report) -> float | None:
-    """kNN accuracy in 0..1 of the encoder as it is now: four fifths of the monitor set are the bank, one fifth asks."""
-    job.encoder.eval()
-    try:
-        features = extract_features(job.encoder, *monitor_set, batch_size=job.config.batch_size, device=job.device)
-        cut = len(features.y) * 4 // 5
-        bank, queries = Features(features.x[:cut], features.y[:cut]), Features(features.x[cut:], features.y[cut:])
-        return knn_accuracy(bank, queries, num_neighbors=min(20, cut), temperature=0.1, device=job.device)
-    except EvalError as error:  # a collapsed encoder is worth a line, not the end of the run
-        report.say(f"kNN       not taken: {error}")
-        return None
-    finally:
-        job.encoder.train()
-
-
 def dry_run(job: Job, report: Report) -> int:
     """Print the resolved config, draw one batch of views, run one step's arithmetic, train nothing."""
     print(yaml.safe_dump(job.config.model_dump(), sort_keys=False))
+    if line := schedule_line(job, schedule(job)):
+        report.say(f"monitor   {line}")
     batches = shuffled_batches(torch.arange(job.num_samples, device=job.device), job.config.batch_size, job.config.seed, 0)
     index, images = next(iter(job.store.stream(batches[:1])))
     for _ in range(2):  # the first time warms up memory and libraries, the second is timed

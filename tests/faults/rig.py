@@ -36,7 +36,7 @@ optimizer: {{lr: 0.05, warmup_epochs: 1}}
 augment: {{crop_scale: [0.5, 1.0]}}
 prune: {{fraction: 0.4, anneal_fraction: 0.25}}
 device: cpu
-monitor: {{tensorboard: false, knn_every: 2, reliability_images: 16}}
+monitor: {{tensorboard: false, knn_every: 2, reliability_every: 1, reliability_images: 16}}
 """
 STEPS = (8, 5, 5, 8)  # of the epochs: the first and the last are full
 TOTAL = sum(STEPS)
