@@ -79,9 +79,7 @@ def test_what_cannot_be_measured_takes_nothing_from_the_rest(tiny_config: Path) 
     assert 0 < without_ranking.knn_every < both.knn_every
 
 
-def test_the_end_of_a_run_says_what_measuring_cost_and_pruning_saved(
-    pretrain_run: Pretrain, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_end_of_a_run_says_what_measuring_cost_and_pruning_saved(pretrain_run: Pretrain, capsys: pytest.CaptureFixture[str]) -> None:
     run = pretrain_run("run", "monitor.knn_every=null")
     said = capsys.readouterr().out
     assert "kNN never (monitor.knn_every=1 asks for it): at most 5% of the time" in said
