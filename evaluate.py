@@ -27,6 +27,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -50,7 +51,7 @@ from linear_eval.transfer import Outcome, Target, Transfer, draw_bars, missing_l
 from ssl_emp.augment import Recipe, cut_views, draw_params
 from ssl_emp.checkpoint import write_atomically
 from ssl_emp.config import DataConfig, parse_yaml
-from ssl_emp.device import keep_freed_memory, pick_device
+from ssl_emp.device import describe_device, keep_freed_memory, pick_device
 from ssl_emp.errors import Parser, UserError, printable
 from ssl_emp.eval_config import EvalConfig, check, parse_overrides
 from ssl_emp.images import EncodedPixels, ImageSet, align_labels, listed, load_images, load_source
@@ -159,6 +160,7 @@ class Result:
     value: float
     metric: str = "top1 %"
     std: float | None = None
+    then: Callable[[], None] | None = None  # what is left to do once the row is kept
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,10 @@ class Judged:
         assert self.train.labels is not None and self.test.labels is not None
         return self.train.pixels, self.train.labels, self.test.pixels, self.test.labels
 
+    def checkpoint(self, evaluator: str) -> Path | None:
+        """The file that an interrupted training goes on from, its name for `linear_eval.finetune` to complete."""
+        return None if self.out is None else self.out / f"{evaluator}-{{key}}.pt"
+
     def views(self) -> Callable[[int, Tensor, Tensor], Tensor]:
         """Random crop and flip, as in the literature's probes: (epoch, rows, uint8 images) -> (B, 3, S, S) in [0, 1]."""
         size = self.train.pixels.shape[-1]
@@ -196,17 +202,20 @@ class Judged:
         return lambda epoch, index, images: cut_views(images, draw_params(seed, epoch, index, recipe, size)[:1], recipe)[0]
 
 
-def features_key(encoder: nn.Module, images: ImageSet) -> str:
-    """Name for the features of these images: a hash of the network, of its weights and buffers, and of all pixels."""
-    digest = hashlib.sha256(f"{encoder!r} {state_hash(encoder)} {images.content['pixels']} {len(images.names)}".encode())
-    return digest.hexdigest()[:32]
+def features_key(encoder: nn.Module, images: ImageSet, *how: object) -> str:
+    """Name for the features of these images: a hash of the network, its weights and buffers, all pixels, and `how` they are made."""
+    made_of = f"{encoder!r} {state_hash(encoder)} {images.content['pixels']} {how}"
+    return hashlib.sha256(made_of.encode()).hexdigest()[:32]
 
 
 def extract(judged: Judged, images: ImageSet, split: str) -> Features:
     """Features of one split, from the cache where they are."""
-    path = None
-    if judged.config.cache_dir is not None and any(True for _ in judged.encoder.parameters()):  # pixels are their own cache
-        path = Path(judged.config.cache_dir) / f"{features_key(judged.encoder, images)}.safetensors"
+    path, config, device = None, judged.config, judged.device
+    if config.cache_dir is not None and any(True for _ in judged.encoder.parameters()):  # pixels are their own cache
+        # what the rounding depends on is part of the key: a number is the same with a cache and without
+        processor = describe_device(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+        key = features_key(judged.encoder, images, config.batch_size, device.type, processor, torch.__version__)
+        path = Path(config.cache_dir) / f"{key}.safetensors"
     return cached_features(
         path,
         images.labels,
@@ -214,8 +223,8 @@ def extract(judged: Judged, images: ImageSet, split: str) -> Features:
             judged.encoder,
             images.pixels,
             images.labels,
-            batch_size=judged.config.batch_size,
-            device=judged.device,
+            batch_size=config.batch_size,
+            device=device,
             progress=progress_of(f"{judged.subject.name}: {split} features"),
             shared=True,
         ),
@@ -242,18 +251,21 @@ def run_linear(judged: Judged) -> list[Result]:
         epochs = linear.epochs or 90
         progress = show_progress(f"{judged.subject.name}: linear steps")
         given: dict[str, Any] = {"views": judged.views(), "seed": seed, "epochs": epochs, "val_fraction": linear.val_fraction}
+        given |= {"checkpoint": judged.checkpoint("linear"), "warn": note}
         result = augmented_probe(judged.encoder, judged.feature_dim, *judged.splits, device=device, progress=progress, **given)
-        how = f"augmented linear probe, crop+flip, raw features, SGD Nesterov 0.9, {epochs} epochs, cosine, lr={result.lr:g}*batch/256"
-        return [Result(f"{how} {chosen}", 100 * result.top1)]
+        how = f"augmented linear probe, crop+flip, raw features, SGD Nesterov 0.9, {epochs} epochs, batch 256, cosine"
+        how += f", lr={result.lr:g}*batch/256"
+        return [Result(f"{how} {chosen}", 100 * result.top1, then=partial(finish, result))]
     train, test = judged.features
     if linear.protocol == "cached":
         epochs = linear.epochs or 100
         heads = sgd_probe(train, test, seed=seed, val_fraction=linear.val_fraction, epochs=epochs, device=device)
-        how = f"linear heads on cached features, SGD, {epochs} epochs, lr={heads.learning_rate:g} wd={heads.weight_decay:g}"
+        how = f"linear heads on cached features, SGD, {epochs} epochs, batch 256, lr={heads.learning_rate:g} wd={heads.weight_decay:g}"
         return [Result(f"{how} {chosen}", 100 * heads.top1)]
     settings: dict[str, Any] = {"val_fraction": linear.val_fraction, "max_iter": linear.max_iter, "precision": linear.precision}
     probe = linear_probe(train, test, seed=seed, device=device, **settings)
     how = f"logistic regression on standardised frozen features, L-BFGS, <= {linear.max_iter} steps, l2={probe.l2:.3g} of 45"
+    how += f", {linear.precision}" if linear.precision != "float32" else ""
     return [Result(f"{how} {chosen}", 100 * probe.top1)]
 
 
@@ -281,29 +293,34 @@ def run_fewshot(judged: Judged) -> list[Result]:
         results.append(line(found, f"logistic regression on frozen features, {l2}"))
         if few.finetune:
             found = fewshot(train_labels, tuned, seed=seed, num_draws=few.num_draws, **size)
-            results.append(line(found, f"fine-tuned {few.epochs} epochs"))
+            results.append(line(found, f"fine-tuned {few.epochs} epochs, crop+flip, batch <= 256, lr=0.05*batch/256"))
     return results
 
 
 def run_finetune(judged: Judged) -> list[Result]:
     tune = judged.config.finetune
-    checkpoint = None if judged.out is None else judged.out / "finetune.pt"
-    if checkpoint is not None:
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
     progress = show_progress(f"{judged.subject.name}: fine-tuning steps")
     given: dict[str, Any] = {**tune.model_dump(), "views": judged.views(), "seed": judged.config.seed}
-    try:
-        result: TrainResult = finetune(
-            judged.encoder, judged.feature_dim, *judged.splits, device=judged.device, checkpoint=checkpoint, progress=progress, **given
-        )
-    finally:
-        judged.encoder.eval()
-    chosen = f" (chosen on {100 * tune.val_fraction:g}% of train, refit)" if len(tune.lr) > 1 else ""
-    how = f"fine-tuned, crop+flip, SGD Nesterov 0.9, {tune.epochs} epochs, cosine, lr={result.lr:g}*batch/256{chosen}"
-    how += f", wd={tune.weight_decay:g}" + (f", layer decay {tune.layer_decay:g}" if tune.layer_decay < 1 else "")
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)  # done: a second call trains anew
-    return [Result(how, 100 * result.top1)]
+    given |= {"device": judged.device, "checkpoint": judged.checkpoint("finetune"), "progress": progress, "warn": note}
+    result = finetune(judged.encoder, judged.feature_dim, *judged.splits, **given)
+    chosen = f" (chosen on {100 * tune.val_fraction:g}% of train, refit)" if len(set(tune.lr)) > 1 else ""
+    how = f"fine-tuned on {len(judged.train.names)} train, crop+flip, SGD Nesterov 0.9, {tune.epochs} epochs, batch {tune.batch_size}"
+    how += f", cosine, lr={result.lr:g}*batch/256{chosen}, wd={tune.weight_decay:g}"
+    for text, value, usual in (
+        ("warm-up {:g} epochs", tune.warmup_epochs, 0),
+        ("label smoothing {:g}", tune.label_smoothing, 0),
+        ("layer decay {:g}", tune.layer_decay, 1),
+    ):
+        how += f", {text.format(value)}" if value != usual else ""
+    how += ", bf16" if tune.bf16 else ""
+    return [Result(how, 100 * result.top1, then=partial(finish, result))]
+
+
+def finish(result: TrainResult) -> None:
+    """Its row is kept: the checkpoint goes, and a second call trains anew."""
+    if result.checkpoint is not None:
+        with suppress(OSError):
+            result.checkpoint.unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -584,6 +601,9 @@ def judge(
             digits = 2 if result.metric.endswith("%") else 4
             values = (subject.name, evaluator, described, protocol, result.metric, round(result.value, digits), std, len(test.names))
             yield dict(zip(COLUMNS, (*values, config.seed), strict=True))
+        for result in results:
+            if result.then is not None:
+                result.then()
 
 
 def understand(argv: list[str] | None) -> tuple[list[Subject], list[str], EvalConfig, torch.device, Path | None]:

@@ -6,6 +6,7 @@ head sees the raw features, as there: under augmentation no cached mean and std 
 so that one rate does not suit all; hence several, chosen on a held-out part of train.
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from linear_eval.features import EvalError, check_frozen
-from linear_eval.finetune import IndexedPixels, Progress, Recipe, TrainResult, Views, state_hash, train_and_test
+from linear_eval.finetune import IndexedPixels, Progress, Recipe, TrainResult, Views, Warn, state_hash, train_and_test
 
 LRS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # SimCLR's is 0.1
 
@@ -36,6 +37,7 @@ def augmented_probe(
     device: str | torch.device = "cpu",
     checkpoint: Path | None = None,
     progress: Progress | None = None,
+    warn: Warn = warnings.warn,
 ) -> TrainResult:
     """Trains a linear head over the frozen encoder, and scores it once on the test images.
 
@@ -52,7 +54,7 @@ def augmented_probe(
     recipe = Recipe(views, epochs, batch_size, warmup_epochs=0, weight_decay=0, layer_decay=1, label_smoothing=0, bf16=bf16, seed=seed)
     before = state_hash(encoder)
     splits = (train_pixels, train_labels, test_pixels, test_labels)
-    result = train_and_test(encoder, feature_dim, *splits, lr, recipe, True, val_fraction, device, checkpoint, progress)
+    result = train_and_test(encoder, feature_dim, *splits, lr, recipe, True, val_fraction, device, checkpoint, progress, warn)
     if state_hash(encoder) != before:
         raise EvalError("the encoder changed while it was judged", "use one that has no state written in its forward pass")
     return result

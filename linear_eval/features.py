@@ -1,5 +1,6 @@
 """Features of a frozen encoder, computed once and kept on the CPU."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +16,17 @@ from torch import Tensor, nn
 from linear_eval.errors import EvalError
 from linear_eval.ranks import first_says, gather_rows, num_ranks, raise_together, rank, share_of
 
-__all__ = ["EvalError", "Features", "Pixels", "cached_features", "check_features", "check_frozen", "check_splits", "extract_features"]
+__all__ = [
+    "EvalError",
+    "Features",
+    "Pixels",
+    "cached_features",
+    "check_features",
+    "check_frozen",
+    "check_splits",
+    "content_hash",
+    "extract_features",
+]
 
 
 class Pixels(Protocol):
@@ -107,6 +118,20 @@ def extract_features(
     features = Features(x, labels.detach().cpu().long())
     check_features(features, "extracted", multi_label=labels.ndim == 2)
     return features
+
+
+def content_hash(pixels: Pixels) -> str:
+    """SHA-256 (hex) over the shape and all pixels (N, 3, H, W) uint8, read 256 images at a time.
+
+    Pixels that lie in a compressed form may have a method `content_hash` of their own, which takes their bytes as they lie.
+    """
+    own = getattr(pixels, "content_hash", None)
+    if own is not None:
+        return own()
+    digest = hashlib.sha256(str(tuple(pixels.shape)).encode())
+    for start in range(0, len(pixels), 256):  # a mapped file may be larger than memory
+        digest.update(pixels[start : start + 256].contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def check_frozen(encoder: nn.Module, device: str | torch.device) -> torch.device:

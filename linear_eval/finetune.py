@@ -9,11 +9,14 @@ Letters: N images, B in a batch, S pixels a side, D features, C classes, L learn
 
 import copy
 import hashlib
+import json
 import math
 import os
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linear_eval.features import EvalError, Pixels
+from linear_eval.artifacts import replacing
+from linear_eval.features import EvalError, Pixels, content_hash
 from linear_eval.linear import number_in, split_rows
 
 Views = Callable[[int, Tensor, Tensor], Tensor]  # epoch, row numbers (B,), images (B, 3, H, W) uint8 -> (B, 3, S, S) in [0, 1]
 Progress = Callable[[int, int], None]  # steps done, steps in all
+Warn = Callable[[str], Any]
 
+FORMAT = 2  # of checkpoints; raised when the training itself changes, too: what it left unfinished then begins anew
 MOMENTUM = 0.9
 RATED_BATCH = 256  # learning rates are given for this many images a step
 
@@ -46,12 +52,18 @@ class TrainResult:
         lr: the peak learning rate used, for 256 images a step.
         val_top1: accuracy of `lr` on the held-out part of the train split, 0..1; None where there was nothing to choose.
         train_loss: mean cross-entropy (nats) over the views of the last epoch.
+        classifier: what was tested, in eval mode, with one head.
+        classes: (C,) int64 ascending, the class ids that its logits stand for.
+        checkpoint: the file that holds the finished training, where there is one; it may be deleted.
     """
 
     top1: float
     lr: float
     val_top1: float | None
     train_loss: float
+    classifier: "Classifier" = field(compare=False, repr=False)
+    classes: Tensor = field(compare=False, repr=False)
+    checkpoint: Path | None = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -136,6 +148,7 @@ def finetune(
     device: str | torch.device = "cpu",
     checkpoint: Path | None = None,
     progress: Progress | None = None,
+    warn: Warn = warnings.warn,
 ) -> TrainResult:
     """Trains a copy of the encoder and a linear head with labels, and scores it once on the test images.
 
@@ -159,15 +172,19 @@ def finetune(
         val_fraction: share of every class that is held out to choose between several `lr`.
         device: where training runs.
         checkpoint: a file written after every epoch. A call with the same arguments goes on from there, on the CPU bit for bit;
-            a finished one is only tested again.
+            a finished one is only tested again. It holds a hash of all that the training depends on: pixels and labels of both
+            splits, encoder, settings, what `views` makes of some images. `{key}` in its name stands for that hash, so that other
+            trainings have other files and what is unfinished of them stays as it is; of a file by another name, a training
+            that is not this one is refused.
         progress: called after each step as `progress(steps_done, steps_in_all)`.
+        warn: called with a line where a checkpoint cannot be written, which costs only the resuming, or one called `{key}` not read.
 
     Raises:
         EvalError: splits or labels that do not fit, values out of range, divergence, a checkpoint that is not of this training.
     """
     recipe = Recipe(views, epochs, batch_size, warmup_epochs, weight_decay, layer_decay, label_smoothing, bf16, seed)
     splits = (train_pixels, train_labels, test_pixels, test_labels)
-    return train_and_test(encoder, feature_dim, *splits, lr, recipe, False, val_fraction, torch.device(device), checkpoint, progress)
+    return train_and_test(encoder, feature_dim, *splits, lr, recipe, False, val_fraction, torch.device(device), checkpoint, progress, warn)
 
 
 def train_and_test(
@@ -184,6 +201,7 @@ def train_and_test(
     device: torch.device,
     checkpoint: Path | None,
     progress: Progress | None,
+    warn: Warn,
 ) -> TrainResult:
     """Choose the learning rate on a held-out part of train, train on all of it, test. Heads on a frozen encoder share its forward
     pass, so that choosing between any number of rates doubles the work; a trained one needs a training for each."""
@@ -201,10 +219,13 @@ def train_and_test(
 
     # one after the other: the trials on a part of train, then the training on all of it
     lengths = [recipe.epochs * _num_batches(len(rows), recipe.batch_size) for rows in [fit_rows] * len(trials) + [all_rows]]
-    fingerprint, saved = "", None
+    kept = None
     if checkpoint is not None:
-        fingerprint = _fingerprint(encoder, lrs, train_target, recipe, frozen, val_fraction)
-        saved = _load(checkpoint, fingerprint) if checkpoint.exists() else None
+        made_of = _fingerprint(encoder, train_pixels, test_pixels, recipe, device)
+        made_of |= {"lr": lrs, "val_fraction": val_fraction, "frozen": frozen}
+        made_of |= {"train labels": _hash(classes, train_target), "test labels": _hash(test_target)}
+        kept = _Checkpoint(checkpoint, made_of, warn)
+    saved = None if kept is None else kept.load(len(trials))
     scores: list[float] = saved["scores"] if saved else []  # held-out accuracy of each rate tried so far
 
     def run(number: int, rates: list[float], rows: Tensor) -> tuple[Classifier, Tensor]:
@@ -217,8 +238,8 @@ def train_and_test(
                 progress(sum(lengths[:number]) + done, sum(lengths))
 
         def save(state: dict[str, Any]) -> None:
-            if checkpoint is not None:
-                _save(checkpoint, {"fingerprint": fingerprint, "number": number, "scores": scores, **state})
+            if kept is not None:
+                kept.save({"number": number, "scores": scores, **state})
 
         return model, _train(model, rates, train_pixels, train_target, rows, recipe, device, resumed, save, tick)
 
@@ -234,7 +255,8 @@ def train_and_test(
     if not losses.isfinite():
         raise EvalError(f"training diverged at lr={lrs[best]:g}", f"lower it, e.g. lr={lrs[best] / 10:g}, or give several to choose from")
     top1 = _accuracy(model, test_pixels, test_target, torch.arange(len(test_target)), recipe.batch_size, device)
-    return TrainResult(top1.item(), lrs[best], scores[best] if scores else None, losses.item())
+    val_top1, path = scores[best] if scores else None, kept.path if kept is not None and kept.path.is_file() else None
+    return TrainResult(top1.item(), lrs[best], val_top1, losses.item(), model.eval(), classes, path)
 
 
 def state_hash(module: nn.Module) -> str:
@@ -390,36 +412,99 @@ def _keyed_random(device: torch.device, *key: int) -> Iterator[None]:
         yield
 
 
-def _fingerprint(encoder: nn.Module, lrs: list[float], target: Tensor, recipe: Recipe, frozen: bool, val_fraction: float) -> str:
-    """What a training depends on, but for the pixels (reading them all would take long) and the views."""
-    settings = {field.name: getattr(recipe, field.name) for field in fields(recipe) if field.name != "views"}
-    labels = hashlib.sha256(target.numpy().tobytes()).hexdigest()
-    return f"{settings} lr {lrs} val {val_fraction} frozen {frozen} encoder {state_hash(encoder)} labels {labels}"
+def _fingerprint(
+    encoder: nn.Module, train_pixels: IndexedPixels, test_pixels: IndexedPixels, recipe: Recipe, device: torch.device
+) -> dict[str, Any]:
+    """What a training depends on besides labels and rates, by names for people. Views are known by what they make of noise."""
+    rows = torch.linspace(0, len(train_pixels) - 1, min(len(train_pixels), 8)).round().long()
+    noise = torch.randint(256, (len(rows), *train_pixels.shape[1:]), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    views = []
+    for epoch in sorted({0, recipe.epochs // 2, recipe.epochs - 1}):
+        with torch.no_grad(), _keyed_random(device, recipe.seed, epoch):
+            views.append(recipe.views(epoch, rows.to(device), noise.to(device)))
+    return {
+        "format": FORMAT,
+        "torch": torch.__version__,
+        "device": device.type,
+        "encoder": hashlib.sha256(f"{encoder!r} {state_hash(encoder)}".encode()).hexdigest(),
+        "train images": content_hash(train_pixels),
+        "test images": content_hash(test_pixels),
+        "views": _hash(*views),
+    } | {part.name: getattr(recipe, part.name) for part in fields(recipe) if part.name != "views"}
 
 
-def _load(path: Path, fingerprint: str) -> dict[str, Any]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        same = state["fingerprint"] == fingerprint
-    except Exception as error:  # torch.load raises pickle, zip, runtime and key errors; all mean: not a checkpoint of ours
-        raise EvalError(f"cannot read the checkpoint {path} ({type(error).__name__})", "delete it and start again") from error
-    if not same:
-        raise EvalError(
-            f"the checkpoint {path} is of another training (encoder, labels or settings differ)", "delete it or give another file"
-        )
-    return state
+def _hash(*tensors: Tensor) -> str:
+    """SHA-256 over shapes, types and bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype};".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
-def _save(path: Path, state: dict[str, Any]) -> None:
-    """Whole or not at all: a temporary sibling, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # a full disk surfaces from torch.save as RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise EvalError(f"cannot write the checkpoint {path} ({error})", "free some space or give another file") from error
+class _Checkpoint:
+    """The file of one training, which holds what the training is made of.
+
+    Args:
+        path: `{key}` in its name becomes a hash of `made_of`. Such a file is ours to replace; any other one is the caller's.
+        made_of: what the training depends on, plain values by names for people.
+        warn: is told in a line what costs only the resuming.
+    """
+
+    def __init__(self, path: Path, made_of: dict[str, Any], warn: Warn) -> None:
+        self.made_of = json.dumps(made_of, sort_keys=True)
+        self.path = path.with_name(path.name.replace("{key}", hashlib.sha256(self.made_of.encode()).hexdigest()[:16]))
+        self.is_keyed, self.warn, self.warned = self.path != path, warn, False
+
+    def load(self, num_trials: int) -> dict[str, Any] | None:
+        """What was saved of this training; None: nothing."""
+        if not os.path.lexists(self.path):
+            return None
+        try:
+            state = self._read(num_trials)
+        except Exception as error:  # torch.load raises pickle, zip, runtime and key errors; all mean: not a checkpoint of ours
+            if self.is_keyed:
+                self.warn(f"cannot read the checkpoint {self.path} ({type(error).__name__}): the training begins anew")
+                return None
+            raise EvalError(f"cannot read the checkpoint {self.path} ({type(error).__name__})", "delete it and start again") from error
+        if state["fingerprint"] == self.made_of:
+            return state
+        ours, theirs = json.loads(self.made_of), json.loads(state["fingerprint"])
+        other = ", ".join(name for name in ours | theirs if ours.get(name) != theirs.get(name))
+        what = f"the checkpoint {self.path} is of another training (other {other})"
+        if self.is_keyed:
+            self.warn(f"{what}: this one begins anew")
+            return None
+        raise EvalError(what, "delete it or give another file")
+
+    def _read(self, num_trials: int) -> dict[str, Any]:
+        """The file's state, of the right types and extent."""
+        if self.path.is_symlink() or not self.path.is_file():  # a pipe would be waited for
+            raise TypeError("no regular file")
+        with zipfile.ZipFile(self.path) as archive:
+            parts = archive.infolist()
+        size = self.path.stat().st_size
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > size:
+            raise ValueError("it unpacks to more than it is")
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        types = {"fingerprint": str, "number": int, "scores": list, "epochs": int, "model": dict, "optimizer": dict, "losses": Tensor}
+        if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in types.items()):
+            raise TypeError("not a training's state")
+        if not 0 <= state["number"] <= num_trials or not all(isinstance(score, float) for score in state["scores"]):
+            raise ValueError("no such trial")
+        if not isinstance(json.loads(state["fingerprint"]), dict):
+            raise TypeError("it does not say what it is of")
+        return state
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Whole or not at all. A file that cannot be written costs no training, only the resuming."""
+        try:
+            with replacing(self.path) as temporary, open(temporary, "xb") as file:
+                torch.save({"fingerprint": self.made_of, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (EvalError, OSError, RuntimeError) as error:  # a full disk surfaces from torch.save as RuntimeError
+            if not self.warned:
+                why = getattr(error.__cause__, "strerror", None) or str(error).splitlines()[0]
+                self.warn(f"cannot write the checkpoint {self.path} ({why}): the training goes on, but could not be resumed")
+            self.warned = True

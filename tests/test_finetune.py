@@ -4,6 +4,12 @@ import contextlib
 import copy
 import hashlib
 import math
+import os
+import re
+import resource
+import signal
+import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -193,6 +199,220 @@ def test_every_image_once_an_epoch_in_even_batches() -> None:
         assert [len(batch) for batch in batches] == [12] * 4  # not 13, 13, 13, 9
         assert sorted(sum(batches, [])) == list(range(48))
     assert seen[0] != seen[1] != seen[2]
+
+
+# ---- checkpoints belong to one training ------------------------------------------------------------------------------
+
+
+def stop_after(steps: int) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        if done == steps:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def one_more(tensor: Tensor) -> Tensor:
+    """The smallest change: one value, by one."""
+    changed = tensor.clone()
+    changed.view(-1)[changed.numel() // 2] += 1
+    return changed
+
+
+def reweighted() -> nn.Module:
+    encoder = tiny_encoder()
+    next(encoder.parameters()).view(-1)[0] += 1e-3
+    return encoder
+
+
+def with_statistics() -> nn.Module:
+    encoder = tiny_encoder()
+    next(iter(encoder.buffers())).view(-1)[0] += 1e-3
+    return encoder
+
+
+class Steeper(nn.Module):
+    """Of the same weights, another network."""
+
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.backbone, self.act = tiny_encoder(), nn.LeakyReLU(slope)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.act(self.backbone(images) - 0.5)
+
+
+def darker(epoch: int, index: Tensor, images: Tensor) -> Tensor:
+    return flips(epoch, index, images) * 0.9
+
+
+def late(epoch: int, index: Tensor, images: Tensor) -> Tensor:
+    """As `flips`, but for the last epoch."""
+    return flips(epoch, index, images) if epoch < 3 else images.float() / 255
+
+
+ANOTHER: dict[str, tuple[str, dict[str, Any]]] = {
+    "a train pixel": ("train images", {"train": (one_more(TRAIN[0]), TRAIN[1])}),
+    "a test pixel": ("test images", {"test": (one_more(TEST[0]), TEST[1])}),
+    "train images in another order": ("train images", {"train": (TRAIN[0].roll(2, 0), TRAIN[1])}),
+    "a train label": ("train labels", {"train": (TRAIN[0], torch.cat([TRAIN[1][1:2], TRAIN[1][1:]]))}),
+    "a test label": ("test labels", {"test": (TEST[0], torch.cat([TEST[1][1:2], TEST[1][1:]]))}),
+    "fewer test images": ("test images, test labels", {"test": (TEST[0][:10], TEST[1][:10])}),
+    "other class ids": ("train labels", {"train": (TRAIN[0], TRAIN[1] + 1), "test": (TEST[0], TEST[1] + 1)}),
+    "other views": ("views", {"views": darker}),
+    "other views in one epoch": ("views", {"views": late}),
+    "views of another size": ("views", {"views": lambda epoch, index, images: flips(epoch, index, images)[:, :, 2:, 2:]}),
+    "weights": ("encoder", {"encoder": reweighted()}),
+    "statistics": ("encoder", {"encoder": with_statistics()}),
+    "seed": ("seed, views", {"seed": 1, "views": lambda epoch, index, images: flips(epoch + 1, index, images)}),
+    "lr": ("lr", {"lr": 0.3}),
+    "epochs": ("epochs, views", {"epochs": 5}),
+    "batch_size": ("batch_size", {"batch_size": 25}),
+    "weight_decay": ("weight_decay", {"weight_decay": 0.01}),
+    "layer_decay": ("layer_decay", {"layer_decay": 0.9}),
+    "label_smoothing": ("label_smoothing", {"label_smoothing": 0.2}),
+    "warmup_epochs": ("warmup_epochs", {"warmup_epochs": 1}),
+    "bf16": ("bf16", {"bf16": True}),
+}
+
+
+def of_another(**given: Any) -> TrainResult:
+    """Four epochs of two steps."""
+    settings: dict[str, Any] = {"encoder": tiny_encoder(), "train": TRAIN, "test": TEST, "views": flips, "seed": 0, "epochs": 4}
+    settings |= {"lr": 0.4, "batch_size": 24, "warn": pytest.fail} | given
+    encoder, train, test = (settings.pop(part) for part in ("encoder", "train", "test"))
+    return finetune(encoder, DIM, *train, *test, **settings)
+
+
+def test_a_checkpoint_belongs_to_one_training(tmp_path: Path) -> None:
+    """Every other training has a file of its own, and is refused where it is given this one's, with what differs."""
+    keyed, fixed = tmp_path / "tuned-{key}.pt", tmp_path / "tuned.pt"
+    for path in (keyed, fixed):
+        with pytest.raises(KeyboardInterrupt):
+            of_another(checkpoint=path, progress=stop_after(3))
+    files = set(tmp_path.glob("tuned-*.pt"))
+    content = {path: path.read_bytes() for path in files}
+    for name, (differs, changed) in ANOTHER.items():
+        message = re.escape(f"of another training (other {differs}). fix: delete it or give another file")
+        with pytest.raises(EvalError, match=message):
+            of_another(checkpoint=fixed, **changed)
+        with pytest.raises(KeyboardInterrupt):
+            of_another(checkpoint=keyed, progress=stop_after(3), **changed)
+        new = set(tmp_path.glob("tuned-*.pt")) - files
+        assert len(new) == 1, name
+        files |= new
+    assert all(path.read_bytes() == before for path, before in content.items())
+
+
+@pytest.mark.parametrize("name", ["a train pixel", "a test label", "weights"])
+def test_an_interrupted_training_changes_no_other(name: str, tmp_path: Path) -> None:
+    """Interrupted, then another training, then on with the first: both end as if alone."""
+    keyed, (_, changed) = tmp_path / "tuned-{key}.pt", ANOTHER[name]
+    with pytest.raises(KeyboardInterrupt):
+        of_another(checkpoint=keyed, progress=stop_after(6))
+    (left,) = tmp_path.iterdir()
+    clean, other = of_another(**changed), of_another(checkpoint=keyed, **changed)
+    assert other == clean and state_hash(other.classifier) == state_hash(clean.classifier)
+    resumed: list[int] = []
+    again, whole = of_another(checkpoint=keyed, progress=lambda done, total: resumed.append(done)), of_another()
+    assert resumed[0] == 5 and again == whole and state_hash(again.classifier) == state_hash(whole.classifier)
+    assert again.checkpoint == left and {left, other.checkpoint} == set(tmp_path.iterdir())
+
+
+def test_networks_of_the_same_weights_are_told_apart(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"epochs": 2, "checkpoint": tmp_path / "{key}.pt"}
+    first, second = (tuned(Steeper(slope).eval(), **settings) for slope in (0.1, 0.2))
+    assert state_hash(Steeper(0.1)) == state_hash(Steeper(0.2)) and first.checkpoint != second.checkpoint
+    assert second == tuned(Steeper(0.2).eval(), epochs=2)
+
+
+def test_the_probe_has_checkpoints_of_its_own(tmp_path: Path) -> None:
+    """Frozen and trained, of the same settings; other images; several rates and one."""
+    encoder = nn.Sequential(nn.AvgPool2d(4), nn.Flatten()).eval()
+    given: dict[str, Any] = {"views": flips, "seed": 0, "epochs": 3, "batch_size": 16, "lr": 0.5}
+    turned = (TRAIN[0].flip(1), TRAIN[1])
+    for train in (TRAIN, turned):
+        for lr in (0.5, [0.5, 2.0]):
+            settings = given | {"lr": lr}
+            with pytest.raises(KeyboardInterrupt):
+                augmented_probe(encoder, 48, *train, *TEST, checkpoint=tmp_path / "{key}.pt", progress=stop_after(5), **settings)
+    assert len(list(tmp_path.iterdir())) == 4
+    for train in (TRAIN, turned):
+        again = augmented_probe(encoder, 48, *train, *TEST, checkpoint=tmp_path / "{key}.pt", **given)
+        alone = augmented_probe(encoder, 48, *train, *TEST, **given)
+        assert again == alone and state_hash(again.classifier) == state_hash(alone.classifier)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def damaged(kind: str, path: Path) -> None:
+    """Puts something into the place of a checkpoint."""
+    content = path.read_bytes()
+    state = torch.load(path, weights_only=True)
+    path.unlink()
+    if kind == "text":
+        path.write_text("no checkpoint")
+    elif kind == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif kind == "empty":
+        path.touch()
+    elif kind == "a folder":
+        path.mkdir()
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a link to one":
+        path.with_name("elsewhere").write_bytes(content)
+        path.symlink_to(path.with_name("elsewhere"))
+    elif kind == "code":
+        torch.save(state | {"model": os.getcwd}, path)
+    elif kind == "compressed":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("archive/data.pkl", bytes(10**6))
+    elif kind == "of another kind":
+        torch.save([1, 2, 3], path)
+    elif kind == "a trial too far":
+        torch.save(state | {"number": 7}, path)
+    else:
+        torch.save({"weights": torch.zeros(3)}, path)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    "text|cut|empty|a folder|a pipe|a link to one|code|compressed|of another kind|a trial too far|other names".split("|"),
+)
+def test_what_is_no_checkpoint_costs_no_training(kind: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    settings: dict[str, Any] = {"lr": 0.5, "epochs": 2, "batch_size": 48}
+    keyed = settings | {"checkpoint": tmp_path / "{key}.pt", "warn": said.append}
+    clean = probed(Flat().eval(), 3, **settings)
+    path = probed(Flat().eval(), 3, **keyed).checkpoint
+    assert path is not None and said == []
+    damaged(kind, path)
+    assert probed(Flat().eval(), 3, **keyed) == clean
+    assert said[0].startswith(f"cannot read the checkpoint {path} (") and said[0].endswith("the training begins anew")
+    if kind == "a folder":
+        assert len(said) == 2 and "cannot write the checkpoint" in said[1]
+    else:
+        assert len(said) == 1 and probed(Flat().eval(), 3, **keyed) == clean and len(said) == 1 and not path.is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["no folder can be made", "a folder that cannot be written to", "a full disk"])
+def test_where_no_checkpoint_can_be_written_the_training_goes_on(kind: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "file").write_text("in the way")
+    folder = {"no folder can be made": tmp_path / "file" / "eval", "a full disk": tmp_path}.get(kind, Path("/proc"))
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        if kind == "a full disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+        result = probed(Flat().eval(), 3, epochs=2, lr=0.5, checkpoint=folder / "{key}.pt", warn=said.append)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert result == probed(Flat().eval(), 3, epochs=2, lr=0.5) and result.checkpoint is None
+    assert len(said) == 1 and re.fullmatch(rf"cannot write the checkpoint {folder}/\w{{16}}.pt \(.+\): the training goes on, .*", said[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.warns(UserWarning, match="cannot write the checkpoint /proc/tuned.pt"):
+        probed(Flat().eval(), 3, epochs=1, lr=0.5, checkpoint=Path("/proc/tuned.pt"))
 
 
 # ---- augmented probe -------------------------------------------------------------------------------------------------
