@@ -1,6 +1,7 @@
 """evaluate.py from the command line to the table and the JSON."""
 
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -357,7 +358,7 @@ def test_fine_tuning_leaves_the_encoder_alone(run_dir: Path, capsys: pytest.Capt
     assert evaluate.main([str(run_dir), "finetune", "knn", "finetune.epochs=2", "finetune.lr=[0.02,0.1]", *SMALL]) == 0
     rows = table(capsys.readouterr().out)
     assert [row["evaluator"] for row in rows] == ["finetune", "knn"] and "chosen on 20% of train" in rows[0]["protocol"]
-    assert (run_dir / "encoder/model.safetensors").read_bytes() == weights and not (run_dir / "eval/finetune.pt").exists()
+    assert (run_dir / "encoder/model.safetensors").read_bytes() == weights and not list((run_dir / "eval").glob("*.pt"))
 
 
 def test_a_diagnosis_leaves_pictures_and_embeddings(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -498,3 +499,105 @@ def test_a_target_from_its_own_layout(run_dir: Path, tmp_path: Path, capsys: pyt
     assert evaluate.main([str(run_dir), "transfer", f"transfer.suite={suite}", f"transfer.root={tmp_path}", *SMALL]) == 0
     (row, _) = json.loads((run_dir / "eval/transfer.json").read_text())
     assert row["n_test"] == 16 and "chosen on val (16), refit on train+val" in row["protocol"], row
+
+
+# ---- an interrupted training -----------------------------------------------------------------------------------------
+
+
+class Watched(io.StringIO):
+    """A terminal at which somebody presses Ctrl-C when a text appears."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if self.text in text:
+            raise KeyboardInterrupt
+        return super().write(text)
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, text: str, *words: object) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Watched(text))
+        assert evaluate.main([str(word) for word in words]) == 130
+
+
+TUNED = ("finetune", "finetune.epochs=4", "finetune.batch_size=16", *SMALL)  # 68 images: 5 steps an epoch
+
+
+def test_an_interrupted_fine_tuning_on_other_images(
+    run_dir: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same labels in the same order, other pictures; then other test images, another size: each as if nothing had been left."""
+    data, labels = striped_images(68)
+    turned = [data[row ^ 1] for row in range(68)]  # the pictures of each class are those of another one
+    write_parquet(tmp_path / "turned/train.parquet", turned, labels)
+    write_parquet(tmp_path / "turned/test.parquet", *striped_images(40, seed=1))
+    write_parquet(tmp_path / "tests/train.parquet", data, labels)
+    write_parquet(tmp_path / "tests/test.parquet", *striped_images(40, seed=2))
+    interrupted(monkeypatch, "fine-tuning steps 17 of 20", run_dir, *TUNED)
+    left = list((run_dir / "eval").iterdir())
+    assert len(left) == 1 and left[0].name.startswith("finetune-") and left[0].suffix == ".pt"
+    content = left[0].read_bytes()
+    others = [[f"data.source={tmp_path / 'turned'}"], [f"data.source={tmp_path / 'tests'}"], ["data.image_size=12"], ["seed=1"]]
+    for words in others:
+        capsys.readouterr()
+        assert evaluate.main([str(run_dir), *TUNED, *words]) == 0
+        after = table(capsys.readouterr().out)
+        assert evaluate.main([str(run_dir), *TUNED, *words, "--out", str(tmp_path / "clean")]) == 0
+        assert table(capsys.readouterr().out) == after
+    assert left[0].read_bytes() == content, "what was interrupted waits"
+    screen = Watched("no such text")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", screen)
+        assert evaluate.main([str(run_dir), *TUNED]) == 0
+    seen = screen.getvalue().split("\r")
+    assert [line for line in seen if "fine-tuning" in line][0].endswith("fine-tuning steps 16 of 20"), seen
+    again = table(capsys.readouterr().out)
+    assert evaluate.main([str(run_dir), *TUNED, "--out", str(tmp_path / "clean")]) == 0
+    assert table(capsys.readouterr().out) == again
+    assert not list((run_dir / "eval").glob("*.pt")), "done: it goes"
+
+
+def test_an_interrupted_fine_tuning_stands_in_nobodys_way(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted(monkeypatch, "fine-tuning steps 12 of", run_dir, *TUNED)
+    interrupted(monkeypatch, "linear steps 12 of", run_dir, "linear", "linear.protocol=augmented", "linear.epochs=9", *SMALL)
+    assert {path.name.split("-")[0] for path in (run_dir / "eval").iterdir()} == {"finetune", "linear"}
+    capsys.readouterr()
+    others = ("finetune.epochs=1", "finetune.lr=0.2", "finetune.label_smoothing=0.1", "linear.protocol=augmented", "linear.epochs=1")
+    assert evaluate.main([str(run_dir), "finetune", "linear", "knn", *SMALL, *others]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and [row["evaluator"] for row in table(captured.out)] == ["finetune", "linear", "knn"]
+    assert len(list((run_dir / "eval").glob("*.pt"))) == 2
+
+
+def test_settings_that_move_a_number_are_in_its_protocol(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [
+        "finetune.epochs=1", "finetune.batch_size=16", "finetune.label_smoothing=0.3", "finetune.warmup_epochs=0.5", "finetune.bf16=true",
+        "finetune.lr=[0.1,0.2]", "finetune.weight_decay=0.1", "finetune.layer_decay=0.5", "data.max_images=24", "data.max_images=25",
+    ]  # fmt: skip
+    for word in asked:
+        assert evaluate.main([str(run_dir), "finetune", "finetune.epochs=1", *SMALL, word]) == 0
+    assert evaluate.main([str(run_dir), "finetune", "finetune.epochs=1", *SMALL, "finetune.lr=[0.1,0.2]", "finetune.val_fraction=0.4"]) == 0
+    for word in ("linear.precision=float64", "linear.max_iter=30", "linear.val_fraction=0.3"):
+        assert evaluate.main([str(run_dir), "linear", "linear.max_iter=20", *SMALL, word]) == 0
+    rows = json.loads((run_dir / "eval/finetune.json").read_text())
+    assert len({row["protocol"] for row in rows}) == len(asked) + 1
+    assert len({row["protocol"] for row in json.loads((run_dir / "eval/linear.json").read_text())}) == 3
+    capsys.readouterr()
+
+
+def test_a_run_directory_that_cannot_be_written_to(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file is where the folder for the rows would be made: the number comes, with a line on the checkpoint."""
+    (run_dir / "eval").write_text("in the way")
+    code = evaluate.main([str(run_dir), *TUNED])
+    captured = capsys.readouterr()
+    (row,) = table(captured.out)
+    assert row["evaluator"] == "finetune" and code == 2  # the row could not be kept, and that is an error
+    assert [line.split(" (")[0] for line in captured.err.splitlines() if "checkpoint" in line] != []
