@@ -49,13 +49,13 @@ from linear_eval.ranks import PeerLost, in_turn, own_device, process_group, rank
 from linear_eval.targets import TARGETS, torchvision_target
 from linear_eval.transfer import Outcome, Target, Transfer, draw_bars, missing_lines, parse_suite, run_suite, to_csv, to_markdown, to_rows
 from ssl_emp.augment import Recipe, cut_views, draw_params
-from ssl_emp.checkpoint import write_atomically
 from ssl_emp.config import DataConfig, parse_yaml
 from ssl_emp.device import describe_device, keep_freed_memory, pick_device
 from ssl_emp.errors import Parser, UserError, printable
 from ssl_emp.eval_config import EvalConfig, check, parse_overrides
 from ssl_emp.images import EncodedPixels, ImageSet, align_labels, listed, load_images, load_source
 from ssl_emp.report import show_progress
+from ssl_emp.safe_files import write_atomically
 from ssl_emp.subjects import Subject, find_subjects, is_run, read_run_data
 
 USAGE = "python evaluate.py ENCODER [ENCODER ...] knn|linear|fewshot|finetune|diagnose|transfer [...] [key=value ...], see --help"

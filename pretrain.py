@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ssl_emp.augment import cut_views, draw_params, grid_of_views
-from ssl_emp.checkpoint import check_state, load_checkpoint, save_checkpoint, write_atomically
+from ssl_emp.checkpoint import check_state, load_checkpoint, save_checkpoint
 from ssl_emp.config import PretrainConfig, flatten, load_config
 from ssl_emp.device import pick_device
 from ssl_emp.diagnostics import Finding, diagnose, findings, next_to_say
@@ -53,6 +53,7 @@ from ssl_emp.passes import compiled, foresee, gathered, measure_reliability, sco
 from ssl_emp.pruning import shuffled_batches
 from ssl_emp.ranks import ALONE, LostRank, Ranks, is_exchange, join_ranks, leave_ranks
 from ssl_emp.report import Report, duration, rank_correlation, write_environment, write_samples
+from ssl_emp.safe_files import write_atomically
 from ssl_emp.scores import ScoreState
 from ssl_emp.supervised import Classifier
 

@@ -7,11 +7,10 @@
 import errno
 import hashlib
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,47 +19,11 @@ from torch import Tensor
 
 from ssl_emp._version import __version__
 from ssl_emp.errors import RunFailed, UserError
+from ssl_emp.safe_files import inner_folder, read_json, replacing, write_atomically
 
 FORMAT = 5
 KEPT = 2
 MANIFESTS = ("manifest.json", "manifest.copy.json")  # one damaged byte in the only one would cost every checkpoint
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the name `path` once all of it is on disk. Until then, and after an error, what has the name stays.
-
-    A temporary sibling, fsync, rename, fsync of the directory. An OSError carries the path.
-    """
-    tmp = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(tmp, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
-        sync_directory(path.parent)
-    except BaseException as error:
-        with suppress(OSError):
-            tmp.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(path)
-        raise
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all, see `replacing`."""
-    with replacing(path) as file:
-        file.write(data)
-
-
-def sync_directory(folder: Path) -> None:
-    """A rename is on disk when its directory is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def cannot_write(path: Path, error: Exception, needed: int | None = None) -> RunFailed:
@@ -104,8 +67,8 @@ def _read_manifests(folder: Path) -> dict[str, list[str]]:
     """Names -> hashes of the contents that were written under them; what is damaged or missing says nothing."""
     known: dict[str, list[str]] = {}
     for name in MANIFESTS:
-        with suppress(OSError, ValueError, TypeError, AttributeError):
-            for file, digests in json.loads((folder / name).read_text(encoding="utf-8")).items():
+        with suppress(UserError, TypeError, AttributeError):
+            for file, digests in read_json(folder / name).items():
                 known.setdefault(str(file), []).extend([digests] if isinstance(digests, str) else map(str, digests))
     return known
 
@@ -128,7 +91,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], step: int) -> None:
     """
     path = folder / f"step_{step:08d}.pt"
     try:
-        folder.mkdir(exist_ok=True)
+        inner_folder(folder.parent, folder.name)
         with replacing(path) as file:
             hashed = _Hashed(file)
             content = {"format": FORMAT, "written_by": f"ssl_emp {__version__}", **state}

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ssl_emp.errors import UserError
+from ssl_emp.text import shorten
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Range = Annotated[list[Annotated[float, Field(ge=0, le=1000)]], Field(min_length=2, max_length=2)]
@@ -406,12 +407,6 @@ def _key_and_range(location: tuple[int | str, ...]) -> tuple[str, str]:
     step = f", a multiple of {number['multipleOf']}" if "multipleOf" in number else ""
     words = "".join(f", or {option['const']}" for option in options if "const" in option)
     return ".".join(key), f", allowed: {low}value{high}{step}{words}" if low or high else f", allowed: any finite number{words}"
-
-
-def shorten(text: str, limit: int = 60) -> str:
-    """At most `limit` characters of a text that someone typed, on one line."""
-    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[: limit + 1])
-    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,6 +3,8 @@
 import argparse
 from typing import NoReturn
 
+from ssl_emp.text import printable
+
 
 class UserError(Exception):
     """Something the user can fix. Printed as one line, `error: what. fix: how`; exit code 2.
@@ -14,11 +16,6 @@ class UserError(Exception):
 
     def __init__(self, what: str, fix: str) -> None:
         super().__init__(printable(f"{what}. fix: {fix}"))
-
-
-def printable(text: str) -> str:
-    """One line, whatever a file's name holds: what cannot be printed is escaped."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 class Parser(argparse.ArgumentParser):

@@ -41,6 +41,7 @@ from ssl_emp.stores import (
     raw_pixels,
     store_key,
 )
+from ssl_emp.text import decodable
 
 __all__ = ["DeviceImages", "EncodedPixels", "HostImages", "ImageSet", "fingerprint", "load_images", "place_images", "sampled_fingerprint"]
 
@@ -348,7 +349,7 @@ def _folder(root: str, split: str) -> Source:
     def read(positions: np.ndarray) -> Iterator[Encoded]:
         return (os.path.join(root, files[position][0]) for position in positions)
 
-    names = [_printable(path) for path, _ in files]
+    names = [decodable(path) for path, _ in files]
     return Source(names, labels, class_names if labels is not None else None, _hash(files), read, skipped)
 
 
@@ -366,7 +367,7 @@ def _walk(root: str, prefix: str) -> tuple[list[tuple[str, list[int]]], list[tup
         try:
             entries = sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name)
         except OSError as exc:
-            skipped.append((_printable(folder or "./"), reason(exc)))
+            skipped.append((decodable(folder or "./"), reason(exc)))
             continue
         inner = []
         for entry in filter(lambda entry: _is_visible(entry.name), entries):
@@ -377,7 +378,7 @@ def _walk(root: str, prefix: str) -> tuple[list[tuple[str, list[int]]], list[tup
                     continue
                 info = os.stat(entry.path)
             except OSError as exc:
-                skipped.append((_printable(path), reason(exc)))
+                skipped.append((decodable(path), reason(exc)))
                 continue
             key = (info.st_dev, info.st_ino)
             if key in seen:
@@ -388,7 +389,7 @@ def _walk(root: str, prefix: str) -> tuple[list[tuple[str, list[int]]], list[tup
             elif stat.S_ISREG(info.st_mode):  # a pipe called x.jpg would block for ever
                 files.append((path, [info.st_size, info.st_mtime_ns, info.st_ctime_ns]))
             else:
-                skipped.append((_printable(path), "not a regular file"))
+                skipped.append((decodable(path), "not a regular file"))
         folders += reversed(inner)
     return sorted(files), sorted(skipped)
 
@@ -454,7 +455,7 @@ def _parquet(source: str, split: str, labels: str) -> Source:
 
     info = [os.stat(path) for path in files]
     version = _hash([(name, [i.st_size, i.st_mtime_ns, i.st_ctime_ns]) for name, i in zip(relative, info, strict=True)])
-    names = [f"{_printable(name)}#{row}" for name, count in zip(relative, rows, strict=True) for row in range(count)]
+    names = [f"{decodable(name)}#{row}" for name, count in zip(relative, rows, strict=True) for row in range(count)]
     return Source(names, numbers, class_names if numbers is not None else None, version, read)
 
 
@@ -596,7 +597,7 @@ def _is_image(name: str) -> bool:
 
 def _first_folder(path: str) -> str | None:
     folder, slash, _ = path.partition("/")
-    return _printable(folder) if slash else None
+    return decodable(folder) if slash else None
 
 
 def _parquet_in(folder: str) -> list[str]:
@@ -623,13 +624,8 @@ def _evenly_spaced(length: int, count: int) -> np.ndarray:
 def _hash(files: list[tuple[str, list[int]]]) -> str:
     digest = hashlib.sha256()
     for name, numbers in files:
-        digest.update(f"{_printable(name)}\0{numbers}\0".encode())
+        digest.update(f"{decodable(name)}\0{numbers}\0".encode())
     return digest.hexdigest()
-
-
-def _printable(path: str) -> str:
-    """A file name as text that can be written anywhere; bytes that are not UTF-8 become \\xNN."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def align_labels(train: ImageSet, test: ImageSet) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ssl_emp.augment import Recipe
 from ssl_emp.config import PretrainConfig, PruneConfig
 from ssl_emp.device import describe_device, keep_freed_memory, pick_device
-from ssl_emp.errors import UserError, printable
+from ssl_emp.errors import UserError
 from ssl_emp.images import DeviceImages, HostImages, ImageSet, align_labels, fingerprint, load_images, place_images
 from ssl_emp.label_noise import noisy_labels
 from ssl_emp.loss import perfect_pair_share
@@ -191,11 +191,11 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
     report.say(f"device    {describe_device(device)}, {'bf16 autocast' if bf16 else 'fp32'}{shared}")
     report.say(f"images    {num_samples:,} of {stored_size}x{stored_size} from {data.source}, {where}; {len(images.skipped)} unreadable")
     for name, reason in images.skipped[:10]:
-        report.say(f"          left out: {printable(name)} ({reason})")
+        report.say(f"          left out: {name} ({reason})")
     if len(images.skipped) > 10:
         report.say(f"          left out: {len(images.skipped) - 10} more")
     if images.dim:
-        report.say(f"          {printable(images.dim_line)}")
+        report.say(f"          {images.dim_line}")
     spec = encoder.spec
     report.say(f"encoder   {spec['arch']}, width {spec['width']}, {spec['stem']} stem, {encoder.feature_dim} features")
     kept = "every epoch keeps every sample"

@@ -10,10 +10,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ssl_emp.errors import UserError
+from ssl_emp.safe_files import check_own, inner_folder, open_own
 
 LOCK = ".lock"
 CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some cluster file systems: better without than not at all
 WRITTEN_INTO = (".", "checkpoints", "encoder", "pruning")
+WRITTEN = ("config.yaml", "environment.json", "train.log", "metrics.jsonl", "result.json")
 
 
 def is_unused(folder: Path) -> bool:
@@ -28,6 +30,21 @@ def _is_leftover(path: Path) -> bool:
     return path.name.startswith(".") and path.suffix == ".tmp" and not path.stem.rpartition(".")[2].isdigit()
 
 
+def refuse_strange(folder: Path) -> None:
+    """Raise UserError where a name that a run writes stands for something else: a link, a pipe, a file with a second name.
+
+    Each file is looked at again as it is opened; here all of them are, before the first byte is written. What is only ever replaced
+    whole (checkpoints, the encoder) may have second names: they keep what they had.
+    """
+    for name in WRITTEN:
+        check_own(folder / name, replaced=name not in ("train.log", "metrics.jsonl"))
+    for part in WRITTEN_INTO[1:]:
+        if os.path.lexists(folder / part):
+            inner_folder(folder, part)
+            for path in sorted((folder / part).iterdir()):
+                check_own(path, replaced=True)
+
+
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
     """Hold `folder/.lock`, made with its folder where missing. The kernel frees the lock of a process that dies, however it dies.
@@ -36,21 +53,22 @@ def sole_writer(folder: Path) -> Iterator[None]:
     are removed; folders made here go again where nothing was put into them.
 
     Raises:
-        UserError: another process holds it, or the folder cannot be written.
+        UserError: another process holds it, the folder cannot be written, or names in it stand for what must not be written to.
     """
     path = folder / LOCK
     made = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        refuse_strange(folder)
         while True:
-            file = open(path, "a+")  # noqa: SIM115 - open until the lock is given back
+            file = open_own(path, "a+b")  # open until the lock is given back
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder, patience = "", 20
                 while not holder and patience:  # it has the lock, and writes its name in a moment
                     file.seek(0)
-                    holder, patience = file.read().strip(), patience - 1
+                    holder, patience = file.read(200).decode("utf-8", "replace").strip(), patience - 1
                     time.sleep(0 if holder else 0.05)
                 file.close()
                 raise UserError(f"{folder} is in use by {holder or 'another process'}", "wait for it, or choose another out=DIR") from None
@@ -63,8 +81,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
             file.close()  # removed by the process that had it, between our open and our lock: once more
         with suppress(OSError):  # for the message to the next one: on a full disk it is shorter
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n")
-            file.flush()
+            file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
         for part in WRITTEN_INTO:
             for left in filter(_is_leftover, (folder / part).glob(".*.tmp")):
                 left.unlink(missing_ok=True)

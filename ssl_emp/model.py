@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from ssl_emp.checkpoint import write_atomically
 from ssl_emp.errors import UserError
+from ssl_emp.safe_files import write_atomically
 
 # block, blocks a stage
 ARCHS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {

@@ -20,8 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from ssl_emp.checkpoint import cannot_write, replacing, write_atomically
+from ssl_emp.checkpoint import cannot_write
 from ssl_emp.device import describe_device
+from ssl_emp.safe_files import LARGE, inner_folder, open_own, read_bytes, replacing, write_atomically
+from ssl_emp.text import printable
 
 Item = TypeVar("Item")
 PLAIN_EVERY_SECONDS = 60.0  # not on a terminal: a line at least this often within an epoch
@@ -45,7 +47,8 @@ class Report:
 
     def __init__(self, silent: bool = False) -> None:
         self.silent = silent
-        self.console = _Console(highlight=False, soft_wrap=True, quiet=silent)
+        # names are text: neither rich's [markup] nor its :emoji:
+        self.console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=silent)
         self.folder: Path | None = None
         self.writer: Any = None
         self.early: list[str] = []  # lines of train.log said before there was a folder, or while its disk was full
@@ -62,13 +65,14 @@ class Report:
             self.writer = SummaryWriter(str(folder))
 
     def say(self, line: str) -> None:
-        """One line to the console and to train.log."""
+        """One line to the console and to train.log, whatever it holds: see `ssl_emp.text.printable`."""
+        line = printable(line)
         self._print(line)
         self._log([line])
 
     def _print(self, text: str) -> None:
         try:
-            self.console.print(text, markup=False)
+            self.console.print(text)
         except OSError:
             self.console.on_broken_pipe()
 
@@ -109,15 +113,16 @@ class Report:
         path = self.folder / "metrics.jsonl"
         if path.exists():
             rows = []
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in read_bytes(path, LARGE).decode("utf-8", "replace").splitlines():
                 try:
                     rows += [line] if json.loads(line)["epoch"] < epoch else []
-                except (ValueError, KeyError, TypeError):  # cut off by a crash: its epoch runs again
+                except (ValueError, KeyError, TypeError, RecursionError):  # cut off by a crash: its epoch runs again
                     break
             write_atomically(path, "".join(f"{line}\n" for line in rows).encode())
 
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
         """Two columns, name and value; plain lines where the console is not a terminal."""
+        rows = [(name, printable(value)) for name, value in rows]
         if self.console.is_terminal:
             table = Table(title=title, show_header=False, title_justify="left")
             for row in rows:
@@ -132,8 +137,9 @@ class Report:
     @contextmanager
     def progress(self, items: Iterable[Item], total: int, label: str, start: int = 0) -> Iterator[Iterator[Item]]:
         """A bar on a terminal, now and then a plain line elsewhere. It counts steps and never reads a tensor."""
+        label = printable(label)
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             with Progress(*columns, console=self.console, transient=True, refresh_per_second=4) as bar:
                 yield iter(bar.track(items, total=total, completed=start, description=label))
         else:
@@ -158,7 +164,7 @@ def _append(path: Path, lines: list[str]) -> None:
     if not lines:
         return
     data = "".join(lines).encode(errors="backslashreplace")  # names of files need not be text
-    with open(path, "a+b", buffering=0) as file:
+    with open_own(path, "a+b") as file:
         end = file.seek(0, os.SEEK_END)
         if end:
             file.seek(end - 1)
@@ -195,7 +201,7 @@ def write_environment(path: Path, device: torch.device) -> None:
 
 def write_samples(path: Path, names: list[str], columns: dict[str, Tensor]) -> None:
     """One row a sample: its index and name, then the columns, each (N,). Readable by pandas and DuckDB."""
-    path.parent.mkdir(exist_ok=True)
+    inner_folder(path.parents[1], path.parent.name)
     table = pa.table(
         {"index": pa.array(range(len(names)), pa.int64()), "name": pa.array(names)}
         | {name: pa.array(values.cpu().numpy()) for name, values in columns.items()}
@@ -218,6 +224,7 @@ def show_progress(label: str) -> Callable[[int, int], None] | None:
     """A counter (done, total) on standard error where a person watches, else None."""
     if not sys.stderr.isatty():
         return None
+    label = printable(label)
     return lambda done, total: print(f"\r{label} {done:,} of {total:,}", end="" if done < total else "\n", file=sys.stderr)
 
 

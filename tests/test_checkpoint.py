@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from ssl_emp.checkpoint import cannot_write, check_state, load_checkpoint, replacing, save_checkpoint
+from ssl_emp.checkpoint import cannot_write, check_state, load_checkpoint, save_checkpoint
 from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.lock import is_unused, sole_writer
 from ssl_emp.report import Report
+from ssl_emp.safe_files import replacing
 
 
 def state(value: float) -> dict[str, Any]:

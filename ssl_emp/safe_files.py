@@ -1,0 +1,190 @@
+"""Files of run directories, which may come from strangers: written through no link, read only where they are what they should be.
+
+A run directory's own path may be a link (`runs -> /scratch/runs`). What lies inside and is written to may not: a link called
+train.log would let whoever packed the directory choose which file of ours is written. The same holds for a second name of a file
+of ours (a hard link), for pipes and for devices. Reading follows links, as the snapshots of model hubs are made of them, but ends
+at a regular file and at a number of bytes.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from ssl_emp.errors import UserError
+from ssl_emp.text import quoted
+
+SMALL = 16 << 20  # bytes; configs, manifests, an encoder's description: kilobytes where we wrote them
+LARGE = 1 << 30  # what grows with a run: metrics, rows of evaluations
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
+    """A file to write that takes the name `path` once all of it is on disk. Until then, and after an error, what has the name stays.
+
+    A temporary sibling, fsync, rename, fsync of the directory. A link called `path` is replaced itself, what it leads to stays.
+
+    Args:
+        shared: other processes may write the same file at the same time; the temporary sibling then carries the process number.
+
+    Raises:
+        OSError: with the path.
+    """
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
+    try:
+        try:
+            file = open(tmp, "xb")  # x: made here, so it is no link and has no other name
+        except FileExistsError:  # left by a killed process
+            tmp.unlink()
+            file = open(tmp, "xb")
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+        sync_directory(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            tmp.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)
+        raise
+
+
+def write_atomically(path: Path, data: bytes, shared: bool = False) -> None:
+    """Write a small file whole or not at all, see `replacing`."""
+    with replacing(path, shared) as file:
+        file.write(data)
+
+
+def sync_directory(folder: Path) -> None:
+    """A rename is on disk when its directory is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def open_own(path: Path, mode: str) -> IO[bytes]:
+    """Open for appending or in-place changes (`a+b`, `r+b`), unbuffered, made where `mode` makes it, never waiting for a pipe.
+
+    Raises:
+        UserError: it is a link, has a second name, or is no regular file.
+        OSError: as of `open`.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        with suppress(FileNotFoundError):
+            _check_own(path, os.lstat(name))  # before it is opened: opening a device may do something
+        descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        try:
+            _check_own(path, os.fstat(descriptor))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    return open(path, mode, buffering=0, opener=opener)
+
+
+def check_own(path: Path, replaced: bool = False) -> None:
+    """Raise UserError where a name in a run directory stands for what must not be written to: see the head of this file.
+
+    Args:
+        replaced: the file is only ever replaced as a whole, so that a second name of it would keep what it has.
+    """
+    with suppress(OSError):  # not there, or not to be looked at: whoever opens it says so
+        _check_own(path, os.lstat(path), replaced)
+
+
+def _check_own(path: Path, info: os.stat_result, replaced: bool = False) -> None:
+    if stat.S_ISDIR(info.st_mode):
+        return
+    what = None
+    if stat.S_ISLNK(info.st_mode):
+        what = "is a link to another place"
+    elif not stat.S_ISREG(info.st_mode):
+        what = "is a pipe, socket or device"
+    elif info.st_nlink > 1 and not replaced:
+        what = "is a file that has other names too (hard links)"
+    if what:
+        raise UserError(f"{path} {what}, and would be written to", f"look at it, and remove it: rm {quoted(path)}")
+
+
+def inner_folder(root: Path, *names: str) -> Path:
+    """root/name/..., each folder below `root` made where it is missing. `root` may be a link, those below may not.
+
+    Raises:
+        UserError: one of them is a link.
+        OSError: as of `mkdir`; FileNotFoundError where `root` is not there.
+    """
+    folder = root
+    for name in names:
+        folder = folder / name
+        if folder.is_symlink():
+            raise UserError(f"{folder} is a link to another place, and would be written to", f"remove it: rm {quoted(folder)}")
+        folder.mkdir(exist_ok=True)
+    return folder
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def check_regular(path: str | Path, limit: int = LARGE) -> int:
+    """Size in bytes of a regular file, links followed. Raises UserError where it is none, is larger than `limit` or not there."""
+    try:
+        info = os.stat(path)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise UserError(
+            f"cannot read {path} ({getattr(error, 'strerror', None) or error})", "give the path of a file that is there"
+        ) from error
+    if not stat.S_ISREG(info.st_mode):
+        raise UserError(f"{path} is not a regular file", "give a file")
+    if info.st_size > limit:
+        raise UserError(f"{path} has {info.st_size:,} bytes, more than {limit:,}", "give the file that was written under this name")
+    return info.st_size
+
+
+def read_bytes(path: str | Path, limit: int = SMALL) -> bytes:
+    """All of a regular file of at most `limit` bytes; links are followed. Raises UserError, also where it is not there."""
+    check_regular(path, limit)
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # a pipe by now: no waiting
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})", "see to its permissions") from error
+    if len(data) > limit:  # it grew
+        raise UserError(f"{path} has more than {limit:,} bytes", "give the file that was written under this name")
+    return data
+
+
+def read_text(path: str | Path, limit: int = SMALL) -> str:
+    """`read_bytes` as UTF-8 text. Raises UserError."""
+    try:
+        return read_bytes(path, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file", "give the file that was written under this name") from error
+
+
+def read_json(path: str | Path, limit: int = SMALL) -> Any:
+    """What a JSON file holds; NaN and Infinity, which JSON does not have, are errors as all else that is not JSON. Raises UserError."""
+    try:
+        return parse_json(read_text(path, limit))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({type(error).__name__}: {error})", "give the file that was written there") from error
+
+
+def parse_json(text: str) -> Any:
+    """`json.loads` without NaN and Infinity. Raises ValueError, or RecursionError where it is nested thousands deep."""
+    return json.loads(text, parse_constant=_no_number)
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
