@@ -33,7 +33,7 @@ from ssl_emp.checkpoint import check_state, load_checkpoint, save_checkpoint
 from ssl_emp.config import PretrainConfig, flatten, load_config
 from ssl_emp.device import pick_device
 from ssl_emp.diagnostics import Finding, diagnose, findings, next_to_say
-from ssl_emp.errors import Parser, RunFailed, UserError
+from ssl_emp.errors import Parser, RunFailed, UserError, path_argument
 from ssl_emp.images import ImageSet
 from ssl_emp.job import LEARNED_SHARE, Job, prepare
 from ssl_emp.lock import is_unused, sole_writer
@@ -53,9 +53,10 @@ from ssl_emp.passes import compiled, foresee, gathered, measure_reliability, sco
 from ssl_emp.pruning import shuffled_batches
 from ssl_emp.ranks import ALONE, LostRank, Ranks, is_exchange, join_ranks, leave_ranks
 from ssl_emp.report import Report, duration, rank_correlation, write_environment, write_samples
-from ssl_emp.safe_files import write_atomically
+from ssl_emp.safe_files import inner_folder, replacing, write_atomically
 from ssl_emp.scores import ScoreState
 from ssl_emp.supervised import Classifier
+from ssl_emp.text import printable, quoted
 
 # settings that may differ between a run and its resumption; whether it is bf16 is compared by itself
 FREE_ON_RESUME = (
@@ -229,7 +230,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
                     began, saved_at, saved_step = clock(), time.monotonic(), step
                 if stopping:
                     name = signal.Signals(stopping).name
-                    report.say(f"stopped by {name} after step {step}, saved. go on: python pretrain.py --resume {out}")
+                    report.say(f"stopped by {name} after step {step}, saved. go on: python pretrain.py --resume {quoted(out)}")
                     return 128 + stopping
 
         check_bad_steps(bad, config.max_bad_steps, norms.isinf(), batches, epoch)
@@ -290,7 +291,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
             "scored_epoch": scores.scored_epoch,
         },
     )
-    save_encoder(job.encoder, out / "encoder")
+    save_encoder(job.encoder, inner_folder(out, "encoder"))
     accuracy = None if job.test is None else classify(job, job.test)
     if job.test is not None and accuracy is not None:
         result = {"test_accuracy": round(100 * accuracy, 2), "test_images": len(job.test.names), "epoch": len(job.steps)}
@@ -305,7 +306,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
         ("monitoring", f"{duration(seconds['monitoring'])}, {seconds['monitoring'] / sum(seconds.values()):.1%} of the time"),
         *saved_time(seconds, total_steps, job.full_steps),
         ("encoder", str(out / "encoder")),
-        ("next", f"python evaluate.py {out} knn linear"),
+        ("next", f"python evaluate.py {quoted(out)} knn linear"),
     ]
     report.table("done", rows)
     return 0
@@ -448,7 +449,8 @@ def dry_run(job: Job, report: Report) -> int:
     picture.parent.mkdir(parents=True, exist_ok=True)
     view_a, view_b = cut_views(images, draw_params(job.config.seed, 0, index, job.recipe, images.shape[-1]), job.recipe)
     grid = grid_of_views(view_a[:32].cpu(), view_b[:32].cpu(), job.recipe)  # (3, H, W)
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(picture)
+    with replacing(picture) as file:
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, "PNG")
     report.say(f"one batch loss {value:.3f}, {took:.2f}s: about {duration(took * job.total_steps)} for the run, without torch.compile")
     report.say(f"views     {picture}")
     report.say("dry run: nothing was trained")
@@ -486,16 +488,16 @@ def run(config: PretrainConfig, out: Path, resumes: bool, ranks: Ranks) -> int:
     report, state = Report(silent=not ranks.is_first), None
     with ExitStack() as held:
         if not resumes and ranks.is_first and not is_unused(out):
-            raise UserError(f"{out} exists and is not empty", f"go on with --resume={out}, or choose another out=DIR")
+            raise UserError(f"{out} exists and is not empty", f"go on with --resume {quoted(out)}, or choose another out=DIR")
         if ranks.is_first:  # before the images are read; a mistake leaves nothing behind
             held.enter_context(sole_writer(out))
             if not resumes and not is_unused(out):  # another run was quicker
-                raise UserError(f"{out} exists and is not empty", f"go on with --resume={out}, or choose another out=DIR")
+                raise UserError(f"{out} exists and is not empty", f"go on with --resume {quoted(out)}, or choose another out=DIR")
         if resumes:
             state = load_state(config, out, report)
             exported = (out / "encoder" / "config.json").is_file() and (out / "pruning" / "samples.parquet").is_file()
             if state and state["finished"] and exported:
-                report.say(f"{out} is finished, nothing to do. next: python evaluate.py {out} knn linear")
+                report.say(f"{out} is finished, nothing to do. next: python evaluate.py {quoted(out)} knn linear")
                 return 0
         job = prepare(config, report, ranks)
         if state:
@@ -549,8 +551,8 @@ def main(argv: list[str] | None = None) -> int:
         description="Pretrain an image encoder with SimCLR and EMP data pruning.",
         epilog="Every key is in ssl_emp/config.py; override it with key=value.",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file, such as configs/demo.yaml")
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this directory")
+    parser.add_argument("--config", type=path_argument, metavar="FILE", help="YAML file, such as configs/demo.yaml")
+    parser.add_argument("--resume", type=path_argument, metavar="RUN", help="go on with the run in this directory")
     parser.add_argument("--auto-resume", action="store_true", help="start, or go on where the run directory has a run: for restarts")
     parser.add_argument("--dry-run", action="store_true", help="show what would happen, train nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as epochs=20 prune.fraction=0.5")
@@ -603,7 +605,7 @@ def complain(line: str, code: int, ranks: Ranks, speaks: bool | None = None) -> 
         ranks.confess(line, code)
         speaks = ranks.is_first and int(os.environ.get("LOCAL_RANK", 0)) == 0
     if speaks:
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        print(f"error: {printable(line)}", file=sys.stderr, flush=True)
     if ranks.world_size > 1:
         sys.stdout.flush()
         if ranks.is_first:

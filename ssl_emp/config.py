@@ -2,16 +2,20 @@
 
 import difflib
 import functools
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ssl_emp.errors import UserError
-from ssl_emp.text import shorten
+from ssl_emp.text import home, shorten
 
+# A path: `~` and `~user` are home folders, `./~` is not. It is kept as expanded: config.yaml then says where the run's files were,
+# whoever reads it, and `~/x` on resume is the /home/me/x of before.
+Place = Annotated[str, AfterValidator(home)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Range = Annotated[list[Annotated[float, Field(ge=0, le=1000)]], Field(min_length=2, max_length=2)]
 PerChannel = Annotated[list[Probability], Field(min_length=3, max_length=3)]  # of pixels in [0, 1]: 123.7 is of those in [0, 255]
@@ -39,13 +43,18 @@ class Section(BaseModel):
             raise ValueError("should be a number of 64 bits")
         if isinstance(value, str) and "\0" in value:
             raise ValueError("should be text without a zero byte")
+        if isinstance(value, str):
+            try:
+                os.fsencode(value)
+            except UnicodeEncodeError as error:  # half a character, such as YAML's "\ud800"
+                raise ValueError("should be text that can be encoded") from error
         return value
 
 
 class DataConfig(Section):
-    source: str = "mnist5k"  # folder, parquet file | glob | folder, cifar10, cifar100, stl10, fashion_mnist, mnist5k
+    source: Place = "mnist5k"  # folder, parquet file | glob | folder, cifar10, cifar100, stl10, fashion_mnist, mnist5k
     kind: Literal["auto", "folder", "parquet", "torchvision", "mnist5k"] = "auto"
-    test_source: str | None = None  # for evaluate.py, where source has no test split of its own
+    test_source: Place | None = None  # for evaluate.py, where source has no test split of its own
     image_size: Annotated[int, Field(ge=8, le=4096)] | None = None  # stored pixels a side; null: as found
     max_images: Annotated[int, Field(ge=2, le=10**12)] | None = None  # a random subset of the train split
     subset_seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = (
@@ -53,12 +62,12 @@ class DataConfig(Section):
     )
     labels: Literal["auto", "none"] = "auto"  # labels serve monitoring and evaluation; only objective: supervised trains on them
     label_noise: Probability = 0.0  # supervised: share of the train labels that are made wrong, which ones by subset_seed
-    download_dir: str = "data"
+    download_dir: Place = "data"
     store: Literal["auto", "memory", "raw", "encoded"] = "auto"  # memory up to half of it; raw: uint8 in a file; encoded: JPEGs in one
     # images that declare more are left out undecoded; Pillow warns from 89 million on. A pixel takes 4 bytes in each decoding thread
     max_pixels: Annotated[int, Field(ge=1, le=10_000_000_000)] = 90_000_000
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 90  # of the encoded store; JPEGs of the stored size are kept as they are
-    cache_dir: str | None = None  # where the file of a set larger than memory is kept; null: .cache/ssl_emp
+    cache_dir: Place | None = None  # where the file of a set larger than memory is kept; null: .cache/ssl_emp
 
 
 class ModelConfig(Section):
@@ -143,7 +152,7 @@ class PruneConfig(Section):
     soften: Weight = 0.0  # noise added to the score before it ranks, in its standard deviations
     redraw_every: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 1  # random: pruned epochs that train on the same draw
     confidence: Weight = 1.0  # ucb: weight of the variance
-    indices: Annotated[str, Field(min_length=1)] | None = None  # policy indices: a .npy or text file
+    indices: Annotated[Place, Field(min_length=1)] | None = None  # policy indices: a .npy or text file
 
     @property
     def score_ema(self) -> float:
@@ -186,7 +195,7 @@ class CheckpointConfig(Section):
 class PretrainConfig(Section):
     """Everything a pretraining run depends on; `RUN/config.yaml` is this, resolved."""
 
-    out: Annotated[str, Field(min_length=1)] | None = None  # run directory; null: runs/<name of the config file>
+    out: Annotated[Place, Field(min_length=1)] | None = None  # run directory; null: runs/<name of the config file>
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     devices: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = (

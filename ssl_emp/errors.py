@@ -3,7 +3,7 @@
 import argparse
 from typing import NoReturn
 
-from ssl_emp.text import printable
+from ssl_emp.text import home, printable
 
 
 class UserError(Exception):
@@ -23,6 +23,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, "see --help")
+
+
+def path_argument(text: str) -> str:
+    """For `add_argument(type=...)`: a path in which `~` is the home folder, also where the shell did not say so (`--out=~/x`)."""
+    try:
+        return home(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 class RunFailed(Exception):

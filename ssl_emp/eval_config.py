@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from ssl_emp.config import LARGEST_BATCH, MOST_EPOCHS, DataConfig, ModelConfig, Section, apply_override
+from ssl_emp.config import LARGEST_BATCH, MOST_EPOCHS, DataConfig, ModelConfig, Place, Section, apply_override
 from ssl_emp.errors import UserError
 
 Checked = TypeVar("Checked", bound=Section)
@@ -62,8 +62,8 @@ class DiagnoseConfig(Section):
 
 
 class TransferConfig(Section):
-    suite: str = "configs/suites/small.yaml"
-    root: str = "data"  # where torchvision keeps its data sets
+    suite: Place = "configs/suites/small.yaml"
+    root: Place = "data"  # where torchvision keeps its data sets
     download: bool = False
     num_draws: Annotated[int, Field(ge=100, le=100_000)] = 1000  # of the bootstrap
 
@@ -80,7 +80,7 @@ class EvalConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # initialises `random`, draws what is held out
     device: str = "auto"
     batch_size: Count = 256
-    cache_dir: str | None = ".cache/ssl_emp/features"  # null: features are not kept
+    cache_dir: Place | None = ".cache/ssl_emp/features"  # null: features are not kept
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:

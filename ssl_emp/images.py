@@ -224,7 +224,7 @@ def load_source(
         size = image_size or _common_size(found, positions, max_pixels)
         raw_key = store_key(found.version, positions, size, max_pixels)
         encoded_key = store_key(found.version, positions, size, max_pixels, jpeg_quality)
-        folder = Path(cache_dir or ".cache/ssl_emp")
+        folder = Path(os.path.expanduser(cache_dir or ".cache/ssl_emp"))
         if store == "auto":
             needed, available = len(positions) * 3 * size * size, available_memory()
             if needed <= (available // 2 if memory_limit is None else memory_limit):

@@ -173,7 +173,7 @@ def load_encoder(path: str | os.PathLike[str]) -> Encoder:
     Raises:
         UserError: files missing or unreadable, or weights that do not match the network key by key.
     """
-    folder = Path(path)
+    folder = Path(os.path.expanduser(path))
     folder = folder / "encoder" if (folder / "encoder").is_dir() else folder
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
