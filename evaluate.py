@@ -23,11 +23,12 @@ on them and writes. The numbers are those of one process.
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -45,7 +46,7 @@ from linear_eval.finetune import TrainResult, finetune, state_hash
 from linear_eval.knn import import_faiss, knn_accuracies, knn_predict
 from linear_eval.linear import linear_probe, multi_label_probe, sgd_probe
 from linear_eval.metrics import MULTI_LABEL
-from linear_eval.ranks import PeerLost, in_turn, own_device, process_group, rank
+from linear_eval.ranks import PeerLost, in_turn, num_ranks, own_device, process_group, raise_together, rank
 from linear_eval.targets import TARGETS, torchvision_target
 from linear_eval.transfer import Outcome, Target, Transfer, draw_bars, missing_lines, parse_suite, run_suite, to_csv, to_markdown, to_rows
 from ssl_emp.augment import Recipe, cut_views, draw_params
@@ -54,15 +55,17 @@ from ssl_emp.device import describe_device, keep_freed_memory, pick_device
 from ssl_emp.errors import Parser, UserError, printable
 from ssl_emp.eval_config import EvalConfig, check, parse_overrides
 from ssl_emp.images import EncodedPixels, ImageSet, align_labels, listed, load_images, load_source
+from ssl_emp.interrupts import Interrupts, Stopped
+from ssl_emp.ledger import Ledger, say
 from ssl_emp.report import show_progress
+from ssl_emp.rows import COLUMNS, Row
+from ssl_emp.rows import write_rows as write_rows  # for scripts that add rows of their own
 from ssl_emp.safe_files import write_atomically
+from ssl_emp.streams import prepare_streams
 from ssl_emp.subjects import Subject, find_subjects, is_run, read_run_data
 
 USAGE = "python evaluate.py ENCODER [ENCODER ...] knn|linear|fewshot|finetune|diagnose|transfer [...] [key=value ...], see --help"
 Made = TypeVar("Made")
-Row = dict[str, Any]  # one line of the table, keys COLUMNS
-COLUMNS = ("encoder", "evaluator", "data", "protocol", "metric", "value", "std", "n_test", "seed")
-ROW_KEY = ("encoder", "data", "protocol", "metric", "seed")  # a rerun replaces the rows that agree in these
 
 
 # ---- what the user asked for -----------------------------------------------------------------------------------------
@@ -490,68 +493,16 @@ def run_transfer(subjects: list[Subject], config: EvalConfig, device: torch.devi
     return run_suite(suite, list(by_name), evaluate_pair, missing=missing, num_draws=config.transfer.num_draws, seed=config.seed)
 
 
-# ---- what comes out --------------------------------------------------------------------------------------------------
+# ---- what is said meanwhile ------------------------------------------------------------------------------------------
 
 
 def note(line: str) -> None:
     if rank() == 0:
-        print(line, file=sys.stderr)
+        say(line)
 
 
 def progress_of(label: str) -> Callable[[int, int], None] | None:
     return show_progress(label) if rank() == 0 else None
-
-
-def shown(row: Row, name: str) -> str:
-    """A cell as text; accuracies with two digits, other figures with four."""
-    value = row[name]
-    if value is None:
-        return ""
-    return f"{value:.{2 if row['metric'].endswith('%') else 4}f}" if name in ("value", "std") else str(value)
-
-
-def print_table(rows: list[Row]) -> None:
-    """Markdown; on a terminal, where protocols would fold into towers, a table with the protocols below it."""
-    cells = [[shown(row, name) for name in COLUMNS] for row in rows]
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        console, table = Console(highlight=False), Table(*COLUMNS)
-        place = COLUMNS.index("protocol")
-        protocols = list(dict.fromkeys(line[place] for line in cells))
-        for line in cells:
-            table.add_row(*line[:place], f"({protocols.index(line[place]) + 1})", *line[place + 1 :])
-        console.print(table)
-        for number, protocol in enumerate(protocols, 1):
-            console.print(f"({number}) {protocol}", markup=False)
-        return
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *cells, strict=True)]
-    for line in [list(COLUMNS), ["-" * width for width in widths], *cells]:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
-
-
-def write_rows(folder: Path, rows: list[Row]) -> None:
-    """Merge rows into FOLDER/EVALUATOR.json, a list of rows each; those that agree in ROW_KEY are replaced."""
-    for evaluator in dict.fromkeys(row["evaluator"] for row in rows):
-        path = folder / f"{evaluator}.json"
-        new = [row for row in rows if row["evaluator"] == evaluator]
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-            keys = [row_key(row) for row in new]
-            merged = [row for row in old if row_key(row) not in keys] + new
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        except OSError as error:
-            raise UserError(f"cannot write {path} ({error.strerror})", "make it writable, or give --out DIR") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} does not hold rows of earlier evaluations", "move it away and run this again") from error
-
-
-def row_key(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ROW_KEY)
 
 
 # ---- encoder -> features -> evaluators -> table ----------------------------------------------------------------------
@@ -573,37 +524,102 @@ def build(subject: Subject, image_size: int, device: torch.device) -> nn.Module:
 
 
 def judge(
-    subject: Subject, train: ImageSet, test: ImageSet, evaluators: list[str], config: EvalConfig, device: torch.device, out: Path | None
-) -> Iterator[Row]:
-    """Rows of one encoder, evaluator by evaluator; its features are computed once."""
-    image_size = train.pixels.shape[-1]
-    judged = Judged(subject, build(subject, image_size, device), train, test, config, device, out)
+    subject: Subject,
+    splits: Callable[[], tuple[ImageSet, ImageSet]],
+    evaluators: list[str],
+    config: EvalConfig,
+    device: torch.device,
+    folder: Path | None,
+    ledger: Ledger,
+) -> None:
+    """Rows of one encoder, evaluator by evaluator, each kept in `folder` at once; its features are computed once.
+
+    What one evaluator refuses, or all of them, is a row without a value; the others go on.
+    """
+    out = None if folder is None else folder / ("" if subject.eval_dir and is_run(Path(subject.name)) else safe_name(subject.name))
     data = subject.data
-    described = f"{data.source} {image_size}px" + (f", test {data.test_source}" if data.test_source else "")
-    described += f", subset {data.subset_seed}" if data.max_images is not None else ""
-    for evaluator in evaluators:
+    row: Row = dict.fromkeys(COLUMNS) | {"encoder": subject.name, "data": data.source, "metric": "", "seed": config.seed}
+    with one_failure(ledger, [row | {"evaluator": evaluator} for evaluator in evaluators], config, device, shared=True):
+        raise_together(subject.problem)
+        train, test = splits()
+        size = train.pixels.shape[-1]
+        judged = Judged(subject, agreed(lambda: build(subject, size, device)), train, test, config, device, out)
         before = state_hash(judged.encoder)
-        try:
-            _ = judged.features  # all processes share this work, and only this
-            if rank() > 0:
-                return
-            results = EVALUATORS[evaluator](judged)
-        except torch.OutOfMemoryError as error:
-            what = f"batch_size={config.batch_size} does not fit into the memory of {device}"
-            raise UserError(what, f"set batch_size={max(1, config.batch_size // 4)}") from error
-        if state_hash(judged.encoder) != before:
-            raise UserError(
-                f"{subject.name} changed while {evaluator} judged it", "use an encoder that writes no state in its forward pass"
-            )
-        for result in results:
-            protocol = f"{result.protocol}, {subject.weights}"
-            std = None if result.std is None else round(result.std, 2)
-            digits = 2 if result.metric.endswith("%") else 4
-            values = (subject.name, evaluator, described, protocol, result.metric, round(result.value, digits), std, len(test.names))
-            yield dict(zip(COLUMNS, (*values, config.seed), strict=True))
-        for result in results:
-            if result.then is not None:
-                result.then()
+        _ = judged.features  # all processes share this work, and only this
+        if rank() > 0:
+            return
+        described = f"{data.source} {size}px" + (f", test {data.test_source}" if data.test_source else "")
+        described += f", subset {data.subset_seed}" if data.max_images is not None else ""
+        row |= {"data": described, "n_test": len(test.names)}
+        for evaluator in evaluators:
+            row |= {"evaluator": evaluator}
+            with one_failure(ledger, [row], config, device):
+                results = EVALUATORS[evaluator](judged)
+                if state_hash(judged.encoder) != before:
+                    what = f"{subject.name} changed while {evaluator} judged it"
+                    raise UserError(what, "use an encoder that writes no state in its forward pass")
+                ledger.keep(folder, [row | columns(result, subject) for result in results])
+                for result in results:
+                    if result.then is not None:
+                        result.then()
+
+
+def columns(result: Result, subject: Subject) -> Row:
+    """What a result says in its row. Raises EvalError where its value is no number, which JSON does not have."""
+    if not math.isfinite(result.value):
+        raise EvalError(f"{result.metric} is {result.value}", "use another checkpoint: this encoder has diverged")
+    digits = 2 if result.metric.endswith("%") else 4
+    std = None if result.std is None else round(result.std, 2)
+    about = {"protocol": f"{result.protocol}, {subject.weights}", "metric": result.metric}
+    return about | {"value": round(result.value, digits), "std": std}
+
+
+def agreed(work: Callable[[], Made]) -> Made:
+    """`work()` by every process at once, without a word to the others in it; where one cannot do it, all of them raise."""
+    made: list[Made] = []
+    error: Exception | None = None
+    try:
+        made.append(work())
+    except Exception as caught:
+        error = caught
+    raise_together(error)
+    return made[0]
+
+
+@contextmanager
+def one_failure(ledger: Ledger, rows: list[Row], config: EvalConfig, device: torch.device, *, shared: bool = False) -> Iterator[None]:
+    """What goes wrong in here costs these rows, and nothing else.
+
+    Args:
+        shared: the processes work together in here. An error that one of them does not tell the others of has to end it: they wait.
+    """
+    try:
+        yield
+        return
+    except PeerLost:
+        raise
+    except (UserError, EvalError) as caught:
+        error: Exception = caught
+    except (torch.OutOfMemoryError, MemoryError) as caught:
+        error = out_of_memory(config, device)
+        error.__cause__ = caught
+    except Exception as caught:
+        if shared and num_ranks() > 1:
+            raise
+        error = out_of_memory(config, device) if "can't allocate memory" in str(caught) else caught  # as torch says it on a CPU
+    if rank() == 0:
+        for row in rows:
+            if isinstance(error, UserError | EvalError):
+                ledger.refuse(row, error)
+            else:
+                ledger.crash(row, error)
+    else:
+        ledger.code = ledger.code or 2
+
+
+def out_of_memory(config: EvalConfig, device: torch.device) -> UserError:
+    what = f"batch_size={config.batch_size} does not fit into the memory of {device}"
+    return UserError(what, f"set batch_size={max(1, config.batch_size // 4)}")
 
 
 def understand(argv: list[str] | None) -> tuple[list[Subject], list[str], EvalConfig, torch.device, Path | None]:
@@ -615,41 +631,42 @@ def understand(argv: list[str] | None) -> tuple[list[Subject], list[str], EvalCo
     return find_subjects(names, config, given, ALL_EVALUATORS), evaluators, config, device, out
 
 
-def evaluate(argv: list[str] | None) -> None:
+def evaluate(argv: list[str] | None, interrupts: Interrupts) -> int:
+    """Everything that the command line asks for; the exit code."""
     # also mistakes on the command line are told together: torchrun ends all processes as soon as one has ended
     subjects, evaluators, config, device, out = in_turn(partial(understand, argv))
     alone = [evaluator for evaluator in evaluators if evaluator != "transfer"]
-    splits: dict[tuple[DataConfig, int | None], tuple[ImageSet, ImageSet]] = {}
-    rows: list[Row] = []
-    by_folder: dict[Path | None, list[Row]] = {}
+    ledger = Ledger(interrupts, note)
+    loaded: dict[tuple[DataConfig, int | None], tuple[ImageSet, ImageSet] | Exception] = {}
+
+    def splits_of(subject: Subject) -> tuple[ImageSet, ImageSet]:
+        key = (subject.data, subject.image_size)
+        if key not in loaded:
+            try:
+                loaded[key] = in_turn(partial(load_splits, *key))
+            except (UserError, EvalError) as error:
+                loaded[key] = error
+        found = loaded[key]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
     try:
-        for subject in subjects if alone else []:
-            key = (subject.data, subject.image_size)
-            if key not in splits:
-                splits[key] = in_turn(partial(load_splits, *key))
-            folder = out or subject.eval_dir
-            place = (
-                None if folder is None else folder / ("" if subject.eval_dir and is_run(Path(subject.name)) else safe_name(subject.name))
-            )
-            for row in judge(subject, *splits[key], alone, config, device, place):
-                rows.append(row)
-                by_folder.setdefault(folder, []).append(row)
-    finally:  # also what was done before an error or Ctrl-C
-        if rows:
-            print_table(rows)
-        for folder, its_rows in by_folder.items():
-            if folder is not None:
-                write_rows(folder, its_rows)
-    if "transfer" in evaluators:
-        transfer = run_transfer(subjects, config, device)
-        if rank() > 0:
-            return
-        print(to_markdown(transfer))
-        for line in missing_lines(transfer):
-            print(line)
-        folder = out or next((subject.eval_dir for subject in subjects if subject.eval_dir is not None), None)
-        if folder is not None:
-            write_transfer(folder, transfer)
+        try:
+            for subject in subjects if alone else []:
+                judge(subject, partial(splits_of, subject), alone, config, device, out or subject.eval_dir, ledger)
+        finally:
+            ledger.show()
+        if "transfer" in evaluators:
+            transfer = run_transfer(subjects, config, device)
+            if rank() == 0:
+                ledger.print(to_markdown(transfer) + "".join(f"{line}\n" for line in missing_lines(transfer)))
+                folder = out or next((subject.eval_dir for subject in subjects if subject.eval_dir is not None), None)
+                if folder is not None:
+                    write_transfer(folder, transfer)
+    finally:
+        code = ledger.close()
+    return code
 
 
 def write_transfer(folder: Path, transfer: Transfer) -> None:
@@ -670,18 +687,20 @@ def safe_name(name: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    prepare_streams()
     keep_freed_memory()
     os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # what model hubs download is read as tensors: no code in it runs
     try:
-        with process_group():
-            evaluate(argv)
+        with Interrupts() as interrupts, process_group():
+            return evaluate(argv, interrupts)
     except (UserError, EvalError, PeerLost) as error:
         if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:  # a mistake of any process is told by the first
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}")
         return 3 if isinstance(error, PeerLost) else 2
+    except Stopped as stopped:
+        return 128 + stopped.number
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 if __name__ == "__main__":

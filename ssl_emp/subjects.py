@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from ssl_emp.config import AugmentConfig, DataConfig, parse_yaml
 from ssl_emp.errors import UserError
 from ssl_emp.eval_config import EvalConfig, check
-from ssl_emp.model import build_encoder, load_encoder
+from ssl_emp.model import Encoder, build_encoder, load_encoder
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Subject:
     image_size: int | None  # pixels a side that it wants; None: as the images are
     build: Callable[[int], nn.Module]  # image size S -> module: (B, 3, S, S) float in [0, 1] -> (B, D)
     eval_dir: Path | None  # where its rows go
+    problem: UserError | None = None  # why it cannot be loaded: costs its own rows, and not those of others
 
 
 class Pixels(nn.Module):
@@ -46,55 +50,83 @@ class Pixels(nn.Module):
 def find_subjects(names: list[str], config: EvalConfig, given: dict[str, Any], evaluators: Iterable[str]) -> list[Subject]:
     """The encoders by their names on the command line. All files are read here: mistakes show before the work starts.
 
-    What is no run is judged beside the first run: on its data, `random` with its architecture and normalisation. `evaluators` are what
-    a word that is neither may have been meant for.
+    What is no run is judged beside the first run: on its data, `random` with its architecture and normalisation. What cannot be loaded
+    becomes a Subject with a `problem`; a word that is neither a name nor a folder is a UserError at once, with the nearest of
+    `evaluators`, which it may have been meant for.
     """
-    runs = {name: load_encoder(name) for name in names if is_run(Path(name))}
-    datas = {name: read_run_data(Path(name), given) for name in runs}
-    first = next(iter(runs), None)
-    data, eval_dir = (config.data, None) if first is None else (datas[first], Path(first) / "eval")
-    given_size = config.data.image_size
-    common_size = given_size if first is None or given_size else runs[first].image_size
-
-    spec, mean, std = config.model.model_dump(), AugmentConfig().mean, AugmentConfig().std
-    if first is not None:
-        spec |= runs[first].spec | given.get("model", {})
-        mean, std = runs[first].mean.flatten().tolist(), runs[first].std.flatten().tolist()
-
-    def random_network(image_size: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            return build_encoder(spec["arch"], spec["width"], spec["stem"], image_size, mean, std)
-
-    subjects = []
     for name in names:
-        if name in runs:
-            run = runs[name]
-            subject = Subject(name, "last epoch", datas[name], given_size or run.image_size, fixed(run), Path(name) / "eval")
-        elif name == "random":
-            subject = Subject(name, f"untrained {spec['arch']} of width {spec['width']}", data, common_size, random_network, eval_dir)
-        elif name == "pixels":
-            subject = Subject(name, "raw pixels", data, common_size, Pixels, eval_dir)
-        elif name.startswith("timm:"):
-            network, own_size, is_fixed = load_timm(name.removeprefix("timm:"))
-            size = own_size if is_fixed else given_size or own_size
-            subject = Subject(name, "timm weights", data, size, fixed(network), eval_dir)
-        elif name.startswith("torchvision:"):
-            network, own_size, is_fixed, weights = load_torchvision(name.removeprefix("torchvision:"))
-            size = own_size if is_fixed else given_size or own_size
-            subject = Subject(name, f"torchvision weights {weights}", data, size, fixed(network), eval_dir)
-        elif Path(name).is_dir():
-            if (Path(name) / "config.yaml").is_file():
-                raise UserError(f"the run {name} has no encoder yet", f"finish it: python pretrain.py --resume {name}")
-            encoder = load_encoder(name)
-            subject = Subject(name, "as exported", data, given_size or encoder.image_size, fixed(encoder), eval_dir)
-        else:
+        if not (name in ("random", "pixels") or name.startswith(("timm:", "torchvision:")) or Path(name).is_dir()):
             near = difflib.get_close_matches(name, [*evaluators, "random", "pixels"], n=1)
             kinds = "a run directory, an encoder directory, random, pixels, timm:NAME or torchvision:NAME"
             fix = f"did you mean {near[0]}?" if near else f"ENCODER is {kinds}"
             raise UserError(f"{name!r} is no directory, encoder or evaluator", fix)
-        subjects.append(subject)
+
+    runs: dict[str, Encoder | UserError] = {name: _or_problem(partial(load_encoder, name)) for name in names if is_run(Path(name))}
+    datas = {name: _or_problem(partial(read_run_data, Path(name), given)) for name in runs}
+    first = next(iter(runs), None)
+    host = None if first is None else runs[first]
+    host_data = config.data if first is None else datas[first]
+    given_size = config.data.image_size
+
+    def run_subject(name: str) -> Subject:
+        run, data = _right(runs[name]), _right(datas[name])
+        return Subject(name, "last epoch", data, given_size or run.image_size, fixed(run), Path(name) / "eval")
+
+    def guest_subject(name: str) -> Subject:
+        """What is no run itself, beside the first one."""
+        if isinstance(host, UserError) or isinstance(host_data, UserError):
+            what = f"{name} is judged on the data of the first run, {first}, which cannot be loaded"
+            raise UserError(what, f"see to {first}, leave it out, or name another run first")
+        eval_dir = None if first is None else Path(first) / "eval"
+        if name == "random":
+            spec, mean, std = config.model.model_dump(), AugmentConfig().mean, AugmentConfig().std
+            if host is not None:
+                spec |= host.spec | given.get("model", {})
+                mean, std = host.mean.flatten().tolist(), host.std.flatten().tolist()
+
+            def untrained(image_size: int) -> nn.Module:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(config.seed)
+                    return build_encoder(spec["arch"], spec["width"], spec["stem"], image_size, mean, std)
+
+            size = given_size if host is None or given_size else host.image_size
+            return Subject(name, f"untrained {spec['arch']} of width {spec['width']}", host_data, size, untrained, eval_dir)
+        if name == "pixels":
+            size = given_size if host is None or given_size else host.image_size
+            return Subject(name, "raw pixels", host_data, size, Pixels, eval_dir)
+        if name.startswith("timm:"):
+            network, own_size, is_fixed = load_timm(name.removeprefix("timm:"))
+            size = own_size if is_fixed else given_size or own_size
+            return Subject(name, "timm weights", host_data, size, fixed(network), eval_dir)
+        if name.startswith("torchvision:"):
+            network, own_size, is_fixed, weights = load_torchvision(name.removeprefix("torchvision:"))
+            size = own_size if is_fixed else given_size or own_size
+            return Subject(name, f"torchvision weights {weights}", host_data, size, fixed(network), eval_dir)
+        if (Path(name) / "config.yaml").is_file():
+            raise UserError(f"the run {name} has no encoder yet", f"finish it: python pretrain.py --resume {name}")
+        encoder = load_encoder(name)
+        return Subject(name, "as exported", host_data, given_size or encoder.image_size, fixed(encoder), eval_dir)
+
+    subjects = []
+    for name in names:
+        made = _or_problem(partial(run_subject if name in runs else guest_subject, name))
+        if isinstance(made, UserError):
+            made = Subject(name, "", config.data, None, Pixels, None, made)
+        subjects.append(made)
     return subjects
+
+
+def _or_problem(make: Callable[[], Made]) -> Made | UserError:
+    try:
+        return make()
+    except UserError as problem:
+        return problem
+
+
+def _right(made: Made | UserError) -> Made:
+    if isinstance(made, UserError):
+        raise made
+    return made
 
 
 def is_run(path: Path) -> bool:

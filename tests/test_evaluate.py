@@ -25,6 +25,8 @@ from ssl_emp import subjects
 from ssl_emp.config import DataConfig
 from ssl_emp.images import ImageSet, fingerprint, load_images
 from ssl_emp.model import build_encoder, save_encoder
+from ssl_emp.row_tables import terminal_table
+from ssl_emp.rows import COLUMNS
 
 SMALL = ("knn.num_neighbors=5", "device=cpu", "cache_dir=null")
 
@@ -113,8 +115,9 @@ def test_a_rerun_replaces_its_rows_and_keeps_the_others(run_dir: Path, capsys: p
     assert all(row["value"] >= 0 for row in json.loads((run_dir / "eval/knn.json").read_text()))
     capsys.readouterr()
     (run_dir / "eval/knn.json").write_text("{")
-    assert "does not hold rows" in fails(capsys, run_dir, "knn", *SMALL)
-    assert (run_dir / "eval/knn.json").read_text() == "{"
+    assert evaluate.main([str(run_dir), "knn", *SMALL]) == 0
+    assert "does not hold rows of earlier evaluations, and was moved to knn.json.damaged-1" in capsys.readouterr().err
+    assert keys() == [("k=5", 0)] and (run_dir / "eval/knn.json.damaged-1").read_text() == "{"
 
 
 def test_runs_are_judged_on_their_own_data(tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,15 +162,15 @@ def test_what_was_done_before_an_error_is_kept(run_dir: Path, capsys: pytest.Cap
     assert evaluate.main([str(run_dir), "linear", "knn", "knn.num_neighbors=500", "device=cpu"]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: num_neighbors is 500, the train split has 68 images. fix: ") and captured.err.count("\n") == 1
-    assert [row["evaluator"] for row in table(captured.out)] == ["linear"]
-    assert len(json.loads((run_dir / "eval/linear.json").read_text())) == 1
+    rows = table(captured.out)
+    assert [(row["evaluator"], bool(row["value"])) for row in rows] == [("linear", True), ("knn", False)]
+    assert rows[1]["protocol"].startswith("not judged: num_neighbors is 500")
+    assert len(json.loads((run_dir / "eval/linear.json").read_text())) == 1 and not (run_dir / "eval/knn.json").exists()
 
 
-def test_a_terminal_gets_the_protocols_below_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    row = dict.fromkeys(evaluate.COLUMNS, "x") | {"value": 12.345, "std": None, "metric": "top1 %", "protocol": "a very long protocol " * 5}
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    evaluate.print_table([row, row | {"encoder": "y"}])
-    table, _, below = capsys.readouterr().out.partition("(1) a very")
+def test_a_terminal_gets_the_protocols_below_the_table() -> None:
+    row = dict.fromkeys(COLUMNS, "x") | {"value": 12.345, "std": None, "metric": "top1 %", "protocol": "a very long protocol " * 5}
+    table, _, below = terminal_table([row, row | {"encoder": "y"}]).partition("(1) a very")
     assert table.count("(1)") == 2 and table.count("12.35") + table.count("12.34") == 2 and "long protocol" in below
 
 

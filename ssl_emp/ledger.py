@@ -1,0 +1,101 @@
+"""What an evaluation found: every row on disk as soon as it is known, all of them in a table at the end, and what went wrong."""
+
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ssl_emp.errors import UserError, printable
+from ssl_emp.interrupts import Interrupts
+from ssl_emp.row_tables import markdown_table, terminal_table
+from ssl_emp.rows import Row, write_rows
+from ssl_emp.streams import is_shown, put
+
+
+def say(line: str) -> None:
+    """One line on standard error, if that can be written to."""
+    put("stderr", f"{line}\n")
+
+
+@dataclass
+class Ledger:
+    """Rows are kept first and shown later: whatever becomes of the table, of a later evaluator or of the process, they are on disk."""
+
+    interrupts: Interrupts
+    note: Callable[[str], None] = say
+    rows: list[Row] = field(default_factory=list)  # of the table, in order
+    problems: list[str] = field(default_factory=list)  # `what. fix: how`, each once
+    refused: int = 0  # rows without a value
+    kept_in: list[Path] = field(default_factory=list)
+    waiting: dict[Path, list[Row]] = field(default_factory=dict)  # rows that could not be written yet, and why
+    code: int = 0
+
+    def keep(self, folder: Path | None, rows: list[Row]) -> None:
+        """Write rows (None: nowhere), with those that could not be written before."""
+        self.rows += rows
+        if folder is None or not rows:
+            return
+        with self.interrupts.held():
+            self.waiting.setdefault(folder, []).extend(rows)
+            self._write(folder)
+
+    def _write(self, folder: Path) -> UserError | None:
+        try:
+            write_rows(folder, self.waiting[folder], self.note)
+        except UserError as error:  # they are in the table, and tried again with the next
+            return error
+        del self.waiting[folder]
+        self.kept_in += [] if folder in self.kept_in else [folder]
+        return None
+
+    def refuse(self, row: Row, error: Exception) -> None:
+        """A row without a value: why there is none stands in the place of its protocol."""
+        reason = printable(str(error))
+        self.rows.append(row | {"value": None, "std": None, "protocol": f"not judged: {reason}"})
+        self.refused += 1
+        self._problem(reason, 2)
+
+    def crash(self, row: Row, error: Exception) -> None:
+        """As `refuse`, for what should not happen: the traceback is what helps."""
+        self.note("".join(traceback.format_exception(error)).rstrip())
+        self.refuse(row, RuntimeError(f"{type(error).__name__}: {error}. fix: report it with the traceback above"))
+        self.code = 1
+
+    def _problem(self, line: str, code: int) -> None:
+        self.problems += [] if line in self.problems else [line]
+        self.code = self.code or code
+
+    def show(self) -> None:
+        """Print the rows so far as one table, once what can be written is written."""
+        with self.interrupts.held():
+            for folder in list(self.waiting):
+                error = self._write(folder)
+                if error is not None:
+                    self._problem(str(error), 2)
+            if self.rows:
+                self.print(terminal_table(self.rows) if sys.stdout.isatty() else markdown_table(self.rows))
+            self.rows = []
+
+    def print(self, text: str) -> None:
+        """A table on standard output. Where that fails, a line says so, and an error where nothing else has the rows."""
+        closed = not is_shown("stdout")
+        error = None if closed else put("stdout", text)
+        if error is None and not closed:
+            return
+        why = "standard output is closed" if error is None else error.strerror
+        where = ", ".join(map(str, self.kept_in))
+        left = closed or isinstance(error, BrokenPipeError)  # nobody waits for it; a full disk is another matter
+        if left and where and not self.waiting:
+            self.note(f"warning: the table is not shown ({why}), its rows are in {where}")
+        else:
+            fix = f"its rows are in {where}" if where else "keep the rows with --out DIR"
+            self._problem(f"the table cannot be shown ({why}). fix: {fix}", 2)
+
+    def close(self) -> int:
+        """One line for all that went wrong, and the exit code."""
+        if self.problems:
+            what, _, fix = self.problems[0].partition(". fix: ")
+            more = f" (and {len(self.problems) - 1} more, see the table)" if len(self.problems) > 1 else ""
+            self.note(f"error: {what}{more}. fix: {fix}")
+        return self.code

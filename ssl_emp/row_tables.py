@@ -1,0 +1,42 @@
+"""Rows of evaluations as a table for people: Markdown, or on a terminal one with the protocols below it."""
+
+import shutil
+
+from ssl_emp.errors import printable
+from ssl_emp.rows import COLUMNS, Row
+
+
+def shown(row: Row, name: str) -> str:
+    """A cell as text; accuracies with two digits, other figures with four, counts as they are."""
+    value = row[name]
+    if value is None:
+        return ""
+    if name in ("value", "std") and isinstance(value, float):
+        return f"{value:.{2 if row['metric'].endswith('%') else 4}f}"
+    return printable(str(value))
+
+
+def markdown_table(rows: list[Row]) -> str:
+    cells = [[shown(row, name).replace("|", "\\|") for name in COLUMNS] for row in rows]
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *cells, strict=True)]
+    lines = [list(COLUMNS), ["-" * width for width in widths], *cells]
+    return "".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |\n" for line in lines)
+
+
+def terminal_table(rows: list[Row]) -> str:
+    """With the protocols numbered below it: in a column they would fold into towers."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console, table = Console(highlight=False, force_terminal=True, width=shutil.get_terminal_size().columns), Table(*COLUMNS)
+    place = COLUMNS.index("protocol")
+    cells = [[shown(row, name) for name in COLUMNS] for row in rows]
+    protocols = list(dict.fromkeys(line[place] for line in cells))
+    for line in cells:
+        table.add_row(*map(Text, [*line[:place], f"({protocols.index(line[place]) + 1})", *line[place + 1 :]]))
+    with console.capture() as captured:  # as text: what writes it then is the same for terminals and files
+        console.print(table)
+        for number, protocol in enumerate(protocols, 1):
+            console.print(Text(f"({number}) {protocol}"))
+    return captured.get()
