@@ -36,7 +36,7 @@ from ssl_emp.diagnostics import Finding, diagnose, findings, next_to_say
 from ssl_emp.errors import Parser, RunFailed, UserError, path_argument
 from ssl_emp.images import ImageSet
 from ssl_emp.job import LEARNED_SHARE, Job, prepare
-from ssl_emp.lock import is_unused, sole_writer
+from ssl_emp.lock import Held, is_unused, sole_writer
 from ssl_emp.model import save_encoder
 from ssl_emp.monitoring import monitor_knn, pick_monitor_set, schedule, schedule_line
 from ssl_emp.optim import (
@@ -102,8 +102,11 @@ class Stop:
                 signal.signal(number, handler)
 
 
-def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, stop: Stop) -> int:
-    """Train `job` to its end in `out`, from `state` where a checkpoint gave one, or until `stop`. Returns the exit code."""
+def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, stop: Stop, held: Held | None = None) -> int:
+    """Train `job` to its end in `out`, from `state` where a checkpoint gave one, or until `stop`. Returns the exit code.
+
+    `held` is the directory as it was locked, of the process that writes.
+    """
     config, prune, plan, device = job.config, job.config.prune, job.plan, job.device
     num_samples, batch_size, total_steps, ranks = job.num_samples, config.batch_size, job.total_steps, job.ranks
     model, views_of = compiled(job, report)
@@ -139,6 +142,8 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
     def save(epoch: int, step_in_epoch: int, batches: Tensor | None, weight: Tensor | None) -> None:
         check_weights(job.model, step)
         if ranks.is_first:
+            if held is not None:
+                held.check()
             save_checkpoint(out / "checkpoints", snapshot(epoch, step_in_epoch, batches, weight), step)
 
     if state is not None:
@@ -154,7 +159,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
         bad[0], said = state["bad_in_a_row"], dict(state["said"])
     if ranks.is_first:
         write_environment(out / "environment.json", device)
-    report.attach(out, config.monitor.tensorboard)
+    report.attach(out, config.monitor.tensorboard, held)
     report.forget_from(start + 1)
     trained = ranks.share_gradients(model)  # after the weights are those of the checkpoint on all ranks
     parameters, buffers = list(job.model.parameters()), list(job.model.buffers())
@@ -280,6 +285,8 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
     check_weights(job.model, step)
     if not ranks.is_first:
         return 0
+    if held is not None:
+        held.check()
     write_samples(
         out / "pruning" / "samples.parquet",
         job.images.names,
@@ -486,11 +493,12 @@ def settle(arguments: argparse.Namespace) -> tuple[PretrainConfig, Path, bool]:
 def run(config: PretrainConfig, out: Path, resumes: bool, ranks: Ranks) -> int:
     """Start or resume one run, as one of its ranks."""
     report, state = Report(silent=not ranks.is_first), None
-    with ExitStack() as held:
+    held: Held | None = None
+    with ExitStack() as stack:
         if not resumes and ranks.is_first and not is_unused(out):
             raise UserError(f"{out} exists and is not empty", f"go on with --resume {quoted(out)}, or choose another out=DIR")
         if ranks.is_first:  # before the images are read; a mistake leaves nothing behind
-            held.enter_context(sole_writer(out))
+            held = stack.enter_context(sole_writer(out))
             if not resumes and not is_unused(out):  # another run was quicker
                 raise UserError(f"{out} exists and is not empty", f"go on with --resume {quoted(out)}, or choose another out=DIR")
         if resumes:
@@ -507,7 +515,8 @@ def run(config: PretrainConfig, out: Path, resumes: bool, ranks: Ranks) -> int:
         if differing:
             what = f"rank {differing[0]} and rank {ranks.rank} see other images in {config.data.source}, or another checkpoint in {out}"
             raise UserError(what, "give all machines the same files")
-        if ranks.is_first:
+        if held is not None:
+            held.check()  # reading the images may have taken an hour
             if not resumes:
                 write_atomically(out / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
             else:
@@ -515,7 +524,7 @@ def run(config: PretrainConfig, out: Path, resumes: bool, ranks: Ranks) -> int:
                 report.say(f"resume    {where}")
         try:
             with Stop() as stop:
-                return pretrain(job, out, state, report, stop)
+                return pretrain(job, out, state, report, stop, held)
         finally:
             report.close()
 

@@ -7,9 +7,10 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from ssl_emp.errors import UserError
+from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.safe_files import check_own, inner_folder, open_own
 
 LOCK = ".lock"
@@ -45,8 +46,33 @@ def refuse_strange(folder: Path) -> None:
                 check_own(path, replaced=True)
 
 
+@dataclass(frozen=True)
+class Held:
+    """A run directory while its lock is held: it, and no other that came by its name."""
+
+    folder: Path
+    directory: os.stat_result
+    lock: os.stat_result
+
+    def is_ours(self) -> bool:
+        """Whether the folder's name still leads to the folder that was locked. A lock that was only removed is no other run's."""
+        with suppress(FileNotFoundError):
+            if not os.path.samestat(os.stat(self.folder), self.directory):
+                return False
+            with suppress(FileNotFoundError):
+                return os.path.samestat(os.lstat(self.folder / LOCK), self.lock)
+            return True
+        return False
+
+    def check(self) -> None:
+        """Before a file is written by its name. Raises RunFailed where it would land in another's folder, or nowhere."""
+        if not self.is_ours():
+            what = f"the directory {self.folder} is gone, or another is in its place, so nothing more is written into it"
+            raise RunFailed(f"{what}; what was saved before is intact. fix: put it back, or --resume it by the name that it has now")
+
+
 @contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
+def sole_writer(folder: Path) -> Iterator[Held]:
     """Hold `folder/.lock`, made with its folder where missing. The kernel frees the lock of a process that dies, however it dies.
 
     For the process that writes (rank 0 of several), before anything that takes time. Temporary files that a killed process left
@@ -87,13 +113,18 @@ def sole_writer(folder: Path) -> Iterator[None]:
                 left.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write into {folder} ({error.strerror})", "see to its permissions, or choose another out=DIR") from error
+    held = Held(folder, os.stat(folder), os.fstat(file.fileno()))
     try:
-        yield
+        yield held
     finally:
+        ours = False
         with suppress(OSError):
-            path.unlink()  # while it is locked: nobody else can have it by this name
+            ours = held.is_ours()
+        with suppress(OSError):
+            if ours:
+                path.unlink()  # while it is locked: nobody else can have it by this name
         with suppress(OSError):
             file.close()
         with suppress(OSError):  # not empty
-            for place in made:
+            for place in made if ours else ():
                 place.rmdir()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ssl_emp.checkpoint import cannot_write
 from ssl_emp.device import describe_device
+from ssl_emp.lock import Held
 from ssl_emp.safe_files import LARGE, inner_folder, open_own, read_bytes, replacing, write_atomically
 from ssl_emp.text import printable
 
@@ -50,14 +51,18 @@ class Report:
         # names are text: neither rich's [markup] nor its :emoji:
         self.console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=silent)
         self.folder: Path | None = None
+        self.held: Held | None = None
         self.writer: Any = None
         self.early: list[str] = []  # lines of train.log said before there was a folder, or while its disk was full
 
-    def attach(self, folder: Path, tensorboard: bool) -> None:
-        """From now on write train.log (with what was said so far), metrics.jsonl and TensorBoard events into `folder`."""
+    def attach(self, folder: Path, tensorboard: bool, held: Held | None = None) -> None:
+        """From now on write train.log (with what was said so far), metrics.jsonl and TensorBoard events into `folder`.
+
+        Where it is `held` and was moved or replaced, train.log stays as it is and `metrics` raises RunFailed.
+        """
         if self.silent:
             return
-        self.folder = folder
+        self.folder, self.held = folder, held
         self._log([])
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # half a second of import, so only where it is asked for
@@ -82,8 +87,9 @@ class Report:
         self.early += [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n" for line in lines]
         if self.folder is not None:
             with suppress(OSError):  # they wait for room: a log is no reason to end a run
-                _append(self.folder / "train.log", self.early)
-                self.early = []
+                if self.held is None or self.held.is_ours():
+                    _append(self.folder / "train.log", self.early)
+                    self.early = []
 
     def metrics(self, row: dict[str, Any]) -> None:
         """One JSON line an epoch, and the same numbers to TensorBoard (key `epoch` is the x axis).
@@ -93,6 +99,8 @@ class Report:
         """
         if self.folder is not None:
             path = self.folder / "metrics.jsonl"
+            if self.held is not None:
+                self.held.check()
             try:
                 _append(path, [json.dumps(row) + "\n"])
             except OSError as error:
