@@ -3,72 +3,211 @@
 import functools
 import io
 import os
+import re
+import struct
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, features
 from torch import Tensor
 
-# no EPS, PSD, SVG: formats that run code or guess. AVIF where this Pillow was built with it
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(["AVIF"] if features.check("avif") else []))
+with suppress(Exception):  # an extra of Pillow's, where it is installed
+    import pillow_heif
+
+    pillow_heif.register_heif_opener(thumbnails=False)
+
+# no EPS, PSD, SVG: formats that run code or guess. AVIF and HEIC where this Pillow can
+MORE = (*(["AVIF"] if features.check("avif") else []), *(["HEIF"] if "HEIF" in Image.OPEN else []))
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *MORE)
 MAX_PIXELS = 90_000_000  # of an image, unless another limit is given; Pillow itself warns from 89 million on
-EXIF_ORIENTATION = 0x0112
 RUN = 32  # images a thread takes at a time
 
+# how decoders turn an image that was stored in this EXIF orientation, and whether what was right, or below, is then left, or above
+EXIF_ORIENTATION = 0x0112
+TURNS = {
+    2: (Image.Transpose.FLIP_LEFT_RIGHT, True, False),
+    3: (Image.Transpose.ROTATE_180, True, True),
+    4: (Image.Transpose.FLIP_TOP_BOTTOM, False, True),
+    5: (Image.Transpose.TRANSPOSE, False, False),
+    6: (Image.Transpose.ROTATE_270, True, False),
+    7: (Image.Transpose.TRANSVERSE, True, True),
+    8: (Image.Transpose.ROTATE_90, False, True),
+}
+
+# Bounds of work. What they leave out was made to keep a decoder busy: files of cameras and editors are far below them.
+FREE_READS = 20_000  # reads of any file, of a microsecond of Pillow's Python each; and one more for every READ_BYTES
+READ_BYTES = 256
+TIMES_READ = 8  # so often the bytes of a file may be read, all in all
+HEADER_BYTES = 1 << 24  # of a JPEG before its pixels; Pillow joins the parts of EXIF by copying what it has for each
+MOST_SCANS = 100  # of a JPEG: a progressive one has about ten, of CMYK 18, and each costs a pass over all pixels
+SCANS_AT_MOST_PIXELS = 24  # of one with max_pixels pixels; the smaller ones may have more, for the same work
+MOST_STRIPS = 1 << 18  # of a TIFF
+MOST_NUMBERS = 1 << 24  # of a PNM written as text, which Pillow reads number by number
+
+PLANAR, SIGNED = 2, 2  # in a TIFF's tags PlanarConfiguration and SampleFormat
+WHITE_IS_ZERO, YCBCR = 0, 6  # in PhotometricInterpretation
+END_OF_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # a marker of a JPEG that has a length, or is the last
+
 Encoded = str | bytes | np.ndarray | None  # path, file content, (H, W) or (H, W, 3) uint8 pixels, or a null in a table
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 T = TypeVar("T")
+
+
+# ---------------------------------------------------------------------------------------------------------- opening
+
+
+class _Limits:
+    """The limits that threads have asked for and not given back; Pillow has only one, for the whole process."""
+
+    lock = threading.Lock()
+    active: list[int] = []
+    before: int | None = None
+    quiet = ExitStack()
 
 
 @contextmanager
 def pillow_limits(max_pixels: int) -> Iterator[None]:
-    """Pillow's own bomb check (also of inner frames) at our limit, as an error; its chatter about odd files off."""
-    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
-    try:
-        with warnings.catch_warnings():
+    """Pillow's own bomb check (also of inner frames) at our limit, as an error; its chatter about odd files off.
+
+    Threads may be in it together; Pillow then has the largest of their limits. `opened` holds each to its own.
+    """
+    with _Limits.lock:
+        if not _Limits.active:
+            _Limits.before = Image.MAX_IMAGE_PIXELS
+            _Limits.quiet.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", module=r"PIL\.")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
+        _Limits.active.append(max_pixels)
+        Image.MAX_IMAGE_PIXELS = max(_Limits.active)
+    try:
+        yield
     finally:
-        Image.MAX_IMAGE_PIXELS = before
+        with _Limits.lock:
+            _Limits.active.remove(max_pixels)
+            Image.MAX_IMAGE_PIXELS = max(_Limits.active, default=_Limits.before)
+            if not _Limits.active:
+                _Limits.quiet.close()
+
+
+class _Meter:
+    """What may still be read of a file. Pillow walks over chunks, markers, tags and frames in Python, as many as there are."""
+
+    def __init__(self, size: int, is_jpeg: bool) -> None:
+        self.reads = FREE_READS + size // READ_BYTES
+        self.bytes = TIMES_READ * size + (1 << 20)
+        self.header_bytes = HEADER_BYTES if is_jpeg else self.bytes
+
+    def count(self, num_bytes: int) -> None:
+        self.reads -= 1
+        self.bytes -= num_bytes
+        self.header_bytes -= num_bytes
+        if self.reads < 0 or self.bytes < 0 or self.header_bytes < 0:
+            raise ValueError("far more headers, chunks or tags than an image of this size has")
+
+    def start_pixels(self, num_pieces: int) -> None:
+        """The header is over; each strip or tile is read in blocks, and the last block goes beyond it."""
+        self.reads += 2 * num_pieces
+        self.bytes += ImageFile.MAXBLOCK * num_pieces
+        self.header_bytes = self.bytes
+
+
+class _MeteredFile(io.BufferedReader):
+    meter: _Meter | None = None
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        content = super().read(size)
+        if self.meter:
+            self.meter.count(len(content))
+        return content
+
+
+class _MeteredBytes(io.BytesIO):
+    meter: _Meter | None = None
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        content = super().read(size)
+        if self.meter:
+            self.meter.count(len(content))
+        return content
 
 
 @contextmanager
 def opened(encoded: Encoded, max_pixels: int) -> Iterator[Image.Image]:
-    """Header read, pixels not yet decoded."""
+    """Header read, pixels not yet decoded; by content, whatever the name says."""
     if encoded is None:
         raise ValueError("no bytes in this row")
     if isinstance(encoded, np.ndarray):
         yield Image.fromarray(encoded)
         return
-    with open(encoded, "rb") if isinstance(encoded, str) else io.BytesIO(encoded) as stream:
-        if not stream.seek(0, os.SEEK_END):
+    with _MeteredFile(open(encoded, "rb", buffering=0)) if isinstance(encoded, str) else _MeteredBytes(encoded) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        if not size:
             raise ValueError("empty file")
         stream.seek(0)
-        with Image.open(stream, formats=FORMATS) as image:
+        magic = stream.read(4)
+        is_tiff = magic in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+        if is_tiff:
+            _check_strips(stream)
+        stream.seek(0)
+        stream.meter = meter = _Meter(size, is_jpeg=magic.startswith(b"\xff\xd8"))
+        try:
+            image = Image.open(stream, formats=FORMATS)
+        except UnidentifiedImageError:
+            if is_tiff:
+                raise ValueError("a TIFF damaged, or with pixels of a kind that Pillow does not read") from None
+            raise
+        with image:
+            meter.start_pixels(len(image.tile))
             if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError
             yield image
 
 
-def decode(encoded: Encoded, size: int, max_pixels: int) -> np.ndarray:
-    """(3, size, size) uint8. Raises whatever Pillow raises on a damaged file."""
+def _check_strips(stream: _MeteredFile | _MeteredBytes) -> None:
+    """Raises ValueError where the first page of a TIFF lies in more pieces than an image has: Pillow lists all of them."""
+    stream.seek(0)
+    head = stream.read(16)
+    order = "<" if head[:2] == b"II" else ">"
+    is_big = b"+" in head[2:4]
+    with suppress(struct.error):  # cut off: Pillow will say so
+        (offset,) = struct.unpack_from(order + ("Q" if is_big else "I"), head, 8 if is_big else 4)
+        if offset >= 2**63:
+            return
+        stream.seek(offset)
+        (num_tags,) = struct.unpack(order + ("Q" if is_big else "H"), stream.read(8 if is_big else 2))
+        entry = struct.Struct(order + ("HHQQ" if is_big else "HHII"))
+        tags = stream.read(entry.size * min(num_tags, 1 << 16))
+        for number, _, count, _ in entry.iter_unpack(tags[: len(tags) // entry.size * entry.size]):
+            if number in (273, 279, 324, 325) and count > MOST_STRIPS:  # where strips and tiles begin, and how long they are
+                raise ValueError(f"a TIFF in {count:,} strips or tiles, at most {MOST_STRIPS:,} are read")
+
+
+# --------------------------------------------------------------------------------------------------------- decoding
+
+
+def decode(encoded: Encoded, size: int, max_pixels: int, when_dim: Callable[[], None] | None = None) -> np.ndarray:
+    """(3, size, size) uint8. Raises whatever Pillow raises on a damaged file.
+
+    when_dim: called where the image has 16 bits a channel and uses less than a tenth of that range.
+    """
     with opened(encoded, max_pixels) as image:
-        return _fit(image, size).transpose(2, 0, 1)
+        return fit(image, size, max_pixels, when_dim).transpose(2, 0, 1)
 
 
-def to_jpeg(encoded: Encoded, size: int, max_pixels: int, quality: int) -> bytes:
+def to_jpeg(encoded: Encoded, size: int, max_pixels: int, quality: int, when_dim: Callable[[], None] | None = None) -> bytes:
     """What `decode` gives, as a JPEG without chroma subsampling; an upright RGB JPEG of that size is taken byte for byte."""
     with opened(encoded, max_pixels) as image:
         fits = image.format == "JPEG" and image.mode == "RGB" and image.size == (size, size)
-        pixels = _fit(image, size)
+        pixels = fit(image, size, max_pixels, when_dim)
     if fits:
         assert isinstance(encoded, str | bytes)
         content = Path(encoded).read_bytes() if isinstance(encoded, str) else encoded
@@ -108,27 +247,140 @@ def _decode_with_pillow(record: Tensor) -> np.ndarray:
         return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
 
 
-def _fit(image: Image.Image, size: int) -> np.ndarray:
-    """(size, size, 3) uint8."""
-    image.draft(None, (2 * size, 2 * size))  # large JPEGs decode at 1/2, 1/4 or 1/8: several times faster; no-op for the rest
-    image.load()  # in full: a header and even verify() pass for half a JPEG
-    if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    return np.asarray(ImageOps.fit(_to_rgb(image), (size, size), Image.Resampling.BICUBIC))
+def fit(image: Image.Image, size: int, max_pixels: int, when_dim: Callable[[], None] | None = None) -> np.ndarray:
+    """(size, size, 3) uint8: the short side scaled to size, then the centre cut out. Arguments as for `decode`."""
+    if image.format in ("JPEG", "MPO"):
+        _check_scans(image, max_pixels)
+    # large JPEGs decode at 1/2, 1/4 or 1/8: several times faster; nothing happens to the rest. The reduced image is rounded up to
+    # whole pixels, so its last column and row stand for less than the others: the box says where the image really ends
+    drafted = image.draft(None, (2 * size, 2 * size))
+    rgb, is_dim = _decode_whole(image)
+    left, top, (right, bottom) = 0.0, 0.0, drafted[1][2:] if drafted else rgb.size
+    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    if orientation in TURNS:
+        method, from_right, from_below = TURNS[orientation]
+        rgb = rgb.transpose(method)
+        width, height = (right, bottom) if orientation < 5 else (bottom, right)
+        left, top = from_right * (rgb.width - width), from_below * (rgb.height - height)
+        right, bottom = left + width, top + height
+    width, height = right - left, bottom - top
+    side = min(width, height)
+    left, top = left + (width - side) * 0.5, top + (height - side) * 0.5
+    box: Box = (left, top, min(left + side, rgb.width), min(top + side, rgb.height))
+    if is_dim and when_dim:
+        when_dim()
+    return np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _decode_whole(image: Image.Image) -> tuple[Image.Image, bool]:
+    """The image as RGB, not turned yet, and whether it is dim. In full: a header and even verify() pass for half a JPEG."""
+    raw_mode = ""  # how the pixels lie in the file
+    if isinstance(image, ImageFile.ImageFile) and image.tile:
+        codec, _, offset, args = image.tile[0]
+        raw_mode = args if isinstance(args, str) else str(args[0]) if args else ""
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            _check_layout(image, raw_mode)
+        elif codec in ("ppm", "ppm_plain") and isinstance(args, tuple):
+            raw_mode += ";16" if args[1] > 255 else ""
+            if codec == "ppm":
+                return _to_rgb(_netpbm(image, offset, args[1]), raw_mode)
+            if (count := image.width * image.height * len(image.getbands())) > MOST_NUMBERS:
+                raise ValueError(f"{count:,} numbers written as text, at most {MOST_NUMBERS:,} are read; write it binary")
+    image.load()
+    return _to_rgb(image, raw_mode)
+
+
+def _check_scans(image: Image.Image, max_pixels: int) -> None:
+    """Raises ValueError where a JPEG has so many scans that decoding them all would take far longer than its pixels do."""
+    stream = getattr(image, "fp", None)
+    if stream is None:  # decoded already
+        return
+    most = min(MOST_SCANS, SCANS_AT_MOST_PIXELS * max(1, max_pixels // (image.width * image.height)))
+    here = stream.tell()
+    stream.seek(0)
+    found, end = 0, b""
+    while found <= most and (block := stream.read(1 << 20)):
+        found += (end + block).count(b"\xff\xda")
+        end = block[-1:]
+    if found > most:  # thumbnails, comments and further images count there too: look closely
+        stream.seek(0)
+        scans = count_scans(stream.read())
+        if scans > most:
+            raise ValueError(f"a JPEG of {scans:,} scans, at most {most} are decoded at its size")
+    stream.seek(here)
+
+
+def count_scans(content: bytes) -> int:
+    """Passes over its pixels that the first image of a JPEG consists of."""
+    place, scans = 2, 0
+    while (marker := END_OF_SEGMENT.search(content, place)) and marker[0] != b"\xff\xd9":
+        scans += marker[0] == b"\xff\xda"
+        place = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2])
+    return scans
+
+
+def _check_layout(image: TiffImagePlugin.TiffImageFile, raw_mode: str) -> None:
+    """Raises ValueError where Pillow gives other pixels than a TIFF holds."""
+    tags = image.tag_v2
+    bits, num_samples = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))), tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)
+    if tags.get(TiffImagePlugin.PLANAR_CONFIGURATION, 1) == PLANAR and num_samples > 1:
+        is_reversed = tags.get(TiffImagePlugin.FILLORDER, 1) == 2
+        if bits > 8 or is_reversed or raw_mode not in ("R", "RGB", "RGBA", "RGBX", "C", "CMYK"):
+            raise ValueError(f"a TIFF of {bits} bits with a plane for each channel, which Pillow cannot put together; write it interleaved")
+    if bits <= 8 and SIGNED in tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,)):
+        raise ValueError("signed 8-bit pixels have no known range")
+    is_ycbcr = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == YCBCR
+    is_raw = tags.get(TiffImagePlugin.COMPRESSION, 1) == 1
+    if is_ycbcr and is_raw and num_samples > 1 and tags.get(TiffImagePlugin.YCBCRSUBSAMPLING, (2, 2)) != (1, 1):
+        raise ValueError("a TIFF of subsampled YCbCr without compression, which Pillow does not read")
+
+
+def _netpbm(image: ImageFile.ImageFile, offset: int, largest: int) -> Image.Image:
+    """A binary PGM or PPM with any largest value, which Pillow reads pixel by pixel in Python: the same pixels, by a table."""
+    count = image.width * image.height * len(image.getbands())
+    in_file = np.dtype(">u2" if largest > 255 else "u1")
+    top, kind = (65535, np.uint16) if image.mode == "I" else (255, np.uint8)
+    assert image.fp is not None
+    image.fp.seek(offset)
+    content = image.fp.read(count * in_file.itemsize)
+    if len(content) < count * in_file.itemsize:
+        raise OSError("image file is truncated")
+    table = np.rint(np.arange(1 << 8 * in_file.itemsize) / largest * top).clip(max=top).astype(kind)
+    return Image.fromarray(table[np.frombuffer(content, in_file)].reshape(image.height, image.width, *([3] if image.mode == "RGB" else [])))
+
+
+def _to_rgb(image: Image.Image, raw_mode: str) -> tuple[Image.Image, bool]:
+    """The image as RGB, and whether it is dim: 16 bits a channel, of which it uses less than a tenth."""
     # convert() would clip: every value above 255 white. PGM, and PNG in older Pillow, hold their 16 bits in mode I
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        grey = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image).astype(np.uint32)
+        if raw_mode == "I;12":  # packed: the only other depth that a file can declare
+            return Image.fromarray(((values * 255 + 2047) // 4095).astype(np.uint8)).convert("RGB"), False
+        is_dim = 10 * int(values.max()) < 65535
+        if (
+            isinstance(image, TiffImagePlugin.TiffImageFile)
+            and image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
+        ):
+            values = 65535 - values
+        grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
+        if "transparency" in image.info:
+            grey[values == image.info["transparency"]] = 255
+        return Image.fromarray(grey).convert("RGB"), is_dim
     if image.mode in ("I", "F"):
-        raise ValueError(f"32-bit pixels (mode {image.mode}) have no known range")
+        raise ValueError(f"signed or 32-bit pixels (mode {image.mode}) have no known range")
+    is_deep = ";16" in raw_mode and image.mode in ("RGB", "RGBA")
+    is_dim = is_deep and 10 * max(high for _, high in image.getextrema()[:3]) < 255  # type: ignore[misc]  # pairs: it has bands
+    if image.format == "PNG" and "transparency" in image.info:  # as in the file, while the pixels are stretched to 8 bits
+        if raw_mode == "RGB;16B":
+            raise ValueError("transparent where a 16-bit colour is met, which 8 bits cannot tell")
+        if raw_mode in ("L;2", "L;4"):
+            image.info["transparency"] *= 85 if raw_mode == "L;2" else 17
     if image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image.convert("RGBA"))
         image = white
-    return image.convert("RGB")
+    return image.convert("RGB"), is_dim
 
 
 def cores() -> int:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import stat
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ from ssl_emp.stores import (
     place_images,
     raw_path,
     raw_pixels,
+    read_only,
     store_key,
 )
 from ssl_emp.text import decodable
@@ -238,12 +238,13 @@ def load_source(
         pixels: np.ndarray | EncodedPixels
         if store == "memory":
             pixels = np.empty((len(positions), 3, size, size), np.uint8)
-            failed = decode_into(pixels, found.read, positions, max_pixels, progress)
+            told = decode_into(pixels, found.read, positions, max_pixels, progress)
         elif store == "raw":
-            pixels, failed = raw_pixels(folder, raw_key, size, found.read, positions, max_pixels, progress)
+            pixels, told = raw_pixels(folder, raw_key, size, found.read, positions, max_pixels, progress)
         else:
-            pixels, failed = encoded_pixels(folder, encoded_key, size, found.read, positions, max_pixels, jpeg_quality, progress)
+            pixels, told = encoded_pixels(folder, encoded_key, size, found.read, positions, max_pixels, jpeg_quality, progress)
 
+    failed = told.failed
     skipped = found.skipped + [(found.names[positions[row]], failed[row]) for row in sorted(failed)]
     if len(failed) == len(positions):
         first = f"{found.names[positions[0]]}: {failed[0]}"
@@ -253,13 +254,14 @@ def load_source(
         )
     kept = np.delete(positions, sorted(failed))
     return ImageSet(
-        pixels=pixels if isinstance(pixels, EncodedPixels) else _tensor(pixels[: len(kept)]),
+        pixels=pixels if isinstance(pixels, EncodedPixels) else read_only(pixels[: len(kept)]),
         labels=None if found.labels is None or labels == "none" else torch.from_numpy(found.labels[kept]),
         names=[found.names[position] for position in kept],
         class_names=None if labels == "none" else found.class_names,
         skipped=skipped,
         store=store,
         path=raw_path(folder, raw_key) if store == "raw" else None,
+        dim=[found.names[positions[row]] for row in told.dim],
     )
 
 
@@ -608,13 +610,6 @@ def _parquet_in(folder: str) -> list[str]:
 def _between(positions: np.ndarray, low: int, high: int) -> np.ndarray:
     start, end = np.searchsorted(positions, [low, high])
     return positions[start:end]
-
-
-def _tensor(pixels: np.ndarray) -> Tensor:
-    """Without a copy, and without torch's word that a file which is only readable cannot be written: nobody does."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.from_numpy(pixels)
 
 
 def _evenly_spaced(length: int, count: int) -> np.ndarray:

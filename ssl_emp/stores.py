@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,9 +30,18 @@ SAVE_BYTES = 1 << 24  # of JPEGs between two points that a killed build can go o
 DIGEST_BYTES = 32
 HASHED_BYTES = 1 << 22  # of a part that is hashed by itself, so that all cores share the work
 NOTED_BYTES = 1 << 28  # files from this size on keep their digest: a smaller one is hashed again in less than a third of a second
+DIM = 1 << 60  # added to the place in a file of JPEGs where a dim image ends
 
 Progress = Callable[[int, int], None]
 Read = Callable[[np.ndarray], Iterator[Encoded]]  # positions -> their images, in order
+
+
+@dataclass
+class Told:
+    """What is to be said of rows. failed: {row left out: reason}. dim: rows of images that use little of their 16 bits."""
+
+    failed: dict[int, str] = field(default_factory=dict)
+    dim: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,14 +132,15 @@ def available_memory() -> int:
 # --------------------------------------------------------------------------------------------------------- building
 
 
-def decode_into(pixels: np.ndarray, read: Read, positions: np.ndarray, max_pixels: int, progress: Progress | None) -> dict[int, str]:
-    """Decode positions into the first rows of pixels (len(positions), 3, S, S). Returns {row left out: reason}; the rest moves up."""
+def decode_into(pixels: np.ndarray, read: Read, positions: np.ndarray, max_pixels: int, progress: Progress | None) -> Told:
+    """Decode positions into the first rows of pixels (len(positions), 3, S, S); what follows one that is left out moves up."""
     failed: dict[int, str] = {}
+    dim: set[int] = set()
 
     def decode_run(first_row: int, run: list[Encoded]) -> int:
         for row, encoded in enumerate(run, first_row):
             try:
-                pixels[row] = decode(encoded, pixels.shape[-1], max_pixels)
+                pixels[row] = decode(encoded, pixels.shape[-1], max_pixels, functools.partial(dim.add, row))
             except Exception as exc:  # noqa: BLE001 - damaged files make Pillow raise a dozen types, SyntaxError among them
                 failed[row] = reason(exc)
         return len(run)
@@ -145,12 +155,12 @@ def decode_into(pixels: np.ndarray, read: Read, positions: np.ndarray, max_pixel
     kept = np.delete(np.arange(len(positions)), sorted(failed))
     for target in np.flatnonzero(kept != np.arange(len(kept))):  # in place: a copy would double the memory
         pixels[target] = pixels[kept[target]]
-    return failed
+    return Told(failed, sorted(dim))
 
 
 def store_key(version: str, positions: np.ndarray, *numbers: int) -> str:
-    """Name of the file for these positions of this version of a source, at these settings."""
-    text = " ".join(["1", version, *map(str, numbers)])
+    """Name of the file for these positions of this version of a source, at these settings, decoded as this version decodes."""
+    text = " ".join(["2", version, *map(str, numbers)])
     return hashlib.sha256(text.encode() + positions.astype("<i8").tobytes()).hexdigest()[:32]
 
 
@@ -183,8 +193,8 @@ def _remove_stale(folder: Path) -> None:
 
 def raw_pixels(
     folder: Path, key: str, size: int, read: Read, positions: np.ndarray, max_pixels: int, progress: Progress | None
-) -> tuple[np.ndarray, dict[int, str]]:
-    """`decode_into` a mapped file that later calls with the same key find again."""
+) -> tuple[np.ndarray, Told]:
+    """`decode_into` a mapped file that later calls with the same key find again, and open for reading only."""
     data, note = raw_path(folder, key), folder / f"{key}.json"  # the data comes last: where it is, both are complete
     part, note_part = folder / f"{key}.u8.part", folder / f"{key}.json.part"
     shape = (len(positions), 3, size, size)
@@ -202,9 +212,9 @@ def raw_pixels(
                         if hasattr(os, "posix_fallocate"):  # a mapped file that meets a full disk kills the process with SIGBUS
                             os.posix_fallocate(file.fileno(), 0, num_bytes)
                         mapped = np.memmap(part, np.uint8, "r+", shape=shape)
-                        failed = decode_into(mapped, read, positions, max_pixels, progress)
+                        told = decode_into(mapped, read, positions, max_pixels, progress)
                         mapped.flush()
-                        note_part.write_text(json.dumps(failed))
+                        note_part.write_text(json.dumps(asdict(told)))
                         os.replace(note_part, note)
                         os.replace(part, data)
                 except BaseException:
@@ -212,26 +222,28 @@ def raw_pixels(
                     note_part.unlink(missing_ok=True)
                     raise
         except OSError as exc:
-            what = f"{num_bytes / 2**30:.1f} GiB of pixels do not fit into {folder}: {reason(exc)}"
+            what = f"{num_bytes / 2**30:.1f} GiB of pixels cannot be written into {folder}: {reason(exc)}"
             raise UserError(what, "set cache_dir to a folder with room, store to encoded, or a smaller image_size or max_images") from exc
     elif progress:
         progress(len(positions), len(positions))
     if data.stat().st_size != num_bytes:
         raise _damaged(data, f"{data.stat().st_size:,} bytes instead of {num_bytes:,}")
     try:
-        failed = {int(row): str(why) for row, why in json.loads(note.read_text()).items() if row != "digest"}
-    except (OSError, ValueError, AttributeError) as exc:
+        content = json.loads(note.read_text())
+        told = Told({int(row): str(why) for row, why in content["failed"].items()}, [int(row) for row in content["dim"]])
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as exc:
         raise UserError(f"{note} is damaged ({reason(exc)})", f"delete {data} with it, and both are built again") from exc
-    return np.memmap(data, np.uint8, "r", shape=shape), failed  # a private mapping ("c") would count in full against memory
+    # "r": the folder may be only readable, and a private mapping ("c") counts in full against memory
+    return np.memmap(data, np.uint8, "r", shape=shape), told
 
 
 def encoded_pixels(
     folder: Path, key: str, size: int, read: Read, positions: np.ndarray, max_pixels: int, quality: int, progress: Progress | None
-) -> tuple[EncodedPixels, dict[int, str]]:
+) -> tuple[EncodedPixels, Told]:
     """JPEGs in one file that later calls with the same key find again; a killed build goes on where it was.
 
     The file: the records in the order of positions, each the JPEG of an image or, for one left out, the reason; then where
-    each record ends, len(positions) int64, negative for reasons; then the sha256 of those numbers.
+    each record ends, len(positions) int64, negative for reasons, plus DIM for dim images; then the sha256 of those numbers.
     """
     path, log_path = encoded_path(folder, key), folder / f"{key}.ends.part"
     if not path.is_file():
@@ -263,22 +275,25 @@ def _append_records(
 ) -> None:
     """Write the records that are still missing to data, and where they end to log."""
 
-    def encode_run(_: int, run: list[Encoded]) -> list[tuple[bool, bytes]]:
+    def encode_run(_: int, run: list[Encoded]) -> list[tuple[bool, bool, bytes]]:
         records = []
         for encoded in run:
+            dim: list[bool] = []
             try:
-                records.append((True, to_jpeg(encoded, size, max_pixels, quality)))
+                record = to_jpeg(encoded, size, max_pixels, quality, functools.partial(dim.append, True))
+                records.append((True, bool(dim), record))
             except Exception as exc:  # noqa: BLE001 - as in decode_into
-                records.append((False, reason(exc).encode()))
+                records.append((False, False, reason(exc).encode()))
         return records
 
     log.seek(0)
     content = log.read()
     ends = np.frombuffer(content[: len(content) // 8 * 8], "<i8")[: len(positions)]
-    begins = np.abs(np.concatenate([[0], ends[:-1]]))[: len(ends)]
-    whole = (np.abs(ends) > begins) & (np.abs(ends) <= os.fstat(data.fileno()).st_size)
+    places = _places(ends)
+    begins = np.concatenate([[0], places[:-1]])[: len(ends)]
+    whole = (places > begins) & (places <= os.fstat(data.fileno()).st_size)
     done = len(ends) if whole.all() else int(whole.argmin())
-    end = saved = int(abs(ends[done - 1])) if done else 0
+    end = saved = int(places[done - 1]) if done else 0
     data.truncate(end)
     log.truncate(8 * done)
     waiting: list[int] = []  # ends not in the log yet
@@ -293,10 +308,10 @@ def _append_records(
     try:
         with closing(map_runs(encode_run, read(positions[done:]), len(positions) - done)) as runs:
             for records in runs:
-                for is_image, record in records:
+                for is_image, is_dim, record in records:
                     data.write(record)
                     end += len(record)
-                    waiting.append(end if is_image else -end)
+                    waiting.append(end + DIM * is_dim if is_image else -end)
                 done += len(records)
                 if end - saved > SAVE_BYTES:
                     save()
@@ -307,7 +322,12 @@ def _append_records(
         save()
 
 
-def _open_encoded(path: Path, size: int, count: int) -> tuple[EncodedPixels, dict[int, str]]:
+def _places(ends: np.ndarray) -> np.ndarray:
+    """Where records end, of the numbers that a file of JPEGs keeps."""
+    return np.abs(ends) & (DIM - 1)
+
+
+def _open_encoded(path: Path, size: int, count: int) -> tuple[EncodedPixels, Told]:
     try:
         mapped = np.memmap(path, np.uint8, "r")
     except (OSError, ValueError) as exc:  # ValueError: an empty file
@@ -317,14 +337,19 @@ def _open_encoded(path: Path, size: int, count: int) -> tuple[EncodedPixels, dic
     if hashlib.sha256(ends).digest() != mapped[-DIGEST_BYTES:].tobytes():
         raise _damaged(path, "its table of contents does not match its checksum")
     signed = np.frombuffer(ends, "<i8").astype(np.int64)
-    if len(signed) != count or abs(signed[-1]) != num_records_bytes:
+    places = _places(signed)
+    if len(signed) != count or places[-1] != num_records_bytes:
         raise _damaged(path, "it is not of the size it was written in")
-    spans = np.stack([np.abs(np.concatenate([[0], signed[:-1]])), np.abs(signed)], axis=1)  # (count, 2)
+    spans = np.stack([np.concatenate([[0], places[:-1]]), places], axis=1)  # (count, 2)
     failed = {int(row): mapped[slice(*spans[row])].tobytes().decode() for row in np.flatnonzero(signed < 0)}
+    return EncodedPixels(size, path, read_only(mapped), spans[signed > 0]), Told(failed, np.flatnonzero(signed >= DIM).tolist())
+
+
+def read_only(mapped: np.ndarray) -> Tensor:
+    """The tensor in the same memory. torch warns that it must not be written to: nobody does."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the mapping is read-only: nobody writes
-        data = torch.from_numpy(mapped)
-    return EncodedPixels(size, path, data, spans[signed > 0]), failed
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(mapped)
 
 
 # ---------------------------------------------------------------------------------------------------------- digests
@@ -379,7 +404,7 @@ def _digest(pixels: Pixels) -> str:
 
 
 def _read_note(path: Path) -> dict[str, Any]:
-    """What stands beside a file of pixels: reasons by row, and "digest". Empty where there is none that can be read."""
+    """What stands beside a file of pixels: what is `Told` of it, and "digest". Empty where there is none that can be read."""
     with suppress(OSError, ValueError, RecursionError):
         values = json.loads(path.read_text())
         return values if isinstance(values, dict) else {}
