@@ -23,8 +23,6 @@ from ssl_emp.errors import UserError
 from ssl_emp.images import DeviceImages, EncodedPixels, HostImages, ImageSet, fingerprint, load_images, place_images
 
 SIZE = 24
-# torchvision warns that this decoder will move to another package; decode.py is ready for that
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities of TorchVision:DeprecationWarning")
 
 
 def photo(seed: int, size: int = SIZE) -> Image.Image:

@@ -39,8 +39,6 @@ Record = Callable[[str, object], None]
 RED = (200, 30, 40)
 SIZE = 24
 MAX_PIXELS = 50_000_000
-# torchvision warns that its JPEG decoder will move to another package
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities of TorchVision:DeprecationWarning")
 
 
 def encoded(image: Image.Image, fmt: str = "PNG", **options: Any) -> bytes:
