@@ -219,7 +219,7 @@ def load_indices(path: Path, num_samples: int) -> Tensor:
         raise UserError(f"cannot read the indices in {path} (not a regular file)", fix)
     try:
         if path.suffix == ".npy":
-            values = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header may declare more than memory holds
+            values = np.lib.format.open_memmap(path, mode="r")  # mapped: a header may declare more than memory holds; no pickles
         else:
             # given a name, numpy would also unpack archives
             with open(path, encoding="utf-8") as file, warnings.catch_warnings():
@@ -227,8 +227,6 @@ def load_indices(path: Path, num_samples: int) -> Tensor:
                 values = np.loadtxt(file, dtype=np.int64, ndmin=1)
     except Exception as error:  # damaged headers make numpy raise half a dozen types, EOFError among them
         raise UserError(f"cannot read the indices in {path} ({reason(error)})", fix) from error
-    if not isinstance(values, np.ndarray):
-        raise UserError(f"cannot read the indices in {path} (an archive of arrays)", fix)
     if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer) or not len(values):
         raise UserError(f"{path} holds {values.dtype} of shape {values.shape}", "give one list of whole numbers")
     if values.min() < 0 or values.max() >= num_samples:

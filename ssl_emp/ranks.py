@@ -81,7 +81,9 @@ class Ranks:
         if self.world_size == 1:
             return part
         whole = part.new_empty(self.world_size * len(part), *part.shape[1:])
-        dist.all_gather_into_tensor(whole, part.detach().contiguous())
+        # its name since torch 2.14, which warns of the old one
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(whole, part.detach().contiguous())
         return whole
 
     def share_gradients(self, model: Any) -> Any:

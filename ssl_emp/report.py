@@ -202,7 +202,7 @@ def write_environment(path: Path, device: torch.device) -> None:
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "cpu_count": os.cpu_count(),
-        "packages": {name: installed(name) for name in packages if installed(name)},
+        "packages": {name: found for name in packages if (found := installed(name))},
     }
     write_atomically(path, (json.dumps(environment, indent=2) + "\n").encode())
 
