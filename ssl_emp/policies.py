@@ -219,7 +219,8 @@ def load_indices(path: Path, num_samples: int) -> Tensor:
         raise UserError(f"cannot read the indices in {path} (not a regular file)", fix)
     try:
         if path.suffix == ".npy":
-            values = np.lib.format.open_memmap(path, mode="r")  # mapped: a header may declare more than memory holds; no pickles
+            # mapped: a header may declare more than memory holds; refuses pickles and archives
+            values: np.ndarray = np.lib.format.open_memmap(path, mode="r")
         else:
             # given a name, numpy would also unpack archives
             with open(path, encoding="utf-8") as file, warnings.catch_warnings():
