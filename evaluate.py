@@ -5,14 +5,18 @@
 ENCODER    a run directory, an encoder directory (model.safetensors and config.json), `random` (the same network, untrained),
            `pixels` (no network at all), `timm:NAME`, `torchvision:NAME`
 EVALUATOR  `knn` (every k of knn.num_neighbors from one search), `linear` (linear.protocol: lbfgs, cached or augmented), `fewshot` (few
-           labels, several draws; fewshot.finetune trains the network too), `finetune` (the whole network), `diagnose` (collapse,
-           effective rank, neighbours, a map, embeddings.parquet), `transfer` (transfer.suite, a YAML file of target data sets)
+           labels, several draws; fewshot.finetune trains the network too), `finetune` (the whole network), `transfer` (transfer.suite,
+           a YAML file of target data sets). Without labels and without a test split: `diagnose` (collapse, effective rank, neighbours,
+           a map, embeddings.parquet), `embed` (embeddings.parquet of all images)
 key=value  data.* and model.* as in pretrain.py; the sections knn, linear, fewshot, finetune, diagnose, transfer; seed, device,
            batch_size, cache_dir (all of them in ssl_emp/eval_config.py)
 
 A run is judged on the data in its own config.yaml, all others on that of the first run named, without one on mnist5k; data.source
-replaces the whole of it. data.max_images limits the train split only. Features are computed once for an encoder and a data set and kept
-in cache_dir. Rows go to RUN/eval/EVALUATOR.json, or to DIR. Exit codes: 0 done, 2 the user can fix it, 3 another process was lost.
+replaces the whole of it. data.max_images limits the train split only; data.holdout=0.2 makes a test split where labels come without
+one. Features are computed once for an encoder and a data set and kept in cache_dir. Rows go to RUN/eval/EVALUATOR.json, or to DIR, as
+soon as an evaluator is done, and are printed at the end. What cannot be judged is a row with the reason, and the rest goes on.
+Exit codes: 0 all was judged, 2 something was not that the user can see to (all other rows are kept), 3 another process was lost, 1 an
+error of the program, 128+n stopped by signal n (what was judged is kept).
 
     torchrun --nproc-per-node 8 evaluate.py ...
 
@@ -54,6 +58,7 @@ from ssl_emp.config import DataConfig, parse_yaml
 from ssl_emp.device import describe_device, keep_freed_memory, pick_device
 from ssl_emp.errors import Parser, UserError, printable
 from ssl_emp.eval_config import EvalConfig, check, parse_overrides
+from ssl_emp.holdout import hold_out
 from ssl_emp.images import EncodedPixels, ImageSet, align_labels, listed, load_images, load_source
 from ssl_emp.interrupts import Interrupts, Stopped
 from ssl_emp.ledger import Ledger, say
@@ -64,7 +69,7 @@ from ssl_emp.safe_files import write_atomically
 from ssl_emp.streams import prepare_streams
 from ssl_emp.subjects import Subject, find_subjects, is_run, read_run_data
 
-USAGE = "python evaluate.py ENCODER [ENCODER ...] knn|linear|fewshot|finetune|diagnose|transfer [...] [key=value ...], see --help"
+USAGE = "python evaluate.py ENCODER [ENCODER ...] knn|linear|fewshot|finetune|diagnose|embed|transfer [...] [key=value ...], see --help"
 Made = TypeVar("Made")
 
 
@@ -90,8 +95,53 @@ def parse_arguments(argv: list[str] | None) -> tuple[list[str], list[str], dict[
 # ---- images ----------------------------------------------------------------------------------------------------------
 
 
-def load_splits(data: DataConfig, image_size: int | None) -> tuple[ImageSet, ImageSet]:
-    """(train, test), labeled alike and of one size. Raises UserError where a split or its labels are missing."""
+@dataclass(frozen=True)
+class Splits:
+    """What encoders are judged on. Without labels or without a test split there are evaluators that can still look at the images."""
+
+    train: ImageSet
+    test: ImageSet | None
+    data: DataConfig
+    held_out: bool = False  # `test` is a part of what was the train split
+    no_test: Exception | None = None  # why there is no test split
+    no_labels: Exception | None = None  # why nothing can be predicted
+
+    @property
+    def labelled(self) -> tuple[ImageSet, ImageSet]:
+        """(train, test) with labels numbered alike. Raises UserError or EvalError where there is nothing to predict."""
+        for problem in (self.no_labels, self.no_test):
+            if problem is not None:
+                raise problem
+        assert self.test is not None
+        return self.train, self.test
+
+    @property
+    def described(self) -> str:
+        """Every setting of the data that moves a number, for the row; `DATA_UNSAID` has the others."""
+        data = self.data
+        said = [f"{data.source} {self.train.pixels.shape[-1]}px"]
+        said += [f"test {data.test_source}"] if data.test_source else []
+        said += [f"subset {data.subset_seed} of {data.max_images} images"] if data.max_images is not None else []
+        said += [f"{100 * (data.holdout or 0):g}% of every class held out by seed {data.subset_seed}"] if self.held_out else []
+        said += [f"JPEG quality {data.jpeg_quality}"] if self.train.store == "encoded" else []
+        others = {key: value for key, value in data.model_dump().items() if key not in DATA_SAID and key not in DATA_UNSAID}
+        said += [f"{key}={value}" for key, value in others.items() if value != DataConfig.model_fields[key].default]
+        return ", ".join(said)
+
+    @cached_property
+    def images_hash(self) -> str:
+        """Twelve hexadecimal digits of all pixels, labels and names."""
+        contents = [None if images is None else images.content for images in (self.train, self.test)]
+        return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:12]
+
+
+DATA_SAID = ("source", "image_size", "test_source", "max_images", "subset_seed", "holdout", "jpeg_quality")
+# cannot move a number of an evaluation, or only through what is said
+DATA_UNSAID = ("labels", "label_noise", "download_dir", "store", "cache_dir")
+
+
+def load_splits(data: DataConfig, image_size: int | None) -> Splits:
+    """Train and test, of one size and labelled alike. Raises UserError where the train split cannot be loaded, or a test source."""
     load = partial(
         load_images,
         labels=data.labels,
@@ -100,41 +150,79 @@ def load_splits(data: DataConfig, image_size: int | None) -> tuple[ImageSet, Ima
         download_dir=data.download_dir,
         cache_dir=data.cache_dir,
     )
-    train = load(
-        data.source,
-        "train",
-        kind=data.kind,
-        image_size=image_size,
-        max_images=data.max_images,  # of the train split only: all of the test split counts
-        subset_seed=data.subset_seed,
-        store=data.store,
-        progress=progress_of("train images"),
-    )
-    # both splits lose what JPEG loses, or neither
-    load = partial(load, store="encoded" if train.store == "encoded" else data.store)
-    load = partial(load, image_size=train.pixels.shape[-1], progress=progress_of("test images"))
-    if data.test_source is None:
-        test = load(data.source, "test", kind=data.kind)
-    else:
+
+    def load_train(store: str) -> ImageSet:
+        return load(
+            data.source,
+            "train",
+            kind=data.kind,
+            image_size=image_size,
+            max_images=data.max_images,  # of the train split only: all of the test split counts
+            subset_seed=data.subset_seed,
+            store=store,
+            progress=progress_of("train images"),
+        )
+
+    def load_test(like: ImageSet) -> ImageSet:
+        # both splits lose what JPEG loses, or neither
+        given: dict[str, Any] = {"store": "encoded" if like.store == "encoded" else data.store, "image_size": like.pixels.shape[-1]}
+        given |= {"progress": progress_of("test images")}
+        if data.test_source is None:
+            return load(data.source, "test", kind=data.kind, **given)
         try:
-            test = load(data.test_source, "test")
+            return load(data.test_source, "test", **given)
         except UserError:  # it has no test split because all of it is one
-            test = load(data.test_source, "train")
+            return load(data.test_source, "train", **given)
+
+    train, test, no_test = load_train(data.store), None, None
+    try:
+        test = load_test(train)
+    except UserError as error:
+        if data.test_source is not None:
+            raise
+        no_test = error
+    held_out = False
+    if data.holdout is not None and test is not None:
+        note(printable(f"data.holdout is not used: {data.test_source or data.source} has a test split"))
+    elif data.holdout is not None and train.labels is not None and "has no test split" in str(no_test):
+        if train.store == "raw":  # parts of a mapped tensor would be copied into memory, parts of encoded images are not
+            train = load_train("encoded")
+        train, test = hold_out(train, data.holdout, data.subset_seed)
+        held_out = True
+        if len(test.names):
+            no_test = None
+            what = f"{len(test.names):,} of {len(train.names) + len(test.names):,} images of {data.source} are held out as test"
+            note(printable(f"{what}; an encoder that was trained on this data has seen them, without their labels"))
+        else:
+            test = None
+            what = f"data.holdout={data.holdout:g} leaves no image of {data.source} to test on, since two of every class stay in train"
+            no_test = UserError(what, "raise data.holdout, or give more images of a class")
+    elif no_test is not None and "has no test split" in str(no_test):
+        fix = "hold a part of the train images out with data.holdout=0.2, or name other images with data.test_source=LABELLED"
+        no_test = UserError(f"{data.source} has no test split", fix)
+
+    no_labels: UserError | None = None
     for split, images, source in (("train", train, data.source), ("test", test, data.test_source or data.source)):
+        if images is None:
+            continue
         if images.skipped:
-            note(f"{len(images.skipped)} unreadable images left out of the {split} split of {source}")
+            note(printable(f"{len(images.skipped)} unreadable images left out of the {split} split of {source}"))
         if images.dim:
             note(printable(f"the {split} split of {source}: {images.dim_line}"))
-        if images.labels is None:
-            raise UserError(
+        if images.labels is None and no_labels is None:
+            sort = "sort the images into a folder for each class, add a column `label`, or name labelled ones with data.source=LABELLED"
+            no_labels = UserError(
                 f"the {split} split of {source} has no labels, and encoders are judged by predicting them",
-                "drop data.labels=none"
-                if data.labels == "none"
-                else "sort the images into a folder for each class, add a column `label`, or choose a labeled data.source",
+                "drop data.labels=none" if data.labels == "none" else f"{sort}; diagnose and embed need none",
             )
-    test = replace(test, labels=align_labels(train, test))
-    warn_of_overlap({"train": train}, test)
-    return train, test
+    if test is not None:
+        if no_labels is None:
+            try:
+                test = replace(test, labels=align_labels(train, test), class_names=train.class_names)
+            except UserError as error:
+                no_labels = error
+        warn_of_overlap({"train": train}, test)
+    return Splits(train, test, data, held_out, no_test, no_labels)
 
 
 def warn_of_overlap(fitted: dict[str, ImageSet], test: ImageSet, where: str = "") -> None:
@@ -163,6 +251,7 @@ class Result:
     value: float
     metric: str = "top1 %"
     std: float | None = None
+    n_test: int | None = None  # images that it is about; None: the test split
     then: Callable[[], None] | None = None  # what is left to do once the row is kept
 
 
@@ -172,26 +261,41 @@ class Judged:
 
     subject: Subject
     encoder: nn.Module  # in eval mode, on `device`
-    train: ImageSet
-    test: ImageSet
+    data: Splits
     config: EvalConfig
     device: torch.device
     out: Path | None  # for files beside the rows
 
+    @property
+    def train(self) -> ImageSet:
+        return self.data.train
+
     @cached_property
+    def rows(self) -> dict[str, Tensor]:
+        """Split -> (N, D) features of its images. All processes share this work, and only this."""
+        return {name: extract(self, images, name).x for name, images in self.images.items()}
+
+    @property
+    def images(self) -> dict[str, ImageSet]:
+        """By split: `train`, and `test` where there is one."""
+        return {"train": self.data.train} | ({} if self.data.test is None else {"test": self.data.test})
+
+    @property
     def features(self) -> tuple[Features, Features]:
-        """Of the train and the test split."""
-        train, test = (extract(self, images, name) for images, name in ((self.train, "train"), (self.test, "test")))
-        return train, test
+        """Of the train and the test split, with labels. Raises UserError or EvalError where there is nothing to predict."""
+        _, train_labels, _, test_labels = self.splits
+        return Features(self.rows["train"], train_labels), Features(self.rows["test"], test_labels)
 
     @property
     def feature_dim(self) -> int:
-        return self.features[0].x.shape[1]
+        return self.rows["train"].shape[1]
 
     @property
     def splits(self) -> tuple[Any, Tensor, Any, Tensor]:
-        assert self.train.labels is not None and self.test.labels is not None
-        return self.train.pixels, self.train.labels, self.test.pixels, self.test.labels
+        """(train pixels, train labels, test pixels, test labels); raises as `features`."""
+        train, test = self.data.labelled
+        assert train.labels is not None and test.labels is not None
+        return train.pixels, train.labels, test.pixels, test.labels
 
     def checkpoint(self, evaluator: str) -> Path | None:
         """The file that an interrupted training goes on from, its name for `linear_eval.finetune` to complete."""
@@ -211,23 +315,29 @@ def features_key(encoder: nn.Module, images: ImageSet, *how: object) -> str:
     return hashlib.sha256(made_of.encode()).hexdigest()[:32]
 
 
+def features_path(judged: Judged, images: ImageSet) -> Path | None:
+    """Where these features are kept; None where they are not."""
+    config, device = judged.config, judged.device
+    if config.cache_dir is None or not any(True for _ in judged.encoder.parameters()):  # pixels are their own cache
+        return None
+    # what the rounding depends on is part of the key: a number is the same with a cache and without
+    processor = describe_device(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    key = features_key(judged.encoder, images, config.batch_size, device.type, processor, torch.__version__)
+    return Path(config.cache_dir) / f"{key}.safetensors"
+
+
 def extract(judged: Judged, images: ImageSet, split: str) -> Features:
-    """Features of one split, from the cache where they are."""
-    path, config, device = None, judged.config, judged.device
-    if config.cache_dir is not None and any(True for _ in judged.encoder.parameters()):  # pixels are their own cache
-        # what the rounding depends on is part of the key: a number is the same with a cache and without
-        processor = describe_device(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-        key = features_key(judged.encoder, images, config.batch_size, device.type, processor, torch.__version__)
-        path = Path(config.cache_dir) / f"{key}.safetensors"
+    """Features of one split, from the cache where they are; the labels of images without any are zeros, which nobody reads."""
+    labels = torch.zeros(len(images.names), dtype=torch.int64) if images.labels is None else images.labels
     return cached_features(
-        path,
-        images.labels,
+        agreed(partial(features_path, judged, images)),
+        labels,
         lambda: extract_features(
             judged.encoder,
             images.pixels,
-            images.labels,
-            batch_size=config.batch_size,
-            device=device,
+            labels,
+            batch_size=judged.config.batch_size,
+            device=judged.device,
             progress=progress_of(f"{judged.subject.name}: {split} features"),
             shared=True,
         ),
@@ -328,10 +438,12 @@ def finish(result: TrainResult) -> None:
 
 @torch.no_grad()
 def run_diagnose(judged: Judged) -> list[Result]:
-    """Label-free figures of the test features; pictures and embeddings where rows are kept."""
+    """Label-free figures of the features of one split; pictures and embeddings where rows are kept, once these are."""
     settings, seed = judged.config.diagnose, judged.config.seed
-    images, found_in = (judged.test, judged.features[1]) if settings.split == "test" else (judged.train, judged.features[0])
-    x, y = found_in.x, found_in.y
+    split = settings.split if settings.split in judged.images else "train"
+    if split != settings.split:
+        note(printable(f"{judged.subject.data.source} has no test split: diagnose looks at the train split"))
+    images, x = judged.images[split], judged.rows[split]
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: min(2048, settings.max_samples)].sort().values
     views = []
     for epoch in (0, 1):  # two random crops of each image
@@ -339,22 +451,69 @@ def run_diagnose(judged: Judged) -> list[Result]:
         views.append(torch.cat([judged.encoder(part).float().cpu() for part in parts]))
     found = diagnose(x, views=(views[0], views[1]), max_samples=settings.max_samples, seed=seed)
     for line in verdict(found):
-        note(f"{judged.subject.name}: {line}")
-    if judged.out is not None:
-        columns, has_columns = training_columns(judged.subject, images, settings.split)
-        folder = judged.out / "diagnose"
-        picture: dict[str, Any] = {"labels": y, "class_names": images.class_names}
-        coords = map_2d(x, method=settings.map, seed=seed)
-        counts: dict[str, Any] = {"num_queries": settings.num_queries, "num_neighbors": min(settings.num_neighbors, len(x) - 1)}
-        draw_neighbors(folder / "neighbors.png", images.pixels, x, **picture, **counts, seed=seed)
-        draw_map(folder / "map.png", coords, **picture, title=judged.subject.name)
-        more: dict[str, Any] = {"names": images.names, "columns": columns, "has_columns": has_columns}
-        write_embeddings(folder / "embeddings.parquet", x, coords, **picture, **more)
-        note(f"{judged.subject.name}: neighbors.png, map.png and embeddings.parquet are in {folder}")
-    what = f"{found.num_samples} {settings.split} features of {found.dim} dimensions"
+        note(printable(f"{judged.subject.name}: {line}"))
+    what = f"{found.num_samples} {split} features of {found.dim} dimensions"
     figures = {"std of normalised features": found.feature_std, "effective rank": found.effective_rank, "uniformity": found.uniformity}
     figures |= {} if found.alignment is None else {"alignment of two crops": found.alignment}
-    return [Result(what, value, metric) for metric, value in figures.items()]
+    results = [Result(what, value, metric, n_test=len(x)) for metric, value in figures.items()]
+    return [*results[:-1], replace(results[-1], then=partial(draw_diagnosis, judged, split))]
+
+
+def draw_diagnosis(judged: Judged, split: str) -> None:
+    """neighbors.png, map.png and embeddings.parquet of a diagnosis; what cannot be drawn is a line."""
+    if judged.out is None:
+        return
+    settings, seed, folder = judged.config.diagnose, judged.config.seed, judged.out / "diagnose"
+    images, x = judged.images[split], judged.rows[split]
+    picture: dict[str, Any] = {"labels": images.labels, "class_names": images.class_names}
+    counts: dict[str, Any] = {"num_queries": settings.num_queries, "num_neighbors": min(settings.num_neighbors, len(x) - 1)}
+    about: dict[str, Any] = {"names": images.names, **picture}
+    with beside(folder / "neighbors.png"):
+        draw_neighbors(folder / "neighbors.png", images.pixels, x, **picture, **counts, seed=seed)
+    coords = None
+    with beside(folder / "map.png"):
+        coords = map_2d(x, method=settings.map, seed=seed)
+        draw_map(folder / "map.png", coords, **picture, title=judged.subject.name)
+    with beside(folder / "embeddings.parquet", "its columns score and times_trained"):
+        columns, has_columns = training_columns(judged.subject, images, split)
+        about |= {"columns": columns, "has_columns": has_columns}
+    with beside(folder / "embeddings.parquet"):
+        write_embeddings(folder / "embeddings.parquet", x, coords, **about)
+    there = [name for name in ("neighbors.png", "map.png", "embeddings.parquet") if (folder / name).is_file()]
+    if there:
+        note(printable(f"{judged.subject.name}: {', '.join(there)} in {folder}"))
+
+
+@contextmanager
+def beside(path: Path, part: str = "") -> Iterator[None]:
+    """Makes a picture or a table beside the numbers. Where it cannot be made, a line says so: it never costs a number."""
+    try:
+        yield
+    except Exception as error:  # whatever a library of pictures, a font, a full disk or a missing package comes up with
+        reason = " ".join(str(error).split()) or type(error).__name__
+        note(printable(f"warning: {path} is made without {part}: {reason}" if part else f"warning: {path} is not made: {reason}"))
+
+
+def run_embed(judged: Judged) -> list[Result]:
+    """The features of all images of all splits, as embeddings.parquet: index, path, split, labels where there are any, vector."""
+    if judged.out is None:
+        raise UserError("embed has no folder to write into", "name a run among the encoders, or give --out DIR")
+    path = judged.out / "embed" / "embeddings.parquet"
+    sets = judged.images
+    labels = [images.labels for images in sets.values() if images.labels is not None]
+    labelled = len(labels) == len(sets) and judged.data.no_labels is None
+    write_embeddings(
+        path,
+        torch.cat([judged.rows[split] for split in sets]),
+        names=[name for images in sets.values() for name in images.names],
+        splits=[split for split, images in sets.items() for _ in images.names],
+        labels=torch.cat(labels) if labelled else None,
+        class_names=judged.train.class_names if labelled else None,
+    )
+    note(printable(f"{judged.subject.name}: {path}"))
+    counts = " and ".join(f"{len(images.names)} {split} images" for split, images in sets.items())
+    total = sum(len(images.names) for images in sets.values())
+    return [Result(f"embeddings.parquet of {counts}, {judged.feature_dim} features each", total, "images", n_test=total)]
 
 
 def training_columns(subject: Subject, images: ImageSet, split: str) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -396,6 +555,7 @@ EVALUATORS: dict[str, Callable[[Judged], list[Result]]] = {
     "fewshot": run_fewshot,
     "finetune": run_finetune,
     "diagnose": run_diagnose,
+    "embed": run_embed,
 }
 ALL_EVALUATORS = (*EVALUATORS, "transfer")
 
@@ -430,7 +590,8 @@ def load_target(target: Target, image_size: int | None, config: EvalConfig) -> d
 def judge_target(subject: Subject, target: Target, splits: dict[str, ImageSet], config: EvalConfig, device: torch.device) -> Outcome:
     """One encoder on one target by the target's protocol."""
     size = splits["train"].pixels.shape[-1]
-    judged = Judged(subject, build(subject, size, device), splits["train"], splits["test"], config, device, None)
+    encoder = agreed(lambda: build(subject, size, device))
+    judged = Judged(subject, encoder, Splits(splits["train"], splits["test"], config.data), config, device, None)
     train, test = judged.features
     val = extract(judged, splits["val"], "val") if "val" in splits else None
     if rank() > 0:
@@ -525,7 +686,7 @@ def build(subject: Subject, image_size: int, device: torch.device) -> nn.Module:
 
 def judge(
     subject: Subject,
-    splits: Callable[[], tuple[ImageSet, ImageSet]],
+    splits: Callable[[], Splits],
     evaluators: list[str],
     config: EvalConfig,
     device: torch.device,
@@ -537,20 +698,19 @@ def judge(
     What one evaluator refuses, or all of them, is a row without a value; the others go on.
     """
     out = None if folder is None else folder / ("" if subject.eval_dir and is_run(Path(subject.name)) else safe_name(subject.name))
-    data = subject.data
-    row: Row = dict.fromkeys(COLUMNS) | {"encoder": subject.name, "data": data.source, "metric": "", "seed": config.seed}
+    row: Row = dict.fromkeys(COLUMNS) | {"encoder": subject.name, "data": subject.data.source, "metric": "", "seed": config.seed}
     with one_failure(ledger, [row | {"evaluator": evaluator} for evaluator in evaluators], config, device, shared=True):
         raise_together(subject.problem)
-        train, test = splits()
-        size = train.pixels.shape[-1]
-        judged = Judged(subject, agreed(lambda: build(subject, size, device)), train, test, config, device, out)
-        before = state_hash(judged.encoder)
-        _ = judged.features  # all processes share this work, and only this
+        found = splits()
+        encoder = agreed(lambda: build(subject, found.train.pixels.shape[-1], device))
+        judged = Judged(subject, encoder, found, config, device, out)
+        before = state_hash(encoder)
+        _ = judged.rows
         if rank() > 0:
             return
-        described = f"{data.source} {size}px" + (f", test {data.test_source}" if data.test_source else "")
-        described += f", subset {data.subset_seed}" if data.max_images is not None else ""
-        row |= {"data": described, "n_test": len(test.names)}
+        row |= {"data": found.described, "n_test": None if found.test is None else len(found.test.names)}
+        learned = any(True for _ in encoder.parameters())
+        row |= {"weights": before[:12] if learned else "", "images": found.images_hash}
         for evaluator in evaluators:
             row |= {"evaluator": evaluator}
             with one_failure(ledger, [row], config, device):
@@ -571,7 +731,8 @@ def columns(result: Result, subject: Subject) -> Row:
     digits = 2 if result.metric.endswith("%") else 4
     std = None if result.std is None else round(result.std, 2)
     about = {"protocol": f"{result.protocol}, {subject.weights}", "metric": result.metric}
-    return about | {"value": round(result.value, digits), "std": std}
+    value = result.value if isinstance(result.value, int) else round(result.value, digits)
+    return about | {"value": value, "std": std} | ({} if result.n_test is None else {"n_test": result.n_test})
 
 
 def agreed(work: Callable[[], Made]) -> Made:
@@ -637,13 +798,18 @@ def evaluate(argv: list[str] | None, interrupts: Interrupts) -> int:
     subjects, evaluators, config, device, out = in_turn(partial(understand, argv))
     alone = [evaluator for evaluator in evaluators if evaluator != "transfer"]
     ledger = Ledger(interrupts, note)
-    loaded: dict[tuple[DataConfig, int | None], tuple[ImageSet, ImageSet] | Exception] = {}
+    loaded: dict[tuple[DataConfig, int | None], Splits | Exception] = {}
 
-    def splits_of(subject: Subject) -> tuple[ImageSet, ImageSet]:
+    def splits_of(subject: Subject) -> Splits:
         key = (subject.data, subject.image_size)
         if key not in loaded:
             try:
-                loaded[key] = in_turn(partial(load_splits, *key))
+                splits = in_turn(partial(load_splits, *key))
+                try:
+                    raise_together(splits.no_test)  # where one process finds no test split, none has one
+                except (UserError, EvalError) as error:
+                    splits = replace(splits, test=None, no_test=error)
+                loaded[key] = splits
             except (UserError, EvalError) as error:
                 loaded[key] = error
         found = loaded[key]

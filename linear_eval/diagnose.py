@@ -320,19 +320,20 @@ def draw_map(
 def write_embeddings(
     path: Path,
     x: Tensor,
-    coords: Tensor,
+    coords: Tensor | None = None,
     *,
     names: Sequence[str] | None = None,
+    splits: Sequence[str] | None = None,
     labels: Tensor | None = None,
     class_names: Sequence[str] | None = None,
     columns: Mapping[str, Tensor] | None = None,
     has_columns: Tensor | None = None,
 ) -> None:
-    """One parquet row for each sample: index, path, label, class_name, vector (list of D float32), x, y, then `columns`.
+    """One parquet row for each sample: index, path, split, label, class_name, vector (list of D float32), x, y, then `columns`.
 
     Args:
         x: (N, D) features; coords: (N, 2), e.g. from `map_2d`.
-        names: N paths or names; names, labels and class_names that are not given leave their column out.
+        names: N paths or names; splits: N names such as `train`. What is not given leaves its column out.
         columns: more (N,) figures, e.g. score and times_trained. What is not finite becomes null: a score that was never computed.
         has_columns: (N,) bool, False where all of `columns` are null.
 
@@ -343,20 +344,23 @@ def write_embeddings(
     import pyarrow.parquet as pq
 
     num, dim = x.shape
-    lengths = {"coords": coords, "names": names, "labels": labels, "has_columns": has_columns, **(columns or {})}
+    lengths = {"coords": coords, "names": names, "splits": splits, "labels": labels, "has_columns": has_columns, **(columns or {})}
     odd = [f"{len(values)} {name}" for name, values in lengths.items() if values is not None and len(values) != num]
     if odd:
         raise EvalError(f"there are {num} features, but {', '.join(odd)}", "give one of each for every sample")
     table = {"index": pa.array(range(num), pa.int64())}
     if names is not None:
         table["path"] = pa.array(list(names), pa.string())
+    if splits is not None:
+        table["split"] = pa.array(list(splits), pa.string())
     if labels is not None:
         table["label"] = pa.array(labels.cpu().numpy(), pa.int64())
         if class_names is not None:
             table["class_name"] = pa.array([class_names[label] for label in labels.tolist()], pa.string())
     flat = x.detach().cpu().float().contiguous().numpy().reshape(-1)
     table["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(flat), dim)
-    table["x"], table["y"] = (pa.array(column) for column in coords.cpu().float().T.contiguous().numpy())
+    if coords is not None:
+        table["x"], table["y"] = (pa.array(column) for column in coords.cpu().float().T.contiguous().numpy())
     for name, values in (columns or {}).items():
         if name in table:
             raise EvalError(f"a column named {name} is there already", "choose another name")

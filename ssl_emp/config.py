@@ -55,6 +55,9 @@ class DataConfig(Section):
     source: Place = "mnist5k"  # folder, parquet file | glob | folder, cifar10, cifar100, stl10, fashion_mnist, mnist5k
     kind: Literal["auto", "folder", "parquet", "torchvision", "mnist5k"] = "auto"
     test_source: Place | None = None  # for evaluate.py, where source has no test split of its own
+    # for evaluate.py, where source has labels and no test split: this share of every class is the test split, by a hash of subset_seed
+    # and the images' names; pretraining sees these images all the same, without their labels
+    holdout: Annotated[float, Field(gt=0, lt=1)] | None = None
     image_size: Annotated[int, Field(ge=8, le=4096)] | None = None  # stored pixels a side; null: as found
     max_images: Annotated[int, Field(ge=2, le=10**12)] | None = None  # a random subset of the train split
     subset_seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = (
@@ -238,6 +241,8 @@ class PretrainConfig(Section):
                     raise ValueError(f"{key} is about the distance of two views, which objective supervised does not have")
             if self.augment.crop_padding and self.prune.scoring_size:
                 raise ValueError("augment.crop_padding takes views of the images' own size, so prune.scoring_size must be null")
+            if self.data.holdout is not None:
+                raise ValueError("data.holdout is for evaluate.py, and objective supervised would train on the labels that it holds out")
             if self.prune.memory == "normalized":
                 raise ValueError("prune.memory normalized is about distances, objective supervised has raw and standardized")
         elif self.data.label_noise or self.label_smoothing:

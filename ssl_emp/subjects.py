@@ -90,7 +90,8 @@ def find_subjects(names: list[str], config: EvalConfig, given: dict[str, Any], e
                     return build_encoder(spec["arch"], spec["width"], spec["stem"], image_size, mean, std)
 
             size = given_size if host is None or given_size else host.image_size
-            return Subject(name, f"untrained {spec['arch']} of width {spec['width']}", host_data, size, untrained, eval_dir)
+            weights = f"untrained {spec['arch']} of width {spec['width']}, {spec['stem']} stem"
+            return Subject(name, weights, host_data, size, untrained, eval_dir)
         if name == "pixels":
             size = given_size if host is None or given_size else host.image_size
             return Subject(name, "raw pixels", host_data, size, Pixels, eval_dir)
@@ -145,6 +146,9 @@ def read_run_data(run: Path, given: dict[str, Any]) -> DataConfig:
         raise UserError(f"{path} has no data section", "give a run directory that pretrain.py wrote")
     overrides = given.get("data", {})
     inherited = {} if "source" in overrides else own | {"labels": "auto"}  # a run may train without labels, judging needs them
+    if inherited and overrides.get("holdout") is not None and values.get("objective") == "supervised":
+        what = f"{run} was trained with the labels of all its train images, so data.holdout can hold none out as test"
+        raise UserError(what, "name other labelled images with data.source=LABELLED or data.test_source=LABELLED")
     return check(DataConfig, inherited | overrides, str(path))
 
 

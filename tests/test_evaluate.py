@@ -72,15 +72,19 @@ def test_a_run_beside_its_floors(run_dir: Path, tiny_data: Path, capsys: pytest.
     assert rows[0]["protocol"] == "cosine kNN, k=5, T=0.1, bank 60, last epoch"
     assert rows[1]["protocol"].startswith("logistic regression on standardised frozen features, L-BFGS, <= 1000 steps, l2=")
     assert rows[1]["protocol"].endswith("chosen on 20% of 60 train, refit, last epoch")
-    assert rows[2]["protocol"].endswith("untrained resnet18 of width 8")
+    assert rows[2]["protocol"].endswith("untrained resnet18 of width 8, imagenet stem")
     assert rows[4]["protocol"].endswith("raw pixels")
     for row in rows:
-        assert (row["data"], row["n_test"], row["seed"]) == (f"{tiny_data} 16px, subset 0", "40", "0")  # max_images is for train only
+        assert (row["data"], row["n_test"], row["seed"]) == (
+            f"{tiny_data} 16px, subset 0 of 60 images",
+            "40",
+            "0",
+        )  # max_images is for train only
         assert 0 <= float(row["value"]) <= 100 and len(row["value"].split(".")[1]) == 2
     for evaluator in ("knn", "linear"):
         stored = json.loads((run_dir / f"eval/{evaluator}.json").read_text())
         shown = [row for row in rows if row["evaluator"] == evaluator]
-        assert [{key: "" if value is None else str(value) for key, value in row.items()} for row in stored] == [
+        assert [{key: "" if row[key] is None else str(row[key]) for key in COLUMNS} for row in stored] == [
             row | {"value": str(float(row["value"]))} for row in shown
         ]
     assert hashlib.sha256((run_dir / "encoder/model.safetensors").read_bytes()).digest() == weights
@@ -404,8 +408,9 @@ def test_embeddings_carry_the_scores_of_what_was_trained_on(
     assert found["path"][3] == "train.parquet#3" and found["score"] == [None] * 20, "the same names, but other images"
     (run_dir / "pruning/samples.parquet").write_bytes(b"PAR1")
     capsys.readouterr()
-    assert evaluate.main([str(run_dir), "diagnose", *SMALL]) == 2
-    assert "samples.parquet cannot be read" in capsys.readouterr().err.splitlines()[-1]
+    assert evaluate.main([str(run_dir), "diagnose", *SMALL]) == 0, "it costs these columns and no number"
+    assert "without its columns score and times_trained" in (said := capsys.readouterr().err) and "samples.parquet cannot be read" in said
+    assert "score" not in pq.read_table(run_dir / "eval/diagnose/embeddings.parquet").column_names
 
 
 @pytest.mark.parametrize("row", [1, 4999, 9998])
