@@ -18,6 +18,10 @@ soon as an evaluator is done, and are printed at the end. What cannot be judged 
 Exit codes: 0 all was judged, 2 something was not that the user can see to (all other rows are kept), 3 another process was lost, 1 an
 error of the program, 128+n stopped by signal n (what was judged is kept).
 
+    python evaluate.py predict RUN/eval/classifier-finetune IMAGES [--out FILE]
+
+says which class each image is, by a classifier that finetune.save=true or linear.save=true kept (python evaluate.py predict --help).
+
     torchrun --nproc-per-node 8 evaluate.py ...
 
 Several processes share the forward passes that make the features, each on a GPU of its own where there are GPUs; the first one fits
@@ -48,12 +52,13 @@ from linear_eval.features import cached_features
 from linear_eval.fewshot import FewShotResult, fewshot, fewshot_probe
 from linear_eval.finetune import TrainResult, finetune, state_hash
 from linear_eval.knn import import_faiss, knn_accuracies, knn_predict
-from linear_eval.linear import linear_probe, multi_label_probe, sgd_probe
+from linear_eval.linear import HeadResult, LinearResult, linear_probe, multi_label_probe, sgd_probe
 from linear_eval.metrics import MULTI_LABEL
 from linear_eval.ranks import PeerLost, in_turn, num_ranks, own_device, process_group, raise_together, rank
 from linear_eval.targets import TARGETS, torchvision_target
 from linear_eval.transfer import Outcome, Target, Transfer, draw_bars, missing_lines, parse_suite, run_suite, to_csv, to_markdown, to_rows
 from ssl_emp.augment import Recipe, cut_views, draw_params
+from ssl_emp.classifier import check_keepable, save_classifier
 from ssl_emp.config import DataConfig, parse_yaml
 from ssl_emp.device import describe_device, keep_freed_memory, pick_device
 from ssl_emp.errors import Parser, UserError, printable
@@ -62,12 +67,14 @@ from ssl_emp.holdout import hold_out
 from ssl_emp.images import EncodedPixels, ImageSet, align_labels, listed, load_images, load_source
 from ssl_emp.interrupts import Interrupts, Stopped
 from ssl_emp.ledger import Ledger, say
+from ssl_emp.predict import predict
 from ssl_emp.report import show_progress
 from ssl_emp.rows import COLUMNS, Row
 from ssl_emp.rows import write_rows as write_rows  # for scripts that add rows of their own
 from ssl_emp.safe_files import write_atomically
 from ssl_emp.streams import prepare_streams
 from ssl_emp.subjects import Subject, find_subjects, is_run, read_run_data
+from ssl_emp.text import quoted
 
 USAGE = "python evaluate.py ENCODER [ENCODER ...] knn|linear|fewshot|finetune|diagnose|embed|transfer [...] [key=value ...], see --help"
 Made = TypeVar("Made")
@@ -359,27 +366,29 @@ def run_knn(judged: Judged) -> list[Result]:
 
 def run_linear(judged: Judged) -> list[Result]:
     linear, seed, device = judged.config.linear, judged.config.seed, judged.device
+    if linear.save:
+        check_savable(judged, "linear")
     chosen = f"chosen on {100 * linear.val_fraction:g}% of {len(judged.train.names)} train, refit"
     if linear.protocol == "augmented":
         epochs = linear.epochs or 90
         progress = show_progress(f"{judged.subject.name}: linear steps")
         given: dict[str, Any] = {"views": judged.views(), "seed": seed, "epochs": epochs, "val_fraction": linear.val_fraction}
         given |= {"checkpoint": judged.checkpoint("linear"), "warn": note}
-        result = augmented_probe(judged.encoder, judged.feature_dim, *judged.splits, device=device, progress=progress, **given)
+        tuned = augmented_probe(judged.encoder, judged.feature_dim, *judged.splits, device=device, progress=progress, **given)
         how = f"augmented linear probe, crop+flip, raw features, SGD Nesterov 0.9, {epochs} epochs, batch 256, cosine"
-        how += f", lr={result.lr:g}*batch/256"
-        return [Result(f"{how} {chosen}", 100 * result.top1, then=partial(finish, result))]
+        how += f", lr={tuned.lr:g}*batch/256"
+        return [finished(judged, "linear", f"{how} {chosen}", tuned, linear.save)]
     train, test = judged.features
     if linear.protocol == "cached":
         epochs = linear.epochs or 100
         heads = sgd_probe(train, test, seed=seed, val_fraction=linear.val_fraction, epochs=epochs, device=device)
         how = f"linear heads on cached features, SGD, {epochs} epochs, batch 256, lr={heads.learning_rate:g} wd={heads.weight_decay:g}"
-        return [Result(f"{how} {chosen}", 100 * heads.top1)]
+        return [finished(judged, "linear", f"{how} {chosen}", heads, linear.save)]
     settings: dict[str, Any] = {"val_fraction": linear.val_fraction, "max_iter": linear.max_iter, "precision": linear.precision}
     probe = linear_probe(train, test, seed=seed, device=device, **settings)
     how = f"logistic regression on standardised frozen features, L-BFGS, <= {linear.max_iter} steps, l2={probe.l2:.3g} of 45"
     how += f", {linear.precision}" if linear.precision != "float32" else ""
-    return [Result(f"{how} {chosen}", 100 * probe.top1)]
+    return [finished(judged, "linear", f"{how} {chosen}", probe, linear.save)]
 
 
 def run_fewshot(judged: Judged) -> list[Result]:
@@ -412,8 +421,10 @@ def run_fewshot(judged: Judged) -> list[Result]:
 
 def run_finetune(judged: Judged) -> list[Result]:
     tune = judged.config.finetune
+    if tune.save:
+        check_savable(judged, "finetune")
     progress = show_progress(f"{judged.subject.name}: fine-tuning steps")
-    given: dict[str, Any] = {**tune.model_dump(), "views": judged.views(), "seed": judged.config.seed}
+    given: dict[str, Any] = {**tune.model_dump(exclude={"save"}), "views": judged.views(), "seed": judged.config.seed}
     given |= {"device": judged.device, "checkpoint": judged.checkpoint("finetune"), "progress": progress, "warn": note}
     result = finetune(judged.encoder, judged.feature_dim, *judged.splits, **given)
     chosen = f" (chosen on {100 * tune.val_fraction:g}% of train, refit)" if len(set(tune.lr)) > 1 else ""
@@ -426,14 +437,40 @@ def run_finetune(judged: Judged) -> list[Result]:
     ):
         how += f", {text.format(value)}" if value != usual else ""
     how += ", bf16" if tune.bf16 else ""
-    return [Result(how, 100 * result.top1, then=partial(finish, result))]
+    return [finished(judged, "finetune", how, result, tune.save)]
 
 
-def finish(result: TrainResult) -> None:
-    """Its row is kept: the checkpoint goes, and a second call trains anew."""
-    if result.checkpoint is not None:
-        with suppress(OSError):
-            result.checkpoint.unlink(missing_ok=True)
+def check_savable(judged: Judged, evaluator: str) -> None:
+    """Raises UserError where the classifier could not be kept, before it is trained."""
+    if judged.out is None:
+        raise UserError(f"{evaluator}.save=true has no place to keep the classifier in", "judge a run, or give --out DIR")
+    check_keepable(judged.encoder, judged.subject.name)
+
+
+def finished(judged: Judged, evaluator: str, protocol: str, found: TrainResult | LinearResult | HeadResult, save: bool) -> Result:
+    """The row of a classifier. Once it is kept, so is the classifier where that is asked for, and a checkpoint that is done goes."""
+
+    def then() -> None:
+        if save and judged.out is not None:
+            keep_classifier(judged, judged.out / f"classifier-{evaluator}", protocol, found)
+        if isinstance(found, TrainResult) and found.checkpoint is not None:
+            with suppress(OSError):
+                found.checkpoint.unlink(missing_ok=True)  # a second call trains anew
+
+    return Result(protocol, 100 * found.top1, then=then)
+
+
+def keep_classifier(judged: Judged, folder: Path, protocol: str, found: TrainResult | LinearResult | HeadResult) -> None:
+    names, subject = judged.train.class_names, judged.subject
+    class_names = [str(number) if names is None else names[number] for number in found.classes.tolist()]
+    encoder, head, bf16 = judged.encoder, found.head, isinstance(found, TrainResult) and found.classifier.bf16
+    if isinstance(found, TrainResult):
+        encoder = found.classifier.encoder
+    about: dict[str, Any] = {"encoder": subject.name, "data": subject.data.source, "protocol": f"{protocol}, {subject.weights}"}
+    about |= {"top1": found.top1, "n_test": len(judged.splits[3])}
+    size = judged.train.pixels.shape[-1]
+    save_classifier(folder, encoder, subject.name, head, class_names, size, bf16=bf16, judged=about)
+    note(f"the classifier is in {folder}; use it: python evaluate.py predict {quoted(folder)} IMAGES")
 
 
 @torch.no_grad()
@@ -856,8 +893,11 @@ def main(argv: list[str] | None = None) -> int:
     prepare_streams()
     keep_freed_memory()
     os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # what model hubs download is read as tensors: no code in it runs
+    words = sys.argv[1:] if argv is None else argv
     try:
         with Interrupts() as interrupts, process_group():
+            if words[:1] == ["predict"]:  # a folder of that name is ./predict
+                return predict(words[1:])
             return evaluate(argv, interrupts)
     except (UserError, EvalError, PeerLost) as error:
         if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:  # a mistake of any process is told by the first

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from linear_eval.artifacts import replacing
 from linear_eval.features import EvalError, Pixels, content_hash
-from linear_eval.linear import number_in, split_rows
+from linear_eval.linear import LinearHead, number_in, split_rows
 
 Views = Callable[[int, Tensor, Tensor], Tensor]  # epoch, row numbers (B,), images (B, 3, H, W) uint8 -> (B, 3, S, S) in [0, 1]
 Progress = Callable[[int, int], None]  # steps done, steps in all
@@ -64,6 +64,14 @@ class TrainResult:
     classifier: "Classifier" = field(compare=False, repr=False)
     classes: Tensor = field(compare=False, repr=False)
     checkpoint: Path | None = field(compare=False, repr=False)
+
+    @property
+    def head(self) -> LinearHead:
+        """The classifier's, on raw features."""
+        (layer,) = self.classifier.heads
+        assert isinstance(layer, nn.Linear)
+        zero = torch.zeros_like(layer.weight[0])
+        return LinearHead(zero, torch.ones_like(zero), layer.weight, layer.bias)
 
 
 @dataclass(frozen=True)

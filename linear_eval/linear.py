@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from linear_eval.features import EvalError, Features, check_features, check_splits
 from linear_eval.lbfgs import BinaryClassifiers, fit_binary, fit_logistic
@@ -24,6 +24,30 @@ L2_GRID = tuple(10.0 ** (-6 + 11 * step / 44) for step in range(45))  # 1e-6 .. 
 LEARNING_RATES = tuple(10.0 ** (-3 + 3 * step / 9) for step in range(10))  # 1e-3 .. 1, for standardised features
 WEIGHT_DECAYS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2)
 SWEEP_TOLERANCE, FIT_TOLERANCE = 1e-5, 1e-7  # of the loss: for the choice of l2, and of the probe that is reported
+
+
+class LinearHead(nn.Module):
+    """A linear classifier on features (B, D): logits ((x - center) / scale) W^T + b, (B, C), in the weights' precision.
+
+    Attributes:
+        center: (D,), of the features it was fitted to.
+        scale: (D,), above 0; infinite where the column is left out.
+        weight: (C, D).
+        bias: (C,).
+    """
+
+    center: Tensor
+    scale: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, center: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        for name, tensor in (("center", center), ("scale", scale), ("weight", weight), ("bias", bias)):
+            self.register_buffer(name, tensor.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, (x.to(self.weight.dtype) - self.center) / self.scale, self.weight.T)
 
 
 @dataclass(frozen=True)
@@ -37,6 +61,8 @@ class LinearResult:
         train_loss: mean cross-entropy (nats) plus penalty / N of the final fit.
         num_steps: L-BFGS steps of the final fit, from the solution for the train part; `max_iter`: it had not converged.
         predicted: (N_test,) int64 class ids.
+        head: the final fit.
+        classes: (C,) int64 ascending, the class ids that its logits stand for.
     """
 
     top1: float
@@ -45,6 +71,8 @@ class LinearResult:
     train_loss: float
     num_steps: int
     predicted: Tensor = field(compare=False, repr=False)
+    head: LinearHead = field(compare=False, repr=False)
+    classes: Tensor = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -57,6 +85,8 @@ class HeadResult:
     weight_decay: float
     train_loss: float
     predicted: Tensor = field(compare=False, repr=False)
+    head: LinearHead = field(compare=False, repr=False)
+    classes: Tensor = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -146,11 +176,12 @@ def linear_probe(
         final = fit_logistic(
             task.both.x, task.both.y, num_classes, [l2], standardize=standardize, max_iter=max_iter, tolerance=FIT_TOLERANCE, start=start
         )
-        predicted = final.predict(task.test.x)[0]
+        head = LinearHead(final.center, torch.ones_like(final.center), final.weight[0], final.bias[0])
+        predicted = head(task.test.x).argmax(1)
     finally:
         torch.backends.cuda.matmul.fp32_precision = callers_precision
     top1 = (predicted == task.test.y).double().mean().item()
-    return LinearResult(top1, val_top1, l2, final.loss.item(), int(final.num_steps), task.labels(predicted))
+    return LinearResult(top1, val_top1, l2, final.loss.item(), int(final.num_steps), task.labels(predicted), head, task.classes)
 
 
 def multi_label_probe(
@@ -264,26 +295,30 @@ def sgd_probe(
     settings = [(rate, decay) for rate in sorted(set(learning_rates)) for decay in sorted(set(weight_decays), reverse=True)]
     task = _prepare(train, val, test, val_fraction, seed, torch.float32, device, split=len(settings) > 1)
 
-    def train_and_predict(rows: Features, others: Features, settings: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:
-        x, x_others = _standardize(rows.x, others.x)
+    def train_on(rows: Features, settings: list[tuple[float, float]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        center, scale = _standards(rows.x)
+        x = (rows.x - center) / scale
         rates, decays = (torch.tensor(values, device=x.device) for values in zip(*settings, strict=True))
         weight, loss = train_heads(
             x, rows.y, len(task.classes), rates, decays, epochs=epochs, batch_size=batch_size, momentum=momentum, seed=seed
         )
         loss = torch.where(weight.flatten(1).isfinite().all(1), loss, torch.nan)
-        return (_with_ones(x_others) @ weight.transpose(1, 2)).argmax(2), loss  # (H, N), (H,)
+        return center, scale, weight, loss  # (D,), (D,), (H, C, D + 1), (H,)
 
     best, val_top1 = 0, None
     if len(settings) > 1:
-        predicted, loss = train_and_predict(task.fit, task.val, settings)
+        center, scale, weight, loss = train_on(task.fit, settings)
+        predicted = (_with_ones((task.val.x - center) / scale) @ weight.transpose(1, 2)).argmax(2)  # (H, N)
         accuracy = torch.where(loss.isfinite(), (predicted == task.val.y).double().mean(1), -1)
         best = int(accuracy.argmax())  # the first of equal ones: low learning rate, high weight decay
         val_top1 = float(accuracy[best])
-    (predicted,), loss = train_and_predict(task.both, task.test, [settings[best]])
+    center, scale, weight, loss = train_on(task.both, [settings[best]])
     if not loss.isfinite():
         raise EvalError("every head diverged", f"lower learning_rates (lowest: {min(learning_rates):g})")
+    head = LinearHead(center, scale, weight[0, :, :-1], weight[0, :, -1])
+    predicted = head(task.test.x).argmax(1)
     top1 = (predicted == task.test.y).double().mean().item()
-    return HeadResult(top1, val_top1, *settings[best], loss.item(), task.labels(predicted))
+    return HeadResult(top1, val_top1, *settings[best], loss.item(), task.labels(predicted), head, task.classes)
 
 
 def train_heads(
@@ -398,12 +433,11 @@ def split_rows(labels: Tensor, val_fraction: float, seed: int) -> tuple[Tensor, 
     return (~held_out).nonzero().squeeze(1), held_out.nonzero().squeeze(1)
 
 
-def _standardize(fitted: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with the mean and standard deviation of `fitted`; columns that are constant there become 0 in it."""
+def _standards(fitted: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (D,) of the columns; of those that are constant infinity, so that they become 0."""
     std, mean = torch.std_mean(fitted, dim=0, correction=0)
     # A "constant" column's std is rounding noise of its mean; dividing by it would blow up the other split.
-    scale = torch.where(std > 1e-6 * mean.abs(), std, torch.inf)
-    return (fitted - mean) / scale, (other - mean) / scale
+    return mean, torch.where(std > 1e-6 * mean.abs(), std, torch.inf)
 
 
 def _with_ones(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ behind is an encoder: `load_encoder("runs/demo")`.
 """
 
 from ssl_emp._version import __version__
+from ssl_emp.classifier import load_classifier
 from ssl_emp.model import load_encoder
 
-__all__ = ["__version__", "load_encoder"]
+__all__ = ["__version__", "load_classifier", "load_encoder"]

@@ -29,6 +29,7 @@ class LinearConfig(Section):
     max_iter: Count = 1000  # lbfgs: steps a fit
     precision: Literal["float32", "float64"] = "float32"  # lbfgs
     epochs: Count | None = None  # null: 100 for cached, 90 for augmented
+    save: bool = False  # keep the classifier, for `evaluate.py predict`, in classifier-linear/ beside the rows
 
 
 class FewshotConfig(Section):
@@ -51,6 +52,7 @@ class FinetuneConfig(Section):
     warmup_epochs: Annotated[float, Field(ge=0, le=MOST_EPOCHS)] = 0.0
     bf16: bool = False
     val_fraction: Share = 0.2
+    save: bool = False  # keep the classifier, for `evaluate.py predict`, in classifier-finetune/ beside the rows
 
 
 class DiagnoseConfig(Section):
@@ -83,10 +85,10 @@ class EvalConfig(Section):
     cache_dir: Place | None = ".cache/ssl_emp/features"  # null: features are not kept
 
 
-def parse_overrides(overrides: list[str]) -> dict[str, Any]:
+def parse_overrides(overrides: list[str], settings: type[Section] = EvalConfig) -> dict[str, Any]:
     """`["knn.num_neighbors=5", "seed=1"]` -> `{"knn": {"num_neighbors": 5}, "seed": 1}`; an unknown key is a UserError."""
     known: list[str] = []
-    for name, field in EvalConfig.model_fields.items():
+    for name, field in settings.model_fields.items():
         section = getattr(field.annotation, "model_fields", None)
         known += [name] if section is None else [f"{name}.{key}" for key in section]
     values: dict[str, Any] = {}
@@ -95,7 +97,7 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             raise UserError(f"unknown key {key!r}", f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}")
-        apply_override(EvalConfig, values, override)
+        apply_override(settings, values, override)
     return values
 
 

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +292,32 @@ def listed(images: Sequence[str | np.ndarray], labels: Tensor, class_names: list
     version = _hash([(path, [os.stat(path).st_size, os.stat(path).st_mtime_ns]) for path in files] + [(name, [len(images)])])
     names = [image if isinstance(image, str) else f"{name}#{number}" for number, image in enumerate(images)]
     return Source(names, labels.numpy(), class_names, version, read)
+
+
+def find_images(source: str, split: str = "all", download_dir: str = "data") -> list[Source]:
+    """Images to look at, whatever split or class they are in: one image, all that lie below a folder, both splits of what else
+    `load_images` takes; or one split. Raises UserError.
+    """
+    path = os.path.expanduser(source)
+    is_named = source in (*TORCHVISION, "mnist5k")
+    if split == "all" and not is_named:
+        if os.path.isfile(path) and not path.endswith(".parquet"):
+            return [Source([decodable(source)], None, None, "", lambda positions: (path for _ in positions))]
+        if os.path.isdir(path) and not _parquet_in(path):
+            files, skipped = _walk(path, "")
+            return [Source([decodable(name) for name, _ in files], None, None, "", partial(_read_files, path, files), skipped)]
+    found: list[Source] = []
+    for part in ("train", "test") if split == "all" else (split,):
+        try:
+            found.append(_find(source, part, "auto", "auto" if is_named else "none", download_dir))
+        except UserError:
+            if part == "train" or not found:
+                raise
+    return found
+
+
+def _read_files(root: str, files: list[tuple[str, list[int]]], positions: np.ndarray) -> Iterator[Encoded]:
+    return (os.path.join(root, files[position][0]) for position in positions)
 
 
 def _find(source: str, split: str, kind: str, labels: str, download_dir: str) -> Source:
