@@ -203,6 +203,23 @@ def decode(encoded: Encoded, size: int, max_pixels: int, when_dim: Callable[[], 
         return fit(image, size, max_pixels, when_dim).transpose(2, 0, 1)
 
 
+def decode_any(image: Encoded | Image.Image, size: int, max_pixels: int) -> np.ndarray:
+    """`decode`, also of an image that Pillow has opened: the same pixels as of its file, unless it was decoded before."""
+    if not isinstance(image, Image.Image):
+        return decode(image, size, max_pixels)
+    stream = getattr(image, "fp", None)
+    if stream is not None and getattr(image, "tile", None):
+        if image.tell():  # another frame than the first: decoded in full, and the caller's image is left as it is
+            image = image.copy()
+        else:
+            here = stream.tell()
+            stream.seek(0)
+            content = stream.read()
+            stream.seek(here)
+            return decode(content, size, max_pixels)
+    return fit(image, size, max_pixels).transpose(2, 0, 1)
+
+
 def to_jpeg(encoded: Encoded, size: int, max_pixels: int, quality: int, when_dim: Callable[[], None] | None = None) -> bytes:
     """What `decode` gives, as a JPEG without chroma subsampling; an upright RGB JPEG of that size is taken byte for byte."""
     with opened(encoded, max_pixels) as image:
@@ -278,14 +295,14 @@ def _decode_whole(image: Image.Image) -> tuple[Image.Image, bool]:
     if isinstance(image, ImageFile.ImageFile) and image.tile:
         codec, _, offset, args = image.tile[0]
         raw_mode = args if isinstance(args, str) else str(args[0]) if args else ""
-        if isinstance(image, TiffImagePlugin.TiffImageFile):
-            _check_layout(image, raw_mode)
-        elif codec in ("ppm", "ppm_plain") and isinstance(args, tuple):
+        if codec in ("ppm", "ppm_plain") and isinstance(args, tuple):
             raw_mode += ";16" if args[1] > 255 else ""
             if codec == "ppm":
                 return _to_rgb(_netpbm(image, offset, args[1]), raw_mode)
             if (count := image.width * image.height * len(image.getbands())) > MOST_NUMBERS:
                 raise ValueError(f"{count:,} numbers written as text, at most {MOST_NUMBERS:,} are read; write it binary")
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        _check_layout(image, raw_mode)
     image.load()
     return _to_rgb(image, raw_mode)
 
@@ -325,7 +342,7 @@ def _check_layout(image: TiffImagePlugin.TiffImageFile, raw_mode: str) -> None:
     bits, num_samples = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))), tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)
     if tags.get(TiffImagePlugin.PLANAR_CONFIGURATION, 1) == PLANAR and num_samples > 1:
         is_reversed = tags.get(TiffImagePlugin.FILLORDER, 1) == 2
-        if bits > 8 or is_reversed or raw_mode not in ("R", "RGB", "RGBA", "RGBX", "C", "CMYK"):
+        if bits > 8 or is_reversed or raw_mode not in ("", "R", "RGB", "RGBA", "RGBX", "C", "CMYK"):
             raise ValueError(f"a TIFF of {bits} bits with a plane for each channel, which Pillow cannot put together; write it interleaved")
     if bits <= 8 and SIGNED in tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,)):
         raise ValueError("signed 8-bit pixels have no known range")
@@ -354,13 +371,11 @@ def _to_rgb(image: Image.Image, raw_mode: str) -> tuple[Image.Image, bool]:
     # convert() would clip: every value above 255 white. PGM, and PNG in older Pillow, hold their 16 bits in mode I
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.uint32)
-        if raw_mode == "I;12":  # packed: the only other depth that a file can declare
+        tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+        if tags.get(TiffImagePlugin.BITSPERSAMPLE) == (12,):  # packed: the only other depth that a file can declare
             return Image.fromarray(((values * 255 + 2047) // 4095).astype(np.uint8)).convert("RGB"), False
         is_dim = 10 * int(values.max()) < 65535
-        if (
-            isinstance(image, TiffImagePlugin.TiffImageFile)
-            and image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
-        ):
+        if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
             values = 65535 - values
         grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
         if "transparency" in image.info:

@@ -4,15 +4,20 @@ Letters: B images, D features, P projections.
 """
 
 import json
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from ssl_emp.decode import MAX_PIXELS, decode_any, pillow_limits, reason
 from ssl_emp.errors import UserError
 from ssl_emp.safe_files import write_atomically
 
@@ -24,6 +29,7 @@ ARCHS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 }
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 FULL_WIDTH = 64  # channels of the first stage in the published ResNets
+ROUNDING = 1e-3  # beyond [0, 1] that an encoder takes: what resizing makes of a 1 in floats, and no mistake does
 SMALL_IMAGE = 64  # up to this many pixels a side, the "auto" stem keeps the resolution (SimCLR, appendix B.9)
 
 
@@ -66,8 +72,17 @@ def resolve_stem(stem: str, image_size: int) -> str:
     return ("cifar" if image_size <= SMALL_IMAGE else "imagenet") if stem == "auto" else stem
 
 
+OneImage = str | os.PathLike[str] | Image.Image | np.ndarray
+
+
 class Encoder(nn.Module):
-    """f with its input normalisation: images (B, 3, H, W) float in [0, 1] -> features (B, D) float32."""
+    """f with its input normalisation: images (B, 3, H, W) float in [0, 1] -> features (B, D) float32.
+
+    Raises TypeError for what is no tensor of floats (bytes of 0 to 255 would give features of no meaning), ValueError for
+    another shape, and, where `checks_range` is set, for values beyond [0, 1]. That check reads the smallest and the largest
+    value, little beside the forward pass; but on a GPU it waits for the images. So training and evaluation, whose images are
+    bytes divided by 255, go without. A network that is being compiled, exported, traced or captured is not checked.
+    """
 
     mean: Tensor
     std: Tensor
@@ -80,12 +95,97 @@ class Encoder(nn.Module):
         self.feature_dim = feature_dim
         self.image_size = image_size
         self.spec = spec  # arch, width, stem: what builds this network again
+        self.checks_range = False
         # not part of the state: mean and std stand in config.json
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.backbone((images - self.mean) / self.std).float()
+        if not torch.jit.is_tracing():
+            _check_images(images)
+            if self.checks_range and not torch.compiler.is_compiling() and images.numel():
+                _check_range(images)
+        return self.backbone((images.to(self.mean.dtype) - self.mean) / self.std).float()
+
+    def preprocess(self, images: OneImage | Sequence[OneImage], *, max_pixels: int = MAX_PIXELS) -> Tensor:
+        """What `forward` wants of images as they come: the pixels that evaluate.py sees of them, to the bit.
+
+        EXIF rotation is applied, the short side scaled to `image_size` S (bicubic, antialiased), the centre cut out.
+
+        Args:
+            images: a file, a PIL image, (H, W), (H, W, 3) or (H, W, 4) uint8 pixels; or a list of them. A PIL image that is
+                not decoded yet is decoded as its file would be; one that is differs where a large JPEG would have been
+                reduced while it was decoded, by about one level of 255.
+            max_pixels: files that declare more are refused.
+
+        Returns:
+            (3, S, S) float32 in [0, 1] on the CPU, or (B, 3, S, S) for a list.
+
+        Raises:
+            UserError: a file that cannot be read as an image.
+            TypeError, ValueError: neither a file nor an image, or no image at all.
+        """
+        if isinstance(images, Sequence) and not isinstance(images, str | bytes):
+            if not len(images):
+                raise ValueError("there are no images. fix: give at least one")
+            return torch.stack([self.preprocess(image, max_pixels=max_pixels) for image in images])
+        if isinstance(images, np.ndarray):
+            shape = images.shape
+            is_image = len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4))
+            if images.dtype != np.uint8 or not is_image or not images.size:
+                fix = "give (H, W, 3) uint8 of one image, or a list of them"
+                raise ValueError(f"pixels are {shape} {images.dtype}. fix: {fix}")
+        elif not isinstance(images, str | os.PathLike | Image.Image):
+            fix = "give a path, a PIL image, or (H, W, 3) uint8 pixels"
+            raise TypeError(f"an image is of type {type(images).__name__}. fix: {fix}")
+        image = os.path.expanduser(os.fspath(images)) if isinstance(images, str | os.PathLike) else images
+        try:
+            with pillow_limits(max_pixels):
+                pixels = decode_any(image, self.image_size, max_pixels)
+        except Exception as error:  # Pillow raises a dozen types
+            name = image if isinstance(image, str) else "the image"
+            raise UserError(f"{name} cannot be read ({reason(error)})", "give a file that holds an image") from error
+        return torch.from_numpy(pixels.copy()).float() / 255
+
+
+def _check_images(images: Tensor) -> None:
+    """Raises TypeError or ValueError unless images are (B, 3, H, W) floats; looks at no value."""
+    if not isinstance(images, Tensor):
+        fix = "give a tensor; encoder.preprocess(image or path) makes one"
+        raise TypeError(f"images are of type {type(images).__name__}. fix: {fix}")
+    if not images.is_floating_point():
+        fix = "give floats in [0, 1], such as images.float() / 255, or encoder.preprocess(image or path)"
+        raise TypeError(f"images are {str(images.dtype).removeprefix('torch.')}. fix: {fix}")
+    if images.ndim == 4 and images.shape[1] == 3:
+        return
+    fix = "give (B, 3, H, W)"
+    if images.ndim == 3:
+        fix += ", such as images[None] for one image"
+    elif images.ndim == 4 and images.shape[3] == 3:
+        fix += ", such as images.permute(0, 3, 1, 2)"
+    elif images.ndim == 4 and images.shape[1] == 1:
+        fix += ", such as images.expand(-1, 3, -1, -1) for grey ones"
+    elif images.ndim == 4 and images.shape[1] == 4:
+        fix += ", such as images[:, :3]: the fourth channel is none of colour"
+    raise ValueError(f"images are {tuple(images.shape)}. fix: {fix}")
+
+
+def _check_range(images: Tensor) -> None:
+    """Raises ValueError unless all values are in [0, 1], up to rounding. Waits for the device."""
+    if images.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    low, high = torch.stack(images.detach().aminmax()).tolist()
+    slack = max(ROUNDING, 2 * torch.finfo(images.dtype).eps)
+    if -slack <= low and high <= 1 + slack:  # false for nan
+        return
+    fix = "leave out Normalize: the encoder normalises by itself"
+    if not (math.isfinite(low) and math.isfinite(high)):
+        fix = "look for what made values that are no numbers"
+    elif -0.5 <= low and high <= 1.5:
+        fix = "images.clamp(0, 1): resizing by cubic curves goes beyond the values that there were"
+    elif -slack <= low:
+        fix = "divide by 255, or by the largest value that there can be"
+    raise ValueError(f"images lie in [{low:.4g}, {high:.4g}], not in [0, 1]. fix: {fix}")
 
 
 def build_encoder(arch: str, width: int, stem: str, image_size: int, mean: list[float], std: list[float]) -> Encoder:
@@ -161,14 +261,17 @@ def save_encoder(encoder: Encoder, folder: Path) -> None:
     write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
-def load_encoder(path: str | os.PathLike[str]) -> Encoder:
+def load_encoder(path: str | os.PathLike[str], *, check_range: bool = True) -> Encoder:
     """The frozen encoder of a run directory or an encoder directory, in eval mode on the CPU.
 
     Args:
         path: a run directory (`RUN/encoder` is read) or a directory with `model.safetensors` and `config.json`.
+        check_range: refuse values beyond [0, 1]. On a GPU each call then waits for its images; where they are known to be
+            right, False saves that.
 
     Returns:
-        A module: images (B, 3, H, W) float in [0, 1] -> (B, D) float32 features. It normalises by itself.
+        A module: images (B, 3, H, W) float in [0, 1] -> (B, D) float32 features. It normalises by itself, and its
+        `preprocess` makes such images of files, PIL images and pixels.
 
     Raises:
         UserError: files missing or unreadable, or weights that do not match the network key by key.
@@ -197,4 +300,5 @@ def load_encoder(path: str | os.PathLike[str]) -> Encoder:
             "give the config.json that was written with these weights",
         )
     encoder.backbone.load_state_dict(weights)
+    encoder.checks_range = check_range
     return encoder.eval().requires_grad_(False)

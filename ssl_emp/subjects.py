@@ -61,7 +61,9 @@ def find_subjects(names: list[str], config: EvalConfig, given: dict[str, Any], e
             fix = f"did you mean {near[0]}?" if near else f"ENCODER is {kinds}"
             raise UserError(f"{name!r} is no directory, encoder or evaluator", fix)
 
-    runs: dict[str, Encoder | UserError] = {name: _or_problem(partial(load_encoder, name)) for name in names if is_run(Path(name))}
+    runs: dict[str, Encoder | UserError] = {
+        name: _or_problem(partial(load_encoder, name, check_range=False)) for name in names if is_run(Path(name))
+    }
     datas = {name: _or_problem(partial(read_run_data, Path(name), given)) for name in runs}
     first = next(iter(runs), None)
     host = None if first is None else runs[first]
@@ -105,7 +107,7 @@ def find_subjects(names: list[str], config: EvalConfig, given: dict[str, Any], e
             return Subject(name, f"torchvision weights {weights}", host_data, size, fixed(network), eval_dir)
         if (Path(name) / "config.yaml").is_file():
             raise UserError(f"the run {name} has no encoder yet", f"finish it: python pretrain.py --resume {name}")
-        encoder = load_encoder(name)
+        encoder = load_encoder(name, check_range=False)
         return Subject(name, "as exported", host_data, given_size or encoder.image_size, fixed(encoder), eval_dir)
 
     subjects = []
