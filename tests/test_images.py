@@ -115,9 +115,9 @@ def test_split_folders_share_class_numbers(tmp_path: Path, test_name: str) -> No
     class_folders(tmp_path / "train", {"a": 2, "c": 2})
     class_folders(tmp_path / test_name, {"c": 1, "b": 1}, offset=100)
     train, test = (load_images(str(tmp_path), split) for split in ("train", "test"))
-    assert train.class_names == test.class_names == ["a", "b", "c"]
-    assert train.labels is not None and train.labels.tolist() == [0, 0, 2, 2]
-    assert test.labels is not None and test.labels.tolist() == [1, 2]
+    assert train.class_names == ["a", "c"] and test.class_names == ["a", "c", "b"], "classes of train come from train"
+    assert train.labels is not None and train.labels.tolist() == [0, 0, 1, 1]
+    assert test.labels is not None and test.labels.tolist() == [2, 1]
     assert test.names == [f"{test_name}/b/0.png", f"{test_name}/c/0.png"]
 
 
@@ -570,8 +570,8 @@ def test_parquet_labels_all_missing_or_partly_missing(tmp_path: Path) -> None:
     unlabelled = write_parquet(tmp_path / "none.parquet", contents(2), [-1, -1])
     assert load_images(str(unlabelled)).labels is None
     partly = write_parquet(tmp_path / "partly.parquet", contents(2), [None, 1])
-    with pytest.raises(UserError, match="1 of 2 labels"):
-        load_images(str(partly))
+    got = load_images(str(partly))
+    assert got.labels is None and "1 of 2 labels" in got.labels_from
     assert load_images(str(partly), labels="none").labels is None
 
 
@@ -580,14 +580,6 @@ def damaged(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[200 : len(content) // 2] = bytes(len(content) // 2 - 200)
     path.write_bytes(content)
-
-
-def word_labels(path: Path) -> None:
-    write_parquet(path, contents(1), ["cat"])
-
-
-def too_few_names(path: Path) -> None:
-    write_parquet(path, contents(1), [7], ["cat", "dog"])
 
 
 def no_images(path: Path) -> None:
@@ -606,8 +598,6 @@ def no_parquet(path: Path) -> None:
     ("make", "message"),
     [
         (damaged, "damaged|cannot be read"),
-        (word_labels, "not whole numbers"),
-        (too_few_names, "names for 2 classes"),
         (no_images, "no column of images"),
         (no_rows, "no images in"),
         (no_parquet, "cannot be read as parquet"),

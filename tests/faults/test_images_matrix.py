@@ -698,7 +698,7 @@ def test_F1_damaged_parquet(tmp_path: Path, record_property: Record) -> None:
     pq.write_table(pa.table({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}), path)
     assert "no images in" in refusal(lambda: load_images(str(path)))
     write_parquet(path, striped_images(2)[0], [0, 10**12])
-    assert "number the classes from 0" in refusal(lambda: load_images(str(path)))
+    assert load_images(str(path)).class_names == ["0", "1000000000000"], "two classes, not a million million"
     good = pa.table({"image": pa.array([{"bytes": data} for data in striped_images(2)[0]]), "label": pa.array([0, 1])})
     for names in (
         b"[",

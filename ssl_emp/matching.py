@@ -1,0 +1,80 @@
+"""Two sets of images with labels are compared before one is judged by the other."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ssl_emp.errors import UserError
+from ssl_emp.images import ImageSet, count_classes
+from ssl_emp.source import as_numbers, normal, some_of
+
+Key = str | int
+
+
+def match_labels(train: ImageSet, test: ImageSet, split: str = "test") -> tuple[ImageSet, str]:
+    """`test` with its labels numbered as in `train`, and a line on the classes that train has no images of; empty without any.
+
+    Classes are the same by name, in one Unicode form; by value where both sides name whole numbers (`7`, `07`), or one side does and the
+    other has numbers alone. Classes that train lacks get numbers behind those of train: whatever predicts is wrong on them.
+
+    Args:
+        train, test: with labels (N,) each, or (N, C) each for several labels an image: those are returned as they are.
+        split: what to call `test`; of another than `test`, no class may be missing in train.
+
+    Raises:
+        UserError: one side has names and the other has numbers; more than half of the classes of `test` are not in train.
+    """
+    assert train.labels is not None and test.labels is not None
+    if train.labels.ndim > 1 or test.labels.ndim > 1:
+        return test, ""
+    met = test.labels.unique().tolist()
+    train_keys, test_keys = _keys(train, test, met, split)
+    number: dict[Key, int] = {key: label for label, key in train_keys.items()}
+    names = list(train.class_names) if train.class_names else None
+    new_label: dict[int, int] = {}
+    for label in met:
+        key = test_keys[label]
+        if key not in number:
+            if names is None:  # all are numbers
+                number[key] = int(key)
+            else:
+                number[key] = len(names)
+                names.append(test.class_names[label] if test.class_names else str(label))
+        new_label[label] = number[key]
+    order = torch.tensor([new_label[label] for label in met])
+    labels = order[torch.searchsorted(torch.tensor(met), test.labels)]
+    matched = replace(test, labels=labels, class_names=names)
+
+    known = set(train.labels.unique().tolist())
+    unknown = [label for label in met if new_label[label] not in known]
+    if not unknown:
+        return matched, ""
+    called = some_of([test.class_names[label] if test.class_names else str(label) for label in unknown], 5)
+    if 2 * len(unknown) > len(met) or split != "test":
+        what = f"{len(unknown):,} of the {len(met):,} classes of the {split} split have no train images: {called}"
+        raise UserError(
+            what, "call the classes alike in both splits, or give more train images (data.max_images), or other ones to test on"
+        )
+    count = int(torch.isin(test.labels, torch.tensor(unknown)).sum())
+    plural = "class has" if len(unknown) == 1 else "classes have"
+    line = f"{len(unknown):,} test {plural} no train images ({called}): {count:,} of {len(test.labels):,} test images count as wrong"
+    return matched, line
+
+
+def _keys(train: ImageSet, test: ImageSet, met: Sequence[int], split: str) -> tuple[dict[int, Key], dict[int, Key]]:
+    """What each label of train means, and each of those met in test: two of the same meaning are one class."""
+    train_labels = range(count_classes(train))
+    train_names = train.class_names and [normal(name) for name in train.class_names]
+    test_names = test.class_names and [normal(test.class_names[label]) for label in met]
+    if not train_names and not test_names:
+        return dict(zip(train_labels, train_labels, strict=True)), dict(zip(met, met, strict=True))
+    train_values = as_numbers(train_names) if train_names else list(train_labels)
+    test_values = as_numbers(test_names) if test_names else list(met)
+    if train_values is not None and test_values is not None:
+        return dict(zip(train_labels, train_values, strict=True)), dict(zip(met, test_values, strict=True))
+    if train_names and test_names:
+        return dict(zip(train_labels, train_names, strict=True)), dict(zip(met, test_names, strict=True))
+    named, numbered = ("train", split) if train_names else (split, "train")
+    what = f"the {named} split names its classes ({some_of(train_names or test_names or [], 3)}), the {numbered} split only numbers them"
+    raise UserError(what, "give both names, as folders or as text in the column of labels, or both the same numbers")

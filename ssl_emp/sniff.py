@@ -1,0 +1,37 @@
+"""What a file is by its first bytes, whatever it is called."""
+
+import re
+import struct
+
+HEAD_BYTES = 32  # that `image_format` looks at
+
+_NETPBM = re.compile(rb"P[1-6][ \t\r\n]+[#\d]")
+_BRANDS = {
+    **dict.fromkeys((b"avif", b"avis"), "AVIF"),
+    **dict.fromkeys((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"), "HEIF"),
+}
+
+
+def image_format(head: bytes) -> str | None:
+    """Pillow's name of the image format that a file or cell begins like: JPEG, PNG, GIF, WEBP, BMP, TIFF, PPM, AVIF or HEIF.
+
+    Two letters are not enough: text that begins with `BM` or `P1` is text.
+    """
+    if head.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "TIFF"
+    if head.startswith(b"BM") and len(head) >= 18 and struct.unpack_from("<I", head, 14)[0] in (12, 40, 52, 56, 64, 108, 124):
+        return "BMP"
+    if _NETPBM.match(head):
+        return "PPM"
+    if head[4:8] == b"ftyp":
+        brands = [head[8:12], *(head[place : place + 4] for place in range(16, len(head), 4))]  # its own, then those it agrees with
+        return next((_BRANDS[brand] for brand in brands if brand in _BRANDS), None)
+    return None

@@ -1,0 +1,86 @@
+"""A source of images before anything is decoded: names, labels, what was left aside, and how the files are read."""
+
+import hashlib
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ssl_emp.decode import Encoded
+from ssl_emp.errors import UserError
+from ssl_emp.text import decodable
+
+SHOWN_CLASSES = 4  # by name, in a line for people
+
+
+class NoSplit(UserError):
+    """The source holds images, but not the split that was asked for."""
+
+
+class Unused:
+    """Files that are no images of the split: how many for each reason, and the first one's name; no list of a million names."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, tuple[int, str]] = {}
+
+    def add(self, reason: str, name: str, count: int = 1) -> None:
+        """`reason` stands after a number: `3 REASON (NAME)`."""
+        before, first = self.counts.get(reason, (0, name))
+        self.counts[reason] = (before + count, first)
+
+    def listed(self) -> list[tuple[str, int, str]]:
+        """(reason, count, name of the first), kinds of files by their suffix last: they are the least of a surprise."""
+        found = [(reason, count, decodable(first)) for reason, (count, first) in self.counts.items()]
+        return sorted(found, key=lambda item: (item[0].startswith("."), -item[1], item[0]))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images not decoded yet. `read(positions)` yields them in order; `version` changes when any of them changes.
+
+    Without labels `labels_from` says why, as `ImageSet` has it; `unused` and `notes` are as there.
+    """
+
+    names: list[str]
+    labels: np.ndarray | None  # (N,) int64, or (N, C) where a sample has several
+    class_names: list[str] | None
+    version: str
+    read: Callable[[np.ndarray], Iterator[Encoded]]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    labels_from: str = ""
+    unused: list[tuple[str, int, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def sorted_classes(names: Iterable[str]) -> list[str]:
+    """Class names in the order that they are numbered in: as text, or by value where all of them are whole numbers."""
+    distinct = sorted(set(names))
+    values = as_numbers(distinct)
+    return distinct if values is None else [name for _, name in sorted(zip(values, distinct, strict=True))]
+
+
+def as_numbers(names: Sequence[str]) -> list[int] | None:
+    """The values of names such as `0`, `7`, `010`; None where one is no whole number, or where two are the same one."""
+    if not all(name.isascii() and name.isdigit() and len(name) <= 18 for name in names):  # 18 digits: int64
+        return None
+    values = [int(name) for name in names]
+    return values if len(set(values)) == len(values) else None
+
+
+def normal(name: str) -> str:
+    """A class's name with one spelling for what looks alike: a Mac writes `é` as `e` and an accent (NFD), others as one letter (NFC)."""
+    return unicodedata.normalize("NFC", name)
+
+
+def some_of(names: Sequence[str], most: int = SHOWN_CLASSES) -> str:
+    """`a, b, c`, with an ellipsis where there are more than `most`."""
+    return ", ".join(names[:most]) + (" …" if len(names) > most else "")
+
+
+def version_of(files: Iterable[tuple[str, list[int]]]) -> str:
+    """sha256 (hex) of names with numbers that tell a changed file."""
+    found = hashlib.sha256()
+    for name, numbers in files:
+        found.update(f"{decodable(name)}\0{numbers}\0".encode())
+    return found.hexdigest()

@@ -1,0 +1,116 @@
+"""Which files make a split: the words that the Hugging Face Hub reads in the names of folders and of parquet files.
+
+    train, training      valid, validation, val, dev      test, testing, eval, evaluation
+
+In any case, and between delimiters: `TRAIN`, `train2017`, `my-train-00000-of-00002.parquet`, but neither `trainer` nor `testimony`.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from ssl_emp.errors import UserError
+
+WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("valid", "validation", "val", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_BETWEEN = re.compile(r"[\W\d_]+")
+_SHARD = re.compile(r"(?P<stem>.*?)[-_.]?(?P<number>\d+)-of-(?P<count>\d+)(?!\d)", re.DOTALL)
+
+
+def split_named(name: str) -> str | None:
+    """`train`, `val` or `test` where the words of `name` name one of them, and no other."""
+    found = {WORDS[word] for word in _words(name) if word in WORDS}
+    return found.pop() if len(found) == 1 else None
+
+
+def split_called(name: str) -> str | None:
+    """The same where `name` is nothing but such a word, digits and delimiters aside: `train`, `Val2017`, but not `train_images`."""
+    words = _words(name)
+    return WORDS.get(words[0]) if len(words) == 1 else None
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in _BETWEEN.split(name.casefold()) if word]
+
+
+def splits_of_folders(names: Iterable[str], *, more: bool) -> dict[str, str] | None:
+    """Folder name -> split, for those of the folders side by side that are a split; None where none of them is.
+
+    Args:
+        names: of the folders.
+        more: whether there are images beside the folders.
+
+    A folder that is called exactly so counts wherever another side is there too: a train folder beside a test folder; a test folder
+    beside anything, which then is the train split. A train folder beside others is one of them: `bus`, `car`, `train`. Words within
+    longer names count only where every folder has one, and both sides are there: `train_images` and `test_images`.
+    """
+    folders = list(names)
+    called = {name: kind for name in folders if (kind := split_called(name))}
+    named = {name: kind for name in folders if (kind := split_named(name))}
+    if len(named) == len(folders) and _both_sides(named.values()):
+        return named
+    if "train" not in called.values() or _both_sides(called.values()):
+        return called or None
+    return called if len(called) == len(folders) and not more else None
+
+
+def _both_sides(kinds: Iterable[str]) -> bool:
+    found = set(kinds)
+    return "train" in found and bool(found & {"test", "val"})
+
+
+def split_of_table(path: str) -> str | None:
+    """The split that a parquet file belongs to, by its own name, else by the nearest folder that says so; path below the source."""
+    *folders, name = path.split("/")
+    for part in (name.rpartition(".")[0], *reversed(folders)):
+        if kind := split_named(part):
+            return kind
+    return None
+
+
+def check_shards(paths: Sequence[str], where: str, *, complete: bool) -> None:
+    """Raise UserError where files of one split are sharded twice, or, if `complete` is asked for, where shards are missing.
+
+    `train-00001-of-00003.parquet` is the second of three. Paths are those below `where`.
+    """
+    sets: dict[str, dict[int, dict[int, str]]] = {}  # what is sharded -> into how many -> number -> path
+    shown: dict[str, tuple[str, int, str]] = {}  # what is sharded -> how the name of a shard is written
+    whole = {path.rpartition(".")[0]: path for path in paths}
+    for path in paths:
+        folder, slash, name = path.rpartition("/")
+        found = _SHARD.match(name)
+        if found is None:
+            continue
+        key = folder + slash + found["stem"]
+        shown[key] = (folder + slash + name[: found.start("number")], len(found["number"]), found["count"])
+        shards = sets.setdefault(key, {}).setdefault(int(found["count"]), {})
+        if int(found["number"]) in shards:
+            raise _twice(where, shards[int(found["number"])], path)
+        shards[int(found["number"])] = path
+    for key, shardings in sets.items():
+        firsts = [next(iter(shards.values())) for shards in shardings.values()]
+        firsts += [whole[key]] if key in whole else []
+        if len(firsts) > 1:
+            raise _twice(where, *firsts[:2])
+        ((count, shards),) = shardings.items()
+        first = 1 if count in shards and 0 not in shards else 0  # most count from 0, some from 1
+        beyond = [path for number, path in shards.items() if not first <= number < first + count]
+        if beyond:
+            raise UserError(f"{beyond[0]} in {where} cannot be one of {count} files", "give it its right name, or move it away")
+        if complete and len(shards) < count:
+            missing = next(number for number in range(first, first + count) if number not in shards)
+            start, width, total = shown[key]
+            rest = f" and {count - len(shards) - 1} more" if count - len(shards) > 1 else ""
+            raise UserError(
+                f"{where} lacks {count - len(shards)} of {count} files: {start}{missing:0{width}}-of-{total}{rest}",
+                "fetch what is missing, or name the files to do without it by a glob, such as 'FOLDER/*.parquet'",
+            )
+
+
+def _twice(where: str, one: str, other: str) -> UserError:
+    return UserError(
+        f"{where} holds one table twice, as {one} and as {other}",
+        "delete one of the two sets of files, or name the files of one of them by a glob, such as 'FOLDER/*-of-00002.parquet'",
+    )
