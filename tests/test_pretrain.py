@@ -1,14 +1,13 @@
 """The main job end to end: what a run leaves, that pruning prunes, that a resumed run is the uninterrupted one, bad input."""
 
+import io
 import json
 import math
 import os
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -283,28 +282,6 @@ def newest_step(run: Path) -> int:
     return max((int(path.stem[5:]) for path in run.glob("checkpoints/step_*.pt")), default=0)
 
 
-def test_signals_and_kills_lose_nothing(pretrain_run: Pretrain, tiny_config: Path, tmp_path: Path) -> None:
-    """SIGTERM, SIGKILL and SIGINT to real processes, resumed each time: the uninterrupted run, bit for bit."""
-    overrides = ["epochs=30", "checkpoint.every_minutes=0.0005"]
-    reference = pretrain_run("reference", "epochs=30")
-    out = tmp_path / "killed"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "pretrain.py"), "--config", str(tiny_config), f"out={out}", *overrides]
-    resume = [sys.executable, str(ROOT / "pretrain.py"), "--resume", str(out)]
-    for number, code in [(signal.SIGTERM, 143), (signal.SIGKILL, -9), (signal.SIGINT, 130)]:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-        before, deadline = newest_step(out), time.monotonic() + 60
-        while newest_step(out) < before + 10 and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(number)
-        assert process.wait(timeout=60) == code
-        command = resume
-    finished = subprocess.run(resume, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert finished.returncode == 0, finished.stderr
-    assert_same_run(out, reference)
-
-
 def test_a_run_leaves_the_signals_as_they_were(pretrain_run: Pretrain) -> None:
     """Who calls `main` from Python wants Ctrl-C afterwards."""
     before = [signal.getsignal(number) for number in pretrain.Stop.SIGNALS]
@@ -313,16 +290,27 @@ def test_a_run_leaves_the_signals_as_they_were(pretrain_run: Pretrain) -> None:
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
-def test_a_run_under_nohup_outlives_its_terminal(tiny_config: Path, tmp_path: Path) -> None:
-    out = tmp_path / "kept"
-    words = [sys.executable, str(ROOT / "pretrain.py"), "--config", str(tiny_config), f"out={out}", "checkpoint.every_steps=1"]
-    process = subprocess.Popen(["nohup", *words], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while newest_step(out) < 2 and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=60) == 0 and (out / "encoder" / "model.safetensors").exists()
+@pytest.mark.parametrize(("handler", "code"), [(signal.SIG_IGN, 0), (signal.SIG_DFL, 129)])
+def test_a_run_under_nohup_outlives_its_terminal(
+    handler: signal.Handlers, code: int, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nohup starts a program with SIGHUP ignored, and it stays so. The control: without it the run stops, and is saved."""
+    original = DeviceImages.stream
+
+    def hung_up(self: DeviceImages, index_batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for number, batch in enumerate(original(self, index_batches)):
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGHUP)
+            yield batch
+
+    monkeypatch.setattr(DeviceImages, "stream", hung_up)
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        assert pretrain.main(["--config", str(tiny_config), f"out={tmp_path / 'run'}", "epochs=1"]) == code
+        assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "run" / "encoder").exists() == (code == 0) and newest_step(tmp_path / "run") == (8 if code == 0 else 3)
 
 
 @pytest.fixture
@@ -566,11 +554,12 @@ def test_a_full_disk_and_a_full_device_are_one_line(
     expect_error(capsys, ["--config", str(tiny_config), f"out={tmp_path / 'run'}"], *words, code=3)
 
 
-def test_a_terminal_without_greek_does_not_end_a_run(tiny_config: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "pretrain.py"), "--config", str(tiny_config), f"out={tmp_path / 'run'}", "epochs=1"]
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120)
-    assert finished.returncode == 0 and b"std(?" in finished.stdout, finished.stderr
+def test_a_terminal_without_greek_does_not_end_a_run(tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert pretrain.main(["--config", str(tiny_config), f"out={tmp_path / 'run'}", "epochs=1"]) == 0
+    terminal.flush()
+    assert b"std(?" in terminal.buffer.getvalue()
 
 
 def test_a_terminal_gets_a_bar_and_the_same_run(pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -660,15 +649,16 @@ def test_keys_without_effect_are_named_and_have_none(policy: str, pretrain_run: 
     """All that are said to be without effect, turned at once, change nothing; each of the others changes the weights or the scores."""
     words = {key: f"prune.{key}={json.dumps(value)}" for key, value in TURNED.items()}
     idle = [key for key, value in TURNED.items() if idle_keys(PruneConfig.model_validate({"policy": policy, key: value}))]
-    plain = pretrain_run("plain", f"prune.policy={policy}")
+    start = (f"prune.policy={policy}", "monitor.knn_every=0", "monitor.reliability_every=0")
+    plain = pretrain_run("plain", *start)
     assert "without effect" not in capsys.readouterr().out
-    turned = pretrain_run("turned", f"prune.policy={policy}", *(words[key] for key in idle))
+    turned = pretrain_run("turned", *start, *(words[key] for key in idle))
     note = next(line for line in capsys.readouterr().out.splitlines() if "without effect" in line)
     assert [key for key in TURNED if f"prune.{key}," in f"{note},"] == idle
     assert weights(turned) == weights(plain)
     brought = {"adjust", "foresee"} if policy == "foresight" else set()  # it has them already
     for key in TURNED.keys() - set(idle) - brought if policy in ("emp", "foresight", "infobatch") else ():
-        heard = pretrain_run(key, f"prune.policy={policy}", words[key])
+        heard = pretrain_run(key, *start, words[key])
         assert (weights(heard), samples(heard)) != (weights(plain), samples(plain)), key  # the scores, where they rank the same
 
 

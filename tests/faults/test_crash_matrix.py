@@ -176,20 +176,26 @@ def test_A5_kill_at_the_epoch_boundary(point: str, count: int, tmp_path: Path, r
     record_property("kills survived", "1/1")
 
 
-def test_A6_sigterm(tmp_path: Path, record_property: Record) -> None:
-    """A6 | SIGTERM from outside in the middle of a run | the step is finished and saved, exit code 143, no step lost, bit-identical after --resume"""
-    out, record = tmp_path / "run", tmp_path / "record"
-    process = rig.start(rig.fresh(out), record=record)
-    while not record.exists() or len(record.read_text().splitlines()) < 5:
-        assert process.running()
-        time.sleep(0.005)
-    process.signal(signal.SIGTERM)
-    result = process.end()
-    assert result.rc == 143 and not result.stderr and "--resume" in result.stdout, result.stderr
-    assert rig.newest_step(out) == len(rig.steps_of(record)) < rig.TOTAL
-    assert finish(out, record) == 0
-    record_property("seconds from fault to exit", round(result.seconds, 3))
-    record_property("steps lost", 0)
+def test_A6_signals_from_outside(tmp_path: Path, record_property: Record) -> None:
+    """A6 | SIGTERM, SIGKILL and SIGINT from outside in the middle of one run, resumed after each | SIGTERM and SIGINT: the step is finished and saved, exit codes 143 and 130, no step lost; after SIGKILL at most the steps since the last save are done again; bit-identical"""
+    out, record, epochs = tmp_path / "run", tmp_path / "record", "epochs=16"  # so many that the signals come in time
+    twice = 0
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        before = len(rig.steps_of(record)) if record.exists() else 0
+        process = rig.start(rig.go_on(out, epochs, SAVES), record=record)
+        while not record.exists() or len(record.read_text().splitlines()) < before + 5:
+            assert process.running()
+            time.sleep(0.005)
+        process.signal(number)
+        result = process.end()
+        assert result.rc == code and not result.stderr, result.stderr
+        if number != signal.SIGKILL:
+            assert "--resume" in result.stdout and rig.newest_step(out) == len(rig.steps_of(record)) - twice
+            record_property(f"seconds from {number.name} to exit", round(result.seconds, 3))
+        else:
+            twice = len(rig.steps_of(record)) - rig.newest_step(out)
+    assert finish(out, record, epochs) == twice <= EVERY
+    record_property("steps lost", twice)
 
 
 STOPS = {"term": {143}, "int": {130}, "hup": {129}, "usr1": {138, 143}}
