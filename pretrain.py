@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ssl_emp.augment import cut_views, draw_params, grid_of_views
-from ssl_emp.checkpoint import check_state, load_checkpoint, save_checkpoint
+from ssl_emp.checkpoint import load_checkpoint, save_checkpoint
 from ssl_emp.config import PretrainConfig, flatten, load_config
 from ssl_emp.device import pick_device
 from ssl_emp.diagnostics import Finding, diagnose, findings, next_to_say
@@ -55,6 +55,7 @@ from ssl_emp.ranks import ALONE, LostRank, Ranks, is_exchange, join_ranks, leave
 from ssl_emp.report import Report, duration, rank_correlation, write_environment, write_samples
 from ssl_emp.safe_files import inner_folder, replacing, write_atomically
 from ssl_emp.scores import ScoreState
+from ssl_emp.state_check import check_plain, check_state
 from ssl_emp.supervised import Classifier
 from ssl_emp.text import printable, quoted
 
@@ -147,9 +148,10 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
             save_checkpoint(out / "checkpoints", snapshot(epoch, step_in_epoch, batches, weight), step)
 
     if state is not None:
-        check_state(state, snapshot(0, 0, None, None), optimizer, out / "checkpoints")
+        check_state(state, snapshot(0, 0, None, None), optimizer, out / "checkpoints", job.steps, batch_size)
         job.model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        # its groups as the config makes them: their rates are set before each step, and what else another torch keeps there is its own
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
         scores.load_state_dict(state["scores"])
         start, step_in_epoch, step, seconds = state["epoch"], state["step_in_epoch"], state["step"], dict(state["seconds"])
         if step_in_epoch:
@@ -535,6 +537,8 @@ def load_state(config: PretrainConfig, out: Path, report: Report) -> dict[str, A
     state, warnings = load_checkpoint(out / "checkpoints")
     for line in warnings:
         report.say(line)
+    if state is not None:
+        check_plain(state, out / "checkpoints")
     for settings, source in ((before.model_dump(), "run"), (state["config"] if state else {}, "checkpoint")):
         difference = first_difference(config.model_dump(), settings) if settings else None
         if difference:

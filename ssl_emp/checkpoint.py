@@ -9,7 +9,6 @@ import hashlib
 import json
 import shutil
 import zipfile
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -151,47 +150,3 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     if paths:
         raise UserError(f"no usable checkpoint among {len(paths)} in {folder}", "start again with another out=DIR")
     return None, warnings
-
-
-def check_state(state: dict[str, Any], like: dict[str, Any], optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Raise UserError with the first entry in which a loaded checkpoint does not fit the run, before any of it is used.
-
-    Args:
-        state: from `load_checkpoint`.
-        like: what a save would write now; its dicts "model" and "scores" are compared entry by entry, of the rest the names.
-        optimizer: of the run, not loaded yet; what is kept for each parameter must be of the parameter's shape.
-        folder: for the message.
-    """
-    problem = next(_misfits(state, like, optimizer), None)
-    if problem:
-        raise UserError(f"the checkpoint in {folder} does not fit the run: {problem}", "start again with another out=DIR")
-
-
-def _misfits(state: dict[str, Any], like: dict[str, Any], optimizer: torch.optim.Optimizer) -> Iterator[str]:
-    def names(ours: dict[Any, Any], theirs: Any, where: str) -> Iterator[str]:
-        if not isinstance(theirs, dict):
-            yield f"{where.rstrip('.')} is of type {type(theirs).__name__}"
-            return
-        yield from (f"{where}{name} is missing" for name in ours if name not in theirs)
-        yield from (f"{where}{name} is not known" for name in theirs if name not in ours)
-
-    yield from names(like, {name: part for name, part in state.items() if name not in ("format", "written_by")}, "")
-    for section in ("model", "scores"):
-        yield from names(like[section], state[section], f"{section}.")
-        for name, ours in like[section].items():
-            theirs = state[section][name]
-            if isinstance(ours, Tensor) != isinstance(theirs, Tensor):
-                yield f"{section}.{name} is of type {type(theirs).__name__}"
-            elif isinstance(ours, Tensor) and (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
-                yield f"{section}.{name} is {theirs.dtype} {tuple(theirs.shape)} and should be {ours.dtype} {tuple(ours.shape)}"
-            elif section == "model" and isinstance(ours, Tensor) and not theirs.isfinite().all():
-                yield f"model.{name} is not finite"
-    yield from names({"state": 0, "param_groups": 0}, state["optimizer"], "optimizer.")
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    numbers = [number for group in state["optimizer"]["param_groups"] for number in group["params"]]
-    if len(numbers) != len(params):
-        yield f"optimizer has {len(numbers)} parameters and should have {len(params)}"
-    for number, param in zip(numbers, params, strict=False):
-        for name, kept in state["optimizer"]["state"].get(number, {}).items():
-            if isinstance(kept, Tensor) and kept.dim() and kept.shape != param.shape:
-                yield f"optimizer.state.{number}.{name} is {tuple(kept.shape)} and should be {tuple(param.shape)}"

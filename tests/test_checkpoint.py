@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from ssl_emp.checkpoint import cannot_write, check_state, load_checkpoint, save_checkpoint
+from ssl_emp.checkpoint import cannot_write, load_checkpoint, save_checkpoint
 from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.lock import is_unused, sole_writer
 from ssl_emp.report import Report
 from ssl_emp.safe_files import replacing
+from ssl_emp.state_check import check_state
 
 
 def state(value: float) -> dict[str, Any]:
@@ -202,7 +203,7 @@ def test_what_does_not_fit_is_named() -> None:
     assert "model.bias is not finite" in problem(model={**good["model"], "bias": torch.tensor([1.0, torch.nan, 1.0])})
     assert "model is of type int" in problem(model=3) and "model.bias is of type int" in problem(model={**good["model"], "bias": 3})
     edited = {**optimizer.state_dict(), "state": {0: {"momentum_buffer": torch.ones(7)}}}
-    assert "optimizer.state.0.momentum_buffer is (7,) and should be (3, 2)" in problem(optimizer=edited)
+    assert "optimizer.state.0.momentum_buffer is torch.float32 (7,) and should be torch.float32 (3, 2)" in problem(optimizer=edited)
 
 
 def test_the_lock(tmp_path: Path) -> None:

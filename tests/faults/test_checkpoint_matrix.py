@@ -28,8 +28,9 @@ import torch
 from conftest import striped_images
 
 import evaluate
-from ssl_emp.checkpoint import FORMAT, MANIFESTS, check_state, load_checkpoint, save_checkpoint
+from ssl_emp.checkpoint import FORMAT, MANIFESTS, load_checkpoint, save_checkpoint
 from ssl_emp.errors import UserError
+from ssl_emp.state_check import check_state
 
 Record = Callable[[str, Any], None]
 long = pytest.mark.faults
