@@ -9,7 +9,7 @@ Letters: B images, S pixels a side, D features, C classes.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from linear_eval.linear import LinearHead
 from ssl_emp._version import __version__
 from ssl_emp.config import Section
+from ssl_emp.decode import MAX_PIXELS
 from ssl_emp.errors import UserError
-from ssl_emp.model import ARCHS, Encoder, WidthResNet
+from ssl_emp.model import ARCHS, Encoder, OneImage, WidthResNet, check_images, preprocess
 from ssl_emp.safe_files import check_regular, inner_folder, read_json, write_atomically
 from ssl_emp.subjects import Normalized, Pixels, drop_last_layer
 
@@ -54,6 +55,8 @@ class ClassifierConfig(Section):
 class Classifier(nn.Module):
     """Images (B, 3, S, S) float in [0, 1] -> logits (B, C), their columns called `class_names`. It normalises by itself.
 
+    What is no such image is refused as by `ssl_emp.model.Encoder`; `checks_range` as there.
+
     Attributes:
         class_names: C names.
         image_size: the S that it was trained on.
@@ -66,8 +69,14 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder, self.head, self.bf16 = encoder, head, bf16
         self.class_names, self.image_size, self.judged = class_names, image_size, dict(judged)
+        self.checks_range = False
+
+    def preprocess(self, images: OneImage | Sequence[OneImage], *, max_pixels: int = MAX_PIXELS) -> Tensor:
+        """(3, S, S), or (B, 3, S, S) for a list, of files, PIL images or pixels; see `ssl_emp.model.Encoder.preprocess`."""
+        return preprocess(images, self.image_size, max_pixels)
 
     def forward(self, images: Tensor) -> Tensor:
+        check_images(images, self.checks_range)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             features = self.encoder(images)
         if features.shape != (len(images), len(self.head.center)):
@@ -122,8 +131,11 @@ def save_classifier(
         raise UserError(f"cannot write {error.filename or folder} ({error.strerror})", "make room or give --out DIR") from error
 
 
-def load_classifier(path: str | os.PathLike[str]) -> Classifier:
+def load_classifier(path: str | os.PathLike[str], *, check_range: bool = True) -> Classifier:
     """The classifier in a folder that `save_classifier` wrote, in eval mode on the CPU, without gradients.
+
+    Args:
+        check_range: refuse images with values beyond [0, 1], which on a GPU waits for the images at each call.
 
     Raises:
         UserError: files missing, damaged, changed, or that do not fit each other.
@@ -150,13 +162,15 @@ def load_classifier(path: str | os.PathLike[str]) -> Classifier:
         what = f"{weights} is not the file that {folder / 'config.json'} was written with"
         raise UserError(what, "keep the classifier again, or take both files from where it was kept")
     try:
-        return _built(config, weights)
+        model = _built(config, weights)
     except UserError:
         raise
     except Exception as error:  # safetensors, timm, torch: they have no common error
         reason = (str(error).splitlines() or [""])[0][:200]
         what = f"the classifier in {folder} cannot be built ({type(error).__name__}: {reason})"
         raise UserError(what, "keep it again, with the versions of the packages that are here") from error
+    model.checks_range = check_range
+    return model
 
 
 def _built(config: ClassifierConfig, weights: Path) -> Classifier:

@@ -101,10 +101,7 @@ class Encoder(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        if not torch.jit.is_tracing():
-            _check_images(images)
-            if self.checks_range and not torch.compiler.is_compiling() and images.numel():
-                _check_range(images)
+        check_images(images, self.checks_range)
         return self.backbone((images.to(self.mean.dtype) - self.mean) / self.std).float()
 
     def preprocess(self, images: OneImage | Sequence[OneImage], *, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -125,27 +122,40 @@ class Encoder(nn.Module):
             UserError: a file that cannot be read as an image.
             TypeError, ValueError: neither a file nor an image, or no image at all.
         """
-        if isinstance(images, Sequence) and not isinstance(images, str | bytes):
-            if not len(images):
-                raise ValueError("there are no images. fix: give at least one")
-            return torch.stack([self.preprocess(image, max_pixels=max_pixels) for image in images])
-        if isinstance(images, np.ndarray):
-            shape = images.shape
-            is_image = len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4))
-            if images.dtype != np.uint8 or not is_image or not images.size:
-                fix = "give (H, W, 3) uint8 of one image, or a list of them"
-                raise ValueError(f"pixels are {shape} {images.dtype}. fix: {fix}")
-        elif not isinstance(images, str | os.PathLike | Image.Image):
-            fix = "give a path, a PIL image, or (H, W, 3) uint8 pixels"
-            raise TypeError(f"an image is of type {type(images).__name__}. fix: {fix}")
-        image = os.path.expanduser(os.fspath(images)) if isinstance(images, str | os.PathLike) else images
-        try:
-            with pillow_limits(max_pixels):
-                pixels = decode_any(image, self.image_size, max_pixels)
-        except Exception as error:  # Pillow raises a dozen types
-            name = image if isinstance(image, str) else "the image"
-            raise UserError(f"{name} cannot be read ({reason(error)})", "give a file that holds an image") from error
-        return torch.from_numpy(pixels.copy()).float() / 255
+        return preprocess(images, self.image_size, max_pixels)
+
+
+def preprocess(images: OneImage | Sequence[OneImage], image_size: int, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """See `Encoder.preprocess`."""
+    if isinstance(images, Sequence) and not isinstance(images, str | bytes):
+        if not len(images):
+            raise ValueError("there are no images. fix: give at least one")
+        return torch.stack([preprocess(image, image_size, max_pixels) for image in images])
+    if isinstance(images, np.ndarray):
+        shape = images.shape
+        is_image = len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4))
+        if images.dtype != np.uint8 or not is_image or not images.size:
+            fix = "give (H, W, 3) uint8 of one image, or a list of them"
+            raise ValueError(f"pixels are {shape} {images.dtype}. fix: {fix}")
+    elif not isinstance(images, str | os.PathLike | Image.Image):
+        fix = "give a path, a PIL image, or (H, W, 3) uint8 pixels"
+        raise TypeError(f"an image is of type {type(images).__name__}. fix: {fix}")
+    image = os.path.expanduser(os.fspath(images)) if isinstance(images, str | os.PathLike) else images
+    try:
+        with pillow_limits(max_pixels):
+            pixels = decode_any(image, image_size, max_pixels)
+    except Exception as error:  # Pillow raises a dozen types
+        name = image if isinstance(image, str) else "the image"
+        raise UserError(f"{name} cannot be read ({reason(error)})", "give a file that holds an image") from error
+    return torch.from_numpy(pixels.copy()).float() / 255
+
+
+def check_images(images: Tensor, check_range: bool) -> None:
+    """Raises TypeError or ValueError unless images are (B, 3, H, W) floats, with `check_range` in [0, 1]; see `Encoder`."""
+    if not torch.jit.is_tracing():
+        _check_images(images)
+        if check_range and not torch.compiler.is_compiling() and images.numel():
+            _check_range(images)
 
 
 def _check_images(images: Tensor) -> None:

@@ -67,7 +67,7 @@ def predict(argv: list[str]) -> int:
         raise UserError(f"predict needs a classifier and images, {len(paths)} of the two is named", USAGE)
     config = check(PredictConfig, parse_overrides(overrides, PredictConfig), "the command line")
     device = pick_device(config.device)
-    classifier = load_classifier(paths[0]).to(device)
+    classifier = load_classifier(paths[0], check_range=False).to(device)  # they are bytes divided by 255
     sources = [(_prefix(path, found, len(paths) > 2), found) for path in paths[1:] for found in find_images(path, config.split)]
 
     total, unread, first = 0, 0, ""

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import striped_images, write_parquet
+from PIL import Image
 from safetensors.torch import load_file, save
 from torchvision import models
 
@@ -176,6 +178,24 @@ def test_images_without_labels_and_those_that_cannot_be_read(kept: Kept, tmp_pat
     assert "none of 10 images could be read (0.png: more pixels than max_pixels)" in refused(
         capsys, kept("finetune"), mixed, "max_pixels=575"
     )
+
+
+def test_from_python(kept: Kept, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file, a PIL image and an array, alone and together, as the command has them; what is no image in [0, 1] is refused."""
+    files = sorted((data / "test" / "alder").iterdir())[:3]
+    classifier = load_classifier(kept("cached"))
+    second, third = (Image.open(io.BytesIO(file.read_bytes())) for file in files[1:])
+    images = classifier.preprocess([files[0], second, np.asarray(third)])
+    chances = classifier(images).double().softmax(1).amax(1)
+    rows = predicted(capsys, kept("cached"), *files)
+    assert [float(row["probability"]) for row in rows] == pytest.approx(chances.tolist(), abs=1e-6)
+    assert torch.equal(classifier.preprocess(files[0]), images[0])
+    for wrong, message in ((images * 255, "divide by 255"), (images[0], "for one image"), (images - 2, "leave out Normalize")):
+        with pytest.raises(ValueError, match=message):
+            classifier(wrong)
+    with pytest.raises(TypeError, match="floats in"):
+        classifier((images * 255).byte())
+    assert classifier(images[:0]).shape == (0, 4)
 
 
 # ---- what is no classifier -------------------------------------------------------------------------------------------
