@@ -1,8 +1,10 @@
 """A tiny real run's ingredients: 64 images with structure, a narrow network, four epochs."""
 
 import io
+import os
+import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,24 @@ from PIL import Image
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job: the children of the tests would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # small tensors: a second thread costs more than it brings, and bit-exact comparisons need one number
+
+
+@pytest.fixture(autouse=True)
+def same_world() -> Iterator[None]:
+    """Every test begins with the same random numbers, and leaves the process as it found it: their order does not matter."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+    def world() -> dict[str, object]:
+        # what importing scikit-learn and torch._inductor sets is theirs
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "KMP_", "TORCHINDUCTOR_"))}
+        modes = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled())
+        return {"directory": os.getcwd(), "environment": environment, "threads": torch.get_num_threads(), "modes": modes}
+
+    before = world()
+    yield
+    assert world() == before
 
 
 def png(pixels: np.ndarray) -> bytes:
