@@ -16,6 +16,7 @@ from torch import Tensor
 
 from linear_eval.artifacts import COLOURS, new_figure, replacing, save_figure
 from linear_eval.features import EvalError, Pixels
+from linear_eval.knn import exact_cosines
 
 MapMethod = Literal["pca", "umap"]
 PAIR_CHUNK = 1024  # rows whose distances to all others are held at once
@@ -180,8 +181,7 @@ def nearest_rows(x: Tensor, queries: Tensor, num_neighbors: int) -> Tensor:
         raise EvalError(f"num_neighbors is {num_neighbors}, there are {len(x)} images", f"choose 1 to {len(x) - 1}")
     if len(queries) == 0 or queries.min() < 0 or queries.max() >= len(x):
         raise EvalError(f"the query rows are not all in 0..{len(x) - 1}", "name rows of the features, at least one")
-    unit = torch.nn.functional.normalize(x.detach().cpu().float(), dim=1)
-    cosine = unit[queries] @ unit.T  # (Q, N)
+    cosine, _ = exact_cosines(x[queries], x)  # (Q, N): with a common offset, float32 could not tell them apart
     cosine[torch.arange(len(queries)), queries] = -torch.inf
     return cosine.argsort(dim=1, descending=True, stable=True)[:, :num_neighbors]
 
@@ -259,7 +259,7 @@ def map_2d(x: Tensor, *, method: MapMethod = "pca", seed: int = 0) -> Tensor:
         EvalError: fewer than two rows, features that are not finite, umap-learn not installed.
     """
     _check_rows(x, "features")
-    unit = torch.nn.functional.normalize(x.detach().cpu().float(), dim=1)
+    unit = _unit_rows(x)
     if method == "pca":
         return _pca(unit, seed)
     if method != "umap":
@@ -377,6 +377,15 @@ def _directions(x: Tensor) -> Tensor:
     """Rows (N, D) that are not all zero, divided by their length; by their largest entry first, whose square may leave float32."""
     x = x[x.any(dim=1)].detach().cpu().float()
     return torch.nn.functional.normalize(x / x.abs().amax(dim=1, keepdim=True), dim=1) if len(x) else x
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    """Rows (N, D) divided by their length; one that is all zero stays."""
+    x = x.detach().cpu().float()
+    largest = x.abs().amax(dim=1, keepdim=True)
+    if ((largest > 1e-12) & (largest < 1e15) | (largest == 0)).all():
+        return torch.nn.functional.normalize(x, dim=1)
+    return torch.nn.functional.normalize(x / torch.where(largest > 0, largest, 1.0), dim=1)  # their squares leave float32
 
 
 def _subset(num: int, count: int, seed: int) -> Tensor:

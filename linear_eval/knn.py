@@ -18,7 +18,9 @@ Backend = Literal["auto", "faiss", "torch"]
 Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (Q, D), k -> similarities (Q, k) descending, bank rows (Q, k)
 
 TIE = 1e-6  # cosine similarities closer than this may be ordered differently by two float32 matmuls
+NARROW = 1e-4  # where all neighbours found are as similar as this, float32 (6e-8 near 1, and a matmul's errors) may find others
 SPARE = 16  # neighbours found beyond the k-th, so that a tie at the cut is settled among a few
+EXACT = 1e-14  # cosines in float64 that are closer than this are equal; of how far the bank spreads
 CHUNK_ELEMENTS = 2**27  # float32 similarities held at once: 512 MiB
 
 
@@ -81,7 +83,8 @@ def knn_predictions(
     """Labels (N_test,) int64 voted by each test row's k nearest train rows, for every k of `num_neighbors`; one search for all.
 
     The answer is the same for every backend, and for k alone or among others: equally similar neighbours enter in the order
-    of their row number, equal votes go to the lowest class id.
+    of their row number, equal votes go to the lowest class id. Where the neighbours of a row are all nearly as similar as each
+    other (features with a large common offset, or a collapsed encoder), they are found in float64, on the CPU: slower.
 
     Args:
         num_neighbors: how many train rows vote, each 1..N_train.
@@ -110,20 +113,30 @@ def knn_predictions(
     classes, bank_class = train.y.unique(return_inverse=True)  # (C,) ascending, (N,) index into it
     search = _make_search(bank, backend, torch.device(device))
     answers: dict[int, list[Tensor]] = {k: [] for k in num_neighbors}
-    for chunk in queries.split(max(1, min(4096, CHUNK_ELEMENTS // len(bank)))):
+    size = max(1, min(4096, CHUNK_ELEMENTS // len(bank)))
+    for chunk, raw_chunk in zip(queries.split(size), test.x.split(size), strict=True):
         found = search(chunk, min(max(num_neighbors) + SPARE, len(bank)))  # similarities and rows, (Q, k + SPARE) each
         for k, predicted in answers.items():
-            similarity, index = _settle(found[0][:, : k + SPARE], found[1][:, : k + SPARE], bank, chunk, k)  # (Q, k)
+            candidates = found[0][:, : k + SPARE], found[1][:, : k + SPARE]
+            narrow = candidates[0][:, 0] - candidates[0][:, -1] < NARROW  # (Q,)
+            similarity, index = _settle(*candidates, bank, chunk, k, ~narrow)  # (Q, k)
+            below = (similarity - similarity[:, :1]).double()  # by how much less similar than the nearest
+            tie = torch.full((len(chunk), 1), TIE, dtype=torch.float64)
+            index = index.clone() if narrow.any() else index  # of what was found for all k
+            for rows in narrow.nonzero().squeeze(1).split(max(1, CHUNK_ELEMENTS // 8 // len(bank))) if narrow.any() else ():
+                exact, tie[rows] = exact_cosines(raw_chunk[rows], train.x)  # (R, N)
+                index[rows] = exact.argsort(dim=1, descending=True, stable=True)[:, :k]
+                below[rows] = exact.gather(1, index[rows]) - exact.gather(1, index[rows, :1])
             votes = torch.zeros(len(chunk), len(classes), dtype=torch.float64)
             if temperature is None:
-                votes.scatter_add_(1, bank_class[index], torch.ones_like(similarity, dtype=torch.float64))  # (Q, C)
+                votes.scatter_add_(1, bank_class[index], torch.ones_like(below))  # (Q, C)
                 winning = votes == votes.amax(dim=1, keepdim=True)
             else:
                 # The nearest row weighs 1: the same vote as exp(similarity / temperature), but it cannot overflow.
-                weight = ((similarity - similarity[:, :1]).double() / temperature).exp()  # (Q, k)
+                weight = (below / temperature).exp()  # (Q, k)
                 votes.scatter_add_(1, bank_class[index], weight)  # (Q, C)
-                # Votes that differ by less than float32 similarities can tell apart are equal.
-                winning = votes >= votes.amax(dim=1, keepdim=True) * (1 - min(0.01, TIE / temperature))
+                # Votes that differ by less than the similarities can tell apart are equal.
+                winning = votes >= votes.amax(dim=1, keepdim=True) * (1 - (tie / temperature).clamp(max=0.01))
             predicted.append(classes[winning.byte().argmax(dim=1)])  # argmax: first of equal values
     return {k: torch.cat(predicted) for k, predicted in answers.items()}
 
@@ -143,11 +156,37 @@ def _unit_rows(x: Tensor, name: str) -> Tensor:
     return x / torch.linalg.vector_norm(x, dim=1, keepdim=True)
 
 
-def _settle(similarity: Tensor, index: Tensor, bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The first k of the rows found. Where the cut falls between (nearly) equal ones, it is settled exactly: lowest row first."""
+def exact_cosines(queries: Tensor, bank: Tensor) -> tuple[Tensor, float]:
+    """How similar rows (Q, D) are to rows (N, D), for an order among the latter: (Q, N) float64, and the step that they are rounded to.
+
+    Cosines, less the query's with the mean direction of the bank. So neither loses digits where a common offset makes all
+    cosines nearly 1, and rows of the bank that are equal give equal numbers. Rows that are all 0 have the cosine 0.
+    """
+    queries = _unit_rows_exactly(queries)
+    parts = bank.split(65536)
+    centre = torch.stack([_unit_rows_exactly(part).sum(dim=0) for part in parts]).sum(dim=0) / len(bank)  # (D,)
+    found, reach = [], 1e-300
+    for part in parts:
+        centred = _unit_rows_exactly(part) - centre
+        reach = max(reach, torch.linalg.vector_norm(centred, dim=1).max().item())
+        found.append(queries @ centred.T)
+    step = EXACT * reach
+    return (torch.cat(found, dim=1) / step).round() * step, step
+
+
+def _unit_rows_exactly(x: Tensor) -> Tensor:
+    x = x.detach().cpu().double()  # whose range holds the squares of all float32
+    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=1e-300)
+
+
+def _settle(similarity: Tensor, index: Tensor, bank: Tensor, queries: Tensor, k: int, among: Tensor) -> tuple[Tensor, Tensor]:
+    """The first k of the rows found. Where the cut falls between (nearly) equal ones, it is settled exactly: lowest row first.
+
+    among: (Q,) bool, the queries that this is done for.
+    """
     if k == len(bank):
         return similarity, index
-    tied = (similarity[:, k - 1] - similarity[:, k] < TIE).nonzero().squeeze(1)
+    tied = ((similarity[:, k - 1] - similarity[:, k] < TIE) & among).nonzero().squeeze(1)
     complete = similarity[tied, k - 1] - similarity[tied, -1] >= TIE  # every row that may come in is among the ones found
     few, many = (tied, tied[:0]) if index.shape[1] == len(bank) else (tied[complete], tied[~complete])
     found = index
