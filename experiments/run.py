@@ -5,8 +5,9 @@
 A grid file holds `config` (path), `overrides` (keys for every cell), `evaluators` (may be empty), `cells`: a list of dicts whose
 list values are multiplied out (a value that is a list itself stands in a list: `[[layer3, layer4]]`), and `log`: keys of
 metrics.jsonl, averaged over the pruned epochs. Lines go to experiments/results/NAME.jsonl, what a cell says on standard error to
-RUNS/NAME/CELL.log. Finished cells are skipped and interrupted ones resumed, so the same command goes on where it stopped. Ctrl-C
-lets the running cells save. With `--jobs` above 1 each cell gets one thread, so that cells do not slow each other down.
+RUNS/NAME/CELL.log. Finished cells are skipped and interrupted ones resumed, so the same command goes on where it stopped; with
+other values in the config file, or one evaluator more, a cell is not finished. Ctrl-C lets the running cells save. With `--jobs`
+above 1 each cell gets one thread, so that cells do not slow each other down.
 Exit codes: 0 done, 1 a cell failed (the others went on), 2 the user can fix it, 130 stopped.
 """
 
@@ -154,17 +155,25 @@ class Lab:
     threads: int | None
     keep_checkpoints: bool
     children: Children
+    base: Cell  # what the grid's config file holds
     written: Lock = field(default_factory=Lock)
 
     def settings(self, cell: Cell) -> Cell:
         """Everything beyond the config file that makes the cell what it is; paths of the command line do not."""
         return {**self.grid["overrides"], **cell} | {key: v for key, v in self.extra.items() if key not in (*IMAGE_PATHS, *OTHER_PATHS)}
 
-    def identity(self, cell: Cell) -> tuple[Cell, Cell, str]:
-        return cell, self.settings(cell), self.grid["config"]
+    @property
+    def base_hash(self) -> str:
+        """Of the config file's values: of other values all cells are other cells, whose run directories have other names."""
+        return hashlib.sha256(json.dumps(self.base, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     def name(self, cell: Cell) -> str:
-        return name_of(*self.identity(cell))
+        return name_of(cell, self.settings(cell), f"{self.grid['config']} {self.base_hash}")
+
+    def is_row_of(self, row: Cell, cell: Cell) -> bool:
+        """Whether a line is the finished cell's, with a figure of every evaluator. Lines of before have no hash of the config file."""
+        same = (row["cell"], row["settings"], row["config"]) == (cell, self.settings(cell), self.grid["config"])
+        return same and row.get("base_hash", self.base_hash) == self.base_hash and all(name in row for name in self.grid["evaluators"])
 
 
 def run_cell(cell: Cell, lab: Lab) -> str:
@@ -201,7 +210,7 @@ def run_cell(cell: Cell, lab: Lab) -> str:
 
     row = {"cell": cell, **read_run(out, evaluators, lab.grid["log"])}
     row["cpu_seconds"] = None if None in before else sum(before, cpu_seconds)
-    row |= {"config": lab.grid["config"], "settings": lab.settings(cell), **config_hash(out, lab.extra)}
+    row |= {"config": lab.grid["config"], "base_hash": lab.base_hash, "settings": lab.settings(cell), **config_hash(out, lab.extra)}
     row["environment"] = {key: value for key, value in json.loads((out / "environment.json").read_text()).items() if key != "command"}
     row["revision"] = revision
     with lab.written, open(lab.results, "ab", buffering=0) as file:
@@ -290,10 +299,7 @@ def watched(total: int, done: int) -> Iterator[Callable[[str, str], None]]:
 
 def run_cells(todo: list[Cell], total: int, jobs: int, lab: Lab) -> int:
     """Run the cells, `jobs` at a time. Returns how many failed; raises KeyboardInterrupt when the running ones have saved."""
-    try:
-        base = yaml.safe_load((ROOT / lab.grid["config"]).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {ROOT / lab.grid['config']}, the grid's config", "name a file such as configs/demo.yaml") from error
+    base = lab.base
     left, done, failed, began = sum(planned_work(lab.settings(cell), base) for cell in todo), 0.0, 0, time.monotonic()
     pool = ThreadPoolExecutor(jobs)
     futures = {pool.submit(run_cell, cell, lab): cell for cell in todo}
@@ -320,6 +326,14 @@ def run_cells(todo: list[Cell], total: int, jobs: int, lab: Lab) -> int:
     return failed
 
 
+def read_base(path: Path) -> Cell:
+    """The values of the grid's config file. Raises UserError."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {path}, the grid's config", "name a file such as configs/demo.yaml") from error
+
+
 def run(arguments: argparse.Namespace) -> int:
     if arguments.jobs < 1:
         raise UserError(f"--jobs {arguments.jobs} runs nothing", "give 1 or more")
@@ -331,9 +345,9 @@ def run(arguments: argparse.Namespace) -> int:
         runs = arguments.runs.resolve() / arguments.grid.stem
         threads = 1 if arguments.jobs > 1 else None
         extra = read_extra(arguments.extra, cells)
-        lab = Lab(grid, extra, runs, results, threads, arguments.keep_checkpoints, Children(held))
-        done = [(row["cell"], row["settings"], row["config"]) for row in (read_rows(results) if results.exists() else [])]
-        todo = [cell for cell in cells if lab.identity(cell) not in done]
+        lab = Lab(grid, extra, runs, results, threads, arguments.keep_checkpoints, Children(held), read_base(ROOT / grid["config"]))
+        done = read_rows(results) if results.exists() else []
+        todo = [cell for cell in cells if not any(lab.is_row_of(row, cell) for row in done)]
         print(f"{len(cells) - len(todo)} of {len(cells)} cells done, {len(todo)} to do", flush=True)
         try:
             failed = run_cells(todo, len(cells), arguments.jobs, lab)

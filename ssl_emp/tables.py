@@ -171,15 +171,12 @@ class _Split:
         if self.other_images:
             notes = [*notes, f"images are those of column {self.image}; data.image_column can name {some_of(self.other_images)}"]
         kept = zip(map(_portable, self.paths), self.stats, strict=True)
-        column: list[tuple[str, list[int]]] = (
-            [] if self.image in IMAGE_COLUMNS else [(self.image, [])]
-        )  # so that caches of the usual columns stay what they were
         names = [
             f"{decodable(_portable(path))}#{row}"
             for path, groups in zip(self.paths, self.groups, strict=True)
             for row in range(sum(groups))
         ]
-        version = version_of([*kept, *column])
+        version = version_of([*kept, (self.image, [])])  # the same files may hold two columns of images
         return Source(names, self.labels, self.class_names, version, read, skipped, self.labels_from, unused.listed(), notes)
 
 

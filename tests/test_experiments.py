@@ -138,6 +138,28 @@ def test_a_row_says_all_and_a_finished_cell_is_skipped_whatever_the_order(lab: F
     assert len(lab.rows()) == 5, "without epochs=3 it is another cell"
 
 
+def test_a_finished_cell_is_one_of_this_config_file_and_these_evaluators(lab: FakeLab) -> None:
+    def run_again(**grid: Any) -> list[bool]:
+        assert lab.run([{"x": "a"}], **grid)[0] == 0
+        return [resumed for _, _, _, resumed, _ in lab.calls()]
+
+    assert run_again() == [False]
+    (lab.root / "base.yaml").write_text("# with a word\nepochs:    4\n")
+    assert run_again() == [], "the same values"
+    assert run_again(evaluators=[]) == [], "fewer evaluators"
+    assert run_again(evaluators=["knn", "linear"]) == [True], "the run is there, a figure is missing"
+    assert lab.rows()[-1]["linear"] == 50.0 and run_again(evaluators=["linear"]) == []
+    (lab.root / "base.yaml").write_text("epochs: 5")
+    assert run_again() == [False] and len(list(lab.root.glob("runs/grid/a-*/config.yaml"))) == 2, "not on with the run of before"
+    (lab.root / "base.yaml").write_text("epochs: 4")
+    assert run_again() == []
+    rows = lab.rows()
+    for row in rows:
+        del row["base_hash"]
+    lab.results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run_again() == [], "lines of before do not say"
+
+
 def test_a_failed_cell_is_reported_and_the_others_go_on(lab: FakeLab) -> None:
     code, said, errors = lab.run([{"x": ["a", "fails", "b"]}], "--jobs", "2", evaluators=[])
     assert code == 1 and "1 cells failed" in errors
