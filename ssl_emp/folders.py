@@ -13,7 +13,7 @@ from ssl_emp import decode
 from ssl_emp.decode import Encoded, reason
 from ssl_emp.errors import UserError
 from ssl_emp.sniff import HEAD_BYTES, image_format
-from ssl_emp.source import NoSplit, Source, Unused, normal, some_of, sorted_classes, version_of
+from ssl_emp.source import NoSplit, Source, Unused, counted, normal, some_of, sorted_classes, version_of
 from ssl_emp.splits import split_called, split_named, splits_of_folders
 from ssl_emp.text import decodable
 
@@ -103,7 +103,7 @@ def list_folder(root: str, *, splits_apart: bool = True) -> Listing:
             if not is_folder and not stat.S_ISREG(info.st_mode):  # a pipe called x.jpg would block for ever
                 found.skipped.append((decodable(path), "not a regular file"))
             elif not met.is_new(path, info, linked, own):
-                found.unused.add("links to what is there already", path)
+                found.unused.add("second links", path)
             elif is_folder:
                 inner.append((path + "/", linked, own))
             else:
@@ -120,30 +120,34 @@ def list_folder(root: str, *, splits_apart: bool = True) -> Listing:
 class _Met:
     """Which files and folders were met, so that no link makes them count twice.
 
-    Two entries of one device and inode number are one and the same if a link led to either: some file systems give one number to many
-    files, and some give 0 to all.
+    Entries of one device and inode number are one and the same if a link led to one of them, or if it is a file with several names. Some
+    file systems give one number to all: where that shows, or where it is 0, real paths are compared.
     """
 
     def __init__(self, root: str) -> None:
         self.root, self.real_root = root, os.path.realpath(root)
         self.has_links = False
         self.linked: dict[object, bool] = {}  # (split, identity) -> whether a link led there
-        self.root_place = self._place("", os.stat(root), False)
+        self.without_numbers: set[int] = set()  # devices
+        info = os.stat(root)
+        self.root_places = (info.st_dev, info.st_ino), self.real_root
+        self.is_new("", info, False, "")
 
     def _place(self, path: str, info: os.stat_result, linked: bool) -> object:
-        if info.st_ino:
+        if info.st_ino and info.st_dev not in self.without_numbers:
             return info.st_dev, info.st_ino
-        return os.path.realpath(os.path.join(self.root, path)) if linked else os.path.join(self.real_root, path)
+        return os.path.realpath(os.path.join(self.root, path)) if linked else os.path.join(self.real_root, path).rstrip("/")
 
     def is_new(self, path: str, info: os.stat_result, linked: bool, split: str) -> bool:
         several_names = not stat.S_ISDIR(info.st_mode) and info.st_nlink > 1
         self.has_links |= linked or several_names
         place = self._place(path, info, linked)
+        if self.linked.get((split, place)) is False and not linked and not several_names:
+            self.without_numbers.add(info.st_dev)
+            place = self._place(path, info, linked)
         before = self.linked.get((split, place))
         self.linked[split, place] = linked or bool(before)
-        if linked and place == self.root_place:
-            return False
-        return before is None or not (before or linked or several_names)
+        return before is None and not (linked and place in self.root_places)
 
 
 def _service(name: str) -> str:
@@ -373,7 +377,7 @@ def _label(folders: list[str], layout: Layout, kind: str, labels: str, known: li
 def no_images(listing: Listing) -> UserError:
     """The error for a folder without any, which says what it holds instead."""
     unused = listing.unused.listed()
-    there = [f"{count:,} {why}, such as {first}" for why, count, first in unused[:3]]
+    there = [f"{counted(count, why)}, such as {first}" for why, count, first in unused[:3]]
     there += [f"{name}: {why}" for name, why in listing.skipped[:1]]
     fix = next((CONTAINERS[suffix] for why, _, _ in unused if (suffix := why.removesuffix(" files")) in CONTAINERS), None)
     found = f" ({'; '.join(there)})" if there else ""

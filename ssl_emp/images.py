@@ -26,7 +26,7 @@ from ssl_emp.errors import UserError
 from ssl_emp.folders import CONTAINERS, EXTENSIONS, MODERN, Listing, folder_source, list_folder, no_images
 from ssl_emp.folders import TABLES as TABLE_SUFFIXES
 from ssl_emp.keyed import keyed_bits
-from ssl_emp.source import NoSplit, Source, Unused, some_of, version_of
+from ssl_emp.source import NoSplit, Source, Unused, counted, some_of, version_of
 from ssl_emp.stores import (
     DeviceImages,
     EncodedPixels,
@@ -126,7 +126,7 @@ class ImageSet:
     @property
     def not_used(self) -> str:
         """For people: how many files were passed over, for the most telling reasons, with a name each; empty where none was."""
-        shown = [f"{count:,} {why} ({name})" for why, count, name in self.unused[:SHOWN_REASONS]]
+        shown = [f"{counted(count, why)} ({name})" for why, count, name in self.unused[:SHOWN_REASONS]]
         rest = sum(count for _, count, _ in self.unused[SHOWN_REASONS:])
         return ", ".join([*shown, *([f"{rest:,} others"] if rest else [])])
 

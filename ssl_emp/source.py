@@ -53,6 +53,12 @@ class Source:
     notes: list[str] = field(default_factory=list)
 
 
+def counted(count: int, why: str) -> str:
+    """`3 .txt files`, `1 .txt file`."""
+    singular = count == 1 and why.endswith((" files", " links", "folders", "tables")) and not why.startswith("beside")
+    return f"{count:,} {why[:-1] if singular else why}"
+
+
 def sorted_classes(names: Iterable[str]) -> list[str]:
     """Class names in the order that they are numbered in: as text, or by value where all of them are whole numbers."""
     distinct = sorted(set(names))

@@ -13,7 +13,7 @@ import numpy as np
 from ssl_emp.decode import Encoded, reason
 from ssl_emp.errors import UserError
 from ssl_emp.sniff import HEAD_BYTES, image_format
-from ssl_emp.source import NoSplit, Source, Unused, some_of, sorted_classes, version_of
+from ssl_emp.source import NoSplit, Source, Unused, normal, some_of, sorted_classes, version_of
 from ssl_emp.splits import check_shards, split_named, split_of_table
 from ssl_emp.text import decodable
 
@@ -138,7 +138,7 @@ def table_source(
     for path in chosen.without_images:
         unused.add("tables without a column of images", path)
     if parts.get("") and "train" in parts:
-        unused.add("tables outside of the splits", parts[""][0], len(parts[""]))
+        unused.add("outside of the splits", parts[""][0], len(parts[""]))
     return chosen.source(tables, unused, notes, skipped)
 
 
@@ -406,7 +406,7 @@ def _read_labels(table: "pq.ParquetFile", label: str, rows: int, path: str) -> _
         return _Part(np.maximum(whole, -1), None)
     coded = column.cast(pa.string()).combine_chunks().dictionary_encode()
     coded = coded.combine_chunks() if isinstance(coded, pa.ChunkedArray) else coded
-    names = [name or "" for name in coded.dictionary.to_pylist()]
+    names = [normal(name or "") for name in coded.dictionary.to_pylist()]
     numbers = coded.indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False).copy()
     if "" in names:  # an empty cell names no class
         numbers[numbers == names.index("")] = -1
@@ -458,7 +458,7 @@ def _declared_names(schema: Any, label: str) -> list[str] | None:
     with suppress(KeyError, TypeError, ValueError, RecursionError):  # metadata of another writer
         names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
         if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
-            return names
+            return [normal(name) for name in names]
     return None
 
 
