@@ -19,6 +19,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background jo
 torch.set_num_threads(1)  # small tensors: a second thread costs more than it brings, and bit-exact comparisons need one number
 
 
+os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # evaluate.main sets it, and whichever test calls it first is not at fault
+
+
 @pytest.fixture(autouse=True)
 def same_world() -> Iterator[None]:
     """Every test begins with the same random numbers, and leaves the process as it found it: their order does not matter."""
