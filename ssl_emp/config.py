@@ -69,8 +69,8 @@ class DataConfig(Section):
     label_noise: Probability = 0.0  # supervised: share of the train labels that are made wrong, which ones by subset_seed
     download_dir: Place = "data"
     store: Literal["auto", "memory", "raw", "encoded"] = "auto"  # memory up to half of it; raw: uint8 in a file; encoded: JPEGs in one
-    # images that declare more are left out undecoded; Pillow warns from 89 million on. A pixel takes 4 bytes in each decoding thread
-    max_pixels: Annotated[int, Field(ge=1, le=10_000_000_000)] = 90_000_000
+    # images that declare more are left out undecoded. A pixel takes 4 bytes, of 16 bits more, in each thread that decodes
+    max_pixels: Annotated[int, Field(ge=1, le=10_000_000_000)] = 50_000_000
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 90  # of the encoded store; JPEGs of the stored size are kept as they are
     cache_dir: Place | None = None  # where the file of a set larger than memory is kept; null: .cache/ssl_emp
 

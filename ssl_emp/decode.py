@@ -28,7 +28,7 @@ with suppress(Exception):  # an extra of Pillow's, where it is installed
 # no EPS, PSD, SVG: formats that run code or guess. AVIF and HEIC where this Pillow can
 MORE = (*(["AVIF"] if features.check("avif") else []), *(["HEIF"] if "HEIF" in Image.OPEN else []))
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *MORE)
-MAX_PIXELS = 90_000_000  # of an image, unless another limit is given; Pillow itself warns from 89 million on
+MAX_PIXELS = 50_000_000  # of an image, unless another limit is given: 200 MB in each thread that decodes
 RUN = 32  # images a thread takes at a time
 
 # how decoders turn an image that was stored in this EXIF orientation, and whether what was right, or below, is then left, or above

@@ -366,7 +366,7 @@ def test_F8_formats_outside_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "fli.png": b"\0\0\0\0\x11\xaf" + bytes(200),
         "fits.png": b"SIMPLE  =                    T" + bytes(100),
     }
-    for fmt in ("ICO", "JPEG2000", "DDS", "TGA", "PCX", "SGI", "AVIF"):
+    for fmt in ("ICO", "JPEG2000", "DDS", "TGA", "PCX", "SGI", "ICNS"):
         if fmt in Image.SAVE:
             files[f"{fmt}.png"] = encoded(photo(0, 32), fmt)
     started: list[object] = []
