@@ -1,8 +1,9 @@
 """Images from anywhere -> uint8 of one size (`load_images`) -> batches by index on the device (`place_images(...).stream`).
 
 Letters: N images, S pixels a side, B images in a batch. Every image becomes RGB uint8: EXIF rotation applied, colour profiles
-ignored, 16-bit grey scaled to 8 bit, transparency laid over white, the first frame of animations. What cannot be decoded in full
-is left out and listed with its reason, never replaced by a neighbour, so that a score always belongs to the image it was earned on.
+ignored, 16 bits scaled to 8, transparency laid over white, the first frame of animations. What cannot be decoded in full, in time and
+rightly is left out and listed with its reason, never replaced by a neighbour, so that a score always belongs to the image it was
+earned on.
 """
 
 import difflib

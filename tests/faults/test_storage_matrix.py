@@ -16,11 +16,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import rig
+import torch
+from PIL import Image
 
 from ssl_emp.checkpoint import load_checkpoint
 from ssl_emp.errors import UserError
+from ssl_emp.images import fingerprint, load_images
 from ssl_emp.lock import sole_writer
 
 Record = Callable[[str, Any], None]
@@ -358,3 +362,21 @@ def test_C8_a_hundred_thousand_files(tmp_path: Path, record_property: Record) ->
     rig.assert_same(out, record)
     assert len(os.listdir(out / "checkpoints")) == 100_000 + 4, "they are somebody's"
     record_property("seconds", round(result.seconds, 1))
+
+
+@pytest.mark.parametrize("store", ["raw", "encoded"])
+def test_C9_a_cache_that_is_only_readable(store: str, small_disk: Path, tmp_path: Path) -> None:
+    """C9 | the file of pixels lies on a file system that has become read-only; then it is missing there | read, nothing opened for writing, same pixels and fingerprint; where it is missing, one line that names cache_dir"""
+    (tmp_path / "in").mkdir()
+    for number in range(20):
+        pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "in" / f"{number:02d}.png")
+    (tmp_path / "in/bad.png").write_bytes(b"")
+    options: dict[str, Any] = {"store": store, "cache_dir": str(small_disk / "cache")}
+    first = load_images(str(tmp_path / "in"), **options)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    again = load_images(str(tmp_path / "in"), **options)
+    assert torch.equal(again.pixels[:], first.pixels[:]) and again.names == first.names and fingerprint(again) == fingerprint(first)
+    assert again.skipped == first.skipped == [("bad.png", "empty file")]
+    with pytest.raises(UserError, match="Read-only file system.*cache_dir"):
+        load_images(str(tmp_path / "in"), image_size=15, **options)
