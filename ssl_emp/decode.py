@@ -54,6 +54,7 @@ MOST_STRIPS = 1 << 18  # of a TIFF
 MOST_NUMBERS = 1 << 24  # of a PNM written as text, which Pillow reads number by number
 
 PLANAR, SIGNED = 2, 2  # in a TIFF's tags PlanarConfiguration and SampleFormat
+TIFF_JPEG = (6, 7)  # in Compression
 WHITE_IS_ZERO, YCBCR = 0, 6  # in PhotometricInterpretation
 END_OF_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # a marker of a JPEG that has a length, or is the last
 
@@ -266,8 +267,7 @@ def _decode_with_pillow(record: Tensor) -> np.ndarray:
 
 def fit(image: Image.Image, size: int, max_pixels: int, when_dim: Callable[[], None] | None = None) -> np.ndarray:
     """(size, size, 3) uint8: the short side scaled to size, then the centre cut out. Arguments as for `decode`."""
-    if image.format in ("JPEG", "MPO"):
-        _check_scans(image, max_pixels)
+    _check_scans(image, max_pixels)
     # large JPEGs decode at 1/2, 1/4 or 1/8: several times faster; nothing happens to the rest. The reduced image is rounded up to
     # whole pixels, so its last column and row stand for less than the others: the box says where the image really ends
     drafted = image.draft(None, (2 * size, 2 * size))
@@ -308,22 +308,29 @@ def _decode_whole(image: Image.Image) -> tuple[Image.Image, bool]:
 
 
 def _check_scans(image: Image.Image, max_pixels: int) -> None:
-    """Raises ValueError where a JPEG has so many scans that decoding them all would take far longer than its pixels do."""
+    """Raises ValueError where a JPEG, or a TIFF of JPEGs, has so many scans that they take far longer to decode than its pixels do."""
+    pieces = 1
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        if image.tag_v2.get(TiffImagePlugin.COMPRESSION) not in TIFF_JPEG:
+            return
+        pieces = max(len(image.tag_v2.get(number, ())) for number in (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS))
+    elif image.format not in ("JPEG", "MPO"):
+        return
     stream = getattr(image, "fp", None)
     if stream is None:  # decoded already
         return
-    most = min(MOST_SCANS, SCANS_AT_MOST_PIXELS * max(1, max_pixels // (image.width * image.height)))
+    most = pieces * min(MOST_SCANS, SCANS_AT_MOST_PIXELS * max(1, max_pixels // (image.width * image.height)))
     here = stream.tell()
     stream.seek(0)
     found, end = 0, b""
     while found <= most and (block := stream.read(1 << 20)):
         found += (end + block).count(b"\xff\xda")
         end = block[-1:]
-    if found > most:  # thumbnails, comments and further images count there too: look closely
+    if found > most and image.format != "TIFF":  # thumbnails, comments and further images count there too: look closely
         stream.seek(0)
-        scans = count_scans(stream.read())
-        if scans > most:
-            raise ValueError(f"a JPEG of {scans:,} scans, at most {most} are decoded at its size")
+        found = count_scans(stream.read())
+    if found > most:
+        raise ValueError(f"a JPEG of {found:,} scans, at most {most:,} are decoded at its size")
     stream.seek(here)
 
 

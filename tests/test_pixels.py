@@ -534,6 +534,25 @@ def test_sequential_jpegs_of_many_scans_are_bounded_too() -> None:
         decode(head + (b"\xff\xda" + scan[:-2]) * 1001 + b"\xff\xd9", 8, 10**9)
 
 
+def test_jpegs_within_a_tiff_are_bounded_too() -> None:
+    grey = photo(40, 40)[..., 0]
+    jpeg = encoded(Image.fromarray(grey), "JPEG", progressive=True, quality=95)
+    form = {256: ("I", [40]), 257: ("I", [40]), 259: ("H", [7])}
+    for strips, more, is_right in ((1, 0, True), (2, 0, True), (1, 150, False), (2, 100, False)):
+        part = with_scans(
+            encoded(Image.fromarray(grey[: 40 // strips]), "JPEG", progressive=True, quality=95) if strips > 1 else jpeg, more
+        )
+        content = np.frombuffer(part, np.uint8)
+        rows = {278: ("I", [40 // strips]), 279: ("I", [len(part)] * strips)}
+        made = tiff(np.stack([content] * strips), 1, rows=1, tags=form | rows)
+        if is_right:
+            seen = decode(made, 40, 10**6)[0].astype(int)
+            assert np.abs(seen[: 40 // strips] - grey[: 40 // strips]).mean() < 4
+        else:
+            with pytest.raises(ValueError, match="scans"):
+                decode(made, 40, 10**6)
+
+
 class Counted(decoder._Meter):
     """How often a file was read, and how many bytes, by those that were opened last."""
 
