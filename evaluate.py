@@ -129,6 +129,7 @@ class Splits:
         data = self.data
         said = [f"{data.source} {self.train.pixels.shape[-1]}px"]
         said += [f"test {data.test_source}"] if data.test_source else []
+        said += [f"judged on {self.test.stand_in}"] if self.test is not None and self.test.stand_in else []
         said += [f"subset {data.subset_seed} of {data.max_images} images"] if data.max_images is not None else []
         said += [f"{100 * (data.holdout or 0):g}% of every class held out by seed {data.subset_seed}"] if self.held_out else []
         said += [f"JPEG quality {data.jpeg_quality}"] if self.train.store == "encoded" else []

@@ -286,7 +286,7 @@ def folder_source(listing: Listing, split: str, labels: str) -> Source:
     kinds = [kind for kind in (("train",) if split == "train" else ("test", "val")) if kind in present]
     if not kinds:
         raise _no_split(listing.root, split, layout)
-    notes = []
+    notes, stand_in = [], ""
     chosen = train = _label(folders, layout, "train", labels, None)
     if split == "train" and layout.rest_is_train:
         held = some_of([folder for its_folders in layout.folders.values() for folder in its_folders])
@@ -296,8 +296,8 @@ def folder_source(listing: Listing, split: str, labels: str) -> Source:
         if chosen.labels is None and labels != "none" and len(kinds) > 1:
             val = _label(folders, layout, "val", labels, train.class_names)
             if val.labels is not None:
-                notes.append(f"{layout.folders['test'][0]} has no labels, so {layout.folders['val'][0]} is the test split")
-                chosen = val
+                chosen, stand_in = val, layout.folders["val"][0]
+                notes.append(f"{layout.folders['test'][0]} has no labels, so {stand_in} is the test split")
 
     outside = [row for row, folder in enumerate(folders) if not layout.split[folder]]
     for why, rows in (("outside of the splits", outside), ("beside the class folders", chosen.loose)):
@@ -320,6 +320,7 @@ def folder_source(listing: Listing, split: str, labels: str) -> Source:
         chosen.labels_from,
         listing.unused.listed(),
         notes,
+        stand_in,
     )
 
 

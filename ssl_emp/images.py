@@ -44,7 +44,7 @@ from ssl_emp.stores import (
     read_only,
     store_key,
 )
-from ssl_emp.tables import Tables, image_rows, table_source
+from ssl_emp.tables import Tables, hold_images, table_source
 from ssl_emp.text import decodable
 
 __all__ = [
@@ -84,6 +84,7 @@ class ImageSet:
     labels_from: where the labels come from, such as `the first folder level`; without labels, why there are none.
     unused: (reason, how many, name of the first) of files of the source that are no images of this split.
     notes: lines for people, on what was chosen for them: a split held back, or one in the place of another.
+    stand_in: what the val split is called where it is in the place of a test split without labels; else empty.
     """
 
     pixels: Tensor | EncodedPixels
@@ -97,6 +98,7 @@ class ImageSet:
     labels_from: str = ""
     unused: list[tuple[str, int, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    stand_in: str = ""
 
     @cached_property
     def content(self) -> dict[str, str]:
@@ -336,6 +338,7 @@ def load_source(
         labels_from="labels are off" if labels == "none" else found.labels_from,
         unused=found.unused,
         notes=found.notes,
+        stand_in=found.stand_in,
     )
 
 
@@ -458,7 +461,7 @@ def _open_folder(path: str, source: str, kind: str, splits_apart: bool = True) -
     if kind == "parquet" and not listing.tables:
         raise UserError(f"no parquet files in {source}", "give the folder that holds the .parquet files")
     tables = Tables(path, [name for name, _ in listing.tables], source)
-    if not listing.tables or kind == "folder" or (kind == "auto" and listing.files and image_rows(tables) < len(listing.files)):
+    if not listing.tables or kind == "folder" or (kind == "auto" and listing.files and not hold_images(tables, len(listing.files))):
         return listing, None
     if listing.files:
         listing.unused.add("images beside the tables", listing.files[0][0], len(listing.files))

@@ -39,7 +39,7 @@ class Unused:
 class Source:
     """Images not decoded yet. `read(positions)` yields them in order; `version` changes when any of them changes.
 
-    Without labels `labels_from` says why, as `ImageSet` has it; `unused` and `notes` are as there.
+    The fields from `labels_from` on are those of `ImageSet`.
     """
 
     names: list[str]
@@ -51,6 +51,7 @@ class Source:
     labels_from: str = ""
     unused: list[tuple[str, int, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    stand_in: str = ""
 
 
 def counted(count: int, why: str) -> str:

@@ -15,6 +15,7 @@ WORDS = {
     **dict.fromkeys(("valid", "validation", "val", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+NEUTRAL = {"set", "split", "data", "dataset", "image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "files"}
 _BETWEEN = re.compile(r"[\W\d_]+")
 _SHARD = re.compile(r"(?P<stem>.*?)[-_.]?(?P<number>\d+)-of-(?P<count>\d+)(?!\d)", re.DOTALL)
 
@@ -26,8 +27,8 @@ def split_named(name: str) -> str | None:
 
 
 def split_called(name: str) -> str | None:
-    """The same where `name` is nothing but such a word, digits and delimiters aside: `train`, `Val2017`, but not `train_images`."""
-    words = _words(name)
+    """The same where `name` says nothing else: `train`, `Val2017`, `train_images`, but not `training_shoe`."""
+    words = [word for word in _words(name) if word not in NEUTRAL]
     return WORDS.get(words[0]) if len(words) == 1 else None
 
 
@@ -42,17 +43,22 @@ def splits_of_folders(names: Iterable[str], *, more: bool) -> dict[str, str] | N
         names: of the folders.
         more: whether there are images beside the folders.
 
-    A folder that is called exactly so counts wherever another side is there too: a train folder beside a test folder; a test folder
-    beside anything, which then is the train split. A train folder beside others is one of them: `bus`, `car`, `train`. Words within
-    longer names count only where every folder has one, and both sides are there: `train_images` and `test_images`.
+    Both sides must be there, in names that are the same but for the word (`train` and `val`, `flowers-train` and `flowers-test`), or
+    in the names of all folders. Otherwise only a folder that is called a test split is one, and what lies beside it is the train
+    split; a train folder beside others is one of them: `bus`, `car`, `train`.
     """
     folders = list(names)
-    called = {name: kind for name in folders if (kind := split_called(name))}
     named = {name: kind for name in folders if (kind := split_named(name))}
     if len(named) == len(folders) and _both_sides(named.values()):
         return named
-    if "train" not in called.values() or _both_sides(called.values()):
-        return called or None
+    called = {name: kind for name in folders if (kind := split_called(name))}
+    alike: dict[tuple[str, ...], dict[str, str]] = {}
+    for name, kind in named.items():
+        rest = () if name in called else tuple("" if word in WORDS else word for word in _words(name))
+        alike.setdefault(rest, {})[name] = kind
+    paired = {name: kind for same in alike.values() if _both_sides(same.values()) for name, kind in same.items()}
+    if paired or "train" not in called.values():
+        return paired or called or None
     return called if len(called) == len(folders) and not more else None
 
 

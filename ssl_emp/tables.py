@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,13 +62,15 @@ class Tables:
         return os.path.join(self.base, path)
 
 
-def image_rows(tables: Tables) -> int:
-    """Rows of those files that have a column for images; 0 where none can be read."""
+def hold_images(tables: Tables, at_least: int) -> bool:
+    """Whether those of the files that have a column for images have so many rows; files that cannot be read have none."""
     rows = 0
     for path in tables.paths:
         with suppress(Exception), _opened(tables.at(path)) as table:  # whatever is wrong with it, there are no images to be had
             rows += table.metadata.num_rows if any(_holds_bytes(column.type) for column in table.schema_arrow) else 0
-    return rows
+        if rows >= at_least:
+            return True
+    return False
 
 
 def find_splits(tables: Tables) -> tuple[dict[str, list[str]], str]:
@@ -129,17 +131,17 @@ def table_source(
     if not kinds:
         raise _no_split(tables, split, parts)
     chosen = _read_split(tables, parts, kinds[0], labels, image_column, label_column)
-    notes = [note] if note and split == "train" else []
+    notes, stand_in = ([note] if note and split == "train" else []), ""
     if split == "test" and labels != "none" and len(kinds) > 1 and chosen.labels is None and not chosen.unusable:
         val = _read_split(tables, parts, "val", labels, image_column, label_column)
         if val.labels is not None:
-            notes.append(f"{parts['test'][0]} has no labels, so {some_of(parts['val'], 1)} is the test split")
-            chosen = val
+            chosen, stand_in = val, some_of(parts["val"], 1)
+            notes.append(f"{parts['test'][0]} has no labels, so {stand_in} is the test split")
     for path in chosen.without_images:
         unused.add("tables without a column of images", path)
     if parts.get("") and "train" in parts:
         unused.add("outside of the splits", parts[""][0], len(parts[""]))
-    return chosen.source(tables, unused, notes, skipped)
+    return replace(chosen.source(tables, unused, notes, skipped), stand_in=stand_in)
 
 
 @dataclass(frozen=True)

@@ -94,10 +94,12 @@ def test_words_of_splits_stand_between_delimiters(name: str, split: str | None) 
 
 
 def test_a_folder_called_so_and_a_folder_whose_name_holds_the_word() -> None:
-    assert [split_called(name) for name in ("Train", "train2017", "_val_", "train_images", "training_shoe")] == ["train"] * 2 + ["val"] + [
-        None
-    ] * 2
-    assert splits_of_folders(["train_images", "test_images"], more=False) == {"train_images": "train", "test_images": "test"}
+    called = [split_called(name) for name in ("Train", "train2017", "_val_", "train_images", "test_set", "training_shoe", "set")]
+    assert called == ["train", "train", "val", "train", "test", None, None]
+    assert splits_of_folders(["train_a", "test_b"], more=False) == {"train_a": "train", "test_b": "test"}
+    assert splits_of_folders(["cat", "dog", "test_set"], more=True) == {"test_set": "test"}
+    flowers = {"flowers-train": "train", "flowers-val": "val"}
+    assert splits_of_folders([*flowers, "cup", "test_tube"], more=True) == flowers
     for names in (["training_shoe", "test_tube", "cup"], ["train", "bus", "car"], ["training_shoe"], ["cat", "dog"], ["a test", "b"]):
         assert splits_of_folders(names, more=False) is None, names
     assert splits_of_folders(["train"], more=False) == {"train": "train"} and splits_of_folders(["train"], more=True) is None
@@ -674,7 +676,7 @@ def test_a_val_split_takes_the_place_of_a_test_split_without_labels(tmp_path: Pa
         table(tmp_path / f"{name}/test-0.parquet", labels, image=pa.array(STRIPES[:2]))
     for name in ("im", "deep", "hub", "none"):
         got = load(tmp_path / name, "test")
-        assert counts(got) == [2, 2] and "has no labels, so" in got.notes[0], name
+        assert counts(got) == [2, 2] and "has no labels, so" in got.notes[0] and "val" in got.stand_in.lower(), name
         assert len(load(tmp_path / name, "test", labels="none").names) == 2, "without labels, test is test"
     put(tmp_path / "im", *classes("test", *TWO, count=4))
     (tmp_path / "im/test/0.png").unlink()
@@ -768,3 +770,17 @@ def test_hints_fit_the_file(tmp_path: Path, name: str, hint: str) -> None:
 def test_parquet_is_known_by_content_too(tmp_path: Path) -> None:
     table(tmp_path / "x.parquet").rename(tmp_path / "blob")
     assert len(load(tmp_path / "blob").names) == 4
+
+
+def test_a_supervised_run_compares_its_test_split_before_it_begins(
+    tmp_path: Path, tiny_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config", str(tiny_config), "objective=supervised", "prune.policy=none", f"out={tmp_path / 'run'}", "--dry-run"]
+    put(tmp_path / "in", *classes("train", *TWO, count=8), *classes("val", *TWO, "emu", count=2), "test/0.png")
+    assert pretrain.main([*words, f"data.source={tmp_path / 'in'}"]) == 0
+    said = capsys.readouterr().out
+    assert "test      test/ has no labels, so val/ is the test split" in said
+    assert "test      1 test class has no train images (emu): 2 of 6 test images count as wrong" in said
+    numbers = table(tmp_path / "numbers.parquet")
+    assert pretrain.main([*words, f"data.source={tmp_path / 'in'}", f"data.test_source={numbers}"]) == 2
+    assert "names its classes (cat, dog), the test split only numbers them" in capsys.readouterr().err
