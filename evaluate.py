@@ -61,7 +61,7 @@ from ssl_emp.augment import Recipe, cut_views, draw_params
 from ssl_emp.classifier import check_keepable, save_classifier
 from ssl_emp.config import DataConfig, parse_yaml
 from ssl_emp.device import describe_device, keep_freed_memory, pick_device
-from ssl_emp.errors import Parser, UserError, printable
+from ssl_emp.errors import Parser, UserError, path_argument
 from ssl_emp.eval_config import EvalConfig, check, parse_overrides
 from ssl_emp.holdout import hold_out
 from ssl_emp.images import EncodedPixels, ImageSet, NoSplit, listed, load_images, load_source, load_test_images
@@ -72,13 +72,14 @@ from ssl_emp.predict import predict
 from ssl_emp.report import show_progress
 from ssl_emp.rows import COLUMNS, Row
 from ssl_emp.rows import write_rows as write_rows  # for scripts that add rows of their own
-from ssl_emp.safe_files import write_atomically
+from ssl_emp.safe_files import check_inner, check_regular, read_text, write_atomically
 from ssl_emp.streams import prepare_streams
 from ssl_emp.subjects import Subject, find_subjects, is_run, read_run_data
-from ssl_emp.text import quoted
+from ssl_emp.text import home, quoted
 
 USAGE = "python evaluate.py ENCODER [ENCODER ...] knn|linear|fewshot|finetune|diagnose|embed|transfer [...] [key=value ...], see --help"
 Made = TypeVar("Made")
+LONGEST_NAME = 16_384  # bytes; paths have up to 4,096, and a letter may be written as four
 
 
 # ---- what the user asked for -----------------------------------------------------------------------------------------
@@ -88,16 +89,23 @@ def parse_arguments(argv: list[str] | None) -> tuple[list[str], list[str], dict[
     """(encoders, evaluators, overrides as nested dicts, --out), each name once and in the order given."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=USAGE)
     parser.add_argument("words", nargs="*", metavar="ENCODER | EVALUATOR | key=value")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write knn.json and linear.json here instead")
+    parser.add_argument("--out", type=path_argument, metavar="DIR", help="write knn.json and linear.json here instead")
     arguments = parser.parse_intermixed_args(argv)
     words = list(dict.fromkeys(arguments.words))
     evaluators = [word for word in words if word in ALL_EVALUATORS]
     overrides = [word for word in words if "=" in word and not os.path.exists(word)]
-    encoders = [word for word in words if word not in evaluators and word not in overrides]
+    encoders = [at_home(word) for word in words if word not in evaluators and word not in overrides]
     for wanted, kind in ((encoders, "encoder"), (evaluators, "evaluator")):
         if not wanted:
             raise UserError(f"no {kind} named", USAGE)
-    return encoders, evaluators, parse_overrides(overrides), arguments.out
+    return encoders, evaluators, parse_overrides(overrides), None if arguments.out is None else Path(arguments.out)
+
+
+def at_home(word: str) -> str:
+    try:
+        return home(word)
+    except ValueError as error:
+        raise UserError(str(error), "name an encoder") from error
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -194,7 +202,7 @@ def load_splits(data: DataConfig, image_size: int | None) -> Splits:
         no_test = error
     held_out = False
     if data.holdout is not None and test is not None:
-        note(printable(f"data.holdout is not used: {data.test_source or data.source} has a test split"))
+        note(f"data.holdout is not used: {data.test_source or data.source} has a test split")
     elif data.holdout is not None and train.labels is not None and isinstance(no_test, NoSplit):
         if train.store == "raw":  # parts of a mapped tensor would be copied into memory, parts of encoded images are not
             train = load_train("encoded")
@@ -203,7 +211,7 @@ def load_splits(data: DataConfig, image_size: int | None) -> Splits:
         if len(test.names):
             no_test = None
             what = f"{len(test.names):,} of {len(train.names) + len(test.names):,} images of {data.source} are held out as test"
-            note(printable(f"{what}; an encoder that was trained on this data has seen them, without their labels"))
+            note(f"{what}; an encoder that was trained on this data has seen them, without their labels")
         else:
             test = None
             what = f"data.holdout={data.holdout:g} leaves no image of {data.source} to test on, since two of every class stay in train"
@@ -217,9 +225,9 @@ def load_splits(data: DataConfig, image_size: int | None) -> Splits:
         if images is None:
             continue
         if images.skipped:
-            note(printable(f"{len(images.skipped)} unreadable images left out of the {split} split of {source}"))
+            note(f"{len(images.skipped)} unreadable images left out of the {split} split of {source}")
         for line in (*images.notes, *([images.dim_line] if images.dim else [])):
-            note(printable(f"the {split} split of {source}: {line}"))
+            note(f"the {split} split of {source}: {line}")
         if images.labels is None and no_labels is None:
             sort = "sort the images into a folder for each class, add a column `label`, or name labelled ones with data.source=LABELLED"
             no_labels = UserError(
@@ -231,7 +239,7 @@ def load_splits(data: DataConfig, image_size: int | None) -> Splits:
             try:
                 test, lacking = match_labels(train, test)
                 if lacking:
-                    note(printable(f"warning: {lacking}"))
+                    note(f"warning: {lacking}")
             except UserError as error:
                 no_labels = error
         warn_of_overlap({"train": train}, test)
@@ -485,7 +493,7 @@ def run_diagnose(judged: Judged) -> list[Result]:
     settings, seed = judged.config.diagnose, judged.config.seed
     split = settings.split if settings.split in judged.images else "train"
     if split != settings.split:
-        note(printable(f"{judged.subject.data.source} has no test split: diagnose looks at the train split"))
+        note(f"{judged.subject.data.source} has no test split: diagnose looks at the train split")
     images, x = judged.images[split], judged.rows[split]
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: min(2048, settings.max_samples)].sort().values
     views = []
@@ -494,7 +502,7 @@ def run_diagnose(judged: Judged) -> list[Result]:
         views.append(torch.cat([judged.encoder(part).float().cpu() for part in parts]))
     found = diagnose(x, views=(views[0], views[1]), max_samples=settings.max_samples, seed=seed)
     for line in verdict(found):
-        note(printable(f"{judged.subject.name}: {line}"))
+        note(f"{judged.subject.name}: {line}")
     what = f"{found.num_samples} {split} features of {found.dim} dimensions"
     figures = {"std of normalised features": found.feature_std, "effective rank": found.effective_rank, "uniformity": found.uniformity}
     figures |= {} if found.alignment is None else {"alignment of two crops": found.alignment}
@@ -524,7 +532,7 @@ def draw_diagnosis(judged: Judged, split: str) -> None:
         write_embeddings(folder / "embeddings.parquet", x, coords, **about)
     there = [name for name in ("neighbors.png", "map.png", "embeddings.parquet") if (folder / name).is_file()]
     if there:
-        note(printable(f"{judged.subject.name}: {', '.join(there)} in {folder}"))
+        note(f"{judged.subject.name}: {', '.join(there)} in {folder}")
 
 
 @contextmanager
@@ -534,7 +542,7 @@ def beside(path: Path, part: str = "") -> Iterator[None]:
         yield
     except Exception as error:  # whatever a library of pictures, a font, a full disk or a missing package comes up with
         reason = " ".join(str(error).split()) or type(error).__name__
-        note(printable(f"warning: {path} is made without {part}: {reason}" if part else f"warning: {path} is not made: {reason}"))
+        note(f"warning: {path} is made without {part}: {reason}" if part else f"warning: {path} is not made: {reason}")
 
 
 def run_embed(judged: Judged) -> list[Result]:
@@ -553,7 +561,7 @@ def run_embed(judged: Judged) -> list[Result]:
         labels=torch.cat(labels) if labelled else None,
         class_names=judged.train.class_names if labelled else None,
     )
-    note(printable(f"{judged.subject.name}: {path}"))
+    note(f"{judged.subject.name}: {path}")
     counts = " and ".join(f"{len(images.names)} {split} images" for split, images in sets.items())
     total = sum(len(images.names) for images in sets.values())
     return [Result(f"embeddings.parquet of {counts}, {judged.feature_dim} features each", total, "images", n_test=total)]
@@ -566,18 +574,16 @@ def training_columns(subject: Subject, images: ImageSet, split: str) -> tuple[di
     ({}, None) where the encoder is no run, or one that kept no table.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     run = Path(subject.name)
     path = run / "pruning" / "samples.parquet"
     if not is_run(run) or not path.is_file():
         return {}, None
     try:
-        table = pq.read_table(path, columns=["name", "score", "times_trained"])
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise UserError(
-            f"{path} cannot be read ({type(error).__name__})", f"move it away, or: python pretrain.py --resume {run}"
-        ) from error
+        table = read_samples(path)
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        what = f"{path} cannot be read ({(str(error).splitlines() or [''])[0][:200] or type(error).__name__})"
+        raise UserError(what, f"move it away, or: python pretrain.py --resume {quoted(run)}") from error
     trained_on = read_run_data(run, {}).source
     source = subject.data.source if split == "train" else subject.data.test_source or subject.data.source
     same = source == trained_on or os.path.realpath(source) == os.path.realpath(trained_on)
@@ -590,6 +596,39 @@ def training_columns(subject: Subject, images: ImageSet, split: str) -> tuple[di
         columns[name] = torch.zeros(len(rows), dtype=dtype)
         columns[name][known] = values[rows[known]]
     return columns, known
+
+
+def read_samples(path: Path) -> Any:
+    """A run's table of samples as a pyarrow.Table of name (text), score and times_trained (numbers).
+
+    What it says of itself is compared with the size of the file before it is read: a few bytes may stand for any number of rows.
+
+    Raises:
+        UserError: no regular file.
+        ValueError, pyarrow.ArrowException, OSError: not such a table.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    size = check_regular(path)
+    file = pq.ParquetFile(path, read_dictionary=["name"], thrift_string_size_limit=1 << 26, thrift_container_size_limit=1 << 20)
+    schema, rows = file.schema_arrow, file.metadata.num_rows
+    kinds = {"name": lambda kind: kind.equals(pa.dictionary(pa.int32(), pa.string())) or pa.types.is_string(kind)}
+    kinds |= {"score": pa.types.is_floating, "times_trained": pa.types.is_integer}
+    for name, fits in kinds.items():
+        if schema.names.count(name) != 1 or not fits(schema.field(name).type):
+            raise ValueError(f"it has no column {name} of the type that a run writes")
+    if rows > size:  # every name is another one, and takes a byte at the least
+        raise ValueError(f"{rows:,} rows in {size:,} bytes")
+    table = file.read(columns=list(kinds))
+    names = table["name"].combine_chunks() if len(table) else table["name"]
+    spelled = names.dictionary if pa.types.is_dictionary(names.type) and len(table) else names
+    if len(table) != rows or any(table[name].null_count for name in ("name", "times_trained")):
+        raise ValueError("it does not hold the rows that it lists")
+    if rows and pc.max(pc.binary_length(spelled)).as_py() > LONGEST_NAME:
+        raise ValueError(f"a name has more than {LONGEST_NAME} bytes")
+    return table
 
 
 EVALUATORS: dict[str, Callable[[Judged], list[Result]]] = {
@@ -628,7 +667,7 @@ def load_target(target: Target, image_size: int | None, config: EvalConfig) -> d
         if part != "train":
             images, lacking = match_labels(splits["train"], images, part)
             for line in (*images.notes, *([lacking] if lacking else [])):
-                note(printable(f"warning: {target.name}: {line}"))
+                note(f"warning: {target.name}: {line}")
         splits[part] = images
     warn_of_overlap({part: images for part, images in splits.items() if part != "test"}, splits["test"], f"{target.name}: ")
     return splits
@@ -668,16 +707,24 @@ def judge_target(subject: Subject, target: Target, splits: dict[str, ImageSet], 
     return Outcome(probe.predicted, test.y, protocol)
 
 
+def check_places(folder: Path | None, subject: Subject) -> None:
+    """Raise UserError where a folder that an evaluation writes to is a link in somebody's run directory, and leads elsewhere."""
+    if folder is None:
+        return
+    root, names = (folder.parent, [folder.name]) if folder == subject.eval_dir else (folder, [])
+    if not (subject.eval_dir and is_run(Path(subject.name))):
+        names = [*names, safe_name(subject.name)]
+    check_inner(root, *names)
+    for inner in ("diagnose", "embed"):
+        check_inner(root, *names, inner)
+
+
 def run_transfer(subjects: list[Subject], config: EvalConfig, device: torch.device) -> Transfer:
     """Every encoder on every target of transfer.suite."""
     path = Path(config.transfer.suite)
     if not path.is_file():  # a pipe or a device would be read for ever
         raise UserError(f"transfer.suite={path} is no file", "give transfer.suite=FILE.yaml, such as configs/suites/small.yaml")
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error})", "give transfer.suite=FILE.yaml, such as configs/suites/small.yaml") from error
-    suite = parse_suite(values, str(path))
+    suite = parse_suite(parse_yaml(read_text(path), str(path)), str(path))
     by_name = {subject.name: subject for subject in subjects}
     loaded: dict[tuple[str, int | None], dict[str, ImageSet] | UserError | EvalError] = {}
 
@@ -748,6 +795,7 @@ def judge(
     row: Row = dict.fromkeys(COLUMNS) | {"encoder": subject.name, "data": subject.data.source, "metric": "", "seed": config.seed}
     with one_failure(ledger, [row | {"evaluator": evaluator} for evaluator in evaluators], config, device, shared=True):
         raise_together(subject.problem)
+        check_places(folder, subject)
         found = splits()
         encoder = agreed(lambda: build(subject, found.train.pixels.shape[-1], device))
         judged = Judged(subject, encoder, found, config, device, out)
@@ -885,9 +933,11 @@ def evaluate(argv: list[str] | None, interrupts: Interrupts) -> int:
 def write_transfer(folder: Path, transfer: Transfer) -> None:
     """transfer.json, transfer.csv and transfer.png in `folder`."""
     try:
+        if is_run(folder.parent):
+            check_inner(folder.parent, folder.name)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "transfer.json", (json.dumps(to_rows(transfer), indent=2) + "\n").encode())
-        write_atomically(folder / "transfer.csv", to_csv(transfer).encode())
+        write_atomically(folder / "transfer.json", (json.dumps(to_rows(transfer), indent=2) + "\n").encode(), shared=True)
+        write_atomically(folder / "transfer.csv", to_csv(transfer).encode(), shared=True)
     except OSError as error:
         raise UserError(f"cannot write into {folder} ({error.strerror})", "make it writable, or give --out DIR") from error
     if any(cell.measured is not None for cell in transfer.cells):

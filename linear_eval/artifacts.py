@@ -1,6 +1,8 @@
 """Files for people: written beside their place and moved there whole; matplotlib only where something is drawn."""
 
 import os
+import secrets
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +24,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         EvalError: the folder or the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # nobody can have put a link under a name that nobody knows
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -48,6 +51,15 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """As PNG, 150 dots an inch."""
-    with replacing(path) as temporary:
+    """As PNG, 150 dots an inch. All that is written in it is text: no mathematics between dollars, no TeX."""
+    from matplotlib import rc_context
+    from matplotlib.text import Text
+
+    # the setting is for texts that are made while it is drawn, such as those of the ticks
+    with replacing(path) as temporary, warnings.catch_warnings(), rc_context({"text.parse_math": False, "text.usetex": False}):
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box stands for it
+        for text in figure.findobj(Text):
+            assert isinstance(text, Text)
+            text.set_parse_math(False)
+            text.set_usetex(False)
         figure.savefig(temporary, format="png", dpi=150)

@@ -17,6 +17,7 @@ from torch import Tensor
 from linear_eval.artifacts import COLOURS, new_figure, replacing, save_figure
 from linear_eval.features import EvalError, Pixels
 from linear_eval.knn import exact_cosines
+from linear_eval.names import printable, shorten
 
 MapMethod = Literal["pca", "umap"]
 PAIR_CHUNK = 1024  # rows whose distances to all others are held at once
@@ -240,7 +241,7 @@ def draw_neighbors(
             if labels is not None:
                 label = int(labels[sample])
                 name = class_names[label] if class_names else str(label)
-                pen.text((left + frame, top + TILE + 2 * frame + 1), name[:13], fill="black", font=font)
+                pen.text((left + frame, top + TILE + 2 * frame + 1), printable(name[:13])[:13], fill="black", font=font)
     with replacing(path) as temporary:
         canvas.save(temporary, "PNG")
     return neighbors
@@ -307,13 +308,15 @@ def draw_map(
         classes = labels.unique().tolist()
         colours = colormaps["tab10" if len(classes) <= 10 else "tab20"]
         for turn, label in enumerate(classes):
-            name = class_names[label] if class_names else str(label)
             shade = colours(turn % colours.N)
             across, up = coords[labels == label].T.numpy()
-            axes.scatter(across, up, s=size, color=shade, linewidths=0, label=name, rasterized=True)
+            axes.scatter(across, up, s=size, color=shade, linewidths=0, label=str(turn), rasterized=True)
         if len(classes) <= 20:
-            axes.legend(fontsize=7, markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.set(xticks=[], yticks=[], title=title)
+            legend = axes.legend(fontsize=7, markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
+            for text, label in zip(legend.get_texts(), classes, strict=True):  # a name with _ in front would be left out as a label
+                text.set_text(shorten(class_names[label] if class_names else str(label)))
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(shorten(title, 80), parse_math=False)
     save_figure(figure, path)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from linear_eval.artifacts import COLOURS, new_figure, save_figure
 from linear_eval.features import EvalError
 from linear_eval.metrics import MULTI_LABEL, Measured, Metric, measure
+from linear_eval.names import csv_cell, markdown_cell, printable, shorten
 from linear_eval.targets import TARGETS
 
 Protocol = Literal["lbfgs", "linear", "knn"]
@@ -251,26 +252,26 @@ def to_rows(transfer: Transfer) -> list[dict[str, Any]]:
 
 
 def to_csv(transfer: Transfer) -> str:
-    """`to_rows` with a header; empty where there is no value."""
+    """`to_rows` with a header; empty where there is no value. Names are as `csv_cell` and `printable` write them."""
     rows = to_rows(transfer)
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: csv_cell(printable(value)) if isinstance(value, str) else value for name, value in row.items()} for row in rows)
     return text.getvalue()
 
 
 def to_markdown(transfer: Transfer) -> str:
     """A line for each data set, a column for each encoder: value [interval] (rank); then what is missing and why."""
     several = len(transfer.encoders) > 1
-    lines = [["data", "metric", "n_test", *transfer.encoders]]
+    lines = [["data", "metric", "n_test", *map(markdown_cell, transfer.encoders)]]
     for target in transfer.targets:
         cells = [transfer.cell(encoder, target) for encoder in transfer.encoders]
         if all(cell.measured is None for cell in cells):
             continue
         num_test = max(cell.measured.num_test for cell in cells if cell.measured is not None)
         texts = [_cell_text(cell.measured, transfer.ranks.get((cell.encoder, target.name)) if several else None) for cell in cells]
-        lines.append([target.name, f"{METRIC_NAMES[target.metric]} %", str(num_test), *texts])
+        lines.append([markdown_cell(target.name), f"{METRIC_NAMES[target.metric]} %", str(num_test), *texts])
     if transfer.complete:
         count = f"{len(transfer.complete)} of {len(transfer.targets)} data sets"
         ranks = [f" ({transfer.mean_rank[encoder]:.3g})" if several else "" for encoder in transfer.encoders]
@@ -291,7 +292,7 @@ def missing_lines(transfer: Transfer) -> list[str]:
             who.setdefault((cell.target.name, cell.reason), []).append(cell.encoder)
     everyone = len(transfer.encoders)
     return [
-        f"not judged: {name}{'' if len(encoders) == everyone else ' with ' + ', '.join(encoders)}: {reason}"
+        printable(f"not judged: {name}{'' if len(encoders) == everyone else ' with ' + ', '.join(encoders)}: {reason}")
         for (name, reason), encoders in who.items()
     ]
 
@@ -319,14 +320,17 @@ def draw_bars(transfer: Transfer, path: Path) -> None:
                 below.append(100 * max(0.0, measured.value - measured.low))  # an interval may lie beside the value
                 above.append(100 * max(0.0, measured.high - measured.value))
         hatch = "//" if turn // len(COLOURS) % 2 else None
-        style: dict[str, Any] = {"color": COLOURS[turn % len(COLOURS)], "hatch": hatch, "label": encoder}
+        style: dict[str, Any] = {"color": COLOURS[turn % len(COLOURS)], "hatch": hatch, "label": str(turn)}
         axes.bar(places, heights, width, yerr=[below, above], error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#444444"}, **style)
-    labels = [f"{target.name}\n{METRIC_NAMES[target.metric]}" for target in targets]
+    labels = [f"{shorten(target.name)}\n{METRIC_NAMES[target.metric]}" for target in targets]
     axes.set_xticks(range(len(targets)), labels, rotation=45, ha="right", fontsize=8)
-    axes.set(ylabel="%", ylim=(0, 100), title=f"{transfer.suite}, 95 % bootstrap intervals over test samples")
+    axes.set(ylabel="%", ylim=(0, 100))
+    axes.set_title(f"{shorten(transfer.suite)}, 95 % bootstrap intervals over test samples", parse_math=False)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    legend = axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    for text, encoder in zip(legend.get_texts(), encoders, strict=True):  # a name with _ in front would be left out as a label
+        text.set_text(shorten(encoder))
     save_figure(figure, path)
 
 

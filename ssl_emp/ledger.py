@@ -14,8 +14,8 @@ from ssl_emp.streams import is_shown, put
 
 
 def say(line: str) -> None:
-    """One line on standard error, if that can be written to."""
-    put("stderr", f"{line}\n")
+    """One line on standard error, if that can be written to, whatever the names in it hold."""
+    put("stderr", f"{printable(line)}\n")
 
 
 @dataclass
@@ -58,7 +58,8 @@ class Ledger:
 
     def crash(self, row: Row, error: Exception) -> None:
         """As `refuse`, for what should not happen: the traceback is what helps."""
-        self.note("".join(traceback.format_exception(error)).rstrip())
+        for line in "".join(traceback.format_exception(error)).rstrip().split("\n"):
+            self.note(line)
         self.refuse(row, RuntimeError(f"{type(error).__name__}: {error}. fix: report it with the traceback above"))
         self.code = 1
 

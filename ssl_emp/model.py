@@ -8,18 +8,21 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import ConfigDict, Field, ValidationError
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from ssl_emp.config import Section
 from ssl_emp.decode import MAX_PIXELS, decode_any, pillow_limits, reason
 from ssl_emp.errors import UserError
-from ssl_emp.safe_files import write_atomically
+from ssl_emp.safe_files import check_regular, read_json, write_atomically
 
 # block, blocks a stage
 ARCHS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
@@ -31,6 +34,23 @@ STAGES = ("layer1", "layer2", "layer3", "layer4")
 FULL_WIDTH = 64  # channels of the first stage in the published ResNets
 ROUNDING = 1e-3  # beyond [0, 1] that an encoder takes: what resizing makes of a 1 in floats, and no mistake does
 SMALL_IMAGE = 64  # up to this many pixels a side, the "auto" stem keeps the resolution (SimCLR, appendix B.9)
+
+
+FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
+LARGEST_WEIGHTS = 1 << 36  # bytes; the largest network that a config can ask for has 6 GiB
+
+
+class _Spec(Section):
+    """What an exported encoder's config.json says of its network, in the bounds of a run's config."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, frozen=True)
+
+    arch: Literal["resnet18", "resnet34", "resnet50"]
+    width: Annotated[int, Field(ge=1, le=512)]
+    stem: Literal["auto", "cifar", "imagenet"]
+    image_size: Annotated[int, Field(ge=1, le=4096)]
+    mean: Annotated[list[Annotated[float, Field(ge=-1000, le=1000)]], Field(min_length=3, max_length=3)]
+    std: Annotated[list[Annotated[float, Field(gt=0, le=1000)]], Field(min_length=3, max_length=3)]
 
 
 class WidthResNet(ResNet):
@@ -293,22 +313,31 @@ def load_encoder(path: str | os.PathLike[str], *, check_range: bool = True) -> E
             raise UserError(
                 f"no encoder in {folder}: {name} is missing", "give a run directory or an encoder directory that pretrain.py wrote"
             )
+    again = "delete it and run pretrain.py --resume RUN: a finished run exports again"
     try:
-        spec = json.loads((folder / "config.json").read_text())["ssl_emp"]
-        encoder = build_encoder(spec["arch"], int(spec["width"]), spec["stem"], int(spec["image_size"]), spec["mean"], spec["std"])
-        weights = load_file(folder / "model.safetensors")
+        spec = _Spec.model_validate(read_json(folder / "config.json")["ssl_emp"]).model_dump()
+        check_regular(folder / "model.safetensors", LARGEST_WEIGHTS)
+        with safe_open(folder / "model.safetensors", "pt") as file:  # it reads the header, and compares it with the file's size
+            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name in file.keys() for part in [file.get_slice(name)]}
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"{folder / 'config.json'} is damaged (ssl_emp.{'.'.join(map(str, first['loc']))}: {first['msg']})"
+        raise UserError(what, again) from error
+    except UserError:
+        raise
     except Exception as error:  # json, safetensors and key errors have no common base; each means a damaged export
-        raise UserError(
-            f"the encoder in {folder} cannot be read ({type(error).__name__}: {error})",
-            "delete it and run pretrain.py --resume RUN: a finished run exports again",
-        ) from error
-    expected = encoder.backbone.state_dict()
-    differing = sorted(set(expected) ^ set(weights)) or sorted(name for name in expected if expected[name].shape != weights[name].shape)
+        raise UserError(f"the encoder in {folder} cannot be read ({type(error).__name__}: {error})", again) from error
+    with torch.device("meta"):  # names and shapes only: nothing is allocated for a network that the file does not hold
+        expected = build_encoder(**spec).backbone.state_dict()
+    fits = {name: (tuple(x.shape), x.is_floating_point()) for name, x in expected.items()}
+    differing = sorted(set(fits) ^ set(found))
+    differing = differing or sorted(name for name, (shape, kind) in found.items() if fits[name] != (shape, kind in FLOATS))
     if differing:
         raise UserError(
             f"the weights in {folder} do not fit {spec['arch']} of width {spec['width']}, first at {differing[0]}",
             "give the config.json that was written with these weights",
         )
-    encoder.backbone.load_state_dict(weights)
+    encoder = build_encoder(**spec)
+    encoder.backbone.load_state_dict(load_file(folder / "model.safetensors"))
     encoder.checks_range = check_range
     return encoder.eval().requires_grad_(False)

@@ -118,6 +118,16 @@ def _check_own(path: Path, info: os.stat_result, replaced: bool = False) -> None
         raise UserError(f"{path} {what}, and would be written to", f"look at it, and remove it: rm {quoted(path)}")
 
 
+def check_inner(root: Path, *names: str) -> Path:
+    """root/name/..., whether it is there or not. `root` may be a link. Raises UserError where a folder below it is one."""
+    folder = root
+    for name in names:
+        folder = folder / name
+        if folder.is_symlink():
+            raise UserError(f"{folder} is a link to another place, and would be written to", f"remove it: rm {quoted(folder)}")
+    return folder
+
+
 def inner_folder(root: Path, *names: str) -> Path:
     """root/name/..., each folder below `root` made where it is missing. `root` may be a link, those below may not.
 
@@ -127,9 +137,7 @@ def inner_folder(root: Path, *names: str) -> Path:
     """
     folder = root
     for name in names:
-        folder = folder / name
-        if folder.is_symlink():
-            raise UserError(f"{folder} is a link to another place, and would be written to", f"remove it: rm {quoted(folder)}")
+        folder = check_inner(folder, name)
         folder.mkdir(exist_ok=True)
     return folder
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ssl_emp.decode import Encoded, cores, decode, decode_jpeg, map_runs, reason, to_jpeg
 from ssl_emp.errors import UserError
+from ssl_emp.text import quoted
 
 PREFETCH_BATCHES = 3  # host batches held ahead of the one in use
 SAVE_BYTES = 1 << 24  # of JPEGs between two points that a killed build can go on from
@@ -115,7 +116,7 @@ def _decoders() -> ThreadPoolExecutor:
 
 
 def _damaged(path: Path, why: str) -> UserError:
-    return UserError(f"{path} is damaged ({why})", f"delete it (rm '{path}'), and it is built again")
+    return UserError(f"{path} is damaged ({why})", f"delete it (rm {quoted(path)}), and it is built again")
 
 
 def available_memory() -> int:

@@ -18,6 +18,8 @@ from ssl_emp.config import AugmentConfig, DataConfig, parse_yaml
 from ssl_emp.errors import UserError
 from ssl_emp.eval_config import EvalConfig, check
 from ssl_emp.model import Encoder, build_encoder, load_encoder
+from ssl_emp.safe_files import read_text
+from ssl_emp.text import quoted
 
 Made = TypeVar("Made")
 
@@ -106,7 +108,7 @@ def find_subjects(names: list[str], config: EvalConfig, given: dict[str, Any], e
             size = own_size if is_fixed else given_size or own_size
             return Subject(name, f"torchvision weights {weights}", host_data, size, fixed(network), eval_dir)
         if (Path(name) / "config.yaml").is_file():
-            raise UserError(f"the run {name} has no encoder yet", f"finish it: python pretrain.py --resume {name}")
+            raise UserError(f"the run {name} has no encoder yet", f"finish it: python pretrain.py --resume {quoted(name)}")
         encoder = load_encoder(name, check_range=False)
         return Subject(name, "as exported", host_data, given_size or encoder.image_size, fixed(encoder), eval_dir)
 
@@ -139,10 +141,7 @@ def is_run(path: Path) -> bool:
 def read_run_data(run: Path, given: dict[str, Any]) -> DataConfig:
     """The data section of RUN/config.yaml under the overrides. Another source does not inherit what described the run's."""
     path = run / "config.yaml"
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error})", "give a run directory that pretrain.py wrote") from error
+    values = parse_yaml(read_text(path), str(path))
     own = values.get("data") if isinstance(values, dict) else None
     if not isinstance(own, dict):
         raise UserError(f"{path} has no data section", "give a run directory that pretrain.py wrote")

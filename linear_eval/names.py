@@ -1,0 +1,24 @@
+"""Names of others (classes, encoders, suites) as text in pictures and tables: nothing of them is acted upon."""
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for one
+
+
+def printable(text: str) -> str:
+    """One line; what cannot be printed is escaped. As `ssl_emp.text.printable`: this package stands alone."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
+def shorten(text: str, limit: int = 40) -> str:
+    """`printable` and at most `limit` characters: a picture grows with the longest name in it."""
+    line = printable(text[: limit + 1])
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def markdown_cell(text: str) -> str:
+    """In a table of Markdown: one line, without an end of the cell."""
+    return printable(text).replace("|", "\\|")
+
+
+def csv_cell(text: str) -> str:
+    """In a table that a spreadsheet may open: with an apostrophe before what it would take for a formula, and run."""
+    return f"'{text}" if text.startswith(FORMULA) else text
