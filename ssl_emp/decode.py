@@ -44,6 +44,7 @@ TURNS = {
 }
 
 # Bounds of work. What they leave out was made to keep a decoder busy: files of cameras and editors are far below them.
+UNMETERED = 1 << 15  # bytes of a file that cannot make much work, whatever it holds
 FREE_READS = 20_000  # reads of any file, of a microsecond of Pillow's Python each; and one more for every READ_BYTES
 READ_BYTES = 256
 TIMES_READ = 8  # so often the bytes of a file may be read, all in all
@@ -149,17 +150,15 @@ def opened(encoded: Encoded, max_pixels: int) -> Iterator[Image.Image]:
     if isinstance(encoded, np.ndarray):
         yield Image.fromarray(encoded)
         return
-    with _MeteredFile(open(encoded, "rb", buffering=0)) if isinstance(encoded, str) else _MeteredBytes(encoded) as stream:
-        size = stream.seek(0, os.SEEK_END)
-        if not size:
-            raise ValueError("empty file")
-        stream.seek(0)
+    with _stream(encoded) as stream:
         magic = stream.read(4)
         is_tiff = magic in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
         if is_tiff:
             _check_strips(stream)
+        size = stream.seek(0, os.SEEK_END)
         stream.seek(0)
-        stream.meter = meter = _Meter(size, is_jpeg=magic.startswith(b"\xff\xd8"))
+        if isinstance(stream, _MeteredFile | _MeteredBytes):
+            stream.meter = _Meter(size, is_jpeg=magic.startswith(b"\xff\xd8"))
         try:
             image = Image.open(stream, formats=FORMATS)
         except UnidentifiedImageError:
@@ -167,13 +166,30 @@ def opened(encoded: Encoded, max_pixels: int) -> Iterator[Image.Image]:
                 raise ValueError("a TIFF damaged, or with pixels of a kind that Pillow does not read") from None
             raise
         with image:
-            meter.start_pixels(len(image.tile))
+            if isinstance(stream, _MeteredFile | _MeteredBytes) and stream.meter:
+                stream.meter.start_pixels(len(image.tile))
             if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError
             yield image
 
 
-def _check_strips(stream: _MeteredFile | _MeteredBytes) -> None:
+def _stream(encoded: str | bytes) -> io.BufferedReader | io.BytesIO:
+    """Of a file or its content, to be read by Pillow; metered unless it is too small for any harm: that costs 40 microseconds."""
+    if isinstance(encoded, bytes):
+        size = len(encoded)
+        stream: io.BufferedReader | io.BytesIO = (_MeteredBytes if size > UNMETERED else io.BytesIO)(encoded)
+    else:
+        file = open(encoded, "rb", buffering=0)  # closed with the stream
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        stream = (_MeteredFile if size > UNMETERED else io.BufferedReader)(file)
+    if not size:
+        stream.close()
+        raise ValueError("empty file")
+    return stream
+
+
+def _check_strips(stream: io.BufferedReader | io.BytesIO) -> None:
     """Raises ValueError where the first page of a TIFF lies in more pieces than an image has: Pillow lists all of them."""
     stream.seek(0)
     head = stream.read(16)

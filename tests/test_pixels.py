@@ -594,6 +594,7 @@ def many_of_everything() -> dict[str, bytes]:
 
 def test_headers_chunks_and_tags_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "_Meter", Counted)
+    monkeypatch.setattr(decoder, "UNMETERED", 0)
     for name, content in many_of_everything().items():
         Counted.seen.clear()
         with pillow_limits(MAX_PIXELS):
@@ -609,6 +610,7 @@ def test_headers_chunks_and_tags_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_of_thousands_of_frames_and_pages_only_the_first_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "_Meter", Counted)
+    monkeypatch.setattr(decoder, "UNMETERED", 0)
     frames = [Image.new("L", (16, 16), value % 251) for value in range(1500)]
     gif = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     apng = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:200])
