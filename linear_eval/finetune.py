@@ -233,12 +233,28 @@ def train_and_test(
         made_of |= {"lr": lrs, "val_fraction": val_fraction, "frozen": frozen}
         made_of |= {"train labels": _hash(classes, train_target), "test labels": _hash(test_target)}
         kept = _Checkpoint(checkpoint, made_of, warn)
-    saved = None if kept is None else kept.load(len(trials))
-    scores: list[float] = saved["scores"] if saved else []  # held-out accuracy of each rate tried so far
 
-    def run(number: int, rates: list[float], rows: Tensor) -> tuple[Classifier, Tensor]:
+    def best(scores: list[float]) -> int:
+        return max(range(len(lrs)), key=scores.__getitem__) if scores else 0  # max: the first of equals, the lowest rate
+
+    def prepared(number: int, scores: list[float]) -> tuple[Classifier, torch.optim.SGD, Tensor]:
+        """What a training begins with: network, optimizer, rows."""
+        rates, rows = (trials[number], fit_rows) if number < len(trials) else ([lrs[best(scores)]], all_rows)
         backbone = encoder if frozen else copy.deepcopy(encoder).requires_grad_(True)  # a loaded encoder has it off
         model = Classifier(backbone, feature_dim, len(classes), len(rates), frozen=frozen, bf16=recipe.bf16).to(device)
+        return model, _optimizer(model, rates, len(rows), recipe), rows
+
+    def check(state: dict[str, Any]) -> None:
+        number, scores = state["number"], state["scores"]
+        if not 0 <= number <= len(trials) or len(scores) != sum(map(len, trials[:number])):
+            raise ValueError("no such trial")
+        _resume(*prepared(number, scores)[:2], state, recipe.epochs)
+
+    saved = None if kept is None else kept.load(check)
+    scores: list[float] = saved["scores"] if saved else []  # held-out accuracy of each rate tried so far
+
+    def run(number: int) -> tuple[Classifier, Tensor]:
+        model, optimizer, rows = prepared(number, scores)
         resumed = saved if saved and saved["number"] == number else None
 
         def tick(done: int) -> None:
@@ -249,22 +265,19 @@ def train_and_test(
             if kept is not None:
                 kept.save({"number": number, "scores": scores, **state})
 
-        return model, _train(model, rates, train_pixels, train_target, rows, recipe, device, resumed, save, tick)
+        return model, _train(model, optimizer, train_pixels, train_target, rows, recipe, device, resumed, save, tick)
 
-    for number, rates in enumerate(trials):
-        if saved and number < saved["number"]:
-            continue
-        model, losses = run(number, rates, fit_rows)
+    for number in range(saved["number"] if saved else 0, len(trials)):
+        model, losses = run(number)
         accuracy = _accuracy(model, train_pixels, train_target, val_rows, recipe.batch_size, device)
         scores = scores + torch.where(losses.isfinite(), accuracy, -1.0).tolist()
-    best = max(range(len(lrs)), key=scores.__getitem__) if scores else 0  # max: the first of equals, the lowest rate
-
-    model, losses = run(len(trials), [lrs[best]], all_rows)
+    rate = lrs[best(scores)]
+    model, losses = run(len(trials))
     if not losses.isfinite():
-        raise EvalError(f"training diverged at lr={lrs[best]:g}", f"lower it, e.g. lr={lrs[best] / 10:g}, or give several to choose from")
+        raise EvalError(f"training diverged at lr={rate:g}", f"lower it, e.g. lr={rate / 10:g}, or give several to choose from")
     top1 = _accuracy(model, test_pixels, test_target, torch.arange(len(test_target)), recipe.batch_size, device)
-    val_top1, path = scores[best] if scores else None, kept.path if kept is not None and kept.path.is_file() else None
-    return TrainResult(top1.item(), lrs[best], val_top1, losses.item(), model.eval(), classes, path)
+    val_top1, path = scores[best(scores)] if scores else None, kept.path if kept is not None and kept.path.is_file() else None
+    return TrainResult(top1.item(), rate, val_top1, losses.item(), model.eval(), classes, path)
 
 
 def state_hash(module: nn.Module) -> str:
@@ -343,10 +356,37 @@ def _num_batches(num_images: int, batch_size: int) -> int:
     return -(-num_images // batch_size)
 
 
+def _optimizer(model: Classifier, lrs: list[float], num_rows: int, recipe: Recipe) -> torch.optim.SGD:
+    scale = num_rows / _num_batches(num_rows, recipe.batch_size) / RATED_BATCH  # by the batches as they are: few labels make small ones
+    groups = parameter_groups(model, [lr * scale for lr in lrs], recipe.weight_decay, recipe.layer_decay)
+    return torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, nesterov=True)
+
+
+def _resume(model: Classifier, optimizer: torch.optim.SGD, state: dict[str, Any], epochs: int) -> None:
+    """Load what was saved of a training. Raises ValueError, RuntimeError or others where it is not of this network and these rates."""
+
+    def settings() -> list[dict[str, Any]]:
+        return [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in optimizer.param_groups]
+
+    ours, asked = model.trained.state_dict(), settings()
+    for name, tensor in state["model"].items():
+        if (tensor.shape, tensor.dtype) != (ours[name].shape, ours[name].dtype):
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}")
+    model.trained.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    if settings() != asked:
+        raise ValueError("other rates")
+    for parameter, entries in optimizer.state.items():
+        if any(isinstance(kept, Tensor) and kept.shape != parameter.shape for kept in entries.values()):
+            raise ValueError("momentum of another shape")
+    if not 1 <= state["epochs"] <= epochs or state["losses"].shape != (len(model.heads),):
+        raise ValueError("epochs or losses that cannot be")
+
+
 @torch.enable_grad()
 def _train(
     model: Classifier,
-    lrs: list[float],
+    optimizer: torch.optim.SGD,
     pixels: IndexedPixels,
     target: Tensor,
     rows: Tensor,
@@ -359,18 +399,15 @@ def _train(
     """Trains on `rows` of the data, from a saved state where there is one; gives each head's mean loss over the last epoch, (L,)."""
     epoch_steps = _num_batches(len(rows), recipe.batch_size)
     num_steps, warmup_steps = recipe.epochs * epoch_steps, recipe.warmup_epochs * epoch_steps
-    scale = len(rows) / epoch_steps / RATED_BATCH  # by the batches as they are: few labels make small ones
-    groups = parameter_groups(model, [lr * scale for lr in lrs], recipe.weight_decay, recipe.layer_decay)
-    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, nesterov=True)
-    losses = torch.full((len(lrs),), math.inf)
+    num_heads = len(model.heads)
+    losses = torch.full((num_heads,), math.inf)
     first_epoch = 0
     if resumed is not None:
-        model.trained.load_state_dict(resumed["model"])
-        optimizer.load_state_dict(resumed["optimizer"])
+        _resume(model, optimizer, resumed, recipe.epochs)
         losses, first_epoch = resumed["losses"], resumed["epochs"]
     for epoch in range(first_epoch, recipe.epochs):
         model.train()
-        sums = torch.zeros(len(lrs), device=device)
+        sums = torch.zeros(num_heads, device=device)
         with _keyed_random(device, recipe.seed, epoch):
             batches = rows[torch.randperm(len(rows))].tensor_split(epoch_steps)
             for step, index in enumerate(batches, epoch * epoch_steps):
@@ -379,7 +416,7 @@ def _train(
                 images, y = pixels[index].to(device), target[index].to(device)
                 logits = model(recipe.views(epoch, index.to(device), images))  # (B, C, L)
                 each = F.cross_entropy(
-                    logits, y.unsqueeze(1).expand(-1, len(lrs)), reduction="none", label_smoothing=recipe.label_smoothing
+                    logits, y.unsqueeze(1).expand(-1, num_heads), reduction="none", label_smoothing=recipe.label_smoothing
                 )  # (B, L)
                 optimizer.zero_grad()
                 each.mean(0).sum().backward()  # a sum: no head feels the others
@@ -464,12 +501,14 @@ class _Checkpoint:
         self.path = path.with_name(path.name.replace("{key}", hashlib.sha256(self.made_of.encode()).hexdigest()[:16]))
         self.is_keyed, self.warn, self.warned = self.path != path, warn, False
 
-    def load(self, num_trials: int) -> dict[str, Any] | None:
-        """What was saved of this training; None: nothing."""
+    def load(self, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
+        """What was saved of this training; None: nothing. `check` raises anything where it does not fit."""
         if not os.path.lexists(self.path):
             return None
         try:
-            state = self._read(num_trials)
+            state = self._read()
+            if state["fingerprint"] == self.made_of:
+                check(state)
         except Exception as error:  # torch.load raises pickle, zip, runtime and key errors; all mean: not a checkpoint of ours
             if self.is_keyed:
                 self.warn(f"cannot read the checkpoint {self.path} ({type(error).__name__}): the training begins anew")
@@ -485,7 +524,7 @@ class _Checkpoint:
             return None
         raise EvalError(what, "delete it or give another file")
 
-    def _read(self, num_trials: int) -> dict[str, Any]:
+    def _read(self) -> dict[str, Any]:
         """The file's state, of the right types and extent."""
         if self.path.is_symlink() or not self.path.is_file():  # a pipe would be waited for
             raise TypeError("no regular file")
@@ -498,8 +537,8 @@ class _Checkpoint:
         types = {"fingerprint": str, "number": int, "scores": list, "epochs": int, "model": dict, "optimizer": dict, "losses": Tensor}
         if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in types.items()):
             raise TypeError("not a training's state")
-        if not 0 <= state["number"] <= num_trials or not all(isinstance(score, float) for score in state["scores"]):
-            raise ValueError("no such trial")
+        if not all(isinstance(score, float) for score in state["scores"]):
+            raise TypeError("no scores")
         if not isinstance(json.loads(state["fingerprint"]), dict):
             raise TypeError("it does not say what it is of")
         return state

@@ -31,6 +31,20 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
+        "an interrupted fine-tuning goes on with other images",
+        "linear_eval/finetune.py",
+        '"train images": content_hash(train_pixels),',
+        '"train images": "",',
+        "tests/test_finetune.py -k belongs_to_one",
+    ),
+    Mutant(
+        "features of the cache are those of other images",
+        "evaluate.py",
+        "{state_hash(encoder)} {images.content['pixels']} {how}",
+        "{state_hash(encoder)} {how}",
+        "tests/test_cache_keys.py -k features",
+    ),
+    Mutant(
         "negatives of the own rank only",
         "ssl_emp/loss.py",
         "columns = (ranks.gather(z) / temperature)",

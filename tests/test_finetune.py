@@ -371,13 +371,32 @@ def damaged(kind: str, path: Path) -> None:
         torch.save([1, 2, 3], path)
     elif kind == "a trial too far":
         torch.save(state | {"number": 7}, path)
+    elif kind == "an epoch too far":
+        torch.save(state | {"epochs": 9}, path)
+    elif kind == "a score too many":
+        torch.save(state | {"scores": [0.5]}, path)
+    elif kind == "weights of another shape":
+        torch.save(state | {"model": {name: tensor[..., :1] for name, tensor in state["model"].items()}}, path)
+    elif kind == "weights of another type":
+        torch.save(state | {"model": {name: tensor.double() for name, tensor in state["model"].items()}}, path)
+    elif kind == "no weights":
+        torch.save(state | {"model": {}}, path)
+    elif kind == "momentum of another shape":
+        moved = {number: {"momentum_buffer": torch.zeros(1)} for number in state["optimizer"]["state"]}
+        torch.save(state | {"optimizer": state["optimizer"] | {"state": moved}}, path)
+    elif kind == "another rate":
+        groups = [group | {"peak_lr": 9.0} for group in state["optimizer"]["param_groups"]]
+        torch.save(state | {"optimizer": state["optimizer"] | {"param_groups": groups}}, path)
     else:
         torch.save({"weights": torch.zeros(3)}, path)
 
 
 @pytest.mark.parametrize(
     "kind",
-    "text|cut|empty|a folder|a pipe|a link to one|code|compressed|of another kind|a trial too far|other names".split("|"),
+    (
+        "text|cut|empty|a folder|a pipe|a link to one|code|compressed|of another kind|other names|a trial too far|an epoch too far|"
+        "a score too many|weights of another shape|weights of another type|no weights|momentum of another shape|another rate"
+    ).split("|"),
 )
 def test_what_is_no_checkpoint_costs_no_training(kind: str, tmp_path: Path) -> None:
     said: list[str] = []
