@@ -52,7 +52,7 @@ HEADER_BYTES = 1 << 24  # of a JPEG before its pixels; Pillow joins the parts of
 MOST_SCANS = 100  # of a JPEG: a progressive one has about ten, of CMYK 18, and each costs a pass over all pixels
 SCANS_AT_MOST_PIXELS = 24  # of one with max_pixels pixels; the smaller ones may have more, for the same work
 MOST_STRIPS = 1 << 18  # of a TIFF
-MOST_NUMBERS = 1 << 24  # of a PNM written as text, which Pillow reads number by number
+MOST_NUMBERS, MOST_BITS = 1 << 22, 1 << 24  # of a PNM written as text, which Pillow reads one by one
 
 PLANAR, SIGNED = 2, 2  # in a TIFF's tags PlanarConfiguration and SampleFormat
 TIFF_JPEG = (6, 7)  # in Compression
@@ -315,8 +315,10 @@ def _decode_whole(image: Image.Image) -> tuple[Image.Image, bool]:
             raw_mode += ";16" if args[1] > 255 else ""
             if codec == "ppm":
                 return _to_rgb(_netpbm(image, offset, args[1]), raw_mode)
-            if (count := image.width * image.height * len(image.getbands())) > MOST_NUMBERS:
-                raise ValueError(f"{count:,} numbers written as text, at most {MOST_NUMBERS:,} are read; write it binary")
+        if codec == "ppm_plain":
+            count, most = image.width * image.height * len(image.getbands()), MOST_BITS if image.mode == "1" else MOST_NUMBERS
+            if count > most:
+                raise ValueError(f"{count:,} numbers written as text, at most {most:,} are read; write it binary")
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         _check_layout(image, raw_mode)
     image.load()

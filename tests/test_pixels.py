@@ -588,8 +588,15 @@ def many_of_everything() -> dict[str, bytes]:
         "strips.tif": tiff(np.zeros((8, 8), np.uint8), 1, tags={324: ("I", [8] * 400_000)}),
         "remark.ppm": b"P5 #" + b"x" * 1_000_000 + b"\n2 2 255\n....",
         "blocks.gif": b"GIF89a\x10\0\x10\0\0\0\0!\xfe" + b"\1x" * 300_000 + b"\0;",
-        "numbers.ppm": b"P3 4000 4000 255\n" + b"1 " * 1000,
     }
+
+
+def test_text_is_no_way_to_write_large_images() -> None:
+    for head, most in ((b"P1 4096 4097\n", "16,777,216"), (b"P2 2048 2049 255\n", "4,194,304"), (b"P3 2000 700 65535\n", "4,194,304")):
+        with pytest.raises(ValueError, match=f"written as text, at most {most}"):
+            decode(head + b"1 " * 100, 8, 10**8)
+    bits = b"P1 24 24\n" + b" ".join(b"%d" % bit for bit in (1 - whole_numbers(GREY, 1)).flatten())
+    assert np.array_equal(decode(bits, SIDE, 10**6)[0], 255 * whole_numbers(GREY, 1))
 
 
 def test_headers_chunks_and_tags_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
