@@ -56,7 +56,7 @@ class Listing:
     tables: list[tuple[str, list[int]]] = field(default_factory=list)  # parquet files, as above
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (name, why it could not be looked at), sorted
     unused: Unused = field(default_factory=Unused)
-    has_links: bool = False
+    links_between_splits: bool = False  # there may be some: there are links, and folders with words of splits
 
 
 def list_folder(root: str, *, splits_apart: bool = True) -> Listing:
@@ -99,7 +99,9 @@ def list_folder(root: str, *, splits_apart: bool = True) -> Listing:
             except OSError as exc:
                 found.skipped.append((decodable(path), reason(exc)))
                 continue
-            own = split or split_named(entry.name) or "" if is_folder and splits_apart else split
+            own = split
+            if is_folder and splits_apart:
+                own = split or split_named(entry.name) or ""
             if not is_folder and not stat.S_ISREG(info.st_mode):  # a pipe called x.jpg would block for ever
                 found.skipped.append((decodable(path), "not a regular file"))
             elif not met.is_new(path, info, linked, own):
@@ -113,7 +115,7 @@ def list_folder(root: str, *, splits_apart: bool = True) -> Listing:
     found.files.sort()
     found.tables.sort()
     found.skipped.sort()
-    found.has_links = met.has_links
+    found.links_between_splits = met.has_links and met.has_splits
     return found
 
 
@@ -126,7 +128,7 @@ class _Met:
 
     def __init__(self, root: str) -> None:
         self.root, self.real_root = root, os.path.realpath(root)
-        self.has_links = False
+        self.has_links = self.has_splits = False
         self.linked: dict[object, bool] = {}  # (split, identity) -> whether a link led there
         self.without_numbers: set[int] = set()  # devices
         info = os.stat(root)
@@ -141,6 +143,7 @@ class _Met:
     def is_new(self, path: str, info: os.stat_result, linked: bool, split: str) -> bool:
         several_names = not stat.S_ISDIR(info.st_mode) and info.st_nlink > 1
         self.has_links |= linked or several_names
+        self.has_splits |= bool(split)
         place = self._place(path, info, linked)
         if self.linked.get((split, place)) is False and not linked and not several_names:
             self.without_numbers.add(info.st_dev)
@@ -279,7 +282,7 @@ def folder_source(listing: Listing, split: str, labels: str) -> Source:
     if not listing.files:
         raise no_images(listing)
     folders, layout = _laid_out(listing)
-    if listing.has_links and len(set(layout.split.values())) == 1:  # what was kept apart is one split
+    if listing.links_between_splits and len(set(layout.split.values())) == 1:  # what was kept apart is one split
         listing = list_folder(listing.root, splits_apart=False)
         folders, layout = _laid_out(listing)
     present = set(layout.split.values())
