@@ -29,8 +29,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ssl_emp.augment import cut_views, draw_params, grid_of_views
-from ssl_emp.checkpoint import load_checkpoint, save_checkpoint
-from ssl_emp.config import PretrainConfig, flatten, load_config
+from ssl_emp.checkpoint import save_checkpoint
+from ssl_emp.config import PretrainConfig, load_config
 from ssl_emp.device import pick_device
 from ssl_emp.diagnostics import Finding, diagnose, findings, next_to_say
 from ssl_emp.errors import Parser, RunFailed, UserError, path_argument
@@ -42,8 +42,6 @@ from ssl_emp.monitoring import monitor_knn, pick_monitor_set, schedule, schedule
 from ssl_emp.optim import (
     build_optimizer,
     gradient_norm,
-    lr_at,
-    one_cycle_lr,
     one_cycle_momentum,
     set_lr,
     set_momentum,
@@ -53,27 +51,24 @@ from ssl_emp.passes import compiled, foresee, gathered, measure_reliability, sco
 from ssl_emp.pruning import shuffled_batches
 from ssl_emp.ranks import ALONE, LostRank, Ranks, is_exchange, join_ranks, leave_ranks
 from ssl_emp.report import Report, duration, rank_correlation, write_environment, write_samples
+from ssl_emp.resume import (
+    broken_files,
+    check_same,
+    image_size,
+    is_finished,
+    is_run,
+    load_state,
+    lost_epochs,
+    missing_source,
+    read_run,
+    restore_encoder,
+    with_places,
+)
 from ssl_emp.safe_files import inner_folder, replacing, write_atomically
 from ssl_emp.scores import ScoreState
-from ssl_emp.state_check import check_plain, check_state
+from ssl_emp.state_check import check_state
 from ssl_emp.supervised import Classifier
 from ssl_emp.text import printable, quoted
-
-# settings that may differ between a run and its resumption; whether it is bf16 is compared by itself
-FREE_ON_RESUME = (
-    "out",
-    "device",
-    "devices",
-    "timeout_seconds",
-    "max_bad_steps",
-    "precision",
-    "data.download_dir",
-    "data.cache_dir",
-    "data.store",
-    "keep_freed_memory",
-    "monitor.",
-    "checkpoint.",
-)
 
 
 class Stop:
@@ -114,13 +109,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
     optimizer = build_optimizer(
         job.model, config.optimizer.name, config.optimizer.lr, config.optimizer.momentum, config.optimizer.weight_decay
     )
-    warmup_steps = round(config.optimizer.warmup_epochs * (num_samples // batch_size))
     one_cycle = config.optimizer.schedule == "onecycle"
-
-    def lr_of(step: int) -> float:
-        peak = config.optimizer.lr
-        return one_cycle_lr(step, total_steps, peak) if one_cycle else lr_at(step, total_steps, warmup_steps, peak)
-
     measuring = schedule(job)
     rescores = job.rule.scores and prune.scoring != "stale"
 
@@ -137,7 +126,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
         per_sample = {"scores": scores.state_dict(), "batches": batches, "weight": weight, "before": before, "said": said}
         per_sample |= {"norms": norms, "bad_in_a_row": bad[0]}
         position = {"epoch": epoch, "step_in_epoch": step_in_epoch, "step": step, "finished": step == total_steps, "seconds": dict(seconds)}
-        source = {"config": config.model_dump(), "fingerprint": job.fingerprint, "bf16": job.bf16}
+        source = {"config": config.model_dump(), "fingerprint": json.dumps(job.fingerprint), "bf16": job.bf16}
         return {**model_state, **per_sample, **position, **source}
 
     def save(epoch: int, step_in_epoch: int, batches: Tensor | None, weight: Tensor | None) -> None:
@@ -159,7 +148,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
             before = {name: part.to(device) for name, part in state["before"].items()}
             norms = state["norms"].to(device)
         bad[0], said = state["bad_in_a_row"], dict(state["said"])
-    if ranks.is_first:
+    if ranks.is_first and (step < total_steps or not (out / "environment.json").is_file()):  # else it is that of the training
         write_environment(out / "environment.json", device)
     report.attach(out, config.monitor.tensorboard, held)
     report.forget_from(start + 1)
@@ -216,9 +205,9 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
                 terms, draws = gathered(job, loss, memory, draw)
                 norm = gradient_norm(parameters)  # of all ranks: the gradients are summed by now
                 good = terms.isfinite().all() & norm.isfinite()
-                set_lr(optimizer, lr_of(step))
+                set_lr(optimizer, job.lr_of(step))
                 if one_cycle:
-                    set_momentum(optimizer, one_cycle_momentum(step, total_steps))
+                    set_momentum(optimizer, one_cycle_momentum(step, job.planned_steps(step)))
                 step_where(optimizer, good)
                 restore_unless(good, buffers, kept_buffers)
                 scores.observe(batches[step_in_epoch], terms, draws, epoch, good)
@@ -261,7 +250,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
             **describe_terms(scores.last[:, batches.flatten()], job.rule.beta_at(epoch), prune.memory),
             **reliability,
             "images_per_second": rate,
-            "lr": lr_of(step - 1),
+            "lr": job.lr_of(step - 1),
             "gradient_norm": float(norms[norms.isfinite()].mean().nan_to_num()),  # of the loss as it was weighted
             **{f"{name}_seconds": value for name, value in seconds.items()},
             **({} if knn is None else {"knn_train_split": knn}),
@@ -305,7 +294,8 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
     if job.test is not None and accuracy is not None:
         result = {"test_accuracy": round(100 * accuracy, 2), "test_images": len(job.test.names), "epoch": len(job.steps)}
         write_atomically(out / "result.json", (json.dumps(result) + "\n").encode())
-    save(len(job.steps), 0, None, None)  # last: a run whose checkpoint says "finished" has everything else
+    if state is None or not (is_finished(state, config) and state["fingerprint"] == json.dumps(job.fingerprint)):
+        save(len(job.steps), 0, None, None)  # last: a run whose checkpoint says "finished" has everything else
     samples, full = total_steps * batch_size, job.full_steps * batch_size
     rows = [] if accuracy is None else [("test accuracy", f"{100 * accuracy:.2f} % of the last epoch")]
     rows += [
@@ -466,35 +456,22 @@ def dry_run(job: Job, report: Report) -> int:
     return 0
 
 
-def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
-    """The first setting in which a checkpoint's config differs from the present one, in words."""
-    ours, theirs = flatten(ours), flatten(PretrainConfig().model_dump()) | flatten(theirs)  # a key younger than the checkpoint: its default
-    for key in ours:
-        if not key.startswith(FREE_ON_RESUME) and ours[key] != theirs.get(key):
-            return f"{key} was {theirs.get(key)} and is now {ours[key]}"
-    return None
-
-
 def settle(arguments: argparse.Namespace) -> tuple[PretrainConfig, Path, bool]:
     """What is asked for: the config, the run directory, and whether that is gone on with."""
     if arguments.resume is None:
         config = load_config(arguments.config, arguments.overrides)
         out = Path(config.out or "runs/default")
-        if not (arguments.auto_resume and (out / "config.yaml").is_file()):
-            return config, out, False
-    else:
-        out = Path(arguments.resume)
-        if any(override.startswith("out=") for override in arguments.overrides):
-            raise UserError("a run stays in its directory", "move it first, then --resume the new place, without out=")
-        if not (out / "config.yaml").is_file():
-            raise UserError(f"{out} is not a run directory: it has no config.yaml", "give the directory that pretrain.py wrote")
-    overrides = [override for override in arguments.overrides if not override.startswith("out=")]
-    return load_config(out / "config.yaml", overrides).model_copy(update={"out": str(out)}), out, True
+        return config, out, arguments.auto_resume and is_run(out)
+    out = Path(arguments.resume)
+    if any(override.startswith("out=") for override in arguments.overrides):
+        raise UserError("a run stays in its directory", "move it first, then --resume the new place, without out=")
+    config, _ = read_run(out, arguments.overrides)
+    return config.model_copy(update={"out": str(out)}), out, True
 
 
-def run(config: PretrainConfig, out: Path, resumes: bool, ranks: Ranks) -> int:
-    """Start or resume one run, as one of its ranks."""
-    report, state = Report(silent=not ranks.is_first), None
+def run(config: PretrainConfig, out: Path, resumes: bool, ranks: Ranks, may_extend: bool = False) -> int:
+    """Start or resume one run, as one of its ranks. `may_extend`: more epochs than it has are asked for on purpose."""
+    report, state, before = Report(silent=not ranks.is_first), None, config
     held: Held | None = None
     with ExitStack() as stack:
         if not resumes and ranks.is_first and not is_unused(out):
@@ -503,27 +480,37 @@ def run(config: PretrainConfig, out: Path, resumes: bool, ranks: Ranks) -> int:
             held = stack.enter_context(sole_writer(out))
             if not resumes and not is_unused(out):  # another run was quicker
                 raise UserError(f"{out} exists and is not empty", f"go on with --resume {quoted(out)}, or choose another out=DIR")
+        finished = False
         if resumes:
-            state = load_state(config, out, report)
-            exported = (out / "encoder" / "config.json").is_file() and (out / "pruning" / "samples.parquet").is_file()
-            if state and state["finished"] and exported:
-                report.say(f"{out} is finished, nothing to do. next: python evaluate.py {quoted(out)} knn linear")
-                return 0
-        job = prepare(config, report, ranks)
+            config, before, state = load_state(config, out, report, may_extend)
+            if finished := state is not None and is_finished(state, config):
+                assert state is not None
+                if mend(config, before, out, state, report, held):
+                    return 0
+        try:
+            job = prepare(config, report, ranks)
+        except UserError as problem:
+            raise missing_source(config, out, problem) if resumes else problem from None
         if state:
-            check_same(job, state, out)
+            check_same(job, state, before, out)
         here = f"{job.fingerprint} {state['step'] if state else 'no checkpoint'}"
         differing = [rank for rank, there in enumerate(ranks.meet(here)) if there != here]
         if differing:
             what = f"rank {differing[0]} and rank {ranks.rank} see other images in {config.data.source}, or another checkpoint in {out}"
             raise UserError(what, "give all machines the same files")
+        kept = with_places(before, config)
         if held is not None:
             held.check()  # reading the images may have taken an hour
-            if not resumes:
-                write_atomically(out / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
-            else:
+            if not resumes or kept != read_run(out, [])[0]:
+                write_config(out, kept)
+            if resumes and not finished:
                 where = f"epoch {state['epoch'] + 1}, step {state['step']}" if state else "no checkpoint yet, from the beginning"
                 report.say(f"resume    {where}")
+                if line := longer_line(job, before):
+                    report.say(f"longer    {line}")
+        if finished and state is not None and not broken_files(out, config, state):
+            report.say(f"{out} is finished, nothing to do. next: python evaluate.py {quoted(out)} knn linear")
+            return 0
         try:
             with Stop() as stop:
                 return pretrain(job, out, state, report, stop, held)
@@ -531,32 +518,49 @@ def run(config: PretrainConfig, out: Path, resumes: bool, ranks: Ranks) -> int:
             report.close()
 
 
-def load_state(config: PretrainConfig, out: Path, report: Report) -> dict[str, Any] | None:
-    """The newest checkpoint of the run in `out`, None where there is none yet. Raises UserError where it is of another config."""
-    before = load_config(out / "config.yaml", [])
-    state, warnings = load_checkpoint(out / "checkpoints")
-    for line in warnings:
-        report.say(line)
-    if state is not None:
-        check_plain(state, out / "checkpoints")
-    for settings, source in ((before.model_dump(), "run"), (state["config"] if state else {}, "checkpoint")):
-        difference = first_difference(config.model_dump(), settings) if settings else None
-        if difference:
-            fix = "resume without that change, or start a new run with another out=DIR"
-            raise UserError(f"the {source} in {out} is of another config: {difference}", fix)
-    return state
+def write_config(out: Path, config: PretrainConfig) -> None:
+    write_atomically(out / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
 
 
-def check_same(job: Job, state: dict[str, Any], out: Path) -> None:
-    """Raise UserError where `state` was trained on other images, or in another precision."""
-    if state["fingerprint"] != job.fingerprint:
-        raise UserError(
-            f"the images in {job.config.data.source} are not those of the checkpoint in {out}",
-            f"restore them (now: {job.images.stored}; was it another data.store?), or start a new run with another out=DIR",
-        )
-    if state["bf16"] != job.bf16:
-        precision = "bf16" if state["bf16"] else "fp32"
-        raise UserError(f"the run in {out} trains in {precision}, this would go on in another", f"set precision={precision}")
+def mend(config: PretrainConfig, before: PretrainConfig, out: Path, state: dict[str, Any], report: Report, held: Held | None) -> bool:
+    """Look at every file of a finished run, and restore what its checkpoint alone can. Whether nothing is left to do.
+
+    The images are needed for samples.parquet (their names), result.json (the test split), and where data.source is another now.
+    """
+    if lost := lost_epochs(out, state["epoch"]):
+        what = f"metrics.jsonl has no row of {len(lost)} of {state['epoch']} epochs, the first is epoch {lost[0]}"
+        report.say(f"warning   {what}: only training could write them again")
+    broken = broken_files(out, config, state)
+    for name, problem in broken.items():
+        report.say(f"repair    {out / name}: {problem}")
+    if with_places(before, config) != before:  # written once it is known that they are the same images
+        return False
+    size, mended = image_size(config, state), bool(broken)
+    for name in list(broken):
+        if name == "encoder" and size is None or name in ("pruning/samples.parquet", "result.json"):
+            continue
+        if held is not None and name == "config.yaml":
+            write_config(out, before)
+        if held is not None and name == "environment.json":
+            write_environment(out / name, pick_device(config.device))
+        if held is not None and name == "encoder" and size is not None:
+            restore_encoder(out, config, state, size)
+        del broken[name]
+    if not broken:
+        rest = "and whole again" if mended else "nothing to do"
+        report.say(f"{out} is finished, {rest}. next: python evaluate.py {quoted(out)} knn linear")
+    return not broken
+
+
+def longer_line(job: Job, before: PretrainConfig) -> str:
+    """What it means that the run is trained longer than was planned, when that begins; else empty."""
+    if job.config.epochs == before.epochs or not job.config.earlier_plans:
+        return ""
+    _, end = job.config.earlier_plans[-1]
+    step = sum(job.steps[:end])
+    rates = f"the learning rate goes from {job.lr_of(step - 1):.3g} to {job.lr_of(step):.3g} there" if step else "from the beginning"
+    what = f"{before.epochs} epochs were planned, and are {job.config.epochs} now: from epoch {end + 1} on the learning rate's curve,"
+    return f"{what} pruning and annealing are laid out anew over all {job.config.epochs}; {rates}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -584,7 +588,7 @@ def main(argv: list[str] | None = None) -> int:
             return dry_run(prepare(config, report := Report()), report)
         command = [sys.executable, *(sys.orig_argv[1:] if argv is None else [__file__, *argv])]
         ranks = join_ranks(config.devices, config.timeout_seconds, pick_device(config.device).type == "cuda", command)
-        code = run(config, out, resumes, ranks)
+        code = run(config, out, resumes, ranks, may_extend=arguments.resume is not None)
         leave_ranks(ranks)
         return code
     except UserError as error:

@@ -215,6 +215,10 @@ class PretrainConfig(Section):
     cuda_graphs: bool = False  # replay the compiled views, forward and backward as CUDA graphs: for batches that leave a GPU waiting
     keep_freed_memory: bool = True  # on Linux CPUs: faster steps for more memory, see benchmarks/README.md
     epochs: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 200
+    # written by --resume RUN epochs=N: of each plan before this one, its epochs and the first epoch that is not run under it
+    earlier_plans: Annotated[
+        list[Annotated[list[Annotated[int, Field(ge=0, le=MOST_EPOCHS)]], Field(min_length=2, max_length=2)]], Field(max_length=1000)
+    ] = []
     batch_size: Annotated[int, Field(ge=2, le=LARGEST_BATCH)] = 512
     objective: Literal["simclr", "supervised"] = "simclr"  # supervised: cross-entropy, and the entropy in the distance's place
     temperature: Annotated[float, Field(ge=0.001, le=1000)] = 0.5  # simclr
@@ -226,6 +230,21 @@ class PretrainConfig(Section):
     prune: PruneConfig = PruneConfig()
     monitor: MonitorConfig = MonitorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def plans(self) -> list[tuple[int, list[list[int]]]]:
+        """(epochs, earlier_plans) under each plan of the run, the present one last."""
+        earlier = [list(plan) for plan in self.earlier_plans]
+        return [(epochs, earlier[:number]) for number, (epochs, _) in enumerate(earlier)] + [(self.epochs, earlier)]
+
+    @model_validator(mode="after")
+    def _plans_rise(self) -> "PretrainConfig":
+        lengths, ends = [epochs for epochs, _ in self.plans()], [0, *(end for _, end in self.earlier_plans)]
+        rising = all(first < then for first, then in zip(lengths, lengths[1:], strict=False)) and ends == sorted(ends)
+        if not rising or any(end > epochs for epochs, end in self.earlier_plans):
+            raise ValueError(f"epochs must be more than those of the plans before it, earlier_plans is {self.earlier_plans}")
+        if self.earlier_plans and self.prune.policy == "shorter":
+            raise ValueError("earlier_plans: policy shorter spends the steps of its epochs in fewer, and cannot be trained longer")
+        return self
 
     @model_validator(mode="after")
     def _graphs_are_compiled(self) -> "PretrainConfig":
@@ -314,6 +333,25 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where} is not valid YAML{line}: {shorten(problem, 150)}", "correct the syntax") from error
 
 
+def read_values(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, unchecked. Raises UserError where it cannot be read or holds something else."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)  # whatever the path is: /dev/zero has no end
+        if len(raw) > MAX_CONFIG_BYTES:
+            raise UserError(f"{path} has more than {MAX_CONFIG_BYTES:,} bytes", "give a config file, not a data file")
+        text = raw.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})", "give the path of a YAML file, such as configs/demo.yaml") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file", "give the path of a YAML file, such as configs/demo.yaml") from error
+    loaded = parse_yaml(text, str(path))
+    if not isinstance(loaded, dict | None):
+        what = f"{path} holds a {type(loaded).__name__}, not keys and values"
+        raise UserError(what, "write key: value lines, as configs/demo.yaml does")
+    return loaded or {}
+
+
 def load_config(path: str | Path | None, overrides: list[str]) -> PretrainConfig:
     """Read a YAML file, apply `a.b=value` overrides, check everything.
 
@@ -324,26 +362,8 @@ def load_config(path: str | Path | None, overrides: list[str]) -> PretrainConfig
     Raises:
         UserError: unreadable file, broken syntax, or every unknown key, wrong type and value out of range in one line.
     """
-    values: dict[str, Any] = {}
-    where = "the command line"
-    if path is not None:
-        where = str(path)
-        try:
-            with open(path, "rb") as file:
-                raw = file.read(MAX_CONFIG_BYTES + 1)  # whatever the path is: /dev/zero has no end
-            if len(raw) > MAX_CONFIG_BYTES:
-                raise UserError(f"{path} has more than {MAX_CONFIG_BYTES:,} bytes", "give a config file, not a data file")
-            text = raw.decode("utf-8-sig")
-        except OSError as error:
-            raise UserError(f"cannot read {path} ({error.strerror})", "give the path of a YAML file, such as configs/demo.yaml") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not a text file", "give the path of a YAML file, such as configs/demo.yaml") from error
-        loaded = parse_yaml(text, where)
-        if not isinstance(loaded, dict | None):
-            raise UserError(
-                f"{path} holds a {type(loaded).__name__}, not keys and values", "write key: value lines, as configs/demo.yaml does"
-            )
-        values = loaded or {}
+    values = {} if path is None else read_values(path)
+    where = "the command line" if path is None else str(path)
     for override in overrides:
         apply_override(PretrainConfig, values, override)
     if values.get("out") is None and path is not None:

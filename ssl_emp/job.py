@@ -1,7 +1,9 @@
 """Everything that a config becomes before the first step: images, plan, rule, network, on a device."""
 
+import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,11 +13,23 @@ from ssl_emp.augment import Recipe
 from ssl_emp.config import PretrainConfig, PruneConfig
 from ssl_emp.device import describe_device, keep_freed_memory, pick_device
 from ssl_emp.errors import UserError
-from ssl_emp.images import DeviceImages, HostImages, ImageSet, count_classes, fingerprint, load_images, load_test_images, place_images
+from ssl_emp.images import (
+    DeviceImages,
+    EncodedPixels,
+    HostImages,
+    ImageSet,
+    count_classes,
+    fingerprint,
+    load_images,
+    load_test_images,
+    place_images,
+    sampled_fingerprint,
+)
 from ssl_emp.label_noise import noisy_labels
 from ssl_emp.loss import perfect_pair_share
 from ssl_emp.matching import match_labels
 from ssl_emp.model import Encoder, SimCLR, build_encoder
+from ssl_emp.optim import lr_at, one_cycle_lr
 from ssl_emp.policies import RANKING, SCORING, Rule, load_indices
 from ssl_emp.pruning import PrunePlan
 from ssl_emp.ranks import ALONE, Ranks, share_batch_norm
@@ -44,7 +58,7 @@ class Job:
     labels: Tensor | None  # (N,) on the device, noise included: what a supervised run trains on, simclr only looks at class balance
     is_noisy: Tensor | None  # (N,) on the device, where labels were made wrong
     test: ImageSet | None  # of a supervised run, for the accuracy of the last epoch
-    fingerprint: str  # of the images: scores belong to positions, so a resume needs the same set
+    fingerprint: dict[str, str | None]  # of all that is trained on: scores belong to positions, so a resume needs the same set
     ranks: Ranks = ALONE
 
     @property
@@ -59,6 +73,23 @@ class Job:
     @property
     def total_steps(self) -> int:
         return sum(self.steps)
+
+    @cached_property
+    def curves(self) -> list[tuple[int, int]]:
+        """Of each plan, the present one last: the first step that is not run under it, and all its steps."""
+        ends = [(end, self.plan.at(end - 1)) for _, end in self.plan.earlier if end] + [(len(self.steps), self.plan)]
+        return [(sum(self.steps[:end]), plan.total_steps(self.num_samples, self.config.batch_size)) for end, plan in ends]
+
+    def planned_steps(self, step: int) -> int:
+        """Steps of the plan that `step` is run under: what its learning rate's curve is laid over."""
+        return next((total for end, total in self.curves if step < end), self.total_steps)
+
+    def lr_of(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        optimizer, total = self.config.optimizer, self.planned_steps(step)
+        if optimizer.schedule == "onecycle":
+            return one_cycle_lr(step, total, optimizer.lr)
+        return lr_at(step, total, round(optimizer.warmup_epochs * (self.num_samples // self.config.batch_size)), optimizer.lr)
 
     @property
     def full_steps(self) -> int:
@@ -97,7 +128,8 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
     num_samples, stored_size = len(images.names), images.pixels.shape[-1]
     prune = config.prune
     fraction = 0.0 if prune.policy == "none" else prune.fraction
-    plan = PrunePlan(config.epochs, fraction, prune.warmup_epochs, prune.anneal_fraction, shorter=prune.policy == "shorter")
+    earlier = tuple((epochs, end) for epochs, end in config.earlier_plans)
+    plan = PrunePlan(config.epochs, fraction, prune.warmup_epochs, prune.anneal_fraction, prune.policy == "shorter", earlier)
     if num_samples < 2:
         raise UserError(f"{data.source} has {num_samples} image to train on", "give more images")
     steps = plan.epoch_steps(num_samples, config.batch_size)
@@ -186,7 +218,7 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
         labels,
         is_noisy,
         test,
-        fingerprint(images),
+        what_is_trained_on(images, test, subset, supervised),
         ranks,
     )
 
@@ -217,6 +249,24 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
     if idle := idle_keys(prune):
         report.say(f"note      without effect, with policy {prune.policy} and scoring {prune.scoring}: {', '.join(idle)}")
     return job
+
+
+def what_is_trained_on(images: ImageSet, test: ImageSet | None, subset: Tensor | None, supervised: bool) -> dict[str, str | None]:
+    """Digests (hex) of all that the bits of a run depend on besides its settings, by what a person would have changed.
+
+    Where the images lie is no part of it, nor are labels that nothing is trained on.
+    """
+    content = images.content
+    parts = {"shape": "x".join(map(str, images.pixels.shape)), "names": content["names"], "pixels": content["pixels"]}
+    chosen = None if subset is None else hashlib.sha256(subset.numpy().tobytes()).hexdigest()
+    as_jpegs = isinstance(images.pixels, EncodedPixels)
+    return parts | {
+        "kept_as": "jpegs" if as_jpegs else "pixels",
+        "sample": sampled_fingerprint(images),  # compares a set kept as JPEGs with the same one kept as pixels
+        "labels": content["labels"] if supervised else None,
+        "test": None if test is None else fingerprint(test),
+        "indices": chosen,
+    }
 
 
 def hard_to_learn(config: PretrainConfig) -> str:

@@ -23,6 +23,7 @@ from ssl_emp.config import Section
 from ssl_emp.decode import MAX_PIXELS, decode_any, pillow_limits, reason
 from ssl_emp.errors import UserError
 from ssl_emp.safe_files import check_regular, read_json, write_atomically
+from ssl_emp.text import quoted
 
 # block, blocks a stage
 ARCHS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
@@ -307,13 +308,13 @@ def load_encoder(path: str | os.PathLike[str], *, check_range: bool = True) -> E
         UserError: files missing or unreadable, or weights that do not match the network key by key.
     """
     folder = Path(os.path.expanduser(path))
+    again = "give a run directory or an encoder directory that pretrain.py wrote"
+    if (folder / "config.yaml").is_file():
+        again = f"write it again from the run's last checkpoint: python pretrain.py --resume {quoted(folder)}"
     folder = folder / "encoder" if (folder / "encoder").is_dir() else folder
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise UserError(
-                f"no encoder in {folder}: {name} is missing", "give a run directory or an encoder directory that pretrain.py wrote"
-            )
-    again = "delete it and run pretrain.py --resume RUN: a finished run exports again"
+            raise UserError(f"no encoder in {folder}: {name} is missing", again)
     try:
         spec = _Spec.model_validate(read_json(folder / "config.json")["ssl_emp"]).model_dump()
         check_regular(folder / "model.safetensors", LARGEST_WEIGHTS)
@@ -335,7 +336,7 @@ def load_encoder(path: str | os.PathLike[str], *, check_range: bool = True) -> E
     if differing:
         raise UserError(
             f"the weights in {folder} do not fit {spec['arch']} of width {spec['width']}, first at {differing[0]}",
-            "give the config.json that was written with these weights",
+            again if again.startswith("write") else "give the config.json that was written with these weights",
         )
     encoder = build_encoder(**spec)
     encoder.backbone.load_state_dict(load_file(folder / "model.safetensors"))

@@ -74,7 +74,8 @@ class Rule:
     def _between(self, first: float, last: float | None, epoch: int) -> float:
         if last is None:
             return first
-        pruned = [number for number in range(self.plan.epochs) if self.plan.is_pruned(number)]
+        plan = self.plan.at(epoch)
+        pruned = [number for number in range(plan.epochs) if plan.is_pruned(number)]
         if len(pruned) < 2:
             return first
         return first + (last - first) * min(max((epoch - pruned[0]) / (pruned[-1] - pruned[0]), 0.0), 1.0)

@@ -3,7 +3,7 @@
 Everything here is a pure function on the device of the scores. Letters: N samples, K kept, B batch, D features.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -85,6 +85,7 @@ class PrunePlan:
         warmup_epochs: first epochs on everything (the paper: 1).
         anneal_fraction: alpha, the share of the last epochs on everything, rounded to whole epochs.
         shorter: spend the same number of steps on full epochs, fewer of them: what pruning must beat.
+        earlier: of each plan before this one, its epochs and the first epoch that is not run under it: what was run stays as it was.
     """
 
     epochs: int
@@ -92,14 +93,20 @@ class PrunePlan:
     warmup_epochs: int = 1
     anneal_fraction: float = 0.0
     shorter: bool = False
+    earlier: tuple[tuple[int, int], ...] = ()
+
+    def at(self, epoch: int) -> "PrunePlan":
+        """The plan that this epoch is run under."""
+        number = sum(end <= epoch for _, end in self.earlier)
+        return self if number == len(self.earlier) else replace(self, epochs=self.earlier[number][0], earlier=self.earlier[:number])
 
     def is_pruned(self, epoch: int) -> bool:
         """Whether this epoch, counted from 0, trains on a part only."""
-        anneal_epochs = round(self.anneal_fraction * self.epochs)
-        return not self.shorter and self._asks_less(epoch, anneal_epochs)
+        return not self.shorter and self._asks_less(epoch)
 
-    def _asks_less(self, epoch: int, anneal_epochs: int) -> bool:
-        return self.prune_fraction > 0 and self.warmup_epochs <= epoch < self.epochs - anneal_epochs
+    def _asks_less(self, epoch: int) -> bool:
+        planned = self.at(epoch).epochs
+        return self.prune_fraction > 0 and self.warmup_epochs <= epoch < planned - round(self.anneal_fraction * planned)
 
     def kept_count(self, epoch: int, num_samples: int) -> int:
         """Samples that the paper's rule keeps in this epoch: all, or (1 - s) N rounded."""
@@ -107,8 +114,7 @@ class PrunePlan:
 
     def asked_share(self) -> float:
         """Samples that the run is asked to train on, over those of the same run unpruned."""
-        anneal_epochs = round(self.anneal_fraction * self.epochs)
-        pruned = sum(self._asks_less(epoch, anneal_epochs) for epoch in range(self.epochs))
+        pruned = sum(self._asks_less(epoch) for epoch in range(self.epochs))
         return 1 - self.prune_fraction * pruned / self.epochs
 
     def epoch_steps(self, num_samples: int, batch_size: int) -> list[int]:
@@ -117,11 +123,12 @@ class PrunePlan:
         A pruned epoch is asked for (1 - s) times the batches of a full one, which is seldom a whole number; what is rounded off
         is made up for in the epochs after, so that asked and real budget differ by half a batch in the whole run, not in each epoch.
         """
-        full, anneal_epochs = num_samples // batch_size, round(self.anneal_fraction * self.epochs)
+        full = num_samples // batch_size
         steps, owed = [], 0.0
         for epoch in range(self.epochs):
-            owed += full * (1 - self.prune_fraction * self._asks_less(epoch, anneal_epochs))
-            steps.append(round(owed) if self._asks_less(epoch, anneal_epochs) else full)
+            asks_less = self._asks_less(epoch)
+            owed += full * (1 - self.prune_fraction * asks_less)
+            steps.append(round(owed) if asks_less else full)
             owed -= steps[-1]
         if self.shorter and full:
             return [full] * (sum(steps) // full) + [rest for rest in (sum(steps) % full,) if rest]

@@ -217,7 +217,7 @@ def _config(values: Any, where: str, depth: int) -> Iterator[str]:
             )
     elif isinstance(values, list) and depth:
         for value in values:
-            yield from _config(value, where, 0)
+            yield from _config(value, where, depth - 1)
     elif not (values is None or isinstance(values, str | bool) or _is_number(values)):
         yield f"{where} is of type {type(values).__name__}"
 

@@ -37,6 +37,7 @@ from ssl_emp.label_noise import noisy_labels
 from ssl_emp.loss import nt_xent, perfect_pair_share
 from ssl_emp.pruning import feature_distance, select_kept
 from ssl_emp.report import Report, rank_correlation
+from ssl_emp.resume import first_difference
 from ssl_emp.scores import ScoreState
 
 ROOT = Path(__file__).parent.parent
@@ -813,9 +814,9 @@ def test_reliability_is_one_where_the_score_does_not_depend_on_the_draw(tiny_con
 def test_a_key_that_is_younger_than_the_checkpoint_had_its_default() -> None:
     now = PretrainConfig().model_dump()
     before = {**now, "prune": {key: value for key, value in now["prune"].items() if key != "soften"}}
-    assert pretrain.first_difference(now, before) is None
+    assert first_difference(now, before) is None
     now["prune"] = {**now["prune"], "soften": 0.5}
-    assert pretrain.first_difference(now, before) == "prune.soften was 0.0 and is now 0.5"
+    assert first_difference(now, before) == "prune.soften was 0.0 and is now 0.5"
 
 
 def test_a_supervised_run(pretrain_run: Pretrain, capsys: pytest.CaptureFixture[str]) -> None:

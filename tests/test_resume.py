@@ -1,13 +1,27 @@
 """What a resumed run notices, repairs and keeps: its directory, its files, its images, its plan."""
 
+import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
+from conftest import striped_images, write_parquet
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import pretrain
-from ssl_emp.checkpoint import load_checkpoint
+from ssl_emp import load_encoder
+from ssl_emp.checkpoint import load_checkpoint, save_checkpoint
+from ssl_emp.config import load_config
+from ssl_emp.errors import UserError
+from ssl_emp.images import sampled_fingerprint
+from ssl_emp.pruning import PrunePlan
+from ssl_emp.report import Report
 
 
 class AtStep(pretrain.Stop):
@@ -118,3 +132,411 @@ def test_a_directory_moved_while_images_are_read_is_noticed(tiny_config: Path, t
     monkeypatch.setattr(pretrain, "prepare", slow)
     assert pretrain.main(["--config", str(tiny_config), f"out={out}"]) == 3
     assert (out / "config.yaml").read_text() == "config.yaml of another\n" and (out / ".lock").read_text() == ".lock of another\n"
+
+
+# ---- a finished run --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished_runs(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A finished run of each objective, to be copied."""
+    runs = {}
+    for objective in ("simclr", "supervised"):
+        runs[objective] = tmp_path_factory.mktemp("finished") / objective
+        words = [f"out={runs[objective]}", f"objective={objective}", "epochs=2", "monitor.reliability_every=0"]
+        assert pretrain.main(["--config", str(tiny_config), *words]) == 0
+    return runs
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def other_weights(path: Path) -> None:
+    weights = load_file(path)
+    save_file({name: value + 1 if value.is_floating_point() else value for name, value in weights.items()}, path)
+
+
+def fewer_rows(path: Path) -> None:
+    pq.write_table(pq.read_table(path).slice(1), path)
+
+
+def other_scores(path: Path) -> None:
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(table.schema.names.index("loss"), "loss", pa.array([0.5] * len(table), pa.float32())), path)
+
+
+def emptied_file(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def noise(path: Path) -> None:
+    path.write_bytes(b"\xff\x00{[: -\n")
+
+
+def other_mean(path: Path) -> None:
+    path.write_text(path.read_text().replace("0.485", "0.5"))
+
+
+DAMAGES: list[tuple[str, str, Callable[[Path], None]]] = [
+    ("simclr", "encoder/model.safetensors", Path.unlink),
+    ("simclr", "encoder/model.safetensors", cut),
+    ("simclr", "encoder/model.safetensors", other_weights),
+    ("simclr", "encoder/config.json", emptied_file),
+    ("simclr", "encoder/config.json", other_mean),
+    ("simclr", "encoder", shutil.rmtree),
+    ("simclr", "pruning/samples.parquet", Path.unlink),
+    ("simclr", "pruning/samples.parquet", fewer_rows),
+    ("simclr", "pruning/samples.parquet", other_scores),
+    ("simclr", "pruning/samples.parquet", noise),
+    ("simclr", "pruning", shutil.rmtree),
+    ("simclr", "config.yaml", Path.unlink),
+    ("simclr", "config.yaml", emptied_file),
+    ("simclr", "config.yaml", noise),
+    ("simclr", "environment.json", noise),
+    ("supervised", "result.json", Path.unlink),
+    ("supervised", "result.json", noise),
+    ("supervised", "encoder/model.safetensors", cut),
+]
+
+
+@pytest.mark.parametrize(("objective", "name", "damage"), DAMAGES, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_a_finished_run_is_made_whole_again_with_the_same_bits(
+    objective: str, name: str, damage: Callable[[Path], None], finished_runs: dict[str, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = shutil.copytree(finished_runs[objective], tmp_path / "run")
+    (out / "config.yaml").write_text((out / "config.yaml").read_text().replace(str(finished_runs[objective]), str(out)))
+    before = content(out)
+    damage(out / name)
+    capsys.readouterr()
+    assert pretrain.main(["--resume", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert f"repair    {out / name}" in said or f"repair    {(out / name).parent}: " in said, said
+    assert "loss" not in said.replace("one batch loss", ""), "nothing is trained"
+    after = content(out)
+    assert after.keys() == before.keys()
+    kept = {path for path in before if not path.startswith(("checkpoints", "train.log", "environment"))}
+    if name == "config.yaml":
+        kept -= {"config.yaml"}
+        settings = [yaml.safe_load(files["config.yaml"]) | {"out": None} for files in (before, after)]
+        assert settings[0] == settings[1]
+    assert {path for path in kept if after[path] != before[path]} == set()
+    assert pretrain.main(["--resume", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "nothing to do" in said and "repair" not in said and content(out) == after
+
+
+def test_rows_that_only_training_could_write_are_told(
+    finished_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, text in enumerate(("", '{"epoch": 2}\n', '{"epoch": 1}\n{"ep')):
+        out = shutil.copytree(finished_runs["simclr"], tmp_path / str(number))
+        (out / "metrics.jsonl").write_text(text)
+        assert pretrain.main(["--resume", str(out)]) == 0
+        said = capsys.readouterr().out
+        assert "warning   metrics.jsonl has no row of " in said and "nothing to do" in said
+        assert f"{[2, 1, 1][number]} of 2 epochs, the first is epoch {[1, 1, 2][number]}" in said
+
+
+def test_an_encoder_comes_back_when_the_images_are_gone(
+    finished_runs: dict[str, Path], tiny_data: Path, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = shutil.copytree(tiny_data, tmp_path / "data"), tmp_path / "run"
+    assert pretrain.main(["--config", str(tiny_config), f"out={out}", "epochs=2", f"data.source={data}"]) == 0
+    weights = (out / "encoder" / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "encoder")
+    data.rename(tmp_path / "elsewhere")
+    assert pretrain.main(["--resume", str(out)]) == 0
+    assert (out / "encoder" / "model.safetensors").read_bytes() == weights
+    (out / "pruning" / "samples.parquet").unlink()  # holds the images' names
+    capsys.readouterr()
+    assert pretrain.main(["--resume", str(out)]) == 2
+    assert f"--resume {out} data.source=NEW" in capsys.readouterr().err
+    assert pretrain.main(["--resume", str(out), f"data.source={tmp_path / 'elsewhere'}"]) == 0
+    assert (out / "pruning" / "samples.parquet").is_file()
+    assert yaml.safe_load((out / "config.yaml").read_text())["data"]["source"] == str(tmp_path / "elsewhere"), "for evaluate.py"
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut, emptied_file])
+def test_whoever_loads_a_missing_encoder_is_told_how_to_get_it(
+    damage: Callable[[Path], None], finished_runs: dict[str, Path], tmp_path: Path
+) -> None:
+    out = shutil.copytree(finished_runs["simclr"], tmp_path / "a run")
+    damage(out / "encoder" / "model.safetensors")
+    with pytest.raises(UserError) as caught:
+        load_encoder(out)
+    assert f"fix: write it again from the run's last checkpoint: python pretrain.py --resume '{out}'" in str(caught.value)
+
+
+# ---- settings and images ---------------------------------------------------------------------------------------------
+
+
+def write_folder(root: Path, images: list[bytes], labels: list[int]) -> Path:
+    for number, (data, label) in enumerate(zip(images, labels, strict=True)):
+        for split in ("train", "test"):
+            path = root / split / f"c{label}" / f"{number:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    return root
+
+
+@pytest.fixture(scope="module")
+def stopped_runs(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `data`, `subset.txt`, and a run of each kind that was stopped at step 3."""
+    root = tmp_path_factory.mktemp("stopped")
+    write_folder(root / "data", *striped_images(40))
+    (root / "subset.txt").write_text("".join(f"{number}\n" for number in range(32)))
+    kinds = {
+        "simclr": [],
+        "supervised": ["objective=supervised"],
+        "indices": ["prune.policy=indices", f"prune.indices={root / 'subset.txt'}"],
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "Stop", AtStep)
+        patch.setattr(AtStep, "stop", 3)
+        for name, words in kinds.items():
+            words = [f"out={root / name}", f"data.source={root / 'data'}", "epochs=3", *words]
+            assert pretrain.main(["--config", str(tiny_config), *words]) == 143
+    return root
+
+
+def rename_a_class(data: Path) -> None:
+    for split in ("train", "test"):
+        (data / split / "c3").rename(data / split / "c4")
+
+
+def replace_one(data: Path) -> None:
+    (data / "train" / "c1" / "021.png").write_bytes(striped_images(1, seed=9)[0][0])
+
+
+def blacken_one(data: Path) -> None:
+    with Image.open(data / "train" / "c2" / "038.png") as image:
+        Image.new("RGB", image.size).save(data / "train" / "c2" / "038.png")
+
+
+def replace_a_test_image(data: Path) -> None:
+    (data / "test" / "c1" / "021.png").write_bytes(striped_images(1, seed=9)[0][0])
+
+
+def drop_the_test_split(data: Path) -> None:
+    (data / "test").rename(data.with_name("test of another"))
+
+
+def reorder_the_subset(data: Path) -> None:
+    path = data.with_name("subset.txt")
+    path.write_text("\n".join(path.read_text().split()[::-1]) + "\n")
+
+
+def another_subset(data: Path) -> None:
+    data.with_name("subset.txt").write_text("".join(f"{number}\n" for number in range(8, 40)))
+
+
+CHANGES: list[tuple[str, Callable[[Path], None], str]] = [
+    ("simclr", replace_one, "pixels differ"),
+    ("simclr", blacken_one, "pixels differ"),
+    ("simclr", rename_a_class, "names"),
+    ("supervised", replace_a_test_image, "the test split"),
+    ("supervised", drop_the_test_split, "the test split"),
+    ("indices", another_subset, "subset.txt does not hold"),
+    ("indices", reorder_the_subset, "subset.txt does not hold"),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "named"), CHANGES, ids=lambda value: getattr(value, "__name__", None))
+def test_what_was_changed_under_a_run_is_one_line(
+    kind: str, change: Callable[[Path], None], named: str, stopped_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = shutil.copytree(stopped_runs, tmp_path / "all")
+    change(root / "data")
+    before = content(root / kind)
+    where = ["prune.indices=" + str(root / "subset.txt")] if kind == "indices" else []
+    assert pretrain.main(["--resume", str(root / kind), f"data.source={root / 'data'}", *where]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line and "fix: restore" in line, line
+    assert content(root / kind) == before
+
+
+def test_labels_of_a_table_changed_under_a_supervised_run_only(
+    tiny_config: Path, tmp_path: Path, at_step: type[AtStep], capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, labels = striped_images(40)
+    write_parquet(tmp_path / "data" / "train.parquet", images, labels)
+    at_step.stop = 3
+    for objective in ("simclr", "supervised"):
+        words = [f"out={tmp_path / objective}", f"data.source={tmp_path / 'data'}", f"objective={objective}", "epochs=2"]
+        assert pretrain.main(["--config", str(tiny_config), *words]) == 143
+    at_step.stop = 0
+    labels[17] = (labels[17] + 1) % 4
+    write_parquet(tmp_path / "data" / "train.parquet", images, labels)
+    capsys.readouterr()
+    assert pretrain.main(["--resume", str(tmp_path / "supervised")]) == 2
+    assert "the labels in " in capsys.readouterr().err
+    assert pretrain.main(["--resume", str(tmp_path / "simclr")]) == 0, "it trains on none"
+
+
+@pytest.mark.parametrize("kind", ["simclr", "supervised", "indices"])
+def test_images_that_moved_are_no_change(kind: str, stopped_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, still = (shutil.copytree(stopped_runs, tmp_path / name) for name in ("all", "still"))
+    moved = (root / "data").rename(root / "job 2")
+    (root / "subset.txt").rename(root / "of job 2.txt")
+    capsys.readouterr()
+    words = [f"data.source={moved}", "data.kind=folder", *([f"prune.indices={root / 'of job 2.txt'}"] if kind == "indices" else [])]
+    assert pretrain.main(["--resume", str(root / kind), *words]) == 0
+    assert pretrain.main(["--resume", str(still / kind)]) == 0, "the same run where the images are"
+    exported = Path("encoder", "model.safetensors")
+    assert (root / kind / exported).read_bytes() == (still / kind / exported).read_bytes()
+    saved = yaml.safe_load((root / kind / "config.yaml").read_text())
+    assert saved["data"]["source"] == str(moved) and saved["data"]["kind"] == "folder"
+
+
+def test_a_checkpoint_that_knows_a_sample_of_its_images_goes_on(
+    stopped_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As written before all images were looked at: the same images go on, others are refused."""
+    root = shutil.copytree(stopped_runs, tmp_path / "all")
+    job = pretrain.prepare(load_config(root / "simclr" / "config.yaml", [f"data.source={root / 'data'}"]), Report())
+    for digest, code in (("0" * 64, 2), (sampled_fingerprint(job.images), 0)):
+        state, _ = load_checkpoint(root / "simclr" / "checkpoints")
+        assert state is not None
+        save_checkpoint(root / "simclr" / "checkpoints", {**state, "fingerprint": digest}, 3)
+        assert pretrain.main(["--resume", str(root / "simclr"), f"data.source={root / 'data'}"]) == code
+    assert "not those of the checkpoint" in capsys.readouterr().err
+
+
+def test_a_config_file_changed_under_auto_resume_is_refused(
+    tiny_config: Path, tmp_path: Path, at_step: type[AtStep], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out = tmp_path / "c.yaml", tmp_path / "run"
+    text = tiny_config.read_text() + "checkpoint: {every_steps: 4}\n"
+    config.write_text(text)
+    start = ["--config", str(config), "--auto-resume", f"out={out}"]
+    at_step.stop = 3
+    assert pretrain.main(start) == 143
+    before = content(out)
+    changes = {
+        "epochs: 5": ("epochs: 50", "epochs was 5 and is now 50"),
+        "epochs: 5\n": ("epochs: 4\n", "epochs was 5 and is now 4"),
+        "lr: 0.05": ("lr: 0.1", "optimizer.lr was 0.05 and is now 0.1"),
+        "fraction: 0.4": ("fraction: 0.3", "prune.fraction was 0.4 and is now 0.3"),
+        "crop_scale: [0.5, 1.0]": ("crop_scale: [0.4, 1.0]", "augment.crop_scale was [0.5, 1.0] and is now [0.4, 1.0]"),
+        "width: 8, ": ("", "model.width was 8 and is now 64"),
+    }
+    for old, (new, said) in changes.items():
+        config.write_text(text.replace(old, new))
+        capsys.readouterr()
+        assert pretrain.main(start) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line and "fix: " in line, line
+        assert content(out) == before
+    config.write_text(text.replace("every_steps: 4", "every_steps: 2").replace("device: cpu", "device: auto"))
+    at_step.stop = 2
+    assert pretrain.main([*start, "device=cpu"]) == 143, "free keys stay free"
+    at_step.stop = 0
+    config.write_text(text)
+    assert pretrain.main(start) == 0
+    assert pretrain.main(start) == 0 and "nothing to do" in capsys.readouterr().out
+
+
+# ---- trained longer --------------------------------------------------------------------------------------------------
+
+
+def figures(out: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    left_out = ("seconds", "per_second", "reliability", "share")
+    return [{key: value for key, value in row.items() if not any(part in key for part in left_out)} for row in rows]
+
+
+LONGER = {
+    "emp": ["prune.beta_end=1.0", "prune.scoring=pruned"],
+    "one cycle": ["objective=supervised", "optimizer.schedule=onecycle", "prune.policy=infobatch"],
+    "random": ["prune.policy=random", "optimizer.warmup_epochs=4.5", "prune.redraw_every=2"],
+}
+
+
+@pytest.mark.parametrize("kind", list(LONGER))
+def test_a_run_trained_longer_is_the_run_of_its_own_settings(
+    kind: str, tiny_config: Path, tmp_path: Path, at_step: type[AtStep], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """3 epochs, then 5 of them, then 6, stopped within: bit for bit the run that is given the final config.yaml from the start."""
+    words = ["epochs=3", "monitor.reliability_every=0", "monitor.knn_every=0", *LONGER[kind]]
+    out = tmp_path / "longer"
+    assert pretrain.main(["--config", str(tiny_config), f"out={out}", *words]) == 0
+    first = (out / "metrics.jsonl").read_bytes()
+    at_step.stop = 3
+    capsys.readouterr()
+    assert pretrain.main(["--resume", str(out), "epochs=5"]) == 143
+    assert "longer    3 epochs were planned, and are 5 now: from epoch 4 on" in capsys.readouterr().out
+    at_step.stop = 2
+    assert pretrain.main(["--resume", str(out), "epochs=6"]) == 143
+    at_step.stop = 0
+    assert pretrain.main(["--resume", str(out)]) == 0
+    assert (out / "metrics.jsonl").read_bytes().startswith(first), "what was trained stays as it was"
+    saved = yaml.safe_load((out / "config.yaml").read_text())
+    assert saved["epochs"] == 6 and saved["earlier_plans"] == [[3, 3], [5, 4]]
+
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(saved | {"out": None}))
+    reference = tmp_path / "reference"
+    assert pretrain.main(["--config", str(again), f"out={reference}"]) == 0
+    for name in ("encoder/model.safetensors", "pruning/samples.parquet"):
+        assert (out / name).read_bytes() == (reference / name).read_bytes(), name
+    assert figures(out) == figures(reference) and [row["epoch"] for row in figures(out)] == [1, 2, 3, 4, 5, 6]
+    capsys.readouterr()
+    assert pretrain.main(["--resume", str(out)]) == 0 and "nothing to do" in capsys.readouterr().out
+
+
+def test_the_plan_of_what_was_trained_stays_and_the_rest_is_laid_anew() -> None:
+    """By hand: 100 images in batches of 10, half of them pruned; 4 epochs with one of annealing, then 8 with two."""
+    plan = PrunePlan(8, 0.5, 1, 0.25, earlier=((4, 4),))
+    assert plan.epoch_steps(100, 10) == [10, 5, 5, 10, 5, 5, 10, 10]
+    assert [plan.at(epoch).epochs for epoch in range(8)] == [4] * 4 + [8] * 4
+    within = PrunePlan(8, 0.5, 1, 0.25, earlier=((4, 2), (6, 3)))
+    assert within.epoch_steps(100, 10) == [10, 5, 5, 5, 5, 5, 10, 10] and [within.at(epoch).epochs for epoch in (1, 2, 3)] == [4, 6, 8]
+    assert PrunePlan(8, 0.5, 1, 0.25, earlier=((4, 0),)).epoch_steps(100, 10) == PrunePlan(8, 0.5, 1, 0.25).epoch_steps(100, 10)
+
+
+def test_the_learning_rate_of_a_longer_run(tiny_config: Path) -> None:
+    """The old curve to its end, then the new one where it stands at that step."""
+
+    def rates(*words: str) -> list[float]:
+        job = pretrain.prepare(load_config(tiny_config, [*words]), Report())
+        return [job.lr_of(step) for step in range(job.total_steps)]
+
+    short, long = rates("epochs=3", "prune.policy=none"), rates("epochs=6", "prune.policy=none")
+    assert rates("epochs=6", "prune.policy=none", "earlier_plans=[[3, 3]]") == short + long[len(short) :]
+    assert short[-1] < 0.002 < 0.02 < long[len(short)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["epochs=1"], ["epochs was 2 and is now 1", "give 2 or more"]),
+        (["epochs=4", "temperature=0.2"], ["temperature was 0.5 and is now 0.2"]),
+        (["epochs=0"], ["epochs"]),
+        (["epochs=4", "earlier_plans=[[1, 1]]"], ["earlier_plans"]),
+        (["earlier_plans=[[1, 1]]"], ["earlier_plans"]),
+        (["epochs=4", "prune.policy=shorter"], ["prune.policy was emp and is now shorter"]),
+    ],
+)
+def test_what_is_no_longer_run_is_refused(
+    overrides: list[str], said: list[str], finished_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(finished_runs["simclr"], tmp_path / "run")
+    before = content(out)
+    assert pretrain.main(["--resume", str(out), *overrides]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(part in line for part in said), line
+    assert content(out) == before
+
+
+def test_a_longer_run_killed_at_any_file_goes_on(finished_runs: dict[str, Path], tmp_path: Path, at_step: type[AtStep]) -> None:
+    """Its config.yaml says 4 while its newest checkpoint is one of 2; and its checkpoints of 4 are damaged."""
+    out, reference = (shutil.copytree(finished_runs["simclr"], tmp_path / name) for name in ("run", "reference"))
+    assert pretrain.main(["--resume", str(reference), "epochs=4"]) == 0
+    shutil.copy(reference / "config.yaml", out / "config.yaml")
+    assert pretrain.main(["--resume", str(out)]) == 0
+    assert content(out)["encoder/model.safetensors"] == content(reference)["encoder/model.safetensors"]
+    cut(max((out / "checkpoints").glob("step_*.pt")))
+    assert pretrain.main(["--resume", str(out)]) == 0
+    assert content(out)["encoder/model.safetensors"] == content(reference)["encoder/model.safetensors"]

@@ -43,7 +43,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import pretrain  # noqa: E402
 import ssl_emp.stores  # noqa: E402
-from ssl_emp import decode, policies, scores  # noqa: E402
+from ssl_emp import decode, policies, resume, scores  # noqa: E402
 
 SIGNALS = {
     "kill": signal.SIGKILL,
@@ -287,7 +287,7 @@ def patch_training(faults: Faults, recorder: Recorder) -> None:
     def from_step(value: Any) -> None:
         recorder.step = value[0]["step"] if value[0] else 0
 
-    replace_everywhere(pretrain.load_checkpoint, around(pretrain.load_checkpoint, lambda *_: None, from_step))
+    replace_everywhere(resume.load_checkpoint, around(resume.load_checkpoint, lambda *_: None, from_step))
 
 
 def visit(faults: Faults, point: str, *_: Any) -> None:
