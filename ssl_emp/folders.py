@@ -293,7 +293,7 @@ def folder_source(listing: Listing, split: str, labels: str) -> Source:
     chosen = train = _label(folders, layout, "train", labels, None)
     if split == "train" and layout.rest_is_train:
         held = some_of([folder for its_folders in layout.folders.values() for folder in its_folders])
-        notes.append(f"{held} is held back as a test split, and not trained on")
+        notes.append(f"held back as a test split, and not trained on: {held}")
     if split == "test":
         chosen = _label(folders, layout, kinds[0], labels, train.class_names)
         if chosen.labels is None and labels != "none" and len(kinds) > 1:

@@ -464,7 +464,7 @@ def _open_folder(path: str, source: str, kind: str, splits_apart: bool = True) -
     if not listing.tables or kind == "folder" or (kind == "auto" and listing.files and not hold_images(tables, len(listing.files))):
         return listing, None
     if listing.files:
-        listing.unused.add("images beside the tables", listing.files[0][0], len(listing.files))
+        listing.unused.add("beside the tables", listing.files[0][0], len(listing.files))
     return listing, tables
 
 

@@ -79,12 +79,12 @@ def find_splits(tables: Tables) -> tuple[dict[str, list[str]], str]:
     for path in tables.paths:
         parts.setdefault(split_of_table(path) or "", []).append(path)
     if tables.by_name and len(parts) == 1:  # whoever names test files means them, for whatever he asks
-        return {**parts, "train": tables.paths}, ""
+        return {**parts, "train": tables.paths, "": []}, ""
     rest = parts.pop("", [])
     if not rest or ("train" in parts and len(parts) > 1):
         return {**parts, **({"": rest} if rest else {})}, ""
     held = [path for kind in ("test", "val") for path in parts.get(kind, [])]
-    note = f"{some_of(held, 2)} is held back as a test split, and not trained on" if held else ""
+    note = f"held back as a test split, and not trained on: {some_of(held, 2)}" if held else ""
     return {**parts, "train": sorted([*parts.get("train", []), *rest])}, note
 
 
@@ -187,7 +187,7 @@ def _read_split(
 ) -> _Split:
     """Metadata and labels of all files of a split, one after the other."""
     paths = parts[kind]
-    if not tables.by_name:
+    if not tables.by_name and kind != "all":
         _check_one_data_set(tables, paths)
     check_shards(paths, tables.name, complete=not tables.by_name)
     used: list[str] = []
@@ -389,7 +389,7 @@ def _read_labels(table: "pq.ParquetFile", label: str, rows: int, path: str) -> _
 
     place = table.schema_arrow.get_field_index(label)
     if place < 0:
-        raise _Unusable(f"{path} has no column {label}")
+        raise _Unusable(f"{path} has {'two columns' if label in table.schema_arrow.names else 'no column'} {label}")
     kind = table.schema_arrow.field(place).type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
     is_text = pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)

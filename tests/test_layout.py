@@ -23,7 +23,7 @@ import evaluate
 import pretrain
 from ssl_emp import decode
 from ssl_emp.errors import UserError
-from ssl_emp.images import ImageSet, NoSplit, count_classes, load_images, load_test_images
+from ssl_emp.images import ImageSet, NoSplit, count_classes, find_images, load_images, load_test_images
 from ssl_emp.matching import match_labels
 from ssl_emp.sniff import image_format
 from ssl_emp.splits import split_called, split_named, splits_of_folders
@@ -148,7 +148,7 @@ def test_splits_within_every_class_folder(tmp_path: Path) -> None:
 def test_a_test_folder_beside_others_is_not_trained_on(tmp_path: Path, held: str) -> None:
     put(tmp_path, *classes("", *TWO), *classes(held, *TWO, count=2))
     got = load(tmp_path)
-    assert counts(got) == [3, 3] and got.class_names == [*TWO] and f"{held}/ is held back" in got.notes[0]
+    assert counts(got) == [3, 3] and got.class_names == [*TWO] and f"not trained on: {held}/" in got.notes[0]
     assert counts(load(tmp_path, "test")) == [2, 2]
 
 
@@ -380,7 +380,7 @@ def test_parquet_files_without_the_words_are_the_train_split(tmp_path: Path) -> 
     assert len(load(tmp_path).names) == 8
     table(tmp_path / "test.parquet", [0, 1])
     got = load(tmp_path)
-    assert len(got.names) == 8 and "test.parquet is held back" in got.notes[0] and len(load(tmp_path, "test").names) == 2
+    assert len(got.names) == 8 and "not trained on: test.parquet" in got.notes[0] and len(load(tmp_path, "test").names) == 2
     assert len(load(tmp_path / "test.parquet").names) == 2 == len(load(tmp_path / "t*t.parquet").names), "named, it is meant"
     table(tmp_path / "only/eval-0.parquet")
     assert "no train split, only eval-0.parquet" in refused(lambda: load(tmp_path / "only"))
@@ -443,7 +443,7 @@ def test_tables_beside_images_and_images_beside_tables(tmp_path: Path) -> None:
     table(tmp_path / "b/data/train-0.parquet")
     put(tmp_path / "b", "assets/preview.png", "assets/second.png")
     got = load(tmp_path / "b")
-    assert len(got.names) == 4 and got.unused == [("images beside the tables", 2, "assets/preview.png")]
+    assert len(got.names) == 4 and got.unused == [("beside the tables", 2, "assets/preview.png")]
     assert len(load(tmp_path / "b", kind="folder").names) == 2
     table(tmp_path / "c/0.parquet")
     pq.write_table(pa.table({"width": [1]}), tmp_path / "c/meta.parquet")
@@ -769,7 +769,20 @@ def test_hints_fit_the_file(tmp_path: Path, name: str, hint: str) -> None:
 
 def test_parquet_is_known_by_content_too(tmp_path: Path) -> None:
     table(tmp_path / "x.parquet").rename(tmp_path / "blob")
-    assert len(load(tmp_path / "blob").names) == 4
+    got = load(tmp_path / "blob")
+    assert len(got.names) == 4 and got.unused == []
+
+
+def test_all_images_of_a_source_whatever_split_they_are_in(tmp_path: Path) -> None:
+    table(tmp_path / "t/train.parquet")
+    table(tmp_path / "t/more/test.parquet", [0, 1])
+    put(tmp_path / "f", *classes("train", *TWO), *classes("test", *TWO), "x.png")
+    assert [len(found.names) for found in find_images(str(tmp_path / "t"))] == [6]
+    assert [len(found.names) for found in find_images(str(tmp_path / "f"))] == [13]
+    assert [len(found.names) for found in find_images(str(tmp_path / "t/**/*.parquet"))] == [6]
+    assert [len(found.names) for found in find_images(str(tmp_path / "f"), "test")] == [6]
+    (tmp_path / "e").mkdir()
+    assert "no images in" in refused(lambda: find_images(str(tmp_path / "e")))
 
 
 def test_a_supervised_run_compares_its_test_split_before_it_begins(
