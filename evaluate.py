@@ -715,7 +715,7 @@ def check_places(folder: Path | None, subject: Subject) -> None:
     if not (subject.eval_dir and is_run(Path(subject.name))):
         names = [*names, safe_name(subject.name)]
     check_inner(root, *names)
-    for inner in ("diagnose", "embed"):
+    for inner in ("diagnose", "embed", "classifier-finetune", "classifier-linear"):
         check_inner(root, *names, inner)
 
 

@@ -305,6 +305,11 @@ def test_a_classifier_needs_a_place(run_dir: Path, data: Path, tmp_path: Path, c
     assert evaluate.main([str(run_dir), "linear", "linear.save=true", *SMALL, "--out", str(tmp_path / "out")]) == 2
     captured = capsys.readouterr()
     assert "cannot write" in captured.err and "| linear" in captured.out
+    (tmp_path / "out" / "classifier-linear").unlink()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "out" / "classifier-linear").symlink_to(tmp_path / "home")
+    assert evaluate.main([str(run_dir), "linear", "linear.save=true", *SMALL, "--out", str(tmp_path / "out")]) == 2
+    assert "is a link to another place" in capsys.readouterr().err and not list((tmp_path / "home").iterdir())
 
 
 @pytest.mark.parametrize("encoder", ["random", "pixels", "torchvision:shufflenet_v2_x0_5", "timm:test_resnet.r160_in1k"])
