@@ -117,16 +117,7 @@ def knn_predictions(
     for chunk, raw_chunk in zip(queries.split(size), test.x.split(size), strict=True):
         found = search(chunk, min(max(num_neighbors) + SPARE, len(bank)))  # similarities and rows, (Q, k + SPARE) each
         for k, predicted in answers.items():
-            candidates = found[0][:, : k + SPARE], found[1][:, : k + SPARE]
-            narrow = candidates[0][:, 0] - candidates[0][:, -1] < NARROW  # (Q,)
-            similarity, index = _settle(*candidates, bank, chunk, k, ~narrow)  # (Q, k)
-            below = (similarity - similarity[:, :1]).double()  # by how much less similar than the nearest
-            tie = torch.full((len(chunk), 1), TIE, dtype=torch.float64)
-            index = index.clone() if narrow.any() else index  # of what was found for all k
-            for rows in narrow.nonzero().squeeze(1).split(max(1, CHUNK_ELEMENTS // 8 // len(bank))) if narrow.any() else ():
-                exact, tie[rows] = exact_cosines(raw_chunk[rows], train.x)  # (R, N)
-                index[rows] = exact.argsort(dim=1, descending=True, stable=True)[:, :k]
-                below[rows] = exact.gather(1, index[rows]) - exact.gather(1, index[rows, :1])
+            below, index, tie = _settle(found[0][:, : k + SPARE], found[1][:, : k + SPARE], bank, chunk, train.x, raw_chunk, k)
             votes = torch.zeros(len(chunk), len(classes), dtype=torch.float64)
             if temperature is None:
                 votes.scatter_add_(1, bank_class[index], torch.ones_like(below))  # (Q, C)
@@ -179,7 +170,31 @@ def _unit_rows_exactly(x: Tensor) -> Tensor:
     return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=1e-300)
 
 
-def _settle(similarity: Tensor, index: Tensor, bank: Tensor, queries: Tensor, k: int, among: Tensor) -> tuple[Tensor, Tensor]:
+def _settle(
+    similarity: Tensor, index: Tensor, bank: Tensor, queries: Tensor, raw_bank: Tensor, raw_queries: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first k of the rows found, and what can be told of them.
+
+    Args:
+        similarity, index: (Q, k + SPARE), as found. bank, queries: of length 1; raw_bank, raw_queries: as they were given.
+
+    Returns:
+        (Q, k) float64, by how much each is less similar than the nearest; (Q, k) rows; (Q, 1), differences below this are none.
+    """
+    narrow = similarity[:, 0] - similarity[:, -1] < NARROW  # (Q,)
+    similarity, index = _settle_cut(similarity, index, bank, queries, k, ~narrow)
+    below = (similarity - similarity[:, :1]).double()
+    tie = torch.full((len(below), 1), TIE, dtype=torch.float64)
+    if narrow.any():
+        index = index.clone()  # it is a part of what was found for every k
+        for rows in narrow.nonzero().squeeze(1).split(max(1, CHUNK_ELEMENTS // 8 // len(bank))):
+            exact, tie[rows] = exact_cosines(raw_queries[rows], raw_bank)  # (R, N)
+            index[rows] = exact.argsort(dim=1, descending=True, stable=True)[:, :k]
+            below[rows] = exact.gather(1, index[rows]) - exact.gather(1, index[rows, :1])
+    return below, index, tie
+
+
+def _settle_cut(similarity: Tensor, index: Tensor, bank: Tensor, queries: Tensor, k: int, among: Tensor) -> tuple[Tensor, Tensor]:
     """The first k of the rows found. Where the cut falls between (nearly) equal ones, it is settled exactly: lowest row first.
 
     among: (Q,) bool, the queries that this is done for.
