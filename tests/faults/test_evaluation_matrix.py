@@ -243,7 +243,7 @@ def test_H4_faiss_torch_and_numpy_agree(ties: bool, monkeypatch: pytest.MonkeyPa
     for backend in ("torch", *(["faiss"] if import_faiss() is not None else [])):
         chosen[backend] = []
 
-        def kept(*given: Any, into: list[Tensor] = chosen[backend]) -> tuple[Tensor, Tensor]:
+        def kept(*given: Any, into: list[Tensor] = chosen[backend]) -> tuple[Tensor, ...]:
             found = settle(*given)
             into.append(found[1])
             return found
