@@ -17,10 +17,17 @@ def shown(row: Row, name: str) -> str:
 
 
 def markdown_table(rows: list[Row]) -> str:
+    """A row without a value ends with the reason for that, in the column of protocols, and has no further cells."""
+    reason = COLUMNS.index("protocol")
     cells = [[shown(row, name).replace("|", "\\|") for name in COLUMNS] for row in rows]
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *cells, strict=True)]
+    widths = [len(name) for name in COLUMNS]
+    for row, line in zip(rows, cells, strict=True):
+        if row["value"] is None:
+            del line[reason + 1 :]
+        sized = line[:reason] if row["value"] is None else line  # a long reason makes no column wide
+        widths[: len(sized)] = map(max, widths, map(len, sized))
     lines = [list(COLUMNS), ["-" * width for width in widths], *cells]
-    return "".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |\n" for line in lines)
+    return "".join("| " + " | ".join(map(str.ljust, line, widths)) + " |\n" for line in lines)
 
 
 def terminal_table(rows: list[Row]) -> str:

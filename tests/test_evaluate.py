@@ -7,6 +7,7 @@ import subprocess
 import sys
 import urllib.error
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,9 @@ def run_dir(tmp_path: Path, tiny_data: Path) -> Path:
 
 
 def table(text: str) -> list[dict[str, str]]:
-    """The rows of a Markdown table."""
+    """The rows of a Markdown table; cells that a row lacks are empty, as where it is rendered."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+    return [dict(zip_longest(lines[0], line, fillvalue="")) for line in lines[2:]]
 
 
 def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> str:

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,7 +63,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 def table(text: str) -> list[dict[str, str]]:
     """The rows of the first Markdown table in a text."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:] if len(line) == len(lines[0])]
+    return [dict(zip_longest(lines[0], line, fillvalue="")) for line in lines[2:] if len(line) <= len(lines[0])]
 
 
 def refused(ended: Ended, message: str) -> None:
