@@ -537,7 +537,7 @@ def test_a_collapsed_encoder_costs_the_knn_line_only(
     def collapsed(*arguments: Any, **options: Any) -> Any:
         raise EvalError("68 rows of features are all zero", "train it")
 
-    monkeypatch.setattr(pretrain, "extract_features", collapsed)
+    monkeypatch.setattr("ssl_emp.monitoring.extract_features", collapsed)
     run = pretrain_run("run")
     assert "kNN       not taken: 68 rows" in capsys.readouterr().out and "knn_train_split" not in rows(run)[-1]
 
