@@ -319,8 +319,14 @@ class Judged:
         return train.pixels, train.labels, test.pixels, test.labels
 
     def checkpoint(self, evaluator: str) -> Path | None:
-        """The file that an interrupted training goes on from, its name for `linear_eval.finetune` to complete."""
-        return None if self.out is None else self.out / f"{evaluator}-{{key}}.pt"
+        """The file that an interrupted training goes on from, its name for `linear_eval.finetune` to complete.
+
+        Scripts that look whether `finetune.pt` is there know that a training is under way, or was interrupted: so the folder's name.
+        """
+        if self.out is None:
+            return None
+        check_inner(self.out, f"{evaluator}.pt")
+        return self.out / f"{evaluator}.pt" / "{key}.pt"
 
     def views(self) -> Callable[[int, Tensor, Tensor], Tensor]:
         """Random crop and flip, as in the literature's probes: (epoch, rows, uint8 images) -> (B, 3, S, S) in [0, 1]."""
@@ -470,6 +476,7 @@ def finished(judged: Judged, evaluator: str, protocol: str, found: TrainResult |
         if isinstance(found, TrainResult) and found.checkpoint is not None:
             with suppress(OSError):
                 found.checkpoint.unlink(missing_ok=True)  # a second call trains anew
+                found.checkpoint.parent.rmdir()  # not where the checkpoints of other settings wait in it
 
     return Result(protocol, 100 * found.top1, then=then)
 

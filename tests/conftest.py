@@ -30,8 +30,8 @@ def same_world() -> Iterator[None]:
     torch.manual_seed(0)
 
     def world() -> dict[str, object]:
-        # what importing scikit-learn and torch._inductor sets is theirs; evaluate.py sets what guards the loading of weights
-        theirs = ("PYTEST_", "KMP_", "TORCHINDUCTOR_", "TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+        # what importing scikit-learn, torch._inductor and lightly sets is theirs; evaluate.py sets what guards the loading of weights
+        theirs = ("PYTEST_", "KMP_", "TORCHINDUCTOR_", "PYTORCH_NVML_", "TORCH_FORCE_WEIGHTS_ONLY_LOAD")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
         modes = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled())
         return {"directory": os.getcwd(), "environment": environment, "threads": torch.get_num_threads(), "modes": modes}

@@ -553,8 +553,9 @@ def test_an_interrupted_fine_tuning_on_other_images(
     write_parquet(tmp_path / "tests/train.parquet", data, labels)
     write_parquet(tmp_path / "tests/test.parquet", *striped_images(40, seed=2))
     interrupted(monkeypatch, "fine-tuning steps 17 of 20", run_dir, *TUNED)
-    left = list((run_dir / "eval").iterdir())
-    assert len(left) == 1 and left[0].name.startswith("finetune-") and left[0].suffix == ".pt"
+    assert [path.name for path in (run_dir / "eval").iterdir()] == ["finetune.pt"]
+    left = list((run_dir / "eval" / "finetune.pt").iterdir())
+    assert len(left) == 1 and left[0].suffix == ".pt"
     content = left[0].read_bytes()
     others = [[f"data.source={tmp_path / 'turned'}"], [f"data.source={tmp_path / 'tests'}"], ["data.image_size=12"], ["seed=1"]]
     for words in others:
@@ -581,7 +582,7 @@ def test_an_interrupted_fine_tuning_stands_in_nobodys_way(
 ) -> None:
     interrupted(monkeypatch, "fine-tuning steps 12 of", run_dir, *TUNED)
     interrupted(monkeypatch, "linear steps 12 of", run_dir, "linear", "linear.protocol=augmented", "linear.epochs=9", *SMALL)
-    assert {path.name.split("-")[0] for path in (run_dir / "eval").iterdir()} == {"finetune", "linear"}
+    assert {path.name for path in (run_dir / "eval").iterdir()} == {"finetune.pt", "linear.pt"}
     capsys.readouterr()
     others = ("finetune.epochs=1", "finetune.lr=0.2", "finetune.label_smoothing=0.1", "linear.protocol=augmented", "linear.epochs=1")
     assert evaluate.main([str(run_dir), "finetune", "linear", "knn", *SMALL, *others]) == 0
