@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import platform
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -67,7 +68,8 @@ class Report:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # half a second of import, so only where it is asked for
 
-            self.writer = SummaryWriter(str(folder))
+            # the writer opens whatever has the name of its file: nobody can have put a link under one that nobody knows
+            self.writer = SummaryWriter(str(folder), filename_suffix=f".{secrets.token_hex(8)}")
 
     def say(self, line: str) -> None:
         """One line to the console and to train.log, whatever it holds: see `ssl_emp.text.printable`."""
