@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -49,7 +50,7 @@ from ssl_emp.optim import (
 )
 from ssl_emp.passes import compiled, foresee, gathered, measure_reliability, score_passes, split_by_age, terms_of
 from ssl_emp.pruning import shuffled_batches
-from ssl_emp.ranks import ALONE, LostRank, Ranks, is_exchange, join_ranks, leave_ranks
+from ssl_emp.ranks import ALONE, LostRank, NoPlace, Ranks, is_exchange, join_ranks, leave_ranks
 from ssl_emp.report import Report, duration, rank_correlation, write_environment, write_samples
 from ssl_emp.resume import (
     broken_files,
@@ -591,10 +592,12 @@ def main(argv: list[str] | None = None) -> int:
         code = run(config, out, resumes, ranks, may_extend=arguments.resume is not None)
         leave_ranks(ranks)
         return code
+    except NoPlace as error:
+        return complain(str(error), 2, ranks, True)
     except UserError as error:
         return complain(str(error), 2, ranks)
     except LostRank as error:
-        return complain(str(error), error.code, ranks, error.speaks)
+        return complain(str(error), error.code, ranks, error.speaks, error.lost)
     except RunFailed as error:
         return complain(str(error), 3, ranks)
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -611,22 +614,22 @@ def main(argv: list[str] | None = None) -> int:
             return complain(f"{what}. fix: lower batch_size or model.width, then --resume", 3, ranks)
         if is_exchange(error, ranks):
             lost = ranks.explain(error)
-            return complain(str(lost), lost.code, ranks, lost.speaks)
+            return complain(str(lost), lost.code, ranks, lost.speaks, lost.lost)
         ranks.confess(f"{type(error).__name__}: {error}", 3)
+        ranks.part_from_children()
         raise  # a bug: the traceback is what helps
 
 
-def complain(line: str, code: int, ranks: Ranks, speaks: bool | None = None) -> int:
-    """One line on standard error from all ranks together, and the exit code."""
+def complain(line: str, code: int, ranks: Ranks, speaks: bool | None = None, lost: Collection[int] = ()) -> int:
+    """One line on standard error from all ranks together, and the exit code; `lost` are the ranks that hang."""
     if speaks is None:  # this rank's own mistake
         ranks.confess(line, code)
-        speaks = ranks.is_first and int(os.environ.get("LOCAL_RANK", 0)) == 0
+        speaks = ranks.is_first and os.environ.get("LOCAL_RANK", "0") == "0"
     if speaks:
         print(f"error: {printable(line)}", file=sys.stderr, flush=True)
     if ranks.world_size > 1:
         sys.stdout.flush()
-        if ranks.is_first:
-            time.sleep(1.0)  # what the others hear by lives in this process
+        ranks.part_from_children(lost, at_least=1.0)  # what the others hear by may live in this process
         os._exit(code)  # without waiting for an exchange that nobody else comes to
     return code
 

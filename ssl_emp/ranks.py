@@ -7,13 +7,17 @@ Started by `devices=N` (`launch`), by torchrun or by srun. Letters: W ranks, B b
 """
 
 import os
+import re
+import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
 
@@ -24,22 +28,32 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ssl_emp.errors import RunFailed, UserError
+from linear_eval.liveness import GRACE_SECONDS, BoundedStore, Liveness, Lost, ending, leave_at_once
+from ssl_emp.config import shorten
+from ssl_emp.errors import RunFailed, UserError, printable
 from ssl_emp.keyed import keyed_bits
 
 LAUNCHED = "SSL_EMP_LAUNCHED"  # set for the processes that `launch` starts
-STARTED: list[subprocess.Popen[bytes]] = []  # by `launch`
+PRIVATE_STORE = "SSL_EMP_STORE"  # the file in which they meet
+STARTED: dict[int, "subprocess.Popen[bytes]"] = {}  # by `launch`, by rank
 MEET_SECONDS = 60.0  # from the first rank's start to the last one's
-GRACE_SECONDS = 5.0  # for the ranks that live to say so, before the others are called lost
+LEAVE_SECONDS = 60.0  # for Python to end in the others, after the work
+INTACT = "the last checkpoint is intact. fix: --resume"
 FINGERPRINT = 108  # first key of `Ranks.agree_on`
 
 
 class LostRank(RunFailed):
-    """Another rank is gone, hangs, or failed; `speaks` is whether this rank is the one that tells the user."""
+    """Another rank is gone, hangs, or failed.
 
-    def __init__(self, line: str, speaks: bool, code: int = 3) -> None:
+    Args:
+        speaks: whether this rank is the one that tells the user.
+        code: the exit code of this process.
+        lost: the ranks that give no sign of life; none where one failed and said so.
+    """
+
+    def __init__(self, line: str, speaks: bool, code: int = 3, lost: Collection[int] = ()) -> None:
         super().__init__(line)
-        self.speaks, self.code = speaks, code
+        self.speaks, self.code, self.lost = speaks, code, frozenset(lost)
 
 
 class Ranks:
@@ -50,15 +64,18 @@ class Ranks:
         local_rank: which device of its machine.
         store: a key-value store that all ranks reach; None for one process.
         control: a gloo group, for what the hosts agree on.
-        timeout_seconds: how long a rank waits for another before it calls it lost.
+        timeout_seconds: how long a rank waits for another that gives no sign of life before it calls it lost.
     """
+
+    liveness: Liveness | None = None  # of several processes, from `watch` on
+    failed: "Failed | None" = None  # the rank that was found to have failed
 
     def __init__(
         self,
         rank: int = 0,
         world_size: int = 1,
         local_rank: int = 0,
-        store: dist.Store | None = None,
+        store: BoundedStore | None = None,
         control: dist.ProcessGroup | None = None,
         timeout_seconds: float = 600.0,
     ) -> None:
@@ -98,6 +115,7 @@ class Ranks:
         """The largest of each over the ranks; on the hosts, so that no device is waited for."""
         if self.world_size == 1:
             return list(numbers)
+        self._raise_if_lost()  # an exchange with it would take its whole time limit
         values = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self.control)
         return cast(list[int], values.tolist())
@@ -120,29 +138,101 @@ class Ranks:
             )
 
     def meet(self, word: str = "", patient: bool = False) -> list[str]:
-        """Wait for all ranks here and hear the word of each: without limit where `patient`. No pickle, and no device, is involved."""
+        """Wait for all ranks here and hear the word of each. No pickle, and no device, is involved.
+
+        A rank that is lost is not waited for; one that lives is, where `patient`, however long its work takes.
+        """
         if self.store is None:
             return [word]
         self.meetings += 1
         keys = [f"meeting/{self.meetings}/{rank}" for rank in range(self.world_size)]
-        self.store.set(keys[self.rank], word)
+        self._set(keys[self.rank], word)
         words = []
         for rank, key in enumerate(keys):
             deadline = time.monotonic() + self.timeout_seconds
             while not self._heard(key):  # and not store.wait(): a rank that fails says so, and is not waited for
                 self._raise_if_failed()
                 if time.monotonic() > deadline and not patient:
-                    raise LostRank(f"rank {rank} did not come within {self.timeout_seconds:.0f} s. fix: --resume", self.rank == 0)
+                    what = f"rank {rank} did not come within {self.timeout_seconds:.0f} s"
+                    raise LostRank(f"{what}. fix: --resume", self.rank == 0, lost=[rank])
                 time.sleep(0.02)
-            words.append(self.store.get(key).decode())
+            words.append(self.store.get(key).decode(errors="replace"))
         return words
+
+    def arrive(self) -> None:
+        """Wait until every rank has started. One that ends before that is noticed at once by the rank that started it.
+
+        Raises:
+            LostRank: a rank ended, or failed; or they are not all there within MEET_SECONDS.
+        """
+        assert self.store is not None
+        self._set(f"here/{self.rank}", "yes")
+        deadline, missing = time.monotonic() + MEET_SECONDS, set(range(self.world_size))
+        while missing := {rank for rank in missing if not self._heard(f"here/{rank}")}:
+            self._raise_if_failed()
+            for rank in missing & STARTED.keys():
+                if (code := STARTED[rank].poll()) is not None:
+                    self._raise_if_failed()  # it may have said why in the meantime
+                    line = f"rank {rank} was lost while starting ({ending(code)})"
+                    line += ". fix: see what it wrote above; where it was killed, memory may be short: start fewer processes"
+                    self.confess(line, 3)
+                    raise LostRank(line, True)
+            if time.monotonic() > deadline:
+                names = ", ".join(map(str, sorted(missing)))
+                raise TimeoutError(f"rank {names} did not start within {MEET_SECONDS:.0f} s")
+            time.sleep(0.02)
+
+    def watch(self, signs: dist.Store) -> None:
+        """Give signs of life in `signs`, a store with a connection of its own, and watch those of others, until `leave_ranks`."""
+        parent = os.environ.get(LAUNCHED)
+        self.liveness = Liveness(
+            signs,
+            self.rank,
+            self.world_size,
+            self.timeout_seconds,
+            self._end_in_c_code,
+            local_rank=self.local_rank,
+            children=dict(STARTED),
+            parent=None if parent is None else int(parent),
+        )
+        self.liveness.start()
+
+    def _end_in_c_code(self, lost: Lost, speaks: bool) -> None:
+        """Called from a thread where the main one does not come back."""
+        end_lost(lost.ranks)
+        leave_at_once(f"error: {printable(lost.why)}; {INTACT}" if speaks else "", lost.code)
+
+    def part_from_children(self, lost: Collection[int] = (), at_least: float = 0.0) -> None:
+        """Before a rank ends early: see that those of one `launch` end too that cannot do so by themselves.
+
+        Args:
+            lost: who gives no sign of life.
+            at_least: seconds that this takes where rank 0 started none, for those that reach its store to hear why it ends.
+        """
+        end_lost(lost)
+        if STARTED:
+            # who failed first may still be writing why; the others may be waiting for this one in C code
+            _wait_for(list(STARTED.values()), 1.0 if self.failed is None else GRACE_SECONDS)
+        elif self.is_first:
+            time.sleep(at_least)
+
+    def _set(self, key: str, value: str) -> None:
+        assert self.store is not None
+        try:
+            self.store.set(key, value)
+        except RuntimeError as error:
+            raise self._no_store() from error
 
     def _heard(self, key: str) -> bool:
         assert self.store is not None
         try:
-            return bool(self.store.check([key]))
+            return self.store.check([key])
         except RuntimeError as error:
-            raise LostRank("rank 0 is lost: nothing answers for it any more. fix: --resume", self.rank == 1) from error
+            raise self._no_store() from error
+
+    def _no_store(self) -> LostRank:
+        line = f"rank 0 is lost (nothing answers for it any more); {INTACT}"
+        return LostRank(line, self.rank == 1 or self.local_rank == 0, lost=[0])
 
     @contextmanager
     def first_then_others(self) -> Iterator[None]:
@@ -161,34 +251,60 @@ class Ranks:
 
     def _raise_if_failed(self) -> None:
         assert self.store is not None
-        if self.store.check(["failed"]):
-            rank, code, line = self.store.get("failed").decode().split("\0")
-            if int(rank) != self.rank:
+        if self._heard("failed"):
+            failed = Failed.parse(self.store.get("failed"))
+            if failed.rank != self.rank:
+                self.failed = failed
                 # rank 0 says itself why it ends
-                raise LostRank(f"rank {rank}: {line}" if int(rank) else line, self.rank == 0, int(code))
+                line = f"rank {failed.rank}: {failed.line}" if failed.rank else failed.line
+                raise LostRank(line, self.rank == 0, failed.code)
+        self._raise_if_lost()
 
-    def _speaks(self, lost: set[int]) -> bool:
-        return self.rank == min(set(range(self.world_size)) - lost, default=0)
+    def _raise_if_lost(self) -> None:
+        if self.liveness is not None and self.liveness.lost is not None:
+            lost = self.liveness.lost
+            raise LostRank(f"{lost.why}; {INTACT}", self.liveness.speaks(lost.ranks), lost.code, lost.ranks)
 
     def explain(self, error: Exception) -> LostRank:
         """Whose fault an exchange is that did not come about: the rank that confessed, or those that give no sign of life."""
         assert self.store is not None
+        lost = set(range(self.world_size))
         try:
             self._raise_if_failed()
             self.store.set(f"alive/{self.rank}", "yes")
             deadline = time.monotonic() + GRACE_SECONDS
-            lost = set(range(self.world_size))
             while lost and time.monotonic() < deadline:
                 self._raise_if_failed()
-                lost = {rank for rank in lost if not self.store.check([f"alive/{rank}"])}
+                lost = {rank for rank in lost if not self._heard(f"alive/{rank}")}
+                if self.liveness is not None and lost <= self.liveness.ended():
+                    break
                 time.sleep(0.05)
         except LostRank as found:
             return found
         except Exception:  # no store: its host, rank 0, or the launcher is gone
-            lost = {0}
+            return self._no_store()
         names = f"rank {', '.join(map(str, sorted(lost)))} is lost" if lost else "the ranks lost each other"
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        return LostRank(f"{names} ({said[:120]}); the last checkpoint is intact. fix: --resume", self._speaks(lost))
+        speaks = self.rank == min(set(range(self.world_size)) - lost, default=0)
+        return LostRank(f"{names} ({said[:120]}); {INTACT}", speaks, lost=lost)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What a rank said before it ended, as another finds it in the store."""
+
+    rank: int
+    code: int
+    line: str
+
+    @classmethod
+    def parse(cls, said: bytes) -> "Failed":
+        """Of `rank, code, line` with zero bytes between them. The store may be open to others: whatever is no such thing is rank 0's."""
+        rank, _, rest = said[:4000].decode(errors="replace").partition("\0")
+        code, separator, line = rest.partition("\0")
+        if not (separator and re.fullmatch("[0-9]{1,9}", rank) and re.fullmatch("[0-9]{1,3}", code) and 0 < int(code) < 256):
+            return cls(0, 3, "the store of the ranks holds what none of them wrote. fix: --resume")
+        return cls(int(rank), int(code), printable(line))
 
 
 ALONE = Ranks()
@@ -204,56 +320,171 @@ def join_ranks(devices: int | str, timeout_seconds: float, needs_gpu: bool, comm
 
     Args:
         devices: processes to start on this machine where nobody started any yet.
-        timeout_seconds: of every exchange.
+        timeout_seconds: how long a rank may give no sign of life, and an exchange may take.
         needs_gpu: whether each rank takes a GPU (then tensors travel by NCCL, else by gloo).
         command: what starts the other processes: that which started this one.
 
     Raises:
         UserError: the environment is not complete, the address does not answer, or there are fewer GPUs than ranks.
+        LostRank: another rank ended, or failed, before all were there.
     """
-    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-        _take_slurm_for_torchrun()
     if "RANK" not in os.environ:
-        if count_devices(devices) == 1:
+        if started_by_srun(count_devices(devices)):
+            _take_slurm_for_torchrun()
+        elif count_devices(devices) == 1:
             return Ranks()
-        launch(count_devices(devices), command)
+        else:
+            launch(count_devices(devices), command)
     end_with_launcher()
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if not os.environ.get(name)]
-    if missing:
-        raise UserError(f"RANK is set, but not {', '.join(missing)}", "start by torchrun, srun or devices=N, or unset RANK for one process")
-    try:
-        rank, world_size, local_rank, port = (int(os.environ[name]) for name in (*names[:3], names[4]))
-    except ValueError as error:
-        what = f"RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT must be numbers ({error})"
-        raise UserError(what, "start by torchrun, srun or devices=N") from error
-    if world_size == 1:
+    place = place_in_environment()
+    if place.world_size == 1:
         return Ranks()
-    if needs_gpu:
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"rank {rank} wants GPU {local_rank}, this machine has {torch.cuda.device_count()}", "start fewer processes")
-        torch.cuda.set_device(local_rank)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
-    timeout = timedelta(seconds=timeout_seconds)
-    where = f"{os.environ['MASTER_ADDR']}:{port}"
+    if place.is_one_machine:
+        listen_on_loopback()
+    where = "the launcher's store" if PRIVATE_STORE in os.environ else f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        meet_within = timedelta(seconds=MEET_SECONDS)
-        store, *_ = next(dist.rendezvous("env://", timeout=meet_within))
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # torchrun's outlives a restart
-        run_store = dist.PrefixStore("run", store)
-        run_store.set_timeout(timeout)
-        run_store.set(f"here/{rank}", "yes")
-        run_store.wait([f"here/{other}" for other in range(world_size)], meet_within)
-        group_store = dist.PrefixStore("group", store)
-        dist.init_process_group("nccl" if needs_gpu else "gloo", store=group_store, rank=rank, world_size=world_size, timeout=timeout)
-        control = dist.new_group(backend="gloo", timeout=timeout)
+        store = _open_store(place)
     except (dist.DistError, RuntimeError, ValueError, OSError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        what = f"rank {rank} of {world_size} does not meet the others at {where} ({said[:120]})"
-        raise UserError(what, "see that MASTER_ADDR and MASTER_PORT are rank 0's, the port is free, and all are started") from error
+        raise _no_meeting(place, where, error) from error
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # torchrun's outlives a restart
+    ranks = Ranks(place.rank, place.world_size, place.local_rank, BoundedStore(dist.PrefixStore("run", store)), None, timeout_seconds)
+    try:
+        if needs_gpu:
+            if place.local_rank >= torch.cuda.device_count():
+                what = f"rank {place.rank} wants GPU {place.local_rank}, this machine has {torch.cuda.device_count()}"
+                raise UserError(what, "start fewer processes")
+            torch.cuda.set_device(place.local_rank)
+        elif "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // (place.local_world_size or place.world_size)))
+        ranks.arrive()
+        ranks.watch(dist.PrefixStore("signs", store.clone()))
+        timeout, group_store = timedelta(seconds=timeout_seconds), dist.PrefixStore("group", store)
+        dist.init_process_group(
+            "nccl" if needs_gpu else "gloo", store=group_store, rank=place.rank, world_size=place.world_size, timeout=timeout
+        )
+        control = dist.new_group(backend="gloo", timeout=timeout)
+    except (UserError, LostRank) as error:
+        if isinstance(error, UserError):
+            ranks.confess(str(error), 2)
+        ranks.part_from_children()
+        raise
+    except (dist.DistError, RuntimeError, ValueError, OSError) as error:
+        refusal = _no_meeting(place, where, error)
+        ranks.confess(str(refusal), 2)
+        ranks.part_from_children()
+        raise refusal from error
     assert isinstance(control, dist.ProcessGroup)
-    return Ranks(rank, world_size, local_rank, run_store, control, timeout_seconds)
+    ranks.control = control
+    return ranks
+
+
+class NoPlace(UserError):
+    """The environment does not say which rank this is: whoever finds out has to tell it, for it may be the only one."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which rank the environment makes of this process; `local_world_size` where it says so."""
+
+    rank: int
+    world_size: int
+    local_rank: int = 0
+    local_world_size: int | None = None
+
+    @property
+    def is_one_machine(self) -> bool:
+        """Whether all ranks are known to be on this machine."""
+        address = os.environ.get("MASTER_ADDR", "")
+        here = address == "localhost" or address.startswith("127.") or address == "::1"
+        return PRIVATE_STORE in os.environ or self.local_world_size == self.world_size or here
+
+
+def place_in_environment() -> Place:
+    """What RANK, WORLD_SIZE, LOCAL_RANK, and for several processes MASTER_ADDR and MASTER_PORT, say. Raises NoPlace."""
+    given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if os.environ.get(name)}
+    optional = {name: os.environ[name] for name in ("LOCAL_WORLD_SIZE", "MASTER_PORT") if os.environ.get(name)}
+    fix = "start by torchrun, srun or devices=N, or unset RANK and WORLD_SIZE for one process"
+    numbers = {}
+    for name, text in (given | optional).items():
+        if not re.fullmatch("[0-9]{1,9}", text.strip()):
+            raise NoPlace(f"RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT must be numbers ({name} is {shorten(text)})", fix)
+        numbers[name] = int(text)
+    if numbers.get("WORLD_SIZE") == 1 and numbers.get("RANK", 0) == 0:
+        return Place(0, 1)
+    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", *(() if PRIVATE_STORE in os.environ else ("MASTER_ADDR", "MASTER_PORT")))
+    missing = [name for name in needed if not os.environ.get(name)]
+    if missing:
+        present = ", ".join(name for name in ("RANK", "WORLD_SIZE") if name in given) or "RANK"
+        raise NoPlace(f"{present} is set, but not {', '.join(missing)}", fix)
+    place = Place(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], numbers.get("LOCAL_WORLD_SIZE"))
+    for name, value in (("RANK", place.rank), ("LOCAL_RANK", place.local_rank)):
+        if value >= place.world_size:
+            raise NoPlace(f"{name} is {value} and WORLD_SIZE is {place.world_size}: ranks are counted from 0", fix)
+    if not 0 < numbers.get("MASTER_PORT", 1) < 2**16:
+        raise NoPlace(f"MASTER_PORT is {numbers['MASTER_PORT']}", "give a port between 1 and 65535")
+    return place
+
+
+def started_by_srun(devices: int) -> bool:
+    """Whether srun started this process as one of several, which then takes SLURM's numbers.
+
+    Raises:
+        NoPlace: several processes were asked for, of SLURM or of mpirun, and this is the only one, or does not know which it is.
+    """
+    environ = os.environ
+    in_step = "SLURM_STEP_ID" in environ or "SLURM_STEPID" in environ  # srun's; not in a batch script, nor in salloc's shell
+    asked = environ.get("SLURM_NTASKS", "1") or "1"
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "") or asked if in_step else asked
+    if "SLURM_PROCID" in environ:
+        if not tasks.isdecimal():
+            raise NoPlace(f"SLURM_NTASKS or SLURM_STEP_NUM_TASKS is {shorten(tasks)}", "unset it for one process")
+        if in_step and int(tasks) > 1:
+            return True
+        if not in_step and int(tasks) > 1 and devices == 1:
+            what = f"this job has {tasks} tasks, and python was started without srun: it is the only process"
+            raise NoPlace(what, f"start `srun python pretrain.py …`, or give devices={tasks}, or set --ntasks=1 for one process")
+    if environ.get("WORLD_SIZE"):
+        place_in_environment()  # complains, where it is not 1
+    if not in_step and devices == 1:
+        for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
+            if environ.get(name, "1").isdecimal() and int(environ.get(name, "1")) > 1:
+                what = f"mpirun started {environ[name]} processes ({name}), and its numbers are not read"
+                raise NoPlace(what, "start by torchrun or srun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT")
+    return False
+
+
+def _open_store(place: Place) -> dist.Store:
+    """The key-value store by which the ranks meet: the launcher's own, torchrun's, or one in rank 0."""
+    if PRIVATE_STORE in os.environ:
+        return dist.FileStore(os.environ[PRIVATE_STORE])
+    port, within = int(os.environ["MASTER_PORT"]), timedelta(seconds=MEET_SECONDS)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not place.is_one_machine:
+        return next(dist.rendezvous("env://", timeout=within))[0]
+    if place.rank:
+        return dist.TCPStore("127.0.0.1", port, place.world_size, False, within)
+    with socket.socket() as listening:  # torch's own would listen on all interfaces
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(("127.0.0.1", port))
+        listening.listen(place.world_size + 128)
+        store = dist.TCPStore(
+            "127.0.0.1", port, place.world_size, True, within, wait_for_workers=False, master_listen_fd=listening.fileno()
+        )
+        listening.detach()
+    return store
+
+
+def _no_meeting(place: Place, where: str, error: Exception) -> UserError:
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    what = f"rank {place.rank} of {place.world_size} does not meet the others at {where} ({said[:120]})"
+    fix = "see that MASTER_ADDR and MASTER_PORT are rank 0's, the port is free, and all are started"
+    return UserError(what, f"{fix} (by srun, not by python alone)" if "SLURM_JOB_ID" in os.environ else fix)
+
+
+def listen_on_loopback() -> None:
+    """Let gloo and NCCL, whose connections have no password, listen to this machine alone."""
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if loopback is not None:
+        os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
 
 
 def _take_slurm_for_torchrun() -> None:
@@ -268,21 +499,30 @@ def _take_slurm_for_torchrun() -> None:
     except (RuntimeError, KeyError, ValueError) as error:
         what = f"SLURM's variables are not those of srun with several tasks ({error})"
         raise UserError(what, "give sbatch --ntasks-per-node and start by srun, or unset SLURM_NTASKS for one process") from error
-    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["SLURM_NTASKS_PER_NODE"])
+    nodes = os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES", "")
+    per_node = os.environ.get("SLURM_NTASKS_PER_NODE", "")  # so many at most
+    if nodes == "1":
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+    elif nodes.isdecimal() and per_node.isdecimal() and int(nodes) * int(per_node) == slurm.world_size():
+        os.environ.setdefault("LOCAL_WORLD_SIZE", per_node)
 
 
 def launch(count: int, command: Sequence[str]) -> None:
     """Start `command` as the ranks 1 to count - 1 of this machine, and become rank 0.
 
-    Lightning Fabric's launcher would do, but it kills rank 0 before that can say what happened.
+    They meet in a file without a name, which only these processes can open: no port, no password, and nothing to clean up after
+    a kill. Lightning Fabric's launcher would do, but it kills rank 0 before that can say what happened.
     """
-    with socket.socket() as probe:  # asks the system for a port that is free now
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    handed: tuple[int, ...] = ()
+    if hasattr(os, "memfd_create"):
+        handed = (os.memfd_create("ssl_emp", 0),)
+        common[PRIVATE_STORE] = f"/proc/self/fd/{handed[0]}"
+    else:  # macOS: in a folder that is this user's alone
+        common[PRIVATE_STORE] = os.path.join(tempfile.mkdtemp(prefix="ssl_emp-"), "store")
     for rank in range(1, count):
         environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), LAUNCHED: str(os.getpid())}
-        STARTED.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
+        STARTED[rank] = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, pass_fds=handed)
     os.environ |= common | {"RANK": "0", "LOCAL_RANK": "0"}
 
 
@@ -297,9 +537,30 @@ def leave_ranks(ranks: Ranks) -> None:
             time.sleep(0.02)
     else:
         ranks.store.set(f"left/{ranks.rank}", "yes")
+    if ranks.liveness is not None:
+        ranks.liveness.stop()
     dist.destroy_process_group()
-    for process in STARTED:
-        process.wait()
+    _wait_for(list(STARTED.values()), LEAVE_SECONDS)
+
+
+def end_lost(ranks: Collection[int]) -> None:
+    """Of the ranks of one `launch`, end those that hang: stopped processes would keep their memory, and the terminal, for ever."""
+    for rank in set(ranks) & STARTED.keys():
+        STARTED[rank].kill()  # nothing, where it has ended
+    parent = os.environ.get(LAUNCHED)
+    if 0 in ranks and parent is not None and os.getppid() == int(parent):
+        with suppress(ProcessLookupError):
+            os.kill(int(parent), signal.SIGKILL)
+
+
+def _wait_for(processes: list["subprocess.Popen[bytes]"], seconds: float) -> None:
+    """Until they have ended; those that have not by then are killed, which also ends one that is stopped."""
+    deadline = time.monotonic() + seconds
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
 
 
 def is_exchange(error: Exception, ranks: Ranks) -> bool:

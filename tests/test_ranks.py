@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import re
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from linear_eval.liveness import BoundedStore, Liveness
 from ssl_emp import ranks as ranks_module
 from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.loss import nt_xent
 from ssl_emp.model import SimCLR, build_encoder
-from ssl_emp.ranks import ALONE, Ranks, SharedBatchNorm, join_ranks, share_batch_norm
+from ssl_emp.ranks import ALONE, Failed, NoPlace, Ranks, SharedBatchNorm, join_ranks, share_batch_norm, started_by_srun
 
 
 def free_port() -> int:
@@ -204,22 +207,209 @@ def test_a_confession_reaches_who_waits() -> None:
     assert found[0] == ("rank 1: the file a.jpg is bad", 2, True) and found[2] == ("rank 1: the file a.jpg is bad", 2, False)
 
 
+LAUNCHERS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GLOO_SOCKET_IFNAME",
+    "NCCL_SOCKET_IFNAME",
+)
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets what a launcher would; nothing else of any launcher is there."""
+    for name in (*LAUNCHERS, *(name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI_", "MV2_")))):
+        monkeypatch.setenv(name, "")  # so that it is taken away again, whoever sets it
+        monkeypatch.delenv(name)
+
+    def give(**variables: str) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return give
+
+
+HERE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+
+
 @pytest.mark.parametrize(
-    ("environment", "said"),
+    ("variables", "said"),
     [
         ({"RANK": "0"}, "RANK is set, but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
-        ({"RANK": "zero", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "must be numbers"),
-        (
-            {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"},
-            "does not meet",
-        ),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, but not RANK, LOCAL_RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "2", **HERE}, "but not LOCAL_RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "but not MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "zero", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **HERE}, "must be numbers"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **HERE}, "does not meet"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **HERE}, "RANK is 2 and WORLD_SIZE is 2"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "5", **HERE}, "LOCAL_RANK is 5"),
+        ({"RANK": "-1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **HERE}, "RANK is -1"),
+        ({"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **HERE}, "RANK is 1 and WORLD_SIZE is 1"),
+        ({"RANK": "0", "WORLD_SIZE": "0", "LOCAL_RANK": "0", **HERE}, "RANK is 0 and WORLD_SIZE is 0"),
+        ({"RANK": "0", "WORLD_SIZE": "2.0", "LOCAL_RANK": "0", **HERE}, "WORLD_SIZE is 2.0"),
+        ({"RANK": "0", "WORLD_SIZE": "9" * 30, "LOCAL_RANK": "0", **HERE}, "WORLD_SIZE is 999"),
+        ({"RANK": "\u0663", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **HERE}, "RANK is"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"}, "MASTER_PORT is 70000"),
     ],
 )
-def test_an_environment_that_is_not_complete_is_a_line(environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_an_environment_that_is_not_complete_is_a_line(
+    environment: Callable[..., None], variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment(**variables)
     monkeypatch.setattr(ranks_module, "MEET_SECONDS", 2.0)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=re.escape(said)) as error:
         join_ranks(1, 2.0, needs_gpu=False)
+    assert "\n" not in str(error.value) and "fix: " in str(error.value)
+
+
+SBATCH = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURM_NNODES": "1"}
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        SBATCH,
+        SBATCH | {"SLURM_NTASKS": "16", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8"},
+        SBATCH | {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"},  # the script sets them, and forgets srun
+        SBATCH | {"SLURM_JOB_NAME": "bash"},
+    ],
+)
+def test_python_in_a_batch_script_names_srun(environment: Callable[..., None], variables: dict[str, str]) -> None:
+    environment(**variables)
+    began = time.monotonic()
+    with pytest.raises(NoPlace, match=f"has {variables['SLURM_NTASKS']} tasks, and python was started without srun.*fix: start `srun"):
+        join_ranks(1, 2.0, needs_gpu=False)
+    assert time.monotonic() - began < 30  # and not when nobody else has come
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_mpirun_is_named(environment: Callable[..., None], name: str) -> None:
+    environment(**{name: "4"})
+    with pytest.raises(NoPlace, match=rf"mpirun started 4 processes \({name}\).*torchrun"):
+        join_ranks(1, 2.0, needs_gpu=False)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+        {"RANK": "0", "WORLD_SIZE": "1"},
+        {"WORLD_SIZE": "1"},
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **HERE},
+        SBATCH | {"SLURM_NTASKS": "1"},
+        {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4", "SLURM_NNODES": "1"},  # salloc's shell
+        SBATCH | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_NAME": "interactive"},  # its newer kind
+        SBATCH | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"},  # srun --pty bash
+        {"OMPI_COMM_WORLD_SIZE": "1"},
+        {"PMI_SIZE": "many"},
+    ],
+)
+def test_one_process_runs_alone(environment: Callable[..., None], variables: dict[str, str]) -> None:
+    environment(**variables)
+    ranks = join_ranks(1, 2.0, needs_gpu=False)
+    assert (ranks.rank, ranks.world_size, ranks.store) == (0, 1, None)
+
+
+@pytest.mark.parametrize("variables", [{}, SBATCH, {"OMPI_COMM_WORLD_SIZE": "4"}])
+def test_devices_starts_them_whatever_the_job_has(environment: Callable[..., None], variables: dict[str, str]) -> None:
+    environment(**variables)
+    assert not started_by_srun(4)
+    environment(**(SBATCH | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}))
+    assert started_by_srun(1) and started_by_srun(4)
+
+
+def test_a_task_count_that_is_no_number_is_a_line(environment: Callable[..., None]) -> None:
+    environment(**(SBATCH | {"SLURM_NTASKS": "4(x2)"}))
+    with pytest.raises(NoPlace, match="SLURM_NTASKS"):
+        join_ranks(1, 2.0, needs_gpu=False)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"", b"1", b"1\x002", b"1\x00two\x00line", b"-1\x003\x00line", b"1\x000\x00line", b"1\x00999\x00line", b"\xff\xfe\x00",
+        "\u0661\x003\x00line".encode(), b"1" * 100_000, b"1.0\x003\x00line",
+    ],
+)  # fmt: skip
+def test_what_is_no_confession_ends_with_one_line(said: bytes) -> None:
+    failed = Failed.parse(said)
+    assert (failed.rank, failed.code) == (0, 3) and "none of them wrote" in failed.line and failed.line.isprintable()
+
+
+def test_a_confession_is_text() -> None:
+    assert Failed.parse(b"2\x0017\x00a\x1b[31mb\nc\x00d") == Failed(2, 17, "a\\x1b[31mb\\nc\\x00d")
+
+
+@pytest.mark.parametrize(("command", "said"), [("exit 7", "exit code 7"), ("kill -9 $$", "killed by SIGKILL"), ("exit 0", "exit code 0")])
+def test_a_rank_that_ends_while_starting_is_named_at_once(command: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ranks_module.STARTED, 2, subprocess.Popen(["/bin/sh", "-c", command]))
+    store = BoundedStore(torch.distributed.HashStore())
+    store.set("here/1", "yes")
+    with pytest.raises(ranks_module.LostRank, match=f"rank 2 was lost while starting .*{said}"):
+        Ranks(0, 3, 0, store).arrive()
+    with pytest.raises(ranks_module.LostRank, match=said) as other:  # and the others hear it
+        Ranks(1, 3, 1, store).arrive()
+    assert not other.value.speaks
+
+
+def listening() -> list[str]:
+    """Addresses, in hexadecimal, on which this process listens."""
+    sockets = {os.readlink(path) for path in map(str, Path("/proc/self/fd").iterdir()) if os.path.lexists(path)}
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]]
+    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
+
+
+@pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="needs Linux")
+def test_one_machine_listens_on_its_loopback_only() -> None:
+    """What torch's store and gloo's connections listen on; the first has no password, the others neither."""
+    found = on_ranks(2, lambda ranks: listening())
+    assert all(found), found
+    assert {address for addresses in found for address in addresses} == {"0100007F"}
+
+
+def watch_closely(ranks: Ranks) -> Liveness:
+    """Call lost who gives no sign for a second and a quarter."""
+    assert ranks.liveness is not None and ranks.store is not None
+    ranks.liveness.stop()
+    ranks.timeout_seconds = 1.0
+    ranks.watch(torch.distributed.PrefixStore("closely", ranks.store.store.clone()))
+    return ranks.liveness
+
+
+def test_who_hangs_at_a_patient_meeting_is_noticed() -> None:
+    """There is no limit for those that work, but one for those whose main thread stands still."""
+
+    def work(ranks: Ranks) -> Any:
+        liveness = watch_closely(ranks)
+        try:
+            if ranks.rank == 1:
+                time.sleep(4)
+                return None
+            ranks.meet(patient=True)
+            return "nobody noticed"
+        except ranks_module.LostRank as error:
+            return str(error), error.code, error.lost
+        finally:
+            liveness.stop()  # else this process, which goes on to wait for the test, is ended
+
+    line, code, lost = on_ranks(2, work)[0]
+    assert "rank 1 is lost (it has not moved for" in line and "--resume" in line and code == 3 and lost == {1}
+
+
+def test_who_works_long_is_waited_for_at_a_patient_meeting() -> None:
+    def work(ranks: Ranks) -> Any:
+        liveness = watch_closely(ranks)
+        until = time.monotonic() + 3
+        while ranks.rank == 1 and time.monotonic() < until:
+            torch.randn(64, 64).svd()
+        try:
+            return ranks.meet("done", patient=True)
+        finally:
+            liveness.stop()
+
+    assert on_ranks(2, work) == [["done", "done"]] * 2

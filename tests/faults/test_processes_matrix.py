@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +165,13 @@ def test_D3_a_rank_hangs(tiny_config: Path, tmp_path: Path, record_property: Not
         process.wait(40)
         seconds = time.monotonic() - began
     finally:
-        os.kill(other, signal.SIGCONT)  # it holds the pipes open
+        with suppress(ProcessLookupError):  # rank 0 ended it
+            os.kill(other, signal.SIGCONT)  # it holds the pipes open
     code, _, err = finish(process, 40)
     record_property("seconds", round(seconds, 1))
     assert code == 3 and 4 < seconds < 14
-    assert "rank 1 is lost" in error_lines(err)[0]  # woken again, rank 1 finds rank 0 gone, and may say so
+    (line,) = error_lines(err)
+    assert "rank 1 is lost" in line
     wait_for(lambda: not is_alive(other), 30)
     assert load_checkpoint(tmp_path / "run" / "checkpoints")[0] is not None
 
@@ -291,7 +294,13 @@ def test_D13_two_machines(lost: bool, tiny_config: Path, uninterrupted: Path, tm
 def test_D14_srun(tiny_config: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """D14 | two processes with the variables that srun gives them; one of its variables missing | bit-identical to devices=2; one line, code 2"""
     task = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost"}
-    task |= {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "MASTER_PORT": str(free_port())}
+    task |= {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_JOB_NAME": "train",
+        "MASTER_PORT": str(free_port()),
+    }
     arguments: list[str | Path] = [sys.executable, ROOT / "pretrain.py", "--config", tiny_config, f"out={tmp_path / 'run'}", "epochs=8"]
     processes = [start(arguments, **task, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in "01"]
     ended = [finish(process) for process in processes]
