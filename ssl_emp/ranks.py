@@ -29,9 +29,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from linear_eval.liveness import GRACE_SECONDS, BoundedStore, Liveness, Lost, ending, leave_at_once
-from ssl_emp.config import shorten
-from ssl_emp.errors import RunFailed, UserError, printable
+from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.keyed import keyed_bits
+from ssl_emp.text import printable, shorten
 
 LAUNCHED = "SSL_EMP_LAUNCHED"  # set for the processes that `launch` starts
 PRIVATE_STORE = "SSL_EMP_STORE"  # the file in which they meet
