@@ -72,7 +72,7 @@ from ssl_emp.predict import predict
 from ssl_emp.report import show_progress
 from ssl_emp.rows import COLUMNS, Row
 from ssl_emp.rows import write_rows as write_rows  # for scripts that add rows of their own
-from ssl_emp.safe_files import check_inner, check_regular, read_text, write_atomically
+from ssl_emp.safe_files import as_json, check_inner, check_regular, read_text, write_atomically
 from ssl_emp.streams import prepare_streams
 from ssl_emp.subjects import Subject, find_subjects, is_run, read_run_data
 from ssl_emp.text import home, quoted
@@ -943,7 +943,7 @@ def write_transfer(folder: Path, transfer: Transfer) -> None:
         if is_run(folder.parent):
             check_inner(folder.parent, folder.name)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "transfer.json", (json.dumps(to_rows(transfer), indent=2) + "\n").encode(), shared=True)
+        write_atomically(folder / "transfer.json", (as_json(to_rows(transfer), 2) + "\n").encode(), shared=True)
         write_atomically(folder / "transfer.csv", to_csv(transfer).encode(), shared=True)
     except OSError as error:
         raise UserError(f"cannot write into {folder} ({error.strerror})", "make it writable, or give --out DIR") from error

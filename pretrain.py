@@ -65,11 +65,13 @@ from ssl_emp.resume import (
     restore_encoder,
     with_places,
 )
-from ssl_emp.safe_files import inner_folder, replacing, write_atomically
+from ssl_emp.safe_files import as_json, inner_folder, replacing, write_atomically
 from ssl_emp.scores import ScoreState
 from ssl_emp.state_check import check_state
 from ssl_emp.supervised import Classifier
 from ssl_emp.text import printable, quoted
+
+OUT_OF_MEMORY = "--resume where there is more memory, or start again with a lower batch_size or model.width, and another out=DIR"
 
 
 class Stop:
@@ -294,7 +296,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
     accuracy = None if job.test is None else classify(job, job.test)
     if job.test is not None and accuracy is not None:
         result = {"test_accuracy": round(100 * accuracy, 2), "test_images": len(job.test.names), "epoch": len(job.steps)}
-        write_atomically(out / "result.json", (json.dumps(result) + "\n").encode())
+        write_atomically(out / "result.json", (as_json(result) + "\n").encode())
     if state is None or not (is_finished(state, config) and state["fingerprint"] == json.dumps(job.fingerprint)):
         save(len(job.steps), 0, None, None)  # last: a run whose checkpoint says "finished" has everything else
     samples, full = total_steps * batch_size, job.full_steps * batch_size
@@ -371,11 +373,13 @@ def describe_terms(trained: Tensor, beta: float, memory: str) -> dict[str, float
     Where it is 0 there is nothing yet that a loss could tell to leave out.
     """
     loss, distance = trained
-    if memory == "standardized":  # in nats: what the rule subtracts, times the loss's spread
-        distance = distance / distance.std() * loss.std()
+    if memory == "standardized":  # in nats: what the rule subtracts, times the loss's spread; nothing where all are alike
+        distance = torch.where(distance.std() > 0, distance / distance.std() * loss.std(), 0.0)
     figures = {"loss": loss.mean(), "std_loss": loss.std(), "std_beta_memory": (beta * distance).std()}
     figures |= {"rank_correlation": rank_correlation(loss, distance), "learned_share": (loss < -math.log(LEARNED_SHARE)).float().mean()}
-    return dict(zip(figures, torch.stack(list(figures.values())).tolist(), strict=True))
+    values = dict(zip(figures, torch.stack(list(figures.values())).tolist(), strict=True))
+    known = trained.isfinite().all(0) if not math.isfinite(values["loss"]) else None  # samples of steps that were skipped have no loss
+    return values if known is None or known.sum() < 2 else describe_terms(trained[:, known], beta, memory)
 
 
 def epoch_line(row: dict[str, Any]) -> str:
@@ -421,7 +425,7 @@ def check_bad_steps(bad: Tensor, most: int, skipped: Tensor, batches: Tensor, ep
     longest = int(bad[1])
     if longest > most:
         line = skipped_line(skipped.nonzero().flatten().tolist(), batches, epoch)
-        fix = "lower optimizer.lr, or lengthen optimizer.warmup_epochs"
+        fix = "start again with a lower optimizer.lr or a longer optimizer.warmup_epochs, and another out=DIR"
         raise RunFailed(f"{longest} bad steps in a row, max_bad_steps is {most}; {line}; the last checkpoint is intact. fix: {fix}")
 
 
@@ -429,7 +433,8 @@ def check_weights(model: nn.Module, step: int) -> None:
     """Raise RunFailed before a sick network is saved: the last update may be the bad one, and no loss has seen it yet."""
     if not torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()]).all():
         what = f"the weights are not finite after step {step}; the last checkpoint is intact"
-        raise RunFailed(f"{what}. fix: lower optimizer.lr, or lengthen optimizer.warmup_epochs")
+        fix = "start again with a lower optimizer.lr or a longer optimizer.warmup_epochs, and another out=DIR"
+        raise RunFailed(f"{what}. fix: {fix}")
 
 
 def dry_run(job: Job, report: Report) -> int:
@@ -445,14 +450,19 @@ def dry_run(job: Job, report: Report) -> int:
         loss.backward()
         value = loss.item()  # waits for the GPU
         took = time.perf_counter() - began
-    picture = Path(f"{job.config.out or 'runs/dry-run'}.views.png")
-    picture.parent.mkdir(parents=True, exist_ok=True)
     view_a, view_b = cut_views(images, draw_params(job.config.seed, 0, index, job.recipe, images.shape[-1]), job.recipe)
     grid = grid_of_views(view_a[:32].cpu(), view_b[:32].cpu(), job.recipe)  # (3, H, W)
-    with replacing(picture) as file:
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, "PNG")
+    out = Path(os.path.normpath(job.config.out or "runs/dry-run"))  # without the slash at its end, which would lead into it
+    picture = out.with_name(f".{out.name}.views.png") if out.name not in ("", "..") else out / ".views.png"  # hidden files are no images
+    shown = str(picture)
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(picture) as file:
+            Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, "PNG")
+    except OSError as error:
+        shown = f"cannot be written to {picture} ({error.strerror or error}); give out=DIR in a place that can be written to"
     report.say(f"one batch loss {value:.3f}, {took:.2f}s: about {duration(took * job.total_steps)} for the run, without torch.compile")
-    report.say(f"views     {picture}")
+    report.say(f"views     {shown}")
     report.say("dry run: nothing was trained")
     return 0
 
@@ -602,7 +612,7 @@ def main(argv: list[str] | None = None) -> int:
         return complain(str(error), 3, ranks)
     except (MemoryError, torch.OutOfMemoryError) as error:
         what = f"out of memory ({(str(error).splitlines() or [''])[0]})"
-        return complain(f"{what}. fix: lower batch_size or model.width, then --resume", 3, ranks)
+        return complain(f"{what}. fix: {OUT_OF_MEMORY}", 3, ranks)
     except OSError as error:  # what a full or vanished disk raises from any of the run's files
         what = f"{error.filename or 'a file of the run'}: {error.strerror or error}"
         return complain(f"{what}. fix: see to the disk and its permissions, then --resume", 3, ranks)
@@ -611,7 +621,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if "can't allocate memory" in str(error):  # how torch says it on a CPU
             what = f"out of memory ({str(error).splitlines()[0][:100]})"
-            return complain(f"{what}. fix: lower batch_size or model.width, then --resume", 3, ranks)
+            return complain(f"{what}. fix: {OUT_OF_MEMORY}", 3, ranks)
         if is_exchange(error, ranks):
             lost = ranks.explain(error)
             return complain(str(lost), lost.code, ranks, lost.speaks, lost.lost)

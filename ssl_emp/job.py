@@ -100,7 +100,7 @@ class Job:
 def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job:
     """Config -> images, network, plan. Raises UserError for whatever the user can fix; writes nothing."""
     if config.batch_size % ranks.world_size:
-        near = max(1, config.batch_size // ranks.world_size) * ranks.world_size
+        near = max(1, config.batch_size // ranks.world_size, -(-2 // ranks.world_size)) * ranks.world_size
         what = f"batch_size={config.batch_size} cannot be shared by {ranks.world_size} processes"
         raise UserError(what, f"set batch_size={near}, or change the number of processes")
     if config.keep_freed_memory:
@@ -136,6 +136,7 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
     if not steps or min(steps) < 1:
         fewest = min(plan.kept_count(epoch, num_samples) for epoch in range(config.epochs))
         largest = num_samples // math.ceil(1 / (1 - fraction))
+        largest -= largest % ranks.world_size  # each process takes an equal part
         what = f"an epoch keeps {fewest} of the {num_samples} images in {data.source}, too few for batch_size={config.batch_size}"
         raise UserError(
             what,
@@ -145,7 +146,11 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
     needed = max((count * config.batch_size for epoch, count in enumerate(steps) if plan.is_pruned(epoch)), default=0)
     if subset is not None and len(subset) < needed:
         what = f"{prune.indices} names {len(subset)} samples, and a pruned epoch needs {needed}"
-        raise UserError(what, f"set prune.fraction to {1 - len(subset) / num_samples:.3f} or more")
+        whole = len(subset) // config.batch_size  # batches that they fill, of those of a full epoch
+        fix = f"set prune.fraction={1 - whole / (num_samples // config.batch_size)}"
+        if not whole:
+            fix = f"name at least the {config.batch_size} samples of a batch"
+        raise UserError(what, f"{fix}, or name {needed} samples")
 
     augment = config.augment.model_dump()
     recipe = Recipe(
@@ -156,15 +161,18 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
         what = f"augment.crop_padding={recipe.crop_padding} with images of {stored_size} and views of {recipe.size} pixels"
         raise UserError(what, "give views the size of the images (data.image_size, augment.size), and less padding than that")
     supervised = config.objective == "supervised"
+    clean = " data.label_noise=0 label_smoothing=0" if data.label_noise or config.label_smoothing else ""  # are for supervised alone
     if supervised and images.labels is None:
         why = f" ({images.labels_from})" if images.labels_from else ""
-        raise UserError(f"objective supervised needs labels, and {data.source} has none{why}", "label the images, or set objective=simclr")
+        raise UserError(
+            f"objective supervised needs labels, and {data.source} has none{why}", f"label the images, or set objective=simclr{clean}"
+        )
     labels, is_noisy, num_classes = images.labels, None, 0
     if labels is not None:
         num_classes = count_classes(images)
         if supervised and num_classes < 2:
             raise UserError(
-                f"objective supervised needs two classes, {data.source} has {num_classes}", "give more, or set objective=simclr"
+                f"objective supervised needs two classes, {data.source} has {num_classes}", f"give more, or set objective=simclr{clean}"
             )
         if data.label_noise:
             labels, is_noisy = noisy_labels(labels, num_classes, data.label_noise, data.subset_seed)
@@ -246,6 +254,8 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
     report.say(f"          {job.total_steps:,} steps against {job.full_steps:,} unpruned ({share:.1%}, asked {plan.asked_share():.1%})")
     if job.total_steps < job.full_steps and rule.scores and not supervised and (said := hard_to_learn(config)):
         report.say(f"note      {said}")
+    for line in short_run_lines(job):
+        report.say(f"note      {line}")
     if idle := idle_keys(prune):
         report.say(f"note      without effect, with policy {prune.policy} and scoring {prune.scoring}: {', '.join(idle)}")
     return job
@@ -267,6 +277,29 @@ def what_is_trained_on(images: ImageSet, test: ImageSet | None, subset: Tensor |
         "test": None if test is None else fingerprint(test),
         "indices": chosen,
     }
+
+
+def short_run_lines(job: "Job") -> list[str]:
+    """What a run is too short for, with the keys to turn."""
+    config, epochs, optimizer, prune = job.config, len(job.steps), job.config.optimizer, job.config.prune
+    lines = []
+    warmup = optimizer.warmup_epochs * (job.num_samples // config.batch_size)  # steps
+    if optimizer.schedule == "cosine" and warmup >= job.total_steps:
+        what = f"optimizer.warmup_epochs={optimizer.warmup_epochs:g} is as long as the run, which ends before the learning rate's peak"
+        lines.append(f"{what}; try optimizer.warmup_epochs={job.total_steps / (job.num_samples // config.batch_size) / 10:.2g}")
+    elif optimizer.schedule == "cosine" and warmup > job.total_steps / 2:
+        lines.append(f"the learning rate rises over {warmup / job.total_steps:.0%} of the run, by optimizer.warmup_epochs")
+    if job.plan.prune_fraction and not job.plan.shorter and job.total_steps == job.full_steps:
+        annealing = round(prune.anneal_fraction * epochs)
+        what = f"nothing is pruned: prune.warmup_epochs={prune.warmup_epochs} and prune.anneal_fraction={prune.anneal_fraction:g}"
+        enough = next((n for n in range(epochs + 1, 10**4) if prune.warmup_epochs < n - round(prune.anneal_fraction * n)), None)
+        turn = "lower prune.anneal_fraction" if enough is None else f"set epochs={enough} or more"
+        if any(job.plan.is_pruned(epoch) for epoch in range(epochs)):
+            what, turn = f"nothing is pruned: prune.fraction={prune.fraction:g} of {job.steps[0]} batches is none", "raise prune.fraction"
+        else:
+            what += f" ({'1 epoch' if annealing == 1 else f'{annealing} epochs'}) keep every sample in all {epochs}"
+        lines.append(f"{what}; {turn}")
+    return lines
 
 
 def hard_to_learn(config: PretrainConfig) -> str:

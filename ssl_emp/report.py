@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import platform
 import secrets
@@ -24,7 +25,7 @@ from torch import Tensor
 from ssl_emp.checkpoint import cannot_write
 from ssl_emp.device import describe_device
 from ssl_emp.lock import Held
-from ssl_emp.safe_files import LARGE, inner_folder, open_own, read_bytes, replacing, write_atomically
+from ssl_emp.safe_files import LARGE, as_json, check_regular, inner_folder, open_own, read_bytes, replacing, write_atomically
 from ssl_emp.text import printable
 
 Item = TypeVar("Item")
@@ -104,14 +105,13 @@ class Report:
             if self.held is not None:
                 self.held.check()
             try:
-                _append(path, [json.dumps(row) + "\n"])
+                _append(path, [as_json(row) + "\n"])
             except OSError as error:
                 raise cannot_write(path, error) from error
         if self.writer is not None:
             try:
-                for name, value in row.items():
-                    if isinstance(value, int | float) and name != "epoch":
-                        self.writer.add_scalar(name, value, row["epoch"])
+                for name, value in scalars(row):
+                    self.writer.add_scalar(name, value, row["epoch"])
             except OSError as error:
                 self.writer = None
                 self.say(f"warning   no more TensorBoard events: {error.strerror}")
@@ -121,14 +121,28 @@ class Report:
         if self.folder is None:
             return
         path = self.folder / "metrics.jsonl"
+        rows: list[str] = []
         if path.exists():
-            rows = []
             for line in read_bytes(path, LARGE).decode("utf-8", "replace").splitlines():
                 try:
                     rows += [line] if json.loads(line)["epoch"] < epoch else []
                 except (ValueError, KeyError, TypeError, RecursionError):  # cut off by a crash: its epoch runs again
                     break
             write_atomically(path, "".join(f"{line}\n" for line in rows).encode())
+        self._rewrite_events([json.loads(line) for line in rows], epoch)
+
+    def _rewrite_events(self, rows: list[dict[str, Any]], epoch: int) -> None:
+        """Make TensorBoard's points those of metrics.jsonl: each once, none from `epoch` on, and what a crash swallowed again."""
+        assert self.folder is not None
+        own = None if self.writer is None else Path(self.writer.file_writer.event_writer._file_name).name
+        paths = [path for path in sorted(self.folder.glob("events.out.tfevents.*")) if path.name != own]
+        try:
+            times = cut_events(paths, {row["epoch"]: row for row in rows} if self.writer is not None else {}, epoch)
+            for row in rows if self.writer is not None else ():
+                for name, value in scalars(row):
+                    self.writer.add_scalar(name, value, row["epoch"], times.get(row["epoch"]))
+        except Exception as error:  # damaged events: the numbers are in metrics.jsonl
+            self.say(f"warning   the TensorBoard events of before could not be read ({type(error).__name__})")
 
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
         """Two columns, name and value; plain lines where the console is not a terminal."""
@@ -169,6 +183,48 @@ class Report:
                 self.writer.close()
 
 
+def scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """What TensorBoard shows of a row: its finite numbers but for the epoch, which is the x axis."""
+    for name, value in row.items():
+        if isinstance(value, int | float) and math.isfinite(value) and name != "epoch":
+            yield name, value
+
+
+def cut_events(paths: list[Path], again: dict[int, dict[str, Any]], epoch: int) -> dict[int, float]:
+    """Drop the points of event files from `epoch` on, and those that are written `again`: epoch -> row.
+
+    Returns:
+        Epoch -> the time (seconds) of a point of it that was dropped.
+    """
+    if not paths:
+        return {}
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    times: dict[int, float] = {}
+    for path in paths:
+        if path.is_symlink() or not path.is_file():
+            continue
+        check_regular(path)
+        events = [Event.FromString(record) for record in RawEventFileLoader(str(path)).Load()]
+        kept = []
+        for event in events:
+            dropped = [value.tag for value in event.summary.value if event.step >= epoch or value.tag in again.get(event.step, ())]
+            if dropped:
+                times.setdefault(event.step, event.wall_time)
+            if not event.HasField("summary") or len(dropped) < len(event.summary.value):
+                kept.append(event)
+        if not any(event.HasField("summary") for event in kept):
+            path.unlink()
+        elif len(kept) < len(events):
+            with replacing(path) as file:
+                writer = RecordWriter(file)
+                for event in kept:
+                    writer.write(event.SerializeToString())
+    return times
+
+
 def _append(path: Path, lines: list[str]) -> None:
     """Add whole lines to a file: all of them or, where the disk is full, none. A line that a crash cut off is ended first."""
     if not lines:
@@ -206,7 +262,7 @@ def write_environment(path: Path, device: torch.device) -> None:
         "cpu_count": os.cpu_count(),
         "packages": {name: found for name in packages if (found := installed(name))},
     }
-    write_atomically(path, (json.dumps(environment, indent=2) + "\n").encode())
+    write_atomically(path, (as_json(environment, 2) + "\n").encode())
 
 
 def write_samples(path: Path, names: list[str], columns: dict[str, Tensor]) -> None:

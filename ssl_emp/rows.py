@@ -6,7 +6,6 @@ none overwrites what another has just written; a file is replaced whole or not a
 
 import errno
 import fcntl
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from typing import Any
 
 from ssl_emp.errors import UserError
 from ssl_emp.lock import CANNOT_LOCK
-from ssl_emp.safe_files import LARGE, open_own, read_json, write_atomically
+from ssl_emp.safe_files import LARGE, as_json, open_own, read_json, write_atomically
 
 Row = dict[str, Any]
 COLUMNS = ("encoder", "evaluator", "data", "protocol", "metric", "value", "std", "n_test", "seed")  # of the table
@@ -50,7 +49,7 @@ def write_rows(folder: Path, rows: list[Row], note: Callable[[str], None] = lamb
                 keys, judged = {row_key(row) for row in new}, {_subject(row) for row in new}
                 kept = [row for row in _read(path, note) if row_key(row) not in keys]
                 kept = [row for row in kept if row.get("value") is not None or _subject(row) not in judged]
-                write_atomically(path, (json.dumps(kept + new, indent=2) + "\n").encode())
+                write_atomically(path, (as_json(kept + new, 2) + "\n").encode())
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror or error})", "make it writable, or give --out DIR") from error
 

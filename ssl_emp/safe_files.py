@@ -7,6 +7,7 @@ at a regular file and at a number of bytes.
 """
 
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator
@@ -70,6 +71,19 @@ def sync_directory(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON of plain values; numbers that are not finite, for which JSON has no word, become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_own(path: Path, mode: str) -> IO[bytes]:

@@ -397,7 +397,7 @@ def test_dry_run_shows_everything_and_trains_nothing(tiny_config: Path, tmp_path
     assert resolved["prune"]["fraction"] == 0.4 and resolved["temperature"] == 0.5
     assert "images    68" in said and "30 steps against 40 unpruned" in said and "nothing was trained" in said
     assert not out.exists()
-    picture = Image.open(f"{out}.views.png")
+    picture = Image.open(out.with_name(f".{out.name}.views.png"))
     assert picture.size[0] > 8 * 32 and len(set(picture.convert("L").tobytes())) > 50
 
 
@@ -841,7 +841,7 @@ def test_a_supervised_dry_run_is_of_its_own_loss(tiny_config: Path, tmp_path: Pa
     assert pretrain.main(["--config", str(tiny_config), "--dry-run", f"out={tmp_path / 'x'}", "objective=supervised"]) == 0
     said = capsys.readouterr().out
     value = float(said[said.index("one batch loss ") :].split()[3].rstrip(","))
-    assert 0.8 < value < 2.0 and (tmp_path / "x.views.png").exists(), value
+    assert 0.8 < value < 2.0 and (tmp_path / ".x.views.png").exists(), value
 
 
 def test_label_noise_reaches_the_training_and_the_metrics(pretrain_run: Pretrain, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: py
         assert len(re.findall(rf"^\| {encoder} +\| (?:knn|linear)", table, re.MULTILINE)) == 2, table
     left = {path.name for path in (tmp_path / "runs" / "mine").iterdir()}
     assert {"config.yaml", "environment.json", "train.log", "metrics.jsonl", "checkpoints", "encoder", "pruning", "eval"} <= left
-    assert (tmp_path / "runs" / "folder_emp.views.png").exists()
+    assert (tmp_path / "runs" / ".folder_emp.views.png").exists()
 
 
 def test_the_file_tree_is_the_tree() -> None:

@@ -1,14 +1,17 @@
 """What a resumed run notices, repairs and keeps: its directory, its files, its images, its plan."""
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from conftest import striped_images, write_parquet
 from PIL import Image
@@ -20,8 +23,10 @@ from ssl_emp.checkpoint import load_checkpoint, save_checkpoint
 from ssl_emp.config import load_config
 from ssl_emp.errors import UserError
 from ssl_emp.images import sampled_fingerprint
+from ssl_emp.job import short_run_lines
 from ssl_emp.pruning import PrunePlan
 from ssl_emp.report import Report
+from ssl_emp.safe_files import as_json
 
 
 class AtStep(pretrain.Stop):
@@ -540,3 +545,163 @@ def test_a_longer_run_killed_at_any_file_goes_on(finished_runs: dict[str, Path],
     cut(max((out / "checkpoints").glob("step_*.pt")))
     assert pretrain.main(["--resume", str(out)]) == 0
     assert content(out)["encoder/model.safetensors"] == content(reference)["encoder/model.safetensors"]
+
+
+# ---- what is shown and written ---------------------------------------------------------------------------------------
+
+
+def points(out: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(out), purge_orphaned_data=False)  # as the files are, whatever a reader would leave out
+    found.Reload()
+    return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("fault", ["none", "events lost", "metrics lost", "off and on", "events damaged"])
+def test_tensorboard_shows_what_metrics_hold(fault: str, tiny_config: Path, tmp_path: Path, at_step: type[AtStep]) -> None:
+    """Stopped within the second and the third epoch, gone back behind a checkpoint: each epoch once, with the numbers of metrics.jsonl."""
+    out = tmp_path / "run"
+    start = ["--config", str(tiny_config), f"out={out}", "epochs=4", "checkpoint.every_steps=1", "monitor.tensorboard=true"]
+    at_step.stop = 20
+    assert pretrain.main(start) == 143
+    for path in sorted((out / "checkpoints").glob("step_*.pt")):
+        path.unlink()
+    if fault == "events lost":
+        for path in out.glob("events.*"):
+            path.unlink()
+    if fault == "metrics lost":
+        (out / "metrics.jsonl").unlink()
+    if fault == "events damaged":
+        cut(next(out.glob("events.*")))
+    at_step.stop = 10
+    off = ["monitor.tensorboard=false"] if fault == "off and on" else []
+    assert pretrain.main(["--resume", str(out), *off]) == 143
+    at_step.stop = 0
+    assert pretrain.main(["--resume", str(out)]) == 0
+    wanted: dict[str, list[tuple[int, Any]]] = {}
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for name, value in row.items():
+            if name != "epoch" and value is not None:
+                wanted.setdefault(name, []).append((row["epoch"], pytest.approx(value, rel=1e-6)))
+    found = points(out)
+    assert found.keys() == wanted.keys()
+    assert {tag: sorted(found[tag]) == wanted[tag] for tag in wanted} == dict.fromkeys(wanted, True)
+
+
+@pytest.mark.parametrize("out", ["runs/mine/", "runs/mine", "runs/mine//", "here/data/run", "here/data/c0/", "./x/../runs/mine/"])
+def test_a_dry_run_is_in_nobodys_way(
+    out: str, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path / "here" / "data", *striped_images(40))
+    (tmp_path / "x").mkdir()
+    monkeypatch.chdir(tmp_path)
+    out = f"{out}run/" if out.endswith("c0/") else out
+    start = ["--config", str(tiny_config), f"out={out}", "data.source=here/data/train", "epochs=1", "monitor.knn_every=0"]
+    assert pretrain.main([*start, "--dry-run"]) == 0
+    dry = capsys.readouterr().out
+    picture = Path(next(line for line in dry.splitlines() if line.startswith("views ")).removeprefix("views").strip())
+    with Image.open(picture) as image:
+        assert image.size[0] > 100
+    assert pretrain.main(start) == 0
+    counted = [next(line for line in said.splitlines() if line.startswith("images")) for said in (dry, capsys.readouterr().out)]
+    assert counted[0] == counted[1]
+
+
+def test_a_dry_run_that_cannot_write_says_so(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert pretrain.main(["--config", str(tiny_config), f"out={tmp_path / 'file' / 'run'}", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "views     cannot be written to " in said and "give out=DIR" in said and "nothing was trained" in said
+
+
+def test_json_has_no_word_for_what_is_not_finite(tiny_config: Path, tmp_path: Path) -> None:
+    assert as_json({"a": float("nan"), "b": [1.5, float("inf"), (float("-inf"), None)], "c": {"d": True}}) == (
+        '{"a": null, "b": [1.5, null, [null, null]], "c": {"d": true}}'
+    )
+    report = Report()
+    report.attach(tmp_path, tensorboard=True)
+    report.metrics({"epoch": 1, "loss": float("nan"), "x": float("inf"), "y": 2.0})
+    report.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1, "loss": null, "x": null, "y": 2.0}\n'
+    assert points(tmp_path) == {"y": [(1, 2.0)]}
+
+
+def test_figures_of_what_is_constant_or_was_skipped_are_numbers() -> None:
+    loss, alike = torch.tensor([0.5, 1.0, 2.0]), torch.ones(3)
+    assert pretrain.describe_terms(torch.stack([loss, alike]), 5.0, "standardized")["std_beta_memory"] == 0
+    assert set(pretrain.describe_terms(torch.stack([alike, alike]), 5.0, "standardized").values()) <= {0.0, 1.0}
+    unseen = torch.cat([torch.stack([loss, loss]), torch.full((2, 2), torch.inf)], 1)
+    assert pretrain.describe_terms(unseen, 5.0, "raw") == pretrain.describe_terms(torch.stack([loss, loss]), 5.0, "raw")
+
+
+# ---- advice ----------------------------------------------------------------------------------------------------------
+
+
+def advised(config: Path, words: list[str]) -> int:
+    """How often the advice of an error must be followed until the job can be prepared."""
+    for rounds in range(4):
+        try:
+            pretrain.prepare(load_config(config, words), Report())
+        except UserError as error:
+            fix = str(error).partition("fix: ")[2]
+            keys = re.findall(r"\b([a-z_]+(?:\.[a-z_]+)?=[^\s,;]+)", fix)
+            assert keys, f"no key to set: {error}"
+            words = [*words, *keys]
+        else:
+            return rounds
+    raise AssertionError(f"the advice leads nowhere: {words}")
+
+
+@pytest.mark.parametrize("policy", ["emp", "random", "none", "shorter", "infobatch"])
+@pytest.mark.parametrize(("batch", "fraction"), [(69, 0.0), (64, 0.5), (40, 0.9), (68, 0.3), (34, 0.51), (30, 0.66)])
+def test_a_batch_size_that_is_advised_can_be_trained(policy: str, batch: int, fraction: float, tiny_config: Path) -> None:
+    assert advised(tiny_config, [f"batch_size={batch}", f"prune.fraction={fraction}", f"prune.policy={policy}"]) <= 1
+
+
+@pytest.mark.parametrize("named", [8, 9, 17, 31, 39])
+@pytest.mark.parametrize("words", [[], ["prune.fraction=0.05"], ["epochs=200"], ["prune.anneal_fraction=0.0", "epochs=3"]])
+def test_a_fraction_that_is_advised_for_a_few_samples_can_be_trained(
+    named: int, words: list[str], tiny_config: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "few.txt").write_text("".join(f"{number}\n" for number in range(named)))
+    assert advised(tiny_config, ["prune.policy=indices", f"prune.indices={tmp_path / 'few.txt'}", *words]) == 1
+
+
+@pytest.mark.parametrize("fraction", [0.4, 0.9, 0.994])
+def test_one_sample_is_too_few_for_any_fraction(fraction: float, tiny_config: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("7\n")
+    words = ["prune.policy=indices", f"prune.indices={tmp_path / 'one.txt'}", f"prune.fraction={min(fraction, 0.87)}"]
+    with pytest.raises(UserError, match=r"fix: name at least the 8 samples of a batch"):
+        pretrain.prepare(load_config(tiny_config, words), Report())
+
+
+@pytest.mark.parametrize("noise", [[], ["data.label_noise=0.1"], ["label_smoothing=0.1"]])
+def test_a_run_without_labels_is_led_to_simclr(noise: list[str], tiny_config: Path) -> None:
+    assert advised(tiny_config, ["objective=supervised", "data.labels=none", *noise]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["optimizer.warmup_epochs=5", "epochs=3"], "optimizer.warmup_epochs=5 is as long as the run"),
+        (["optimizer.warmup_epochs=2", "epochs=3"], "the learning rate rises over"),
+        (["epochs=1"], "nothing is pruned: prune.warmup_epochs=1"),
+        (["prune.warmup_epochs=9"], "nothing is pruned: prune.warmup_epochs=9"),
+        (["prune.anneal_fraction=1.0"], "lower prune.anneal_fraction"),
+        (["prune.anneal_fraction=0.9", "epochs=2"], "nothing is pruned"),
+        (["prune.fraction=0.01"], "prune.fraction=0.01 of 8 batches is none; raise prune.fraction"),
+        (["epochs=20", "optimizer.warmup_epochs=1"], ""),
+        (["prune.policy=none", "epochs=4"], ""),
+        (["optimizer.schedule=onecycle", "optimizer.warmup_epochs=50"], ""),
+    ],
+)
+def test_what_a_run_is_too_short_for_is_told(words: list[str], said: str, tiny_config: Path) -> None:
+    job = pretrain.prepare(load_config(tiny_config, words), Report())
+    lines = short_run_lines(job)
+    assert any(said in line for line in lines) if said else not lines, lines
+    for line in lines:
+        keys = re.findall(r"; (?:try|set) (\S+=\S+)", line)
+        again = short_run_lines(pretrain.prepare(load_config(tiny_config, [*words, *keys]), Report())) if keys else []
+        assert line not in again and not any("nothing is pruned" in other for other in again if "nothing is pruned" in line)
