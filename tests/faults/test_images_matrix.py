@@ -831,3 +831,30 @@ def test_B3_odd_index_files(tmp_path: Path) -> None:
                 assert name in refusal(lambda name=name: load_indices(tmp_path / name, 9))  # type: ignore[misc]
     assert load_indices(tmp_path / "text.gz", 9).tolist() == [1], "read as the text that it is, not unpacked"
     assert load_indices(tmp_path / "good.npy", 9).tolist() == [0, 1, 2, 3]
+
+
+def test_F15_a_directory_replaced_under_its_run(
+    pretrain_run: Pretrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """F15 | the run's directory is renamed in a step, and another run's is put in its place; the images move before the resume | exit code 3, one line, nothing written into the other's; by the new names bit-identical"""
+    source, out, other = tmp_path / "in", tmp_path / "run", tmp_path / "moved"
+    for i, content in enumerate(striped_images(24)[0]):
+        fill(source, {f"{i:02}.png": content})
+    reference = pretrain_run("reference", f"data.source={source}", "epochs=3", "prune.anneal_fraction=0")
+
+    def replace() -> None:
+        out.rename(other)
+        fill(out, {"config.yaml": b"another", ".lock": b"another", "metrics.jsonl": b"another"})
+
+    with monkeypatch.context() as patch:
+        Interrupted(patch, 6, replace)
+        assert pretrain.main(["--config", yaml_of(tmp_path, reference), f"out={out}", "checkpoint.every_steps=1"]) == 3
+    assert "another is in its place" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == dict.fromkeys(("config.yaml", ".lock", "metrics.jsonl"), b"another")
+    source.rename(tmp_path / "elsewhere")
+    assert pretrain.main(["--resume", str(other), f"data.source={tmp_path / 'elsewhere'}"]) == 0
+    assert encoder_hash(other) == encoder_hash(reference)
+    (other / "pruning" / "samples.parquet").unlink()
+    shutil.rmtree(other / "encoder")
+    assert pretrain.main(["--resume", str(other)]) == 0
+    assert encoder_hash(other) == encoder_hash(reference) and (other / "pruning" / "samples.parquet").is_file()
