@@ -35,7 +35,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -56,7 +56,20 @@ from linear_eval.linear import HeadResult, LinearResult, linear_probe, multi_lab
 from linear_eval.metrics import MULTI_LABEL
 from linear_eval.ranks import PeerLost, in_turn, num_ranks, own_device, process_group, raise_together, rank
 from linear_eval.targets import TARGETS, torchvision_target
-from linear_eval.transfer import Outcome, Target, Transfer, draw_bars, missing_lines, parse_suite, run_suite, to_csv, to_markdown, to_rows
+from linear_eval.transfer import (
+    Cell,
+    Outcome,
+    Target,
+    Transfer,
+    draw_bars,
+    missing_lines,
+    parse_suite,
+    run_suite,
+    tabulate,
+    to_csv,
+    to_markdown,
+    to_rows,
+)
 from ssl_emp.augment import Recipe, cut_views, draw_params
 from ssl_emp.classifier import check_keepable, save_classifier
 from ssl_emp.config import DataConfig, parse_yaml
@@ -72,7 +85,7 @@ from ssl_emp.predict import predict
 from ssl_emp.report import show_progress
 from ssl_emp.rows import COLUMNS, Row
 from ssl_emp.rows import write_rows as write_rows  # for scripts that add rows of their own
-from ssl_emp.safe_files import as_json, check_inner, check_regular, read_text, write_atomically
+from ssl_emp.safe_files import check_inner, check_regular, read_text, write_atomically
 from ssl_emp.streams import prepare_streams
 from ssl_emp.subjects import Subject, find_subjects, is_run, read_run_data
 from ssl_emp.text import home, quoted
@@ -144,12 +157,6 @@ class Splits:
         others = {key: value for key, value in data.model_dump().items() if key not in DATA_SAID and key not in DATA_UNSAID}
         said += [f"{key}={value}" for key, value in others.items() if value != DataConfig.model_fields[key].default]
         return ", ".join(said)
-
-    @cached_property
-    def images_hash(self) -> str:
-        """Twelve hexadecimal digits of all pixels, labels and names."""
-        contents = [None if images is None else images.content for images in (self.train, self.test)]
-        return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:12]
 
 
 DATA_SAID = ("source", "image_size", "test_source", "max_images", "subset_seed", "holdout", "jpeg_quality")
@@ -680,8 +687,10 @@ def load_target(target: Target, image_size: int | None, config: EvalConfig) -> d
     return splits
 
 
-def judge_target(subject: Subject, target: Target, splits: dict[str, ImageSet], config: EvalConfig, device: torch.device) -> Outcome:
-    """One encoder on one target by the target's protocol."""
+def judge_target(
+    subject: Subject, target: Target, splits: dict[str, ImageSet], config: EvalConfig, device: torch.device
+) -> tuple[Outcome, str]:
+    """One encoder on one target by the target's protocol, and the hash of its weights."""
     size = splits["train"].pixels.shape[-1]
     encoder = agreed(lambda: build(subject, size, device))
     judged = Judged(subject, encoder, Splits(splits["train"], splits["test"], config.data), config, device, None)
@@ -689,11 +698,13 @@ def judge_target(subject: Subject, target: Target, splits: dict[str, ImageSet], 
     val = extract(judged, splits["val"], "val") if "val" in splits else None
     if rank() > 0:
         raise EvalError("process 0 goes on with the features", "see there")
+    weights = weights_hash(encoder)
     if target.protocol == "knn":
         both = train if val is None else Features(torch.cat([train.x, val.x]), torch.cat([train.y, val.y]))
         k = config.knn.num_neighbors[0]
         predicted = knn_predict(both, test, num_neighbors=k, temperature=config.knn.temperature, device=device)
-        return Outcome(predicted, test.y, f"cosine kNN, k={k}, bank {len(both.x)}, {size}px, {subject.weights}")
+        vote = "majority" if config.knn.temperature is None else f"T={config.knn.temperature:g}"
+        return Outcome(predicted, test.y, f"cosine kNN, k={k}, {vote}, bank {len(both.x)}, {size}px, {subject.weights}"), weights
     chosen = f"val ({len(val.x)})" if val is not None else f"{100 * config.linear.val_fraction:g}% of train"
     if target.metric in MULTI_LABEL:
         found = multi_label_probe(
@@ -705,13 +716,13 @@ def judge_target(subject: Subject, target: Target, splits: dict[str, ImageSet], 
             f"lbfgs, a binary regression for each of {test.y.shape[1]} classes, l2={low:.3g}..{high:.3g} of 45 in 1e-6..1e5 by {points}"
         )
         protocol += f" on {chosen}, refit on train+val, difficult objects not counted, {size}px, {subject.weights}"
-        return Outcome(found.scores, test.y, protocol)
+        return Outcome(found.scores, test.y, protocol), weights
     if target.protocol == "linear":
         heads = sgd_probe(train, test, seed=config.seed, val=val, val_fraction=config.linear.val_fraction, device=device)
-        return Outcome(heads.predicted, test.y, f"linear heads, SGD, chosen on {chosen}, refit, {size}px, {subject.weights}")
+        return Outcome(heads.predicted, test.y, f"linear heads, SGD, chosen on {chosen}, refit, {size}px, {subject.weights}"), weights
     probe = linear_probe(train, test, seed=config.seed, val=val, val_fraction=config.linear.val_fraction, device=device)
     protocol = f"lbfgs, l2={probe.l2:.3g} of 45 in 1e-6..1e5 chosen on {chosen}, refit on train+val, {size}px, {subject.weights}"
-    return Outcome(probe.predicted, test.y, protocol)
+    return Outcome(probe.predicted, test.y, protocol), weights
 
 
 def check_places(folder: Path | None, subject: Subject) -> None:
@@ -726,17 +737,20 @@ def check_places(folder: Path | None, subject: Subject) -> None:
         check_inner(root, *names, inner)
 
 
-def run_transfer(subjects: list[Subject], config: EvalConfig, device: torch.device) -> Transfer:
-    """Every encoder on every target of transfer.suite."""
+def run_transfer(subjects: list[Subject], config: EvalConfig, device: torch.device, folder: Path | None, ledger: Ledger) -> None:
+    """Every encoder on every target of transfer.suite; each cell is kept in `folder` as soon as it is known."""
     path = Path(config.transfer.suite)
     if not path.is_file():  # a pipe or a device would be read for ever
         raise UserError(f"transfer.suite={path} is no file", "give transfer.suite=FILE.yaml, such as configs/suites/small.yaml")
     suite = parse_suite(parse_yaml(read_text(path), str(path)), str(path))
     by_name = {subject.name: subject for subject in subjects}
     loaded: dict[tuple[str, int | None], dict[str, ImageSet] | UserError | EvalError] = {}
+    judged: dict[tuple[str, str], Row] = {}  # (encoder, data set) -> hashes of its weights and images
+    cells: dict[tuple[str, str], Cell] = {}
 
     def evaluate_pair(name: str, target: Target) -> Outcome:
         subject = by_name[name]
+        raise_together(subject.problem)
         key = (target.name, target.image_size or subject.image_size)
         if key not in loaded:
             for other in [other for other in loaded if other[0] != target.name]:
@@ -749,10 +763,49 @@ def run_transfer(subjects: list[Subject], config: EvalConfig, device: torch.devi
         if not isinstance(splits, dict):
             raise splits
         note(f"{target.name}: {name}")
-        return judge_target(subject, target, splits, config, device)
+        outcome, weights = judge_target(subject, target, splits, config, device)
+        judged[name, target.name] = {"weights": weights, "images": images_hash(splits.values())}
+        return outcome
 
-    missing = (UserError, EvalError)
-    return run_suite(suite, list(by_name), evaluate_pair, missing=missing, num_draws=config.transfer.num_draws, seed=config.seed)
+    def rows_of(transfer: Transfer) -> list[Row]:
+        about: Row = {"seed": config.seed, "draws": config.transfer.num_draws}
+        return [row | about | judged.get((row["encoder"], row["data"]), {}) for row in to_rows(transfer)]
+
+    def keep(cell: Cell) -> None:
+        cells[cell.encoder, cell.target.name] = cell
+        if rank() == 0 and cell.measured is not None:  # its rank is known at the end
+            ledger.keep(folder, [rows_of(tabulate(suite.name, [cell]))[0] | {"rank": None}], in_table=False)
+
+    given: dict[str, Any] = {"num_draws": config.transfer.num_draws, "seed": config.seed, "done": keep}
+    try:
+        run_suite(suite, list(by_name), evaluate_pair, missing=(UserError, EvalError), **given)
+    finally:  # a suite that was stopped has its cells
+        pairs = [(name, target) for name in by_name for target in suite.targets]
+        left = "stopped before it was judged"
+        transfer = tabulate(suite.name, [cells.get((name, t.name), Cell(name, t, "", None, left)) for name, t in pairs])
+        if rank() == 0 and cells:
+            with ledger.interrupts.held():
+                means = len(transfer.cells) if len(cells) == len(pairs) else 0  # a mean over what was done is no result of the suite
+                ledger.keep(folder, rows_of(transfer)[: len(transfer.cells) + means], in_table=False)
+                if folder is not None:
+                    with beside(folder / "transfer.csv"):
+                        write_atomically(folder / "transfer.csv", to_csv(transfer).encode(), shared=True)
+                ledger.show()
+                ledger.print(to_markdown(transfer) + "".join(f"{line}\n" for line in missing_lines(transfer)))
+    if rank() == 0 and folder is not None and any(cell.measured is not None for cell in transfer.cells):
+        with beside(folder / "transfer.png"):
+            draw_bars(transfer, folder / "transfer.png")
+
+
+def images_hash(sets: Iterable[ImageSet | None]) -> str:
+    """Twelve hexadecimal digits of all pixels, labels and names."""
+    contents = [None if images is None else images.content for images in sets]
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def weights_hash(encoder: nn.Module) -> str:
+    """Twelve hexadecimal digits of an encoder's weights and buffers; empty where it has learned nothing."""
+    return state_hash(encoder)[:12] if any(True for _ in encoder.parameters()) else ""
 
 
 # ---- what is said meanwhile ------------------------------------------------------------------------------------------
@@ -811,8 +864,7 @@ def judge(
         if rank() > 0:
             return
         row |= {"data": found.described, "n_test": None if found.test is None else len(found.test.names)}
-        learned = any(True for _ in encoder.parameters())
-        row |= {"weights": before[:12] if learned else "", "images": found.images_hash}
+        row |= {"weights": weights_hash(encoder), "images": images_hash((found.train, found.test))}
         for evaluator in evaluators:
             row |= {"evaluator": evaluator}
             with one_failure(ledger, [row], config, device):
@@ -926,29 +978,13 @@ def evaluate(argv: list[str] | None, interrupts: Interrupts) -> int:
         finally:
             ledger.show()
         if "transfer" in evaluators:
-            transfer = run_transfer(subjects, config, device)
-            if rank() == 0:
-                ledger.print(to_markdown(transfer) + "".join(f"{line}\n" for line in missing_lines(transfer)))
-                folder = out or next((subject.eval_dir for subject in subjects if subject.eval_dir is not None), None)
-                if folder is not None:
-                    write_transfer(folder, transfer)
+            folder = out or next((subject.eval_dir for subject in subjects if subject.eval_dir is not None), None)
+            if folder is not None and is_run(folder.parent):
+                check_inner(folder.parent, folder.name)
+            run_transfer(subjects, config, device, folder, ledger)
     finally:
         code = ledger.close()
     return code
-
-
-def write_transfer(folder: Path, transfer: Transfer) -> None:
-    """transfer.json, transfer.csv and transfer.png in `folder`."""
-    try:
-        if is_run(folder.parent):
-            check_inner(folder.parent, folder.name)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "transfer.json", (as_json(to_rows(transfer), 2) + "\n").encode(), shared=True)
-        write_atomically(folder / "transfer.csv", to_csv(transfer).encode(), shared=True)
-    except OSError as error:
-        raise UserError(f"cannot write into {folder} ({error.strerror})", "make it writable, or give --out DIR") from error
-    if any(cell.measured is not None for cell in transfer.cells):
-        draw_bars(transfer, folder / "transfer.png")
 
 
 def safe_name(name: str) -> str:

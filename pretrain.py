@@ -11,7 +11,6 @@ config -> job (ssl_emp/job.py) -> epochs(select, stream, score, step) -> encoder
 """
 
 import argparse
-import io
 import json
 import math
 import os
@@ -29,6 +28,7 @@ import yaml
 from PIL import Image
 from torch import Tensor, nn
 
+from ssl_emp.advice import next_command
 from ssl_emp.augment import cut_views, draw_params, grid_of_views
 from ssl_emp.checkpoint import save_checkpoint
 from ssl_emp.config import PretrainConfig, load_config
@@ -68,6 +68,7 @@ from ssl_emp.resume import (
 from ssl_emp.safe_files import as_json, inner_folder, replacing, write_atomically
 from ssl_emp.scores import ScoreState
 from ssl_emp.state_check import check_state
+from ssl_emp.streams import prepare_streams, put
 from ssl_emp.supervised import Classifier
 from ssl_emp.text import printable, quoted
 
@@ -308,7 +309,7 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
         ("monitoring", f"{duration(seconds['monitoring'])}, {seconds['monitoring'] / sum(seconds.values()):.1%} of the time"),
         *saved_time(seconds, total_steps, job.full_steps),
         ("encoder", str(out / "encoder")),
-        ("next", f"python evaluate.py {quoted(out)} knn linear"),
+        ("next", next_command(out, config)),
     ]
     report.table("done", rows)
     return 0
@@ -439,7 +440,7 @@ def check_weights(model: nn.Module, step: int) -> None:
 
 def dry_run(job: Job, report: Report) -> int:
     """Print the resolved config, draw one batch of views, run one step's arithmetic, train nothing."""
-    print(yaml.safe_dump(job.config.model_dump(), sort_keys=False))
+    put("stdout", yaml.safe_dump(job.config.model_dump(), sort_keys=False) + "\n")
     if line := schedule_line(job, schedule(job)):
         report.say(f"monitor   {line}")
     batches = shuffled_batches(torch.arange(job.num_samples, device=job.device), job.config.batch_size, job.config.seed, 0)
@@ -520,7 +521,7 @@ def run(config: PretrainConfig, out: Path, resumes: bool, ranks: Ranks, may_exte
                 if line := longer_line(job, before):
                     report.say(f"longer    {line}")
         if finished and state is not None and not broken_files(out, config, state):
-            report.say(f"{out} is finished, nothing to do. next: python evaluate.py {quoted(out)} knn linear")
+            report.say(f"{out} is finished, nothing to do. next: {next_command(out, config)}")
             return 0
         try:
             with Stop() as stop:
@@ -559,7 +560,7 @@ def mend(config: PretrainConfig, before: PretrainConfig, out: Path, state: dict[
         del broken[name]
     if not broken:
         rest = "and whole again" if mended else "nothing to do"
-        report.say(f"{out} is finished, {rest}. next: python evaluate.py {quoted(out)} knn linear")
+        report.say(f"{out} is finished, {rest}. next: {next_command(out, config)}")
     return not broken
 
 
@@ -584,9 +585,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--auto-resume", action="store_true", help="start, or go on where the run directory has a run: for restarts")
     parser.add_argument("--dry-run", action="store_true", help="show what would happen, train nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as epochs=20 prune.fraction=0.5")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without a beta is no reason to end a run
+    prepare_streams()  # a terminal without a beta, or none at all, is no reason to end a run
     ranks = ALONE
     try:
         arguments = parser.parse_intermixed_args(argv)
@@ -636,9 +635,9 @@ def complain(line: str, code: int, ranks: Ranks, speaks: bool | None = None, los
         ranks.confess(line, code)
         speaks = ranks.is_first and os.environ.get("LOCAL_RANK", "0") == "0"
     if speaks:
-        print(f"error: {printable(line)}", file=sys.stderr, flush=True)
+        put("stderr", f"error: {printable(line)}\n")
     if ranks.world_size > 1:
-        sys.stdout.flush()
+        put("stdout", "")
         ranks.part_from_children(lost, at_least=1.0)  # what the others hear by may live in this process
         os._exit(code)  # without waiting for an exchange that nobody else comes to
     return code

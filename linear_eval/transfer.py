@@ -182,6 +182,7 @@ def run_suite(
     missing: tuple[type[Exception], ...] = (EvalError,),
     num_draws: int = 1000,
     seed: int = 0,
+    done: Callable[[Cell], None] | None = None,
 ) -> Transfer:
     """Judges every encoder on every target.
 
@@ -191,6 +192,7 @@ def run_suite(
             of one data set serves all encoders.
         missing: exceptions that mean "not on this data set"; their text becomes the reason in the table.
         num_draws, seed: of the bootstrap; every encoder is judged on the same draws of test samples.
+        done: called with every cell as soon as it is known.
 
     Raises:
         EvalError: no encoder, or one named twice.
@@ -207,6 +209,8 @@ def run_suite(
             except missing as error:
                 cell = Cell(encoder, target, "", None, " ".join(str(error).split()) or type(error).__name__)
             found[encoder, target.name] = cell
+            if done is not None:
+                done(cell)
     return tabulate(suite.name, [found[encoder, target.name] for encoder in encoders for target in suite.targets])
 
 

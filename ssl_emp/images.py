@@ -399,6 +399,13 @@ def find_images(source: str, split: str = "all", download_dir: str = "data") -> 
     return [Source([decodable(name) for name, _ in listing.files], None, None, "", read, listing.skipped)]
 
 
+def find_split(
+    source: str, split: str, kind: str, download_dir: str, image_column: str | None = None, label_column: str | None = None
+) -> Source:
+    """The images of a split and their labels as `load_images` finds them, before any is decoded. Raises UserError, NoSplit."""
+    return _find(source, split, kind, "auto", download_dir, image_column, label_column)
+
+
 def _read_files(root: str, files: list[tuple[str, list[int]]], positions: np.ndarray) -> Iterator[Encoded]:
     return (os.path.join(root, files[position][0]) for position in positions)
 

@@ -31,9 +31,9 @@ class Ledger:
     waiting: dict[Path, list[Row]] = field(default_factory=dict)  # rows that could not be written yet, and why
     code: int = 0
 
-    def keep(self, folder: Path | None, rows: list[Row]) -> None:
+    def keep(self, folder: Path | None, rows: list[Row], *, in_table: bool = True) -> None:
         """Write rows (None: nowhere), with those that could not be written before."""
-        self.rows += rows
+        self.rows += rows if in_table else []
         if folder is None or not rows:
             return
         with self.interrupts.held():

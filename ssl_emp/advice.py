@@ -1,0 +1,71 @@
+"""The command that comes after a run: one that works on the data of this run, whatever labels and splits it has."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from ssl_emp.config import PretrainConfig
+from ssl_emp.errors import UserError
+from ssl_emp.holdout import held_out_rows
+from ssl_emp.images import ImageSet, NoSplit, find_split
+from ssl_emp.matching import match_labels
+from ssl_emp.text import quoted
+
+HOLDOUT = 0.2
+NEIGHBORS = 20  # the default of knn.num_neighbors
+WORDS = ("random", "pixels", "knn", "linear", "fewshot", "finetune", "diagnose", "embed", "transfer", "predict")  # of evaluate.py
+
+
+def next_command(out: Path, config: PretrainConfig) -> str:
+    """`python evaluate.py RUN ...`: without labels what needs none, without a test split a part of the train images held out."""
+    words = "diagnose embed"
+    with suppress(Exception):  # the images are gone, or damaged by now: what was trained is no worse for it
+        words = _words(config) or words
+    name = os.fspath(out)
+    name = f"./{name}" if name in WORDS else name
+    return f"python evaluate.py {quoted(name)} {words}"
+
+
+def _words(config: PretrainConfig) -> str | None:
+    """What can be predicted, from a look at names and labels, no pixels; None where nothing can."""
+    train = _listed(config, "train")
+    if train.labels is None or train.labels.ndim > 1:
+        return None
+    labels, more = train.labels, ""
+    try:
+        test = _listed(config, "test")
+        if test.labels is None:
+            return None
+        match_labels(train, test)
+    except NoSplit:
+        held = held_out_rows(labels, train.names, HOLDOUT, config.data.subset_seed)
+        if config.objective == "supervised" or not held.any():  # it was trained with the labels of all of them
+            return None
+        labels, more = labels[~held], f" data.holdout={HOLDOUT:g}"
+    except UserError:  # other classes than those of train
+        return None
+    if config.data.max_images is not None and config.data.max_images < len(labels):
+        labels = labels[: config.data.max_images]
+    if len(labels) < NEIGHBORS:
+        more += f" knn.num_neighbors={max(1, len(labels) // 4)}"
+    counts = labels.unique(return_counts=True)[1]
+    # a linear probe chooses its strength on held-out images of two classes or more
+    can_fit = len(counts) > 1 and int(counts.min()) > 1 and config.data.max_images is None
+    return f"knn linear{more}" if can_fit else f"knn{more}"
+
+
+def _listed(config: PretrainConfig, split: str) -> ImageSet:
+    """Names, labels and class names of a split, without its pixels."""
+    data = config.data
+    columns = (data.image_column, data.label_column)
+    if split == "test" and data.test_source is not None:
+        try:
+            found = find_split(data.test_source, "test", "auto", data.download_dir)
+        except NoSplit:
+            found = find_split(data.test_source, "train", "auto", data.download_dir)
+    else:
+        found = find_split(data.source, split, data.kind, data.download_dir, *columns)
+    labels = None if found.labels is None else torch.from_numpy(found.labels)
+    return ImageSet(torch.empty(0), labels, found.names, found.class_names, [])
