@@ -54,7 +54,7 @@ from linear_eval.finetune import TrainResult, finetune, state_hash
 from linear_eval.knn import import_faiss, knn_accuracies, knn_predict
 from linear_eval.linear import HeadResult, LinearResult, linear_probe, multi_label_probe, sgd_probe
 from linear_eval.metrics import MULTI_LABEL
-from linear_eval.ranks import PeerLost, in_turn, num_ranks, own_device, process_group, raise_together, rank
+from linear_eval.ranks import PeerLost, in_turn, num_ranks, own_device, process_group, raise_together, rank, watch_for
 from linear_eval.targets import TARGETS, torchvision_target
 from linear_eval.transfer import (
     Cell,
@@ -950,6 +950,7 @@ def evaluate(argv: list[str] | None, interrupts: Interrupts) -> int:
     """Everything that the command line asks for; the exit code."""
     # also mistakes on the command line are told together: torchrun ends all processes as soon as one has ended
     subjects, evaluators, config, device, out = in_turn(partial(understand, argv))
+    watch_for(config.timeout_seconds)
     alone = [evaluator for evaluator in evaluators if evaluator != "transfer"]
     ledger = Ledger(interrupts, note)
     loaded: dict[tuple[DataConfig, int | None], Splits | Exception] = {}
@@ -1003,7 +1004,8 @@ def main(argv: list[str] | None = None) -> int:
                 return predict(words[1:])
             return evaluate(argv, interrupts)
     except (UserError, EvalError, PeerLost) as error:
-        if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:  # a mistake of any process is told by the first
+        first = os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
+        if first or (isinstance(error, PeerLost) and error.speaks):  # a mistake of any process is told by the first
             say(f"error: {error}")
         return 3 if isinstance(error, PeerLost) else 2
     except Stopped as stopped:

@@ -5,8 +5,9 @@ process 0 of 1. Every process must call these functions in the same order.
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import TypeVar
 
@@ -16,13 +17,53 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from linear_eval.errors import EvalError
+from linear_eval.liveness import Liveness, Lost, leave_at_once
 
 Made = TypeVar("Made")
 ELEMENTS = 2**26  # numbers sent at once: 256 MiB
+TIMEOUT_SECONDS = 600.0  # without a sign of life from a process, until `watch_for`
+AGAIN = "see what it wrote, and start all of them again"
+_watching: Liveness | None = None  # the others, while there is a group
 
 
 class PeerLost(RuntimeError):
-    """Another process ended, or does not answer. The message is one line, `what. fix: how`."""
+    """Another process ended, or does not answer. The message is one line, `what. fix: how`.
+
+    Args:
+        speaks: whether this process is to tell it although it is not the first, which may be the one that is lost.
+    """
+
+    def __init__(self, message: str, speaks: bool = False) -> None:
+        super().__init__(message)
+        self.speaks = speaks
+
+
+def listen_on_loopback() -> None:
+    """Let gloo and NCCL, whose connections have no password, listen to this machine alone. Before a group is made."""
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if loopback is not None:
+        os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
+
+
+def watch_for(seconds: float) -> None:
+    """Call a process lost that gives no sign of life for so long. To be called by every process with the same number."""
+    if _watching is not None and seconds != _watching.timeout_seconds:
+        store = _watching.store
+        _watching.stop()
+        _watch(dist.PrefixStore(f"within {seconds:g} s", store), seconds)
+
+
+def _watch(store: dist.Store, seconds: float) -> None:
+    global _watching
+    local_rank = os.environ.get("LOCAL_RANK", "")
+    local = int(local_rank) if local_rank.isdecimal() else dist.get_rank()
+    _watching = Liveness(store, dist.get_rank(), dist.get_world_size(), seconds, _leave, local_rank=local)
+    _watching.start()
+
+
+def _leave(lost: Lost, speaks: bool) -> None:
+    """Called from a thread where the main one does not come back from an exchange."""
+    leave_at_once(f"error: {lost.why}. fix: {AGAIN}" if speaks else "", lost.code)
 
 
 @contextmanager
@@ -31,21 +72,39 @@ def process_group() -> Iterator[None]:
     given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     if len(given) == 1:
         raise EvalError(f"of RANK and WORLD_SIZE only {given[0]} is set", f"start with torchrun, which sets both, or unset {given[0]}")
-    if not given or os.environ["WORLD_SIZE"] == "1" or dist.is_initialized():
+    if not given or dist.is_initialized():
         yield
         return
+    for name in given:
+        if not (os.environ[name].isascii() and os.environ[name].strip().isdecimal()):
+            raise EvalError(f"{name} is {os.environ[name][:60]!r}, and no number", "start with torchrun, or unset RANK and WORLD_SIZE")
+    number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if number >= count:
+        what = f"RANK is {number} and WORLD_SIZE is {count}: ranks are counted from 0"
+        raise EvalError(what, "start with torchrun, or unset RANK and WORLD_SIZE")
+    if count == 1:
+        yield
+        return
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        listen_on_loopback()
     try:
         store, number, count = next(rendezvous("env://", timeout=timedelta(minutes=2)))
-        # As long as the slowest evaluator of the first process may take; a process that ends closes its connections, which shows at once.
+        # As long as the slowest evaluator of the first process may take: it is by its signs of life that one that hangs is noticed.
         dist.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=timedelta(days=7))
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
         reason = (str(error).splitlines() or [""])[0][:200]
         raise EvalError(
             f"the processes do not find each other ({reason})", "start with torchrun, or set MASTER_ADDR and MASTER_PORT"
         ) from error
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives a restart
+    _watch(dist.PrefixStore(f"signs of attempt {attempt}", store.clone()), TIMEOUT_SECONDS)
     try:
         yield
     finally:
+        global _watching
+        watching, _watching = _watching, None
+        if watching is not None:
+            watching.stop()
         dist.destroy_process_group()
 
 
@@ -161,10 +220,12 @@ def _all_numbers(own: int) -> list[int]:
 
 @contextmanager
 def _peers() -> Iterator[None]:
+    if _watching is not None and _watching.lost is not None:
+        lost = _watching.lost
+        raise PeerLost(f"{lost.why}. fix: {AGAIN}", _watching.speaks(lost.ranks))
     try:
-        yield
+        with nullcontext() if _watching is None else _watching.waiting():
+            yield
     except RuntimeError as error:
         reason = (str(error).splitlines() or [""])[0][:200]
-        raise PeerLost(
-            f"another process ended or does not answer ({reason}). fix: see what it wrote, and start all of them again"
-        ) from error
+        raise PeerLost(f"another process ended or does not answer ({reason}). fix: {AGAIN}") from error

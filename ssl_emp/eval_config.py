@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from ssl_emp.config import LARGEST_BATCH, MOST_EPOCHS, DataConfig, ModelConfig, Place, Section, apply_override
+from ssl_emp.config import LARGEST_BATCH, MOST_EPOCHS, DataConfig, ModelConfig, Patience, Place, Section, apply_override
 from ssl_emp.errors import UserError
 
 Checked = TypeVar("Checked", bound=Section)
@@ -82,6 +82,7 @@ class EvalConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # initialises `random`, draws what is held out
     device: str = "auto"
     batch_size: Count = 256
+    timeout_seconds: Patience = 600.0  # of several processes: how long one may give no sign of life before the others end
     cache_dir: Place | None = ".cache/ssl_emp/features"  # null: features are not kept
 
 

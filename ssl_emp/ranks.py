@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from linear_eval.liveness import GRACE_SECONDS, BoundedStore, Liveness, Lost, ending, leave_at_once
+from linear_eval.ranks import listen_on_loopback
 from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.keyed import keyed_bits
 from ssl_emp.text import printable, shorten
@@ -478,13 +479,6 @@ def _no_meeting(place: Place, where: str, error: Exception) -> UserError:
     what = f"rank {place.rank} of {place.world_size} does not meet the others at {where} ({said[:120]})"
     fix = "see that MASTER_ADDR and MASTER_PORT are rank 0's, the port is free, and all are started"
     return UserError(what, f"{fix} (by srun, not by python alone)" if "SLURM_JOB_ID" in os.environ else fix)
-
-
-def listen_on_loopback() -> None:
-    """Let gloo and NCCL, whose connections have no password, listen to this machine alone."""
-    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
-    if loopback is not None:
-        os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
 
 
 def _take_slurm_for_torchrun() -> None:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,9 @@ import pytest
 import torch.distributed as dist
 
 from linear_eval import liveness as module
+from linear_eval.errors import EvalError
 from linear_eval.liveness import BoundedStore, Liveness, Lost, StoreSilent, ending
+from linear_eval.ranks import PeerLost, first_says, process_group, watch_for
 
 FORK = multiprocessing.get_context("fork")  # torch is imported already: seconds a process
 
@@ -261,3 +264,62 @@ def test_a_main_thread_in_c_code_is_ended(peer_lives: bool, code: int, tmp_path:
             os.kill(process.pid or 0, signal.SIGTERM)
             time.sleep(0.3)  # one at a time, else the kernel makes one of them
     assert ends(process) == code
+
+
+def in_group(number: int, port: int, hangs: str) -> None:
+    """A process of an evaluation; the first one hangs, or works for longer than a sign may take."""
+    module.GRACE_SECONDS, module.TICK_SECONDS = 0.4, 0.05
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        with process_group():
+            watch_for(1.5)
+            assert first_says(True) or number
+            if number == 0:
+                if hangs == "stopped":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                elif hangs == "sleeps":
+                    time.sleep(60)
+                until = time.monotonic() + 4
+                while time.monotonic() < until:
+                    sum(range(1000))
+            first_says(True)
+    except PeerLost:
+        os._exit(3)  # as evaluate.py's exit code
+    os._exit(0)
+
+
+@pytest.mark.parametrize(("hangs", "code"), [("stopped", 3), ("sleeps", 3), ("works", 0)])
+def test_an_evaluation_does_not_wait_for_a_first_process_that_hangs(hangs: str, code: int) -> None:
+    """Nor does it end while that one works, however long."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    first, second = [FORK.Process(target=in_group, args=(number, port, hangs), daemon=True) for number in (0, 1)]
+    first.start()
+    second.start()
+    try:
+        assert ends(second) == code
+    finally:
+        first.kill()
+        first.join()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "1"}, {"RANK": "x", "WORLD_SIZE": "2"},
+     {"RANK": "-1", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "0"}],
+)  # fmt: skip
+def test_numbers_of_processes_that_do_not_fit_are_a_line(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(EvalError, match="fix: start with torchrun") as error, process_group():
+        pass
+    assert "\n" not in str(error.value)
+
+
+def test_one_of_one_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with process_group():
+        assert not dist.is_initialized()
