@@ -177,6 +177,70 @@ def test_D3_a_rank_hangs(tiny_config: Path, tmp_path: Path, record_property: Not
 
 
 @pytest.mark.faults
+def test_D3_the_first_rank_hangs(tiny_config: Path, tmp_path: Path, record_property: Note) -> None:
+    """D3b | SIGSTOP of rank 0, timeout_seconds=4 | rank 1 names it and ends it, and neither is there any more; the last checkpoint is intact"""
+    process = begin(tiny_config, tmp_path / "run", 3, "checkpoint.every_steps=1", "timeout_seconds=4")
+    (other,) = children(process)
+    began = time.monotonic()
+    process.send_signal(signal.SIGSTOP)
+    code, _, err = finish(process, 60)
+    record_property("seconds", round(time.monotonic() - began, 1))
+    wait_for(lambda: not is_alive(other), 30)
+    (line,) = error_lines(err)
+    assert code == -signal.SIGKILL and "rank 0 is lost" in line and "--resume" in line
+    assert load_checkpoint(tmp_path / "run" / "checkpoints")[0] is not None
+
+
+@pytest.mark.faults
+def test_D15_a_rank_dies_while_starting(tiny_config: Path, tmp_path: Path) -> None:
+    """D15 | kill -9 of rank 1 as soon as it is there | rank 0 names it and the signal at once, code 3, nothing left behind"""
+    process = start([sys.executable, ROOT / "pretrain.py"], "--config", tiny_config, f"out={tmp_path / 'run'}", "devices=2")
+    found: list[int] = []
+
+    def started() -> bool:
+        """Whether rank 1 is there; an import of rank 0 may ask a program of the system something too."""
+        for child in children(process):
+            with suppress(OSError):
+                found.extend([child] if b"SSL_EMP_LAUNCHED=" in Path(f"/proc/{child}/environ").read_bytes() else [])
+        return bool(found)
+
+    wait_for(started)
+    os.kill(found[0], signal.SIGKILL)
+    code, _, err = finish(process, 50)  # torch's import; it would be a minute more until nobody else came
+    (line,) = error_lines(err)
+    assert code == 3 and "rank 1 was lost while starting (killed by SIGKILL)" in line and not (tmp_path / "run").exists()
+
+
+@pytest.mark.faults
+def test_D16_one_machine_listens_to_itself(tiny_config: Path, tmp_path: Path) -> None:
+    """D16 | the ports of a run of two processes | all are on the loopback interface"""
+    process = begin(tiny_config, tmp_path / "run", 1, "checkpoint.every_steps=1", "epochs=60")
+    try:
+        for pid in (process.pid, *children(process)):
+            sockets = {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()}
+            tables = [Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
+            rows = [line.split() for table in tables for line in table]
+            addresses = {row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}
+            assert addresses == {"0100007F"}
+    finally:
+        process.terminate()
+    assert finish(process, 60)[0] == 143
+
+
+@pytest.mark.faults
+def test_D17_python_without_srun(tiny_config: Path, tmp_path: Path) -> None:
+    """D17 | python in a batch script of four tasks; mpirun -n 2; RANK=0 WORLD_SIZE=1 | a line that names srun, one that names torchrun; runs alone"""
+    arguments: list[str | Path] = [sys.executable, ROOT / "pretrain.py", "--config", tiny_config, f"out={tmp_path / 'run'}", "epochs=2"]
+    batch = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURM_NNODES": "1"}
+    for variables, word in ((batch, "srun"), ({"OMPI_COMM_WORLD_SIZE": "2"}, "torchrun")):
+        code, _, err = finish(start(arguments, **variables), 50)
+        (line,) = error_lines(err)
+        assert code == 2 and word in line.partition("fix: ")[2] and not (tmp_path / "run").exists()
+    code, _, err = finish(start(arguments, RANK="0", WORLD_SIZE="1"))
+    assert code == 0 and not error_lines(err), err
+
+
+@pytest.mark.faults
 def test_D4_ranks_that_disagree(tiny_config: Path, tmp_path: Path) -> None:
     """D4 | one score differs by 1e-6 on rank 1 | noticed before the next epoch, epoch and rank named, code 3"""
     code, _, err = finish(start([sys.executable, ONE_RANK, "scores", "1"], "--config", tiny_config, f"out={tmp_path / 'run'}", "devices=2"))
