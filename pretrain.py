@@ -585,7 +585,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--auto-resume", action="store_true", help="start, or go on where the run directory has a run: for restarts")
     parser.add_argument("--dry-run", action="store_true", help="show what would happen, train nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as epochs=20 prune.fraction=0.5")
-    prepare_streams()  # a terminal without a beta, or none at all, is no reason to end a run
+    prepare_streams("replace")  # a terminal without a beta, or none at all, is no reason to end a run
     ranks = ALONE
     try:
         arguments = parser.parse_intermixed_args(argv)

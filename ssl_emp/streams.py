@@ -12,10 +12,13 @@ from typing import Literal, TextIO
 Stream = Literal["stdout", "stderr"]
 
 
-def prepare_streams() -> None:
+def prepare_streams(errors: str = "backslashreplace") -> None:
     """Call first in a command, before any file is opened.
 
     A closed descriptor would be given to the next file that is opened, and what a library complains of would be written into it.
+
+    Args:
+        errors: what becomes of a letter that the stream's encoding lacks; the default leaves names readable.
     """
     for number in range(3):
         try:
@@ -28,9 +31,9 @@ def prepare_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # Python found it closed
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="backslashreplace"))
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors=errors))
         elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors=errors)
 
 
 def is_shown(name: Stream) -> bool:
