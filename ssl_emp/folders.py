@@ -14,7 +14,7 @@ from ssl_emp.decode import Encoded, reason
 from ssl_emp.errors import UserError
 from ssl_emp.sniff import HEAD_BYTES, image_format
 from ssl_emp.source import NoSplit, Source, Unused, counted, normal, some_of, sorted_classes, version_of
-from ssl_emp.splits import split_called, split_named, splits_of_folders
+from ssl_emp.splits import both_sides, split_called, split_named, splits_of_folders
 from ssl_emp.text import decodable
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
@@ -24,9 +24,11 @@ TABLES = (".parquet", ".pq", ".parq")
 # that lie beside images in masses: not looked into any more after PROBES of a kind that held no image
 SIDECARS = (".txt", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".yaml", ".yml", ".npy", ".npz", ".pt", ".pth", ".pkl", ".mat", ".md")
 PROBES = 100
+MOSTLY = 0.9  # of all images: a folder with so many that holds the splits is looked for past what lies beside it
 # what storage devices, systems and archives leave behind; the thumbnails among them are copies of images that are there already
 SERVICE_FOLDERS = {"__macosx", "lost+found", "$recycle.bin", "recycler", "system volume information", "found.000", "__pycache__"}
-SERVICE_PREFIXES = ("@eadir", "@__thumb", "@recycle", "@recently-snapshot", "@tmp", "@sharebin", "#recycle", "#snapshot")
+SERVICE_FOLDERS |= {"recycled", "~snapshot", "network trash folder", "temporary items"}
+SERVICE_PREFIXES = ("@eadir", "@syno", "@__thumb", "@recycle", "@recently-snapshot", "@tmp", "@sharebin", "#recycle", "#snapshot")
 SERVICE_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 # containers of images that are not read, and how to come by something that is
 CONTAINERS = {
@@ -213,48 +215,61 @@ class Layout:
 def find_layout(counts: Mapping[str, int]) -> Layout:
     """The splits of a folder of images, by the names of the folders at the first level where these differ.
 
-    `train/CLASS/x.png` beside `test/CLASS/y.png`; also if one folder holds both; or `CLASS/train/x.png` beside `CLASS/test/y.png`.
-    See `splits_of_folders`.
+    `train/CLASS/x.png` beside `test/CLASS/y.png`; also if one folder holds both, or both and nearly all other images; or
+    `CLASS/train/x.png` beside `CLASS/test/y.png`. See `splits_of_folders`.
 
     Args:
         counts: images in every folder, by its path from the root; "" is the root.
     """
     parts = {folder: folder.split("/") if folder else [] for folder in counts}
-    rows, depth = list(counts), 0
+    rows, without = list(counts), None
+    inside: list[str] = []  # where `rows` are; `without`: the layout without splits further in
     while True:
+        depth = len(inside)
         below: dict[str, list[str]] = {}
         for folder in rows:
             if len(parts[folder]) > depth:
                 below.setdefault(parts[folder][depth], []).append(folder)
-        inside = sum(counts[folder] for folders in below.values() for folder in folders)
-        loose = sum(counts[folder] for folder in rows) - inside
-        found = splits_of_folders(below, more=loose >= inside) if below else None
-        if found:
-            return _by_level(parts, depth, found)
-        if len(below) != 1 or loose >= inside:
-            break
-        (rows,), depth = below.values(), depth + 1
-    if not loose and (called := _in_every_folder(parts, depth, below)):
-        split = {folder: called.get(part[depth + 1], "") if len(part) > depth + 1 else "" for folder, part in parts.items()}
-        folders = {kind: [f"*/{name}/" for name in called if called[name] == kind] for kind in called.values()}
-        return Layout(split, {folder: part[depth] if len(part) > depth else None for folder, part in parts.items()}, folders)
-    return Layout(dict.fromkeys(parts, "train"), {folder: part[0] if part else None for folder, part in parts.items()}, {})
+        sizes = {name: sum(counts[folder] for folder in folders) for name, folders in below.items()}
+        loose = sum(counts[folder] for folder in rows) - sum(sizes.values())
+        found = splits_of_folders(below, more=loose >= sum(sizes.values())) if below else None
+        if found and without is None:
+            return _by_level(parts, inside, found)
+        if found and both_sides(found.values()):
+            # the same names in a folder that is left aside: classes with splits of their own, and one that lacks a part
+            alike = any(part[depth] in found for part in parts.values() if len(part) > depth and part[:depth] != inside)
+            return without if alike and without else _by_level(parts, inside, found)
+        if without is None and (len(below) != 1 or loose >= sum(sizes.values())):
+            called = None if loose else _in_every_folder(parts, depth, below)
+            if called:
+                split = {folder: called.get(part[depth + 1], "") if len(part) > depth + 1 else "" for folder, part in parts.items()}
+                folders = {kind: [f"*/{name}/" for name in called if called[name] == kind] for kind in called.values()}
+                return Layout(split, {folder: part[depth] if len(part) > depth else None for folder, part in parts.items()}, folders)
+            without = Layout(dict.fromkeys(parts, "train"), {folder: part[0] if part else None for folder, part in parts.items()}, {})
+        largest = max(sizes, key=sizes.__getitem__, default="")
+        if without and MOSTLY * sum(counts.values()) >= sizes.get(largest, 0):
+            return without
+        rows, inside = below[largest], [*inside, largest]
 
 
-def _by_level(parts: dict[str, list[str]], depth: int, found: dict[str, str]) -> Layout:
-    """The folders at `depth` are the splits, as `found` has it."""
-    rest_is_train = "train" not in found.values()
+def _by_level(parts: dict[str, list[str]], inside: list[str], found: dict[str, str]) -> Layout:
+    """The folders in the folder `inside` are the splits, as `found` has it."""
+    depth, rest_is_train = len(inside), "train" not in found.values()
+    rest = {tuple(part[depth : depth + 2]) for part in parts.values() if not (len(part) > depth and part[depth] in found)}
+    # one folder of folders beside the test split is as good as a folder called train, whatever its name
+    one = rest_is_train and len({part[:1] for part in rest}) == 1 and all(len(part) == 2 for part in rest)
     split, class_folder = {}, {}
     folders: dict[str, list[str]] = {}
     for folder, part in parts.items():
-        kind = found.get(part[depth], "") if len(part) > depth else ""
-        class_depth = depth + 1 if kind else depth
+        kind = found.get(part[depth], "") if len(part) > depth and part[:depth] == inside else ""
+        class_depth = depth + 1 if kind or one else depth
         split[folder] = kind or ("train" if rest_is_train else "")
         class_folder[folder] = part[class_depth] if len(part) > class_depth else None
         if kind and (name := "/".join(part[: depth + 1]) + "/") not in folders.setdefault(kind, []):
             folders[kind].append(name)
     if rest_is_train:
-        return Layout(split, class_folder, folders, rest_is_train=True)
+        level = f"the folders in {'/'.join([*inside, next(iter(rest))[0]])}/" if one else Layout.level
+        return Layout(split, class_folder, folders, level, rest_is_train=True)
     return Layout(split, class_folder, folders, f"the folders in {' and '.join(folders['train'])}")
 
 

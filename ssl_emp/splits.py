@@ -49,20 +49,21 @@ def splits_of_folders(names: Iterable[str], *, more: bool) -> dict[str, str] | N
     """
     folders = list(names)
     named = {name: kind for name in folders if (kind := split_named(name))}
-    if len(named) == len(folders) and _both_sides(named.values()):
+    if len(named) == len(folders) and both_sides(named.values()):
         return named
     called = {name: kind for name in folders if (kind := split_called(name))}
     alike: dict[tuple[str, ...], dict[str, str]] = {}
     for name, kind in named.items():
         rest = () if name in called else tuple("" if word in WORDS else word for word in _words(name))
         alike.setdefault(rest, {})[name] = kind
-    paired = {name: kind for same in alike.values() if _both_sides(same.values()) for name, kind in same.items()}
+    paired = {name: kind for same in alike.values() if both_sides(same.values()) for name, kind in same.items()}
     if paired or "train" not in called.values():
         return paired or called or None
     return called if len(called) == len(folders) and not more else None
 
 
-def _both_sides(kinds: Iterable[str]) -> bool:
+def both_sides(kinds: Iterable[str]) -> bool:
+    """Whether there is something to train on and something to test on."""
     found = set(kinds)
     return "train" in found and bool(found & {"test", "val"})
 

@@ -63,11 +63,15 @@ class Tables:
 
 
 def hold_images(tables: Tables, at_least: int) -> bool:
-    """Whether those of the files that have a column for images have so many rows; files that cannot be read have none."""
+    """Whether those of the files that have a column of images have so many rows; files that cannot be read have none.
+
+    By content: thumbnails' hashes and embeddings are bytes too.
+    """
     rows = 0
     for path in tables.paths:
         with suppress(Exception), _opened(tables.at(path)) as table:  # whatever is wrong with it, there are no images to be had
-            rows += table.metadata.num_rows if any(_holds_bytes(column.type) for column in table.schema_arrow) else 0
+            names = [column.name for column in table.schema_arrow if _holds_bytes(column.type)]
+            rows += table.metadata.num_rows if any(_looks_like_images(table, name) for name in names) else 0
         if rows >= at_least:
             return True
     return False
@@ -205,7 +209,8 @@ def _read_split(
                 schema = table.schema_arrow
                 if not used:
                     image, other_images = _image_column(table, image_column, tables.at(path))
-                    if image is None and len(paths) > 1 and not (split_of_table(path) or tables.by_name):
+                    can_be_left = len(paths) > 1 and not (split_of_table(path) or tables.by_name or image_column)
+                    if can_be_left and (image is None or not _looks_like_images(table, image)):
                         without_images.append(path)
                         continue
                     if image is None:
@@ -393,6 +398,8 @@ def _read_labels(table: "pq.ParquetFile", label: str, rows: int, path: str) -> _
     kind = table.schema_arrow.field(place).type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
     is_text = pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)
+    if pa.types.is_floating(value) and _all_missing(table, label):
+        return _Part(np.full(rows, -1), None)
     if not (is_text or pa.types.is_integer(value) or pa.types.is_boolean(value) or pa.types.is_null(value)):
         raise _Unusable(f"column {label} is {kind}, not whole numbers, text, truth values or categories")
     column = table.read([label])[label]
@@ -413,6 +420,12 @@ def _read_labels(table: "pq.ParquetFile", label: str, rows: int, path: str) -> _
     if "" in names:  # an empty cell names no class
         numbers[numbers == names.index("")] = -1
     return _Part(numbers, names)
+
+
+def _all_missing(table: "pq.ParquetFile", label: str) -> bool:
+    """Whether floats are NaN, null or -1, one and all: pandas makes floats of whole numbers where any of them is missing."""
+    values = table.read([label])[label].cast("float64").to_numpy()
+    return bool((np.isnan(values) | (values == -1)).all())
 
 
 def _joined(parts: list[_Part], declared: list[str] | None, label: str, name: str) -> tuple[np.ndarray | None, list[str] | None, str]:

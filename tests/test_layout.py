@@ -152,6 +152,33 @@ def test_a_test_folder_beside_others_is_not_trained_on(tmp_path: Path, held: str
     assert counts(load(tmp_path, "test")) == [2, 2]
 
 
+def test_one_folder_of_classes_beside_a_test_split_is_the_train_split(tmp_path: Path) -> None:
+    for name in ("trainval", "learn", "all"):
+        put(tmp_path / name, *classes(f"x/{name}", *TWO), *classes("x/test", *TWO, count=2))
+        got, test = load(tmp_path / name), load(tmp_path / name, "test")
+        assert (counts(got), counts(test)) == ([3, 3], [2, 2]) and got.class_names == [*TWO] == test.class_names, name
+        assert got.labels_from == f"the folders in x/{name}/" and "not trained on: x/test/" in got.notes[0]
+    put(tmp_path / "flat", "unlabeled/0.png", "unlabeled/1.png", *classes("test", *TWO))
+    put(tmp_path / "mixed", *classes("cat", "old"), "cat/0.png", *classes("test", *TWO))
+    for name, count in (("flat", 2), ("mixed", 4)):
+        assert len(load(tmp_path / name).names) == count and load(tmp_path / name).labels is None, name
+
+
+def test_splits_in_one_folder_are_found_past_a_few_other_images(tmp_path: Path) -> None:
+    inner = [*classes("set/train", *TWO, count=9), *classes("set/VALID", *TWO, count=2)]
+    for name, stray in (("one", "devkit/logo.png"), ("deep", "devkit/a/b/logo.png"), ("both", "a/0.png"), ("loose", "logo.png")):
+        put(tmp_path / name, *inner, stray, *(["b/1.png"] if name == "both" else []))
+        got, test = load(tmp_path / name), load(tmp_path / name, "test")
+        assert (counts(got), counts(test)) == ([9, 9], [2, 2]), name
+        assert [why for why, _, _ in got.unused] == ["outside of the splits"], name
+    put(tmp_path / "further", *(f"data/{name}" for name in inner), "data/demo/x.png", "docs/y.png")
+    assert counts(load(tmp_path / "further")) == [9, 9] and counts(load(tmp_path / "further", "test")) == [2, 2]
+    half = put(tmp_path / "half", *inner, *classes("more", "a", count=9))
+    assert load(half).class_names == ["more", "set"], "no few"
+    lacks = put(tmp_path / "lacks", *classes("cat", "train", "test", count=20), "dog/test/0.png")
+    assert load(lacks).class_names == ["cat", "dog"], "a class with splits of its own, and one that lacks a part"
+
+
 def test_a_folder_with_nothing_but_a_test_split(tmp_path: Path) -> None:
     put(tmp_path, *classes("test", *TWO))
     with pytest.raises(NoSplit, match=r"has no train split, only test/\. fix: .*name it: .*/test"):
@@ -233,10 +260,11 @@ def test_what_storage_devices_leave_behind_is_no_class(tmp_path: Path) -> None:
         "._a.jpg",
         "System Volume Information/a.png",
     )
+    put(tmp_path, "@SynoResource/0.png", "~snapshot/0.png", "RECYCLED/0.png", "Network Trash Folder/0.png", "Temporary Items/0.png")
     put(tmp_path, "Thumbs.db", "cat/desktop.ini", content=b"x")
     got = load(tmp_path)
     assert counts(got) == [3, 3] and got.class_names == [*TWO]
-    assert {why: count for why, count, _ in got.unused} == {"service folders": 8, "hidden": 2, "service files": 2}
+    assert {why: count for why, count, _ in got.unused} == {"service folders": 13, "hidden": 2, "service files": 2}
 
 
 def test_heic_is_counted_where_it_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,6 +468,14 @@ def test_tables_beside_images_and_images_beside_tables(tmp_path: Path) -> None:
     put(tmp_path / "a", "train.parquet", content=b"no table at all")
     got = load(tmp_path / "a")
     assert counts(got) == [3, 3] and ("tables", 2, "metadata.parquet") in got.unused
+    vectors = {"binary": pa.array([b"x"] * 50), "fixed": pa.array([bytes(16)] * 50, pa.binary(16)), "null": pa.nulls(50, pa.binary())}
+    for name, column in (*vectors.items(), ("struct", pa.array([{"bytes": b"abc"}] * 50))):
+        put(tmp_path / name, *classes("", *TWO))
+        pq.write_table(pa.table({"embedding": column}), tmp_path / name / "features.parquet")
+        assert counts(load(tmp_path / name)) == [3, 3], "bytes, but no images"
+        table(tmp_path / "tables" / name / "x.parquet")
+        pq.write_table(pa.table({"embedding": column}), tmp_path / "tables" / name / "features.parquet")
+        assert counts(load(tmp_path / "tables" / name)) == [2, 2], "bytes, but no images"
     table(tmp_path / "b/data/train-0.parquet")
     put(tmp_path / "b", "assets/preview.png", "assets/second.png")
     got = load(tmp_path / "b")
@@ -670,11 +706,12 @@ def test_matching_numbers_written_in_any_way_is_matching_values(values: list[int
 def test_a_val_split_takes_the_place_of_a_test_split_without_labels(tmp_path: Path) -> None:
     put(tmp_path / "im", *classes("train", *TWO), *classes("val", *TWO, count=2), "test/0.png", "test/1.png")
     put(tmp_path / "deep", *classes("train", *TWO), *classes("Valid", *TWO, count=2), "Test/images/0.png", "Test/images/1.png")
-    for name, labels in (("hub", [-1, -1]), ("none", None)):
+    missing = {"nan": [float("nan")] * 2, "float": [-1.0] * 2, "mixed": pa.array([None, float("nan")], pa.float32()), "text": ["", None]}
+    for name, labels in (("hub", [-1, -1]), ("none", None), *missing.items()):
         table(tmp_path / f"{name}/train-0.parquet")
         table(tmp_path / f"{name}/validation-0.parquet")
         table(tmp_path / f"{name}/test-0.parquet", labels, image=pa.array(STRIPES[:2]))
-    for name in ("im", "deep", "hub", "none"):
+    for name in ("im", "deep", "hub", "none", *missing):
         got = load(tmp_path / name, "test")
         assert counts(got) == [2, 2] and "has no labels, so" in got.notes[0] and "val" in got.stand_in.lower(), name
         assert len(load(tmp_path / name, "test", labels="none").names) == 2, "without labels, test is test"
