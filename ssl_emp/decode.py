@@ -286,7 +286,8 @@ def fit(image: Image.Image, size: int, max_pixels: int, when_dim: Callable[[], N
     _check_scans(image, max_pixels)
     # large JPEGs decode at 1/2, 1/4 or 1/8: several times faster; nothing happens to the rest. The reduced image is rounded up to
     # whole pixels, so its last column and row stand for less than the others: the box says where the image really ends
-    drafted = image.draft(None, (2 * size, 2 * size))
+    least = 2 * size * _colour_spread(image)
+    drafted = image.draft(None, (least, least))
     rgb, is_dim = _decode_whole(image)
     left, top, (right, bottom) = 0.0, 0.0, drafted[1][2:] if drafted else rgb.size
     orientation = image.getexif().get(EXIF_ORIENTATION, 1)
@@ -303,6 +304,19 @@ def fit(image: Image.Image, size: int, max_pixels: int, when_dim: Callable[[], N
     if is_dim and when_dim:
         when_dim()
     return np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def _colour_spread(image: Image.Image) -> int:
+    """Pixels that share a colour where a JPEG is decoded at a reduced size: 1, but 2 for 4:2:2 and 4 for 4:1:1.
+
+    What has fewer colours across than down keeps fewer of them across also there: libjpeg reduces both alike, and 4:2:0 to none.
+    """
+    layer = getattr(image, "layer", None)  # (component, across, down, table) of each channel, as often as the largest has
+    if not isinstance(layer, list) or not layer:
+        return 1
+    across, down = ([max(1, component[place]) for component in layer] for place in (1, 2))
+    spread = max(across) // min(across), max(down) // min(down)
+    return max(spread) // min(spread)
 
 
 def _decode_whole(image: Image.Image) -> tuple[Image.Image, bool]:

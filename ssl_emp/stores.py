@@ -161,7 +161,7 @@ def decode_into(pixels: np.ndarray, read: Read, positions: np.ndarray, max_pixel
 
 def store_key(version: str, positions: np.ndarray, *numbers: int) -> str:
     """Name of the file for these positions of this version of a source, at these settings, decoded as this version decodes."""
-    text = " ".join(["2", version, *map(str, numbers)])
+    text = " ".join(["3", version, *map(str, numbers)])
     return hashlib.sha256(text.encode() + positions.astype("<i8").tobytes()).hexdigest()[:32]
 
 

@@ -147,6 +147,7 @@ def full_decode(content: bytes, size: int, orientation: int) -> np.ndarray:
 JPEGS: list[tuple[str, dict[str, Any]]] = [
     ("RGB", {}),
     ("RGB", {"progressive": True}),
+    ("RGB", {"subsampling": 1}),
     ("RGB", {"subsampling": 2}),
     ("RGB", {"keep_rgb": True}),
     ("L", {}),
