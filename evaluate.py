@@ -208,6 +208,9 @@ def load_splits(data: DataConfig, image_size: int | None) -> Splits:
             raise
         no_test = error
     held_out = False
+    if data.holdout is not None and data.test_source is None and test is not None and test.labels is None and train.labels is not None:
+        note(f"the test split of {data.source} has no labels, so data.holdout is in its place")
+        test, no_test = None, NoSplit(f"{data.source} has no test split with labels", "name one with data.test_source=LABELLED")
     if data.holdout is not None and test is not None:
         note(f"data.holdout is not used: {data.test_source or data.source} has a test split")
     elif data.holdout is not None and train.labels is not None and isinstance(no_test, NoSplit):
@@ -237,6 +240,8 @@ def load_splits(data: DataConfig, image_size: int | None) -> Splits:
             note(f"the {split} split of {source}: {line}")
         if images.labels is None and no_labels is None:
             sort = "sort the images into a folder for each class, add a column `label`, or name labelled ones with data.source=LABELLED"
+            if split == "test" and data.test_source is None and data.labels != "none":
+                sort = "hold a part of the train images out with data.holdout=0.2, or name labelled ones with data.test_source=LABELLED"
             no_labels = UserError(
                 f"the {split} split of {source} has {images.labelled}, and encoders are judged by predicting them",
                 "drop data.labels=none" if data.labels == "none" else f"{sort}; diagnose and embed need none",

@@ -36,6 +36,8 @@ def _words(config: PretrainConfig) -> str | None:
     labels, more = train.labels, ""
     try:
         test = _listed(config, "test")
+        if test.labels is None and config.data.test_source is None:
+            raise NoSplit("the test split has no labels", "hold a part of the train images out")
         if test.labels is None:
             return None
         match_labels(train, test)

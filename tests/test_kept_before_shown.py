@@ -245,6 +245,7 @@ UNMOVED = {
     "device": "rounding",
     "batch_size": "rounding",
     "cache_dir": "where features are kept",
+    "timeout_seconds": "how long to wait for another process",
     "seed": "a column",
     "model.arch": "in the weights of `random`",
     "model.width": "in the weights of `random`",
@@ -330,7 +331,9 @@ def test_weights_and_images_of_a_name_may_change(tmp_path: Path, capsys: pytest.
 # ---- what pretrain.py advises ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["no labels", "labels", "labels and test", "labels off", "one image a class", "other classes in test"])
+@pytest.mark.parametrize(
+    "kind", ["no labels", "labels", "labels and test", "labels off", "one image a class", "other classes in test", "labels, none in test"]
+)
 def test_the_next_command_works(kind: str, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images, labels = striped_images(40)
     labels = list(range(40)) if kind == "one image a class" else labels
@@ -338,6 +341,8 @@ def test_the_next_command_works(kind: str, tiny_config: Path, tmp_path: Path, ca
     if kind in ("labels and test", "other classes in test"):
         test_labels = [label + 10 * (kind != "labels and test") for label in labels[:20]]
         write_parquet(tmp_path / "data set/test.parquet", striped_images(20, seed=1)[0], test_labels)
+    if kind == "labels, none in test":
+        write_parquet(tmp_path / "data set/test.parquet", striped_images(20, seed=1)[0], [-1] * 20)
     more = ["data.labels=none"] if kind == "labels off" else []
     out = tmp_path / "a run's $folder"
     words = [f"data.source={tmp_path / 'data set'}", "epochs=1", "prune.policy=none", "monitor.knn_every=0", f"out={out}", *more]
@@ -345,7 +350,8 @@ def test_the_next_command_works(kind: str, tiny_config: Path, tmp_path: Path, ca
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["next"]]
     command = shlex.split(line)[3:]
     expected = {"no labels": "diagnose embed", "labels and test": "knn linear", "labels": "knn linear data.holdout=0.2"}
-    expected |= {"labels off": expected["labels"], "one image a class": "diagnose embed", "other classes in test": "diagnose embed"}
+    expected |= dict.fromkeys(("labels off", "labels, none in test"), expected["labels"])
+    expected |= {"one image a class": "diagnose embed", "other classes in test": "diagnose embed"}
     assert command == [str(out), *expected[kind].split()]
     assert evaluate.main([*command, "device=cpu", "cache_dir=null"]) == 0
     assert all(row["value"] for row in table(capsys.readouterr().out))

@@ -88,6 +88,21 @@ def test_labels_without_a_test_split_and_a_hold_out(tmp_path: Path, capsys: pyte
     assert code == 0 and "data.holdout is not used" in said and rows["knn"]["n_test"] == "8" and "held out" not in rows["knn"]["data"]
 
 
+def test_a_hold_out_in_the_place_of_a_test_split_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = put_images(tmp_path / "data/train", 60, classes=True).parent
+    put_images(data / "test", 8, classes=False, seed=3)
+    words = ("pixels", "knn", f"data.source={data}")
+    code, rows, said = judge(capsys, *words)
+    assert code == 2 and "the test split" in said and "data.holdout=0.2" in said and "data.test_source=LABELLED" in said
+    code, rows, said = judge(capsys, *words, "data.holdout=0.2")
+    assert code == 0 and rows["knn"]["n_test"] == "12" and "held out by seed 0" in rows["knn"]["data"] and "in its place" in said
+    code, rows, said = judge(capsys, *words, "data.holdout=0.2", f"data.test_source={data / 'test'}")
+    assert code == 2 and "has no labels" in said, "who names a test source means it"
+    put_images(data / "val", 10, classes=True, seed=4)
+    code, rows, said = judge(capsys, *words, "data.holdout=0.2")
+    assert code == 0 and rows["knn"]["n_test"] == "10" and "data.holdout is not used" in said
+
+
 def test_a_hold_out_is_a_function_of_the_names() -> None:
     labels = torch.tensor([0] * 50 + [1] * 10 + [2] * 3 + [3] * 2 + [4])
     names = [f"{label}/{row}.png" for row, label in enumerate(labels.tolist())]
