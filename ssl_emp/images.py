@@ -453,6 +453,10 @@ def _find(
         raise UserError(f"{what}: {source}", hint)
     if kind == "folder" or (is_file and kind == "auto" and not _is_table(path)):
         raise UserError(f"{source} is a file, not a folder of images", _advice_for_a_file(path))
+    if not is_file and kind == "auto" and not any(map(_is_table, files)):
+        raise UserError(
+            f"{source} names {counted(len(files), 'files')} that are no parquet, such as {files[0]}", _advice_for_a_file(files[0])
+        )
     base = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
     named = Tables(base, [os.path.relpath(file, base) for file in files], source, by_name=True)
     return table_source(named, split, labels, *columns, Unused(), [])

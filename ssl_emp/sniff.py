@@ -33,5 +33,6 @@ def image_format(head: bytes) -> str | None:
         return "PPM"
     if head[4:8] == b"ftyp":
         brands = [head[8:12], *(head[place : place + 4] for place in range(16, len(head), 4))]  # its own, then those it agrees with
-        return next((_BRANDS[brand] for brand in brands if brand in _BRANDS), None)
+        found = [_BRANDS[brand] for brand in brands if brand in _BRANDS]
+        return "AVIF" if "AVIF" in found else next(iter(found), None)  # mif1, which stands for HEIF, is what both agree with
     return None

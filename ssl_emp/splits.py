@@ -17,7 +17,7 @@ WORDS = {
 }
 NEUTRAL = {"set", "split", "data", "dataset", "image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "files"}
 _BETWEEN = re.compile(r"[\W\d_]+")
-_SHARD = re.compile(r"(?P<stem>.*?)[-_.]?(?P<number>\d+)-of-(?P<count>\d+)(?!\d)", re.DOTALL)
+_SHARD = re.compile(r"(?P<stem>.*?)[-_.]?(?P<number>\d+)(?P<of>[-_]of[-_])(?P<count>\d+)(?!\d)", re.DOTALL | re.IGNORECASE)
 
 
 def split_named(name: str) -> str | None:
@@ -83,7 +83,7 @@ def check_shards(paths: Sequence[str], where: str, *, complete: bool) -> None:
     `train-00001-of-00003.parquet` is the second of three. Paths are those below `where`.
     """
     sets: dict[str, dict[int, dict[int, str]]] = {}  # what is sharded -> into how many -> number -> path
-    shown: dict[str, tuple[str, int, str]] = {}  # what is sharded -> how the name of a shard is written
+    shown: dict[str, tuple[str, int, str]] = {}  # what is sharded -> how the name of a shard is written: start, digits, end
     whole = {path.rpartition(".")[0]: path for path in paths}
     for path in paths:
         folder, slash, name = path.rpartition("/")
@@ -91,7 +91,7 @@ def check_shards(paths: Sequence[str], where: str, *, complete: bool) -> None:
         if found is None:
             continue
         key = folder + slash + found["stem"]
-        shown[key] = (folder + slash + name[: found.start("number")], len(found["number"]), found["count"])
+        shown[key] = (folder + slash + name[: found.start("number")], len(found["number"]), found["of"] + found["count"])
         shards = sets.setdefault(key, {}).setdefault(int(found["count"]), {})
         if int(found["number"]) in shards:
             raise _twice(where, shards[int(found["number"])], path)
@@ -111,7 +111,7 @@ def check_shards(paths: Sequence[str], where: str, *, complete: bool) -> None:
             start, width, total = shown[key]
             rest = f" and {count - len(shards) - 1} more" if count - len(shards) > 1 else ""
             raise UserError(
-                f"{where} lacks {count - len(shards)} of {count} files: {start}{missing:0{width}}-of-{total}{rest}",
+                f"{where} lacks {count - len(shards)} of {count} files: {start}{missing:0{width}}{total}{rest}",
                 "fetch what is missing, or name the files to do without it by a glob, such as 'FOLDER/*.parquet'",
             )
 

@@ -240,6 +240,22 @@ def test_sidecars_in_masses_are_not_opened_one_by_one(tmp_path: Path, monkeypatc
     assert len(looked) <= 100 and got.unused == [(".json files", 300, "0.json")]
 
 
+def test_which_of_two_formats_of_one_container_it_is() -> None:
+    def head(*brands: bytes) -> bytes:
+        return bytes([0, 0, 0, 12 + 4 * len(brands)]) + b"ftyp" + brands[0] + bytes(4) + b"".join(brands[1:])
+
+    for brands, form in (
+        ((b"avif", b"mif1"), "AVIF"),
+        ((b"mif1", b"miaf", b"avif"), "AVIF"),
+        ((b"avis", b"msf1"), "AVIF"),
+        ((b"heic", b"mif1"), "HEIF"),
+        ((b"mif1", b"heic"), "HEIF"),
+        ((b"msf1", b"hevc"), "HEIF"),
+        ((b"qt  ", b"mp42"), None),
+    ):
+        assert image_format(head(*brands)) == form
+
+
 @pytest.mark.parametrize("head", [b"", b"BM", b"P5", b"II*", b"\xff\xd8", b"GIF88a", b"\0\0\0\x18ftypmp42" + bytes(16), b"BM" + bytes(30)])
 def test_what_is_no_image(head: bytes) -> None:
     assert image_format(head) is None
@@ -418,6 +434,8 @@ def test_parquet_files_without_the_words_are_the_train_split(tmp_path: Path) -> 
     ("names", "message"),
     [
         (["train-00000-of-00003", "train-00002-of-00003"], "lacks 1 of 3 files: data/train-00001-of-00003"),
+        (["train-00000-OF-00002"], "lacks 1 of 2 files: data/train-00001-OF-00002"),
+        (["train_0_of_2"], "lacks 1 of 2 files: data/train_1_of_2"),
         (["train-00003-of-00005"], "lacks 4 of 5 files: data/train-00000-of-00005 and 3 more"),
         (["train-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002"], "one table twice"),
         (["train-00000-of-00001-aa", "train-00000-of-00001-bb"], "one table twice"),
@@ -802,6 +820,13 @@ def test_hints_fit_the_file(tmp_path: Path, name: str, hint: str) -> None:
     assert hint in refused(lambda: load(tmp_path / "folder" / name))
     if not name.endswith((".png", ".heic")) and name != "what":
         assert name in (line := refused(lambda: load(tmp_path / "folder"))) and hint in line
+
+
+def test_a_glob_names_parquet(tmp_path: Path) -> None:
+    put(tmp_path, "a/0.png", "a/1.png", "x.csv")
+    for pattern, hint in (("a/*", "the folder that it lies in"), ("**/*.png", "the folder that it lies in"), ("*.csv", "sort them into")):
+        said = refused(lambda pattern=pattern: load(tmp_path / pattern))  # type: ignore[misc]
+        assert "that are no parquet, such as" in said and hint in said, pattern
 
 
 def test_parquet_is_known_by_content_too(tmp_path: Path) -> None:
