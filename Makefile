@@ -1,8 +1,8 @@
-# demo: the main job on built-in real data · test · test-slow · faults · mutants · lint · clean. Each makes .venv where it is missing.
+# demo: the main job on built-in real data · test · test-whole · test-slow · faults · mutants · lint · clean. Each makes .venv where it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow faults mutants lint clean
+.PHONY: demo test test-whole test-slow faults mutants lint clean
 
 demo: .venv/installed
 	rm -rf runs/demo
@@ -11,6 +11,10 @@ demo: .venv/installed
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8
+
+# whole commands from a shell, several processes, injected faults: CI runs it after `make test`
+test-whole: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m 'whole and not slow and not gpu and not faults'
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -q -m slow

@@ -15,6 +15,7 @@ from ssl_emp.safe_files import check_own, inner_folder, open_own
 
 LOCK = ".lock"
 CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some cluster file systems: better without than not at all
+TRIES = 1000  # at a lock that others make and remove all the time
 WRITTEN_INTO = (".", "checkpoints", "encoder", "pruning")
 WRITTEN = ("config.yaml", "environment.json", "train.log", "metrics.jsonl", "result.json")
 
@@ -84,10 +85,15 @@ def sole_writer(folder: Path) -> Iterator[Held]:
     path = folder / LOCK
     made = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        refuse_strange(folder)
-        while True:
-            file = open_own(path, "a+b")  # open until the lock is given back
+        for tries_left in reversed(range(TRIES)):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                refuse_strange(folder)
+                file = open_own(path, "a+b")  # open until the lock is given back
+            except FileNotFoundError:  # the process that had it has just removed the folder that it had made
+                if not tries_left:
+                    raise
+                continue
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -105,6 +111,8 @@ def sole_writer(folder: Path) -> Iterator[Held]:
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                     break
             file.close()  # removed by the process that had it, between our open and our lock: once more
+        else:
+            raise UserError(f"the lock of {folder} comes and goes", "wait for the processes that use it, or choose another out=DIR")
         with suppress(OSError):  # for the message to the next one: on a full disk it is shorter
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n".encode())

@@ -100,6 +100,8 @@ def test_growth_of_the_peak_counts_every_new_byte() -> None:
     program = """
 import torch
 from benchmarks import common
+
+pytestmark = pytest.mark.whole
 big = torch.ones(400_000_000, dtype=torch.uint8); del big
 print(common.peak_growth(lambda: torch.ones(100_000_000, dtype=torch.uint8)))
 """

@@ -156,6 +156,7 @@ def test_without_a_run_nothing_is_written(
     assert table(capsys.readouterr().out) == first
 
 
+@pytest.mark.whole
 def test_from_a_shell_a_mistake_is_one_line() -> None:
     words = [sys.executable, str(Path(evaluate.__file__)), "nothing", "knn"]
     failed = subprocess.run(words, capture_output=True, text=True, timeout=120)
@@ -542,6 +543,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, text: str, *words: object) -> N
 TUNED = ("finetune", "finetune.epochs=4", "finetune.batch_size=16", *SMALL)  # 68 images: 5 steps an epoch
 
 
+@pytest.mark.whole
 def test_an_interrupted_fine_tuning_on_other_images(
     run_dir: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -157,6 +157,7 @@ for world in (3, 2):
 """
 
 
+@pytest.mark.whole
 def test_processes_share_the_batches_and_get_what_one_would(tmp_path: Path) -> None:
     """To the bit, every sample once, for numbers that do not divide and for fewer batches than processes."""
     words = [sys.executable, "-c", SHARING]

@@ -23,6 +23,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in section.splitlines() if re.match(r"python (pretrain|evaluate)\.py", line)]
 
 
+@pytest.mark.whole
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """In this process, but for the run of two, which starts the other itself."""
     for split, seed in (("train", 0), ("test", 1)):

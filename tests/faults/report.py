@@ -119,7 +119,7 @@ def page(rows: list[Row], seconds: float) -> str:
         "",
         "What happens when a run is killed, a disk is full, a file is damaged, a setting is wrong. Each row is a test in `tests/faults/`:",
         "a real run, a fault put into it from outside (the product has no hooks for it), and what was seen. Written by `make faults`",
-        f"({seconds / 60:.0f} minutes, {os.cpu_count()} cores); a part of it runs in `make test`.",
+        f"({seconds / 60:.0f} minutes, {os.cpu_count()} cores); a part of it runs in `make test-whole`.",
         "",
         '"Bit-identical" means: SHA-256 over every tensor of the final checkpoint, the exported encoder, the table of samples and the',
         "metrics, and the loss in hex and the sorted samples of every step, equal those of the run that was never interrupted.",
