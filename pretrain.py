@@ -346,6 +346,7 @@ def what_is_off(job: Job, row: dict[str, Any], epoch: int) -> list[Finding]:
         memory=prune.memory,
         ema=prune.score_ema,
         adjust=prune.adjusts or job.config.objective == "supervised",  # nothing to turn there
+        foresees=prune.foresees,
         explore=prune.explore_share,
         redraw_every=prune.redraw_every,
         class_names=job.images.class_names,

@@ -172,6 +172,7 @@ def findings(
     memory: str = "raw",
     ema: float = 1.0,
     adjust: bool = False,
+    foresees: bool = False,
     explore: float = 0.0,
     redraw_every: int = 1,
     class_names: Sequence[str] | None = None,
@@ -180,9 +181,11 @@ def findings(
 
     Args:
         figures: of `diagnose`, `kept_share` (trained of N), and where known `std_loss`, `std_beta_memory` and `rank_correlation` of the
-            two terms, `score_reliability` of the score that ranks and `draw_reliability` of one observation (0 .. 1).
+            two terms, `score_reliability` of the score that ranks and `draw_reliability` of one observation (0 .. 1), and
+            `foresight`, the rank correlation of what was expected of the coming draws with what they were.
         policy, beta, loss_weight, memory, ema, adjust, explore, redraw_every: the values of the keys prune.* in this epoch. Policies
             that do not rank are judged by frequency and class balance only.
+        foresees: what ranks is what is expected of the coming draw, and is judged by `foresight`: the sample's part may be noise.
         class_names: for the line; None: numbers.
     """
     known = {name: value for name, value in figures.items() if value is not None}
@@ -202,7 +205,7 @@ def findings(
         remember = mix if memory_ratio > DROWNED else f"prune.beta={2 * beta or 1:.2g}"
 
     if ranks:
-        found += _ranking_is_chance(known, ema, adjust)
+        found += _ranking_is_chance(known, ema, adjust, foresees)
         found += _term_is_drowned(known, memory_ratio, beta, memory)
         found += _kept_sets_rotate(known, kept_share, num_samples, remember)
     if policy != "indices" and (policy != "random" or redraw_every == 1):  # a subset that stays was asked to leave the rest untrained
@@ -226,14 +229,17 @@ def next_to_say(found: Sequence[Finding], said: Mapping[str, tuple[int, float]],
     return min(filter(due, found), key=lambda finding: finding.kind in said, default=None)
 
 
-def _ranking_is_chance(known: Mapping[str, float], ema: float, adjust: bool) -> list[Finding]:
+def _ranking_is_chance(known: Mapping[str, float], ema: float, adjust: bool, foresees: bool) -> list[Finding]:
     evidence = []
     if "score_repeat" in known:
         samples = f"{known['score_repeat_samples']:,.0f} samples"
         evidence += [f"scores of consecutive epochs correlate by {known['score_repeat']:.2f} ({samples})"]
     if "kept_overlap" in known:
         evidence += [f"kept sets overlap by {known['kept_overlap']:.0%} where chance gives {known['kept_overlap_chance']:.0%}"]
-    for name, words in (("score_reliability", "the score's reliability is"), ("draw_reliability", "two draws of the score correlate by")):
+    judges = {"score_reliability": "the score's reliability is", "draw_reliability": "two draws of the score correlate by"}
+    if foresees:
+        judges = {"foresight": "what is expected of a draw correlates with what it is by"} | judges
+    for name, words in judges.items():
         if name in known:
             reliability, evidence = known[name], [f"{words} {known[name]:.2f}", *evidence]
             break

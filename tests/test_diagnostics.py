@@ -331,6 +331,17 @@ def test_a_running_mean_that_resembles_itself_proves_nothing() -> None:
     assert "ranking" in found({"score_repeat": 0.9, "score_reliability": 0.05}, ema=0.5)
 
 
+def test_a_ranking_of_draws_is_judged_by_how_it_foresees_them() -> None:
+    noise: dict[str, float | None] = {"score_reliability": 0.03, "draw_reliability": 0.1, "score_repeat": 0.0}
+    foreseen: dict[str, Any] = {"policy": "foresight", "foresees": True, "ema": 0.3, "adjust": True}
+    assert not found(noise | {"foresight": 0.37}, **foreseen), "samples are alike, their draws are not"
+    line = found(noise | {"foresight": 0.09}, **foreseen)["ranking"].line
+    assert "what is expected of a draw correlates with what it is by 0.09" in line and line.endswith("try prune.ema=0.2")
+    assert not found({"score_reliability": 0.5, "foresight": 0.1}, **foreseen)
+    assert "ranking" in found(noise | {"foresight": 0.37}, adjust=True), "known, but not what ranks"
+    assert "ranking" in found(noise, **foreseen) and "ranking" in found(noise | {"foresight": None}, **foreseen)
+
+
 def test_the_terms_are_compared_only_where_both_rank() -> None:
     off: dict[str, float | None] = {"std_beta_memory": 60}
     assert found(off) and not found(off, beta=0.0) and not found(off, loss_weight=0.0) and not found(off, policy="ucb")
