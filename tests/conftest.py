@@ -22,16 +22,6 @@ torch.set_num_threads(1)  # small tensors: a second thread costs more than it br
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every row of the fault matrix starts processes of its own: `make test-whole`, and the long ones `make faults`."""
     for item in items:
-        if Path(__file__).parent / "faults" in item.path.parents:
-            item.add_marker(pytest.mark.whole)
-
-
-os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # evaluate.main sets it, and whichever test calls it first is not at fault
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every row of the fault matrix starts processes of its own: `make test-whole`, and the long ones `make faults`."""
-    for item in items:
         if item.path.parent.name == "faults":
             item.add_marker(pytest.mark.whole)
 
