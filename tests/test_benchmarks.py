@@ -16,6 +16,8 @@ from benchmarks.common import Ratio
 from ssl_emp.errors import UserError
 from ssl_emp.model import build_encoder, save_encoder
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -100,8 +102,6 @@ def test_growth_of_the_peak_counts_every_new_byte() -> None:
     program = """
 import torch
 from benchmarks import common
-
-pytestmark = pytest.mark.whole
 big = torch.ones(400_000_000, dtype=torch.uint8); del big
 print(common.peak_growth(lambda: torch.ones(100_000_000, dtype=torch.uint8)))
 """

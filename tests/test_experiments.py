@@ -18,6 +18,8 @@ from PIL import Image
 from experiments import plots, run
 from experiments.table import difference, main, p_value, pairs, spread, table
 
+pytestmark = pytest.mark.whole
+
 HERE = Path(__file__).parent.parent
 
 
@@ -75,8 +77,6 @@ rows = [{"epoch": epoch, "samples_seen": 10 * epoch, "kept_share": share, "train
 FAKE_EVALUATE = """
 import json, sys
 from pathlib import Path
-
-pytestmark = pytest.mark.whole
 (Path(sys.argv[1]) / "eval").mkdir(exist_ok=True)
 for name in sys.argv[2:]:
     (Path(sys.argv[1]) / "eval" / f"{name}.json").write_text(json.dumps([{"value": 50.0, "protocol": f"{name}, l2=3 chosen"}]))
