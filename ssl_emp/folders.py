@@ -399,6 +399,8 @@ def no_images(listing: Listing) -> UserError:
     there = [f"{counted(count, why)}, such as {first}" for why, count, first in unused[:3]]
     there += [f"{name}: {why}" for name, why in listing.skipped[:1]]
     fix = next((CONTAINERS[suffix] for why, _, _ in unused if (suffix := why.removesuffix(" files")) in CONTAINERS), None)
+    if fix is None and any(why == NEEDS["HEIF"] for why, _, _ in unused):
+        fix = "pip install pillow-heif, or write them as JPEG"
     found = f" ({'; '.join(there)})" if there else ""
     what = f"no images in {listing.root}{found}"
     return UserError(what, fix or f"put files such as {', '.join(EXTENSIONS[:4])} into it, or name another folder")

@@ -294,7 +294,8 @@ def test_heic_is_counted_where_it_cannot_be_read(tmp_path: Path, monkeypatch: py
     assert ("of AVIF, which this Pillow cannot read", 1, "c.avif") in got.unused
     (tmp_path / "phone").mkdir()
     (tmp_path / "IMG_1.HEIC").rename(tmp_path / "phone/IMG_1.HEIC")
-    assert "1 of HEIC, which pip install pillow-heif makes readable, such as IMG_1.HEIC" in refused(lambda: load(tmp_path / "phone"))
+    said = refused(lambda: load(tmp_path / "phone"))
+    assert "1 of HEIC, which pip install pillow-heif makes readable, such as IMG_1.HEIC" in said and "fix: pip install" in said
 
 
 def test_heic_counts_as_an_image_where_it_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
