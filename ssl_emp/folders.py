@@ -28,6 +28,7 @@ MOSTLY = 0.9  # of all images: a folder with so many that holds the splits is lo
 # what storage devices, systems and archives leave behind; the thumbnails among them are copies of images that are there already
 SERVICE_FOLDERS = {"__macosx", "lost+found", "$recycle.bin", "recycler", "system volume information", "found.000", "__pycache__"}
 SERVICE_FOLDERS |= {"recycled", "~snapshot", "network trash folder", "temporary items"}
+RUN_FILES = {"config.yaml", "environment.json", "train.log"}  # what a run directory holds from its first step on
 SERVICE_PREFIXES = ("@eadir", "@syno", "@__thumb", "@recycle", "@recently-snapshot", "@tmp", "@sharebin", "#recycle", "#snapshot")
 SERVICE_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 # containers of images that are not read, and how to come by something that is
@@ -83,6 +84,9 @@ def list_folder(root: str, *, splits_apart: bool = True) -> Listing:
             if not folder:
                 raise
             found.skipped.append((decodable(folder), reason(exc)))
+            continue
+        if folder and RUN_FILES <= {entry.name for entry in entries}:  # the pictures in it are no one's data
+            found.unused.add("run folders", folder.rstrip("/"))
             continue
         inner = []
         for entry in entries:

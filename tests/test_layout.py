@@ -283,6 +283,17 @@ def test_what_storage_devices_leave_behind_is_no_class(tmp_path: Path) -> None:
     assert {why: count for why, count, _ in got.unused} == {"service folders": 13, "hidden": 2, "service files": 2}
 
 
+def test_the_pictures_in_a_run_are_nobodys_images(tmp_path: Path) -> None:
+    """A run beside the images, or among those of a class, and what evaluations drew in it; a config alone makes no run."""
+    put(tmp_path, *classes("", *TWO), "run/eval/diagnose/map.png", "cat/runs/a/eval/diagnose/neighbors.png", "cat/more/3.png")
+    for folder in ("run", "cat/runs/a"):
+        put(tmp_path, *(f"{folder}/{name}" for name in ("config.yaml", "environment.json", "train.log")), content=b"x")
+    put(tmp_path, "cat/more/config.yaml", content=b"x")
+    got = load(tmp_path)
+    assert counts(got) == [4, 3] and got.class_names == [*TWO]
+    assert ("run folders", 2, "cat/runs/a") in got.unused
+
+
 def test_heic_is_counted_where_it_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "FORMATS", tuple(fmt for fmt in decode.FORMATS if fmt not in ("HEIF", "AVIF")))
     put(tmp_path, "a.png", "b.png")
