@@ -650,7 +650,7 @@ def test_keys_without_effect_are_named_and_have_none(policy: str, pretrain_run: 
     """All that are said to be without effect, turned at once, change nothing; each of the others changes the weights or the scores."""
     words = {key: f"prune.{key}={json.dumps(value)}" for key, value in TURNED.items()}
     idle = [key for key, value in TURNED.items() if idle_keys(PruneConfig.model_validate({"policy": policy, key: value}))]
-    start = (f"prune.policy={policy}", "monitor.knn_every=0", "monitor.reliability_every=0")
+    start = (f"prune.policy={policy}", "epochs=3", "prune.anneal_fraction=0", "monitor.knn_every=0", "monitor.reliability_every=0")
     plain = pretrain_run("plain", *start)
     assert "without effect" not in capsys.readouterr().out
     turned = pretrain_run("turned", *start, *(words[key] for key in idle))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from linear_eval.liveness import BoundedStore, Liveness
 from ssl_emp import ranks as ranks_module
 from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.loss import nt_xent
+from ssl_emp.loss import nt_xent as nt_xent_alone
 from ssl_emp.model import SimCLR, build_encoder
 from ssl_emp.ranks import ALONE, Failed, NoPlace, Ranks, SharedBatchNorm, join_ranks, share_batch_norm, started_by_srun
 
@@ -40,9 +42,18 @@ def _as_rank(work: Callable[[Ranks], Any], rank: int, world_size: int, port: int
     all_answered.wait(60)  # rank 0 has the store, which the others may be reading
 
 
-def on_ranks(world_size: int, work: Callable[[Ranks], Any]) -> list[Any]:
-    """What `work(ranks)` gives in each of `world_size` forked processes that talk by gloo."""
-    context = multiprocessing.get_context("fork")  # torch is imported already: seconds a process
+def on_ranks(world_size: int, work: Callable[[Ranks], Any], backward: bool = False) -> list[Any]:
+    """What `work(ranks)` gives in each of `world_size` forked processes that talk by gloo.
+
+    They are forked from this one, where torch is imported already. A backward pass may not run in the child of a process whose
+    autograd has threads, and another test may have given it some: `backward` forks from a process that has only imported this module.
+    """
+    context: Any = multiprocessing.get_context("forkserver" if backward else "fork")
+    if backward:
+        context.set_forkserver_preload([__name__])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where it finds this module; it starts once
+            forkserver.ensure_running()
     answers, all_answered, port = context.Queue(), context.Event(), free_port()
     shared = (world_size, port, answers, all_answered)
     processes = [context.Process(target=_as_rank, args=(work, rank, *shared)) for rank in range(world_size)]
@@ -53,6 +64,9 @@ def on_ranks(world_size: int, work: Callable[[Ranks], Any]) -> list[Any]:
     for process in processes:
         process.join(30)
         assert process.exitcode == 0
+    for answer in found.values():
+        if isinstance(answer, Exception):
+            raise answer
     return [found[rank] for rank in range(world_size)]
 
 
@@ -86,25 +100,37 @@ def differ(found: dict[str, list[float]], wanted: dict[str, list[float]]) -> dic
     return {name: float((a - b).abs().max() / b.abs().max()) for name, (a, b) in pairs.items()}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_step_of_several_ranks_is_the_step_of_one(world_size: int) -> None:
     wanted = step(ALONE)
-    for found in on_ranks(world_size, step):
+    for found in on_ranks(world_size, step, backward=True):
         assert max(differ(found, wanted).values()) < 1e-10, differ(found, wanted)
 
 
-def test_the_controls_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the gathered negatives, without shared statistics or without summed gradients it is another step."""
-    wanted, original = step(ALONE), nt_xent
-    with monkeypatch.context() as patch:
-        patch.setattr(sys.modules[__name__], "nt_xent", lambda z_a, z_b, temperature, ranks: original(z_a, z_b, temperature))
-        without_gather = differ(on_ranks(2, step)[0], wanted)
-    with monkeypatch.context() as patch:
+def step_without_gather(ranks: Ranks) -> dict[str, list[float]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "nt_xent", lambda z_a, z_b, temperature, ranks: nt_xent_alone(z_a, z_b, temperature))
+        return step(ranks)
+
+
+def step_without_statistics(ranks: Ranks) -> dict[str, list[float]]:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules[__name__], "share_batch_norm", lambda model, ranks: None)
-        without_statistics = differ(on_ranks(2, step)[0], wanted)
-    with monkeypatch.context() as patch:
+        return step(ranks)
+
+
+def step_without_sum(ranks: Ranks) -> dict[str, list[float]]:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Ranks, "share_gradients", lambda self, model: model)
-        without_sum = differ(on_ranks(2, step)[0], wanted)
+        return step(ranks)
+
+
+@pytest.mark.whole
+def test_the_controls_fail() -> None:
+    """Without the gathered negatives, without shared statistics or without summed gradients it is another step."""
+    wanted, controls = step(ALONE), (step_without_gather, step_without_statistics, step_without_sum)
+    without_gather, without_statistics, without_sum = (differ(on_ranks(2, work, backward=True)[0], wanted) for work in controls)
     assert without_gather["loss"] > 1e-3 and without_gather["gradients"] > 1e-3
     assert without_statistics["buffers"] > 1e-3 and without_statistics["loss"] > 1e-3
     assert without_sum["gradients"] > 1e-3 and without_sum["loss"] < 1e-10
