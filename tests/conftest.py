@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,8 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job: the children of the tests would inherit it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:  # a shell's background job, or nohup: the tests and their children would inherit it
+        signal.signal(number, handler)
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)  # no clock and no luck decides
+hypothesis.settings.load_profile("suite")
 torch.set_num_threads(1)  # small tensors: a second thread costs more than it brings, and bit-exact comparisons need one number
 
 
