@@ -143,8 +143,12 @@ def pretrain(job: Job, out: Path, state: dict[str, Any] | None, report: Report, 
     if state is not None:
         check_state(state, snapshot(0, 0, None, None), optimizer, out / "checkpoints", job.steps, batch_size)
         job.model.load_state_dict(state["model"])
-        # its groups as the config makes them: their rates are set before each step, and what else another torch keeps there is its own
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
+        # its groups as the config makes them, since another torch has other keys there; what moves is that of the last step
+        groups = [
+            own | {name: group[name] for name in ("lr", "momentum") if name in own and name in group}
+            for own, group in zip(optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"], strict=True)
+        ]
+        optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         scores.load_state_dict(state["scores"])
         start, step_in_epoch, step, seconds = state["epoch"], state["step_in_epoch"], state["step"], dict(state["seconds"])
         if step_in_epoch:

@@ -164,15 +164,15 @@ def test_C2_a_console_that_fails(reader: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, str(rig.INJECT), *rig.fresh(out, "epochs=2")]
     with open("/dev/full", "w") as full:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE if reader == "gone" else full, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        if process.stdout is not None:
-            process.stdout.readline()
-            process.stdout.close()
-        assert process.stderr is not None
-        said = process.stderr.read().decode()
-        assert process.wait(timeout=60) == 0 and not said, said
+        output = subprocess.PIPE if reader == "gone" else full
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, env=environment) as process:
+            if process.stdout is not None:
+                process.stdout.readline()
+                process.stdout.close()
+            assert process.stderr is not None
+            said = process.stderr.read().decode()
+            assert process.wait(timeout=60) == 0 and not said, said
     assert "done" in (out / "train.log").read_text() and "epoch 2/2" in (out / "train.log").read_text()
 
 
