@@ -251,6 +251,7 @@ def in_c_code(path: Path, signs: Path, peer_lives: bool, ready: Any) -> None:
         os.open(path, os.O_RDONLY)  # Python goes back to it after every signal
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("peer_lives", "code"), [(False, 3), (True, 143)])
 def test_a_main_thread_in_c_code_is_ended(peer_lives: bool, code: int, tmp_path: Path) -> None:
     """Where the others hang, by itself; where they live, by the second SIGTERM."""
@@ -289,6 +290,7 @@ def in_group(number: int, port: int, hangs: str) -> None:
     os._exit(0)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("hangs", "code"), [("stopped", 3), ("sleeps", 3), ("works", 0)])
 def test_an_evaluation_does_not_wait_for_a_first_process_that_hangs(hangs: str, code: int) -> None:
     """Nor does it end while that one works, however long."""

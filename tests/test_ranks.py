@@ -407,6 +407,7 @@ def watch_closely(ranks: Ranks) -> Liveness:
     return ranks.liveness
 
 
+@pytest.mark.whole
 def test_who_hangs_at_a_patient_meeting_is_noticed() -> None:
     """There is no limit for those that work, but one for those whose main thread stands still."""
 
@@ -427,6 +428,7 @@ def test_who_hangs_at_a_patient_meeting_is_noticed() -> None:
     assert "rank 1 is lost (it has not moved for" in line and "--resume" in line and code == 3 and lost == {1}
 
 
+@pytest.mark.whole
 def test_who_works_long_is_waited_for_at_a_patient_meeting() -> None:
     def work(ranks: Ranks) -> Any:
         liveness = watch_closely(ranks)
