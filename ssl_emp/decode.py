@@ -122,7 +122,7 @@ class _Meter:
         self.header_bytes = self.bytes
 
 
-class _MeteredFile(io.BufferedReader):
+class _Metered(io.BufferedIOBase):
     meter: _Meter | None = None
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -132,14 +132,12 @@ class _MeteredFile(io.BufferedReader):
         return content
 
 
-class _MeteredBytes(io.BytesIO):
-    meter: _Meter | None = None
+class _MeteredFile(_Metered, io.BufferedReader):
+    pass
 
-    def read(self, size: int | None = -1, /) -> bytes:
-        content = super().read(size)
-        if self.meter:
-            self.meter.count(len(content))
-        return content
+
+class _MeteredBytes(_Metered, io.BytesIO):
+    pass
 
 
 @contextmanager

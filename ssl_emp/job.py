@@ -70,7 +70,7 @@ class Job:
         """0 without labels."""
         return 0 if self.images.labels is None else count_classes(self.images)
 
-    @property
+    @cached_property
     def total_steps(self) -> int:
         return sum(self.steps)
 

@@ -36,7 +36,8 @@ def refuse_strange(folder: Path) -> None:
     """Raise UserError where a name that a run writes stands for something else: a link, a pipe, a file with a second name.
 
     Each file is looked at again as it is opened; here all of them are, before the first byte is written. What is only ever replaced
-    whole (checkpoints, the encoder) may have second names: they keep what they had.
+    whole (checkpoints, the encoder) may have second names: they keep what they had. A strange thing in the place of a checkpoint is
+    passed over with a warning when one is loaded, and a save takes its name without touching what it leads to.
     """
     for name in WRITTEN:
         check_own(folder / name, replaced=name not in ("train.log", "metrics.jsonl"))
@@ -44,7 +45,8 @@ def refuse_strange(folder: Path) -> None:
         if os.path.lexists(folder / part):
             inner_folder(folder, part)
             for path in sorted((folder / part).iterdir()):
-                check_own(path, replaced=True)
+                if not path.match("checkpoints/step_*.pt"):
+                    check_own(path, replaced=True)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,6 @@ FREE_ON_RESUME = (
     "timeout_seconds",
     "max_bad_steps",
     "precision",
-    "data.holdout",
     "data.store",
     "keep_freed_memory",
     "monitor.",

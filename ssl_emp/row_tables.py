@@ -2,6 +2,7 @@
 
 import shutil
 
+from linear_eval.names import markdown_cell
 from ssl_emp.errors import printable
 from ssl_emp.rows import COLUMNS, Row
 
@@ -19,7 +20,7 @@ def shown(row: Row, name: str) -> str:
 def markdown_table(rows: list[Row]) -> str:
     """A row without a value ends with the reason for that, in the column of protocols, and has no further cells."""
     reason = COLUMNS.index("protocol")
-    cells = [[shown(row, name).replace("|", "\\|") for name in COLUMNS] for row in rows]
+    cells = [[markdown_cell(shown(row, name)) for name in COLUMNS] for row in rows]
     widths = [len(name) for name in COLUMNS]
     for row, line in zip(rows, cells, strict=True):
         if row["value"] is None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import pretrain
-from ssl_emp.checkpoint import save_checkpoint
+from ssl_emp.checkpoint import load_checkpoint, save_checkpoint
 from ssl_emp.errors import UserError
 from ssl_emp.lock import sole_writer
 from ssl_emp.model import build_encoder, load_encoder, save_encoder
@@ -25,7 +25,7 @@ from ssl_emp.report import Report, write_samples
 from ssl_emp.safe_files import check_own, inner_folder, open_own, read_bytes, read_json, read_text, replacing
 
 APPENDED = ["train.log", "metrics.jsonl"]
-WRITTEN = ["config.yaml", "environment.json", "result.json", "checkpoints/manifest.json", "checkpoints/step_00000001.pt"]
+WRITTEN = ["config.yaml", "environment.json", "result.json", "checkpoints/manifest.json"]
 WRITTEN += ["encoder/model.safetensors", "encoder/config.json", "pruning/samples.parquet"]
 PRECIOUS = b"my precious notes\n"
 
@@ -85,6 +85,23 @@ def test_a_strange_file_is_refused_before_anything_is_written(tmp_path: Path, vi
         pass
     assert name.rpartition("/")[2] in str(caught.value) and "remove it: rm " in str(caught.value)
     assert time.monotonic() - began < 5 and sorted(path.name for path in out.rglob("*")) == before
+    assert not (tmp_path / "made by the link").exists()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "second name"])
+def test_a_strange_checkpoint_is_passed_over_and_replaced(tmp_path: Path, victim: Path, kind: str) -> None:
+    """What it leads to is neither read as a checkpoint nor written: `victim` is looked at again in the end."""
+    folder = tmp_path / "run" / "checkpoints"
+    with sole_writer(tmp_path / "run"):
+        save_checkpoint(folder, {"step": 1}, 1)
+    strange(folder / "step_00000002.pt", kind, victim)
+    with sole_writer(tmp_path / "run"):
+        state, warnings = load_checkpoint(folder)
+        assert state is not None and state["step"] == 1
+        assert len(warnings) == 1 and "step_00000002.pt is damaged" in warnings[0]
+        save_checkpoint(folder, {"step": 2}, 2)
+    state, warnings = load_checkpoint(folder)
+    assert state is not None and state["step"] == 2 and not warnings
     assert not (tmp_path / "made by the link").exists()
 
 

@@ -471,16 +471,13 @@ def test_B10_paths_that_are_no_run(kind: str, tmp_path: Path, capsys: pytest.Cap
 @long
 @pytest.mark.parametrize("kind", ["pipe", "symlink to /dev/zero", "empty directory"])
 def test_B10_checkpoints_that_are_no_files(kind: str, tmp_path: Path) -> None:
-    """B10 | a pipe, a link to /dev/zero, a directory in the place of the newest checkpoint of a stopped run | a pipe or a link: one line that names it, exit code 2, nothing changed; a directory is passed over with one warning; bit-identical once it is gone; no endless read"""
+    """B10 | a pipe, a link to /dev/zero, a directory in the place of the newest checkpoint of a stopped run | passed over with one warning, bit-identical; no endless read"""
     out, record = copy_of_stopped(tmp_path)
     path = out / "checkpoints" / "step_00000010.pt"
     path.unlink()
     strange(kind, path)
-    if not path.is_dir():
-        rig.assert_one_line(rig.run(rig.go_on(out), record=record, timeout=30), 2, path.name)
-        path.unlink()
     result = rig.run(rig.go_on(out), record=record, timeout=30)
-    assert not result.hung and result.rc == 0 and result.stdout.count("warning:") == path.is_dir(), (result.rc, result.stderr)
+    assert not result.hung and result.rc == 0 and result.stdout.count("warning:") == 1, (result.rc, result.stderr)
     if path.is_dir():
         path.rmdir()
     rig.assert_same(out, record)
