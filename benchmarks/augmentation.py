@@ -1,12 +1,14 @@
-"""Two views of a batch, in views a second: this package against lightly's PIL transform and kornia's batched chain.
+"""Two views of a batch, in views a second: this package against lightly's PIL transform and kornia's batched
+chain.
 
     python -m benchmarks.augmentation
 
-`ours` is what pretrain.py calls (draw_params, then two_views through torch.compile), `ours_eager` the same uncompiled.
-`lightly` is lightly's SimCLRTransform in a pool of processes, one a core; it gets its images as arrays in memory and keeps
-the views to itself, so it is spared the reading and the copying that a DataLoader does. `kornia` is applied twice to the
-whole batch. The same strengths and probabilities for all. Each is warm when it is measured; `compile_seconds` in the file is the
-first call of `ours` (less where the compiler finds it in its cache).
+`ours` is what pretrain.py calls (draw_params, then two_views through torch.compile), `ours_eager` the same
+uncompiled. `lightly` is lightly's SimCLRTransform in a pool of processes, one a core; it gets its images as
+arrays in memory and keeps the views to itself, so it is spared the reading and the copying that a DataLoader
+does. `kornia` is applied twice to the whole batch. The same strengths and probabilities for all. Each is warm
+when it is measured; `compile_seconds` in the file is the first call of `ours` (less where the compiler finds
+it in its cache).
 """
 
 import math
@@ -24,10 +26,11 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from ssl_emp.augment import Recipe, draw_params, two_views
-from ssl_emp.decode import cores
+from ssl_emp.data.decode import cores
 from ssl_emp.device import keep_freed_memory
 
-STRONG = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2, "blur_prob": 0.5}  # SimCLR's for photographs
+# SimCLR's for photographs
+STRONG = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2, "blur_prob": 0.5}
 # name -> recipe, side of the source images, batch, goal against lightly
 CASES: dict[str, tuple[Recipe, int, int, float]] = {
     "32 px": (Recipe(size=32), 32, 512, 12.0),
@@ -39,7 +42,9 @@ Measure = Callable[[], float]
 
 
 def rate(views: int, work: Callable[[], object], least_seconds: float) -> Measure:
-    """Views a second of `work`, called as often as fills `least_seconds`. Call it once before: this calibrates on a warm one."""
+    """Views a second of `work`, called as often as fills `least_seconds`. Call it once before: this
+    calibrates on a warm one.
+    """
     times = max(1, math.ceil(least_seconds / common.seconds(work)))
 
     def repeat() -> None:
@@ -68,7 +73,9 @@ def kornia_chain(recipe: Recipe) -> nn.Module | None:
     return nn.Sequential(
         K.RandomResizedCrop((size, size), scale=recipe.crop_scale, ratio=recipe.crop_ratio),
         K.RandomHorizontalFlip(p=recipe.flip_prob),
-        K.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue, p=recipe.jitter_prob),
+        K.ColorJitter(
+            recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue, p=recipe.jitter_prob
+        ),
         K.RandomGrayscale(p=recipe.gray_prob),
         *([blur] if recipe.blur_prob else []),
         K.Normalize(torch.tensor(recipe.mean), torch.tensor(recipe.std)),
@@ -119,7 +126,9 @@ def measure(name: str, arguments: Any) -> dict[str, Any]:
     """One case: its summary, and the seconds that the first, compiling call took."""
     recipe, source, batch, goal = CASES[name]
     batch, least_seconds = (8, 0.0) if arguments.quick else (batch, 1.5)
-    images = torch.randint(0, 256, (batch, 3, source, source), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (batch, 3, source, source), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     images = images.to(arguments.device)
     works: dict[str, Callable[[], object]] = {
         "ours": ours(images, recipe, torch.compile(two_views, dynamic=False)),
@@ -134,7 +143,9 @@ def measure(name: str, arguments: Any) -> dict[str, Any]:
     with lightly_pool(images, recipe) as by_lightly:
         works["lightly"] = by_lightly
         first = {key: common.seconds(work) for key, work in works.items()}
-        figures = common.interleave({key: rate(2 * batch, work, least_seconds) for key, work in works.items()}, arguments.repeats)
+        figures = common.interleave(
+            {key: rate(2 * batch, work, least_seconds) for key, work in works.items()}, arguments.repeats
+        )
     ratios = [
         common.Ratio("ours", "lightly", goal=goal),
         common.Ratio("ours", "kornia"),

@@ -1,9 +1,11 @@
-"""What saving costs: seconds in which training stands still for a checkpoint, and their share of the time at the default interval.
+"""What saving costs: seconds in which training stands still for a checkpoint, and their share of the time at
+the default interval.
 
     python -m benchmarks.checkpoint
 
-`save_checkpoint` of a run's whole state: network, projection head, momentum, scores of N samples, the epoch's batches; hashed, synced,
-with its manifests. Beside it plain `torch.save` to one file, neither synced nor hashed, which is what most training loops call.
+`save_checkpoint` of a run's whole state: network, projection head, momentum, scores of N samples, the epoch's
+batches; hashed, synced, with its manifests. Beside it plain `torch.save` to one file, neither synced nor
+hashed, which is what most training loops call.
 """
 
 import tempfile
@@ -15,13 +17,16 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import Ratio
-from ssl_emp.checkpoint import num_bytes, save_checkpoint
 from ssl_emp.config import CheckpointConfig
 from ssl_emp.model import SimCLR, build_encoder
 from ssl_emp.optim import build_optimizer
+from ssl_emp.run.checkpoint import num_bytes, save_checkpoint
 from ssl_emp.scores import ScoreState
 
-CASES = {"ResNet-18, 50,000 samples": ("resnet18", 50_000), "ResNet-50, 1,281,167 samples": ("resnet50", 1_281_167)}
+CASES = {
+    "ResNet-18, 50,000 samples": ("resnet18", 50_000),
+    "ResNet-50, 1,281,167 samples": ("resnet50", 1_281_167),
+}
 
 
 def state_of(arch: str, num_samples: int, device: torch.device, width: int = 64) -> dict[str, Any]:
@@ -33,7 +38,12 @@ def state_of(arch: str, num_samples: int, device: torch.device, width: int = 64)
     optimizer.step()
     scores = ScoreState(num_samples, 1.0, False, device)
     batches = torch.randperm(num_samples, device=device)[: num_samples // 256 * 256].view(-1, 256)
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scores": scores.state_dict(), "batches": batches}
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scores": scores.state_dict(),
+        "batches": batches,
+    }
 
 
 def measure(state: dict[str, Any], repeats: int) -> dict[str, list[float]]:
@@ -54,10 +64,21 @@ def main(argv: list[str] | None = None) -> None:
     interval = 60 * CheckpointConfig().every_minutes
     cases = {}
     for case, (arch, num_samples) in CASES.items():
-        state = state_of(arch, num_samples // 100 if arguments.quick else num_samples, arguments.device, 8 if arguments.quick else 64)
+        state = state_of(
+            arch,
+            num_samples // 100 if arguments.quick else num_samples,
+            arguments.device,
+            8 if arguments.quick else 64,
+        )
         figures = measure(state, arguments.repeats)
         ratios = [
-            Ratio("save_checkpoint", goal=0.02, at_most=True, per=interval, name=f"share of the time, every {interval / 60:.0f} minutes"),
+            Ratio(
+                "save_checkpoint",
+                goal=0.02,
+                at_most=True,
+                per=interval,
+                name=f"share of the time, every {interval / 60:.0f} minutes",
+            ),
             Ratio("save_checkpoint", "torch.save"),
         ]
         cases[f"{case}, {num_bytes(state) / 1e6:.0f} MB"] = common.summary(figures, ratios, "seconds")

@@ -22,18 +22,21 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from ssl_emp.decode import cores
+from ssl_emp.data.decode import cores
 from ssl_emp.device import pick_device
 from ssl_emp.errors import Parser, UserError
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = {name: (name,) for name in ("torch", "torchvision", "lightly", "kornia", "pillow")} | {"faiss": ("faiss-gpu", "faiss-cpu")}
+PACKAGES = {name: (name,) for name in ("torch", "torchvision", "lightly", "kornia", "pillow")} | {
+    "faiss": ("faiss-gpu", "faiss-cpu")
+}
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """What a benchmark claims: `numerator / denominator / per` of one round, the median of it over the rounds.
+    """What a benchmark claims: `numerator / denominator / per` of one round, the median of it over the
+    rounds.
 
     Args:
         numerator: a contender.
@@ -60,7 +63,8 @@ class Ratio:
         return {self.numerator} | ({self.denominator} if self.denominator else set())
 
 
-# ---------------------------------------------------------------------------------------------------------- measuring
+# ----------------------------------------------------------------------------------------------------------
+# measuring
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -79,13 +83,16 @@ def synchronize() -> None:
 
 
 def peak_growth(function: Callable[[], object]) -> int:
-    """Bytes by which one call raises this process's peak of resident memory; for a process of its own, which does nothing else."""
+    """Bytes by which one call raises this process's peak of resident memory; for a process of its own, which
+    does nothing else.
+    """
     unit = 1 if sys.platform == "darwin" else 1024
 
     def peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-    # the peak may lie above what is in use now (imports, the parent's before exec): fill the gap, so that the first new byte raises it
+    # the peak may lie above what is in use now (imports, the parent's before exec): fill the gap, so that the
+    # first new byte raises it
     with open("/proc/self/statm") as file:
         in_use = int(file.read().split()[1]) * resource.getpagesize()
     filler = torch.ones(max(0, peak() - in_use), dtype=torch.uint8)
@@ -105,26 +112,52 @@ def interleave(contenders: Mapping[str, Callable[[], float]], repeats: int) -> d
     for number in range(repeats):
         for name, measure in contenders.items():
             figures[name].append(measure())
-            print(f"round {number + 1}/{repeats}  {name}  {_short(figures[name][-1])}", file=sys.stderr, flush=True)
+            print(
+                f"round {number + 1}/{repeats}  {name}  {_short(figures[name][-1])}",
+                file=sys.stderr,
+                flush=True,
+            )
     return figures
 
 
-def run_pretrain(config: str, overrides: Sequence[str], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run `pretrain.py` as a user does, in a temporary run directory, and return the rows of its metrics.jsonl.
+def run_pretrain(
+    config: str, overrides: Sequence[str], arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Run `pretrain.py` as a user does, in a temporary run directory, and return the rows of its
+    metrics.jsonl.
 
     Raises UserError with the last line it wrote where it did not end with 0.
     """
     with tempfile.TemporaryDirectory() as folder:
-        run_python(["pretrain.py", "--config", config, *overrides, f"out={folder}/run", f"device={arguments.device}"], arguments.quick)
-        return [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+        run_python(
+            [
+                "pretrain.py",
+                "--config",
+                config,
+                *overrides,
+                f"out={folder}/run",
+                f"device={arguments.device}",
+            ],
+            arguments.quick,
+        )
+        return [
+            json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+        ]
 
 
 def run_python(command: Sequence[str], quick: bool = False) -> str:
-    """Run this Python with `command` in the repository's root; its standard output. Raises UserError where it fails."""
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=process_environment(quick), capture_output=True, text=True)
+    """Run this Python with `command` in the repository's root; its standard output. Raises UserError where it
+    fails.
+    """
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=process_environment(quick), capture_output=True, text=True
+    )
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
-        raise UserError(f"{' '.join(command)} ended with {done.returncode}: {last}", "run it by hand to see all of its output")
+        raise UserError(
+            f"{' '.join(command)} ended with {done.returncode}: {last}",
+            "run it by hand to see all of its output",
+        )
     return done.stdout
 
 
@@ -133,7 +166,8 @@ def process_environment(quick: bool) -> dict[str, str]:
     return os.environ | ({"TORCH_COMPILE_DISABLE": "1"} if quick else {})
 
 
-# ----------------------------------------------------------------------------------------------------------- reporting
+# -----------------------------------------------------------------------------------------------------------
+# reporting
 
 
 def summary(figures: dict[str, list[float]], ratios: Sequence[Ratio], unit: str) -> dict[str, Any]:
@@ -145,9 +179,21 @@ def summary(figures: dict[str, list[float]], ratios: Sequence[Ratio], unit: str)
     for ratio in ratios:
         if ratio.names() <= figures.keys():
             row = _spread(ratio.of(figures)) | {"goal": ratio.goal, "at_most": ratio.at_most}
-            met = None if ratio.goal is None else row["median"] <= ratio.goal if ratio.at_most else row["median"] >= ratio.goal
-            claims[ratio.name or " / ".join(filter(None, (ratio.numerator, ratio.denominator)))] = row | {"met": met}
-    return {"unit": unit, "contenders": {name: _spread(values) for name, values in figures.items()}, "ratios": claims}
+            met = (
+                None
+                if ratio.goal is None
+                else row["median"] <= ratio.goal
+                if ratio.at_most
+                else row["median"] >= ratio.goal
+            )
+            claims[ratio.name or " / ".join(filter(None, (ratio.numerator, ratio.denominator)))] = row | {
+                "met": met
+            }
+    return {
+        "unit": unit,
+        "contenders": {name: _spread(values) for name, values in figures.items()},
+        "ratios": claims,
+    }
 
 
 def _spread(values: list[float]) -> dict[str, Any]:
@@ -159,26 +205,37 @@ def _short(value: float) -> str:
 
 
 def write(name: str, payload: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Print one table of `payload["cases"]` (case -> `summary(...)`), and write the payload with the machine as JSON.
+    """Print one table of `payload["cases"]` (case -> `summary(...)`), and write the payload with the machine
+    as JSON.
 
-    The file is benchmarks/results/NAME.json or `--out`; a `--quick` run, whose figures mean nothing, writes to `--out` only.
+    The file is benchmarks/results/NAME.json or `--out`; a `--quick` run, whose figures mean nothing, writes
+    to `--out` only.
     """
     table = Table(title=name, box=SIMPLE, title_justify="left")
     for column in ("case", "what", "median", "min", "max", "unit", "goal"):
-        table.add_column(column, justify="right" if column in ("median", "min", "max") else "left", no_wrap=True)
+        table.add_column(
+            column, justify="right" if column in ("median", "min", "max") else "left", no_wrap=True
+        )
     for case, result in payload["cases"].items():
         for what, row in result["contenders"].items():
             table.add_row(case, what, *(_short(row[key]) for key in ("median", "min", "max")), result["unit"])
         for what, row in result["ratios"].items():
             verdict = "not judged" if arguments.quick else "met" if row["met"] else "MISSED"
-            goal = "" if row["goal"] is None else f"{'<=' if row['at_most'] else '>='} {row['goal']:g} {verdict}"
+            goal = (
+                "" if row["goal"] is None else f"{'<=' if row['at_most'] else '>='} {row['goal']:g} {verdict}"
+            )
             table.add_row(case, what, *(_short(row[key]) for key in ("median", "min", "max")), "ratio", goal)
         table.add_section()
     console = Console()
     (console if console.is_terminal else Console(width=140)).print(table)
     out = Path(arguments.out) if arguments.out else None if arguments.quick else RESULTS / f"{name}.json"
     if out is not None:
-        whole = {"benchmark": name, "quick": arguments.quick, "repeats": arguments.repeats, "environment": environment(arguments.device)}
+        whole = {
+            "benchmark": name,
+            "quick": arguments.quick,
+            "repeats": arguments.repeats,
+            "environment": environment(arguments.device),
+        }
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(whole | payload, indent=2) + "\n")
         print(out)
@@ -188,9 +245,14 @@ def environment(device: torch.device | str) -> dict[str, Any]:
     """What a figure depends on besides the code: machine, versions, revision, date. No host name, no path."""
     device = torch.device(device)
     git = ["git", "-C", str(ROOT)]
-    revision = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip() or None
+    revision = (
+        subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        or None
+    )
     # results are no code: writing one must not make the next benchmark look dirty
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"], capture_output=True).returncode
+    changed = subprocess.run(
+        [*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"], capture_output=True
+    ).returncode
     return {
         "cpu": _cpu_model(),
         "cores": cores(),
@@ -209,7 +271,10 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _version(distributions: tuple[str, ...]) -> str | None:
@@ -221,16 +286,23 @@ def _version(distributions: tuple[str, ...]) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------------------
+# command line
 
 
 def parser(description: str) -> Parser:
     """A parser with the options that every benchmark has; parse with `parse`."""
     options = Parser(description=description)
-    options.add_argument("--repeats", type=int, help="rounds, each contender once a round (default 3; 1 with --quick)")
-    options.add_argument("--quick", action="store_true", help="a smoke test of seconds; its figures mean nothing")
+    options.add_argument(
+        "--repeats", type=int, help="rounds, each contender once a round (default 3; 1 with --quick)"
+    )
+    options.add_argument(
+        "--quick", action="store_true", help="a smoke test of seconds; its figures mean nothing"
+    )
     options.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
-    options.add_argument("--out", metavar="FILE", help="where the JSON goes (default benchmarks/results/NAME.json)")
+    options.add_argument(
+        "--out", metavar="FILE", help="where the JSON goes (default benchmarks/results/NAME.json)"
+    )
     return options
 
 

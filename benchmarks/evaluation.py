@@ -2,14 +2,19 @@
 
     python -m benchmarks.evaluation
 
-Features are class means plus noise of a falling spectrum, rectified; 2,000 more rows are the validation split.
+Features are class means plus noise of a falling spectrum, rectified; 2,000 more rows are the validation
+split.
 
-sweep   45 values of l2, 1e-6..1e5. `sklearn`: LogisticRegression with its defaults (lbfgs, tol 1e-4, at most 100 iterations, where
-        it is far from the optimum for weak l2) on float32, for each value; `sklearn_warm`: the same from the strongest down, each
-        from the last one's end (warm_start). The payload compares objectives and accuracies: ours must be no worse for any l2.
-heads   50 heads (10 learning rates x 5 weight decays) against one, the same code; `torch_loop` is one head as usually written: a
+sweep   45 values of l2, 1e-6..1e5. `sklearn`: LogisticRegression with its defaults (lbfgs, tol 1e-4, at most
+100 iterations, where
+        it is far from the optimum for weak l2) on float32, for each value; `sklearn_warm`: the same from the
+        strongest down, each from the last one's end (warm_start). The payload compares objectives and
+        accuracies: ours must be no worse for any l2.
+heads   50 heads (10 learning rates x 5 weight decays) against one, the same code; `torch_loop` is one head as
+usually written: a
         DataLoader over a TensorDataset, nn.Linear, torch.optim.SGD, a cosine schedule.
-knn     k = 1, 5, 10, 20, 50, 100, 200 in one pass against lightly's `knn_predict` for each k, query chunks of 1,000.
+knn     k = 1, 5, 10, 20, 50, 100, 200 in one pass against lightly's `knn_predict` for each k, query chunks of
+1,000.
 """
 
 import warnings
@@ -35,7 +40,9 @@ SPREAD = {10: 6.5, 100: 4.0}  # both make 78 % of the validation rows right at t
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = common.parse(common.parser("Linear probes and kNN against scikit-learn, one head and lightly."), argv)
+    arguments = common.parse(
+        common.parser("Linear probes and kNN against scikit-learn, one head and lightly."), argv
+    )
     num, dim = (600, 32) if arguments.quick else (10_000, 512)
     cases, parity = {}, {}
     for num_classes in (10,) if arguments.quick else (10, 100):
@@ -51,12 +58,20 @@ def main(argv: list[str] | None = None) -> None:
         }
         for name, contenders in (("sweep", sweep), ("heads", heads), ("knn", knn)):
             timed = {who: partial(common.seconds, work) for who, work in contenders.items()}
-            cases[f"{name}, {about}"] = common.summary(common.interleave(timed, arguments.repeats), ratios[name], "seconds")
+            cases[f"{name}, {about}"] = common.summary(
+                common.interleave(timed, arguments.repeats), ratios[name], "seconds"
+            )
         parity[about] |= compare_sweeps(parity[about].pop("solutions"), train)
-    common.write("evaluation", {"scikit_learn": version("scikit-learn"), "cases": cases, "sweep_parity": parity}, arguments)
+    common.write(
+        "evaluation",
+        {"scikit_learn": version("scikit-learn"), "cases": cases, "sweep_parity": parity},
+        arguments,
+    )
 
 
-def make_features(num_train: int, num_val: int, dim: int, num_classes: int, spread: float) -> tuple[Features, Features]:
+def make_features(
+    num_train: int, num_val: int, dim: int, num_classes: int, spread: float
+) -> tuple[Features, Features]:
     """(train, validation); `spread` is that of the noise over that of the class means."""
     generator = torch.Generator().manual_seed(0)
     spectrum = torch.arange(1, dim + 1) ** -0.5
@@ -69,7 +84,8 @@ def make_features(num_train: int, num_val: int, dim: int, num_classes: int, spre
     return Features(x[:num_train], y[:num_train]), Features(x[num_train:], y[num_train:])
 
 
-# ---- 45 values of l2 -------------------------------------------------------------------------------------------------
+# ---- 45 values of l2
+# -------------------------------------------------------------------------------------------------
 
 Solution = tuple[Tensor, Tensor]  # weight (C, D), bias (C,), float64
 
@@ -77,12 +93,20 @@ Solution = tuple[Tensor, Tensor]  # weight (C, D), bias (C,), float64
 def sweep_contenders(
     train: Features, val: Features, num_classes: int, device: torch.device
 ) -> tuple[dict[str, Callable[[], None]], dict[str, Any]]:
-    """Contenders, and where each leaves its last solutions and validation accuracies (`compare_sweeps` takes them)."""
+    """Contenders, and where each leaves its last solutions and validation accuracies (`compare_sweeps` takes
+    them).
+    """
     solutions: dict[str, tuple[list[Solution], list[float]]] = {}
 
     def ours() -> None:
         found = fit_logistic(
-            train.x.to(device), train.y.to(device), num_classes, L2_GRID, standardize=False, max_iter=1000, tolerance=SWEEP_TOLERANCE
+            train.x.to(device),
+            train.y.to(device),
+            num_classes,
+            L2_GRID,
+            standardize=False,
+            max_iter=1000,
+            tolerance=SWEEP_TOLERANCE,
         )
         accuracy = (found.predict(val.x.to(device)) == val.y.to(device)).double().mean(1).tolist()
         bias = found.bias.double() - found.weight.double() @ found.center.double()
@@ -102,18 +126,29 @@ def sweep_contenders(
             accuracy.append(float(model.score(x_val, y_val)))
         solutions["sklearn_warm" if warm else "sklearn"] = found[::-1], accuracy[::-1]
 
-    return {"sklearn": partial(sklearn, False), "sklearn_warm": partial(sklearn, True), "ours": ours}, {"solutions": solutions}
+    return {"sklearn": partial(sklearn, False), "sklearn_warm": partial(sklearn, True), "ours": ours}, {
+        "solutions": solutions
+    }
 
 
-def compare_sweeps(solutions: dict[str, tuple[list[Solution], list[float]]], train: Features) -> dict[str, Any]:
-    """Best validation accuracies (percent); by how much our objective exceeds theirs at most, and theirs ours, as shares of it."""
+def compare_sweeps(
+    solutions: dict[str, tuple[list[Solution], list[float]]], train: Features
+) -> dict[str, Any]:
+    """Best validation accuracies (percent); by how much our objective exceeds theirs at most, and theirs
+    ours, as shares of it.
+    """
     x = train.x.double()
     objective = {
-        who: [F.cross_entropy(x @ w.T + b, train.y) + l2 / 2 / len(x) * w.square().sum() for l2, (w, b) in zip(L2_GRID, found, strict=True)]
+        who: [
+            F.cross_entropy(x @ w.T + b, train.y) + l2 / 2 / len(x) * w.square().sum()
+            for l2, (w, b) in zip(L2_GRID, found, strict=True)
+        ]
         for who, (found, _) in solutions.items()
     }
     ours = torch.stack(objective.pop("ours"))
-    facts: dict[str, Any] = {"best_accuracy": {who: 100 * max(accuracy) for who, (_, accuracy) in solutions.items()}}
+    facts: dict[str, Any] = {
+        "best_accuracy": {who: 100 * max(accuracy) for who, (_, accuracy) in solutions.items()}
+    }
     for who, values in objective.items():
         theirs = torch.stack(values)
         facts[f"ours_above_{who}_at_most"] = ((ours - theirs) / theirs).max().item()
@@ -123,7 +158,8 @@ def compare_sweeps(solutions: dict[str, tuple[list[Solution], list[float]]], tra
     return facts
 
 
-# ---- SGD heads -------------------------------------------------------------------------------------------------------
+# ---- SGD heads
+# -------------------------------------------------------------------------------------------------------
 
 
 def head_contenders(train: Features, num_classes: int, device: torch.device) -> dict[str, Callable[[], None]]:
@@ -136,7 +172,9 @@ def head_contenders(train: Features, num_classes: int, device: torch.device) -> 
         train_heads(x, y, num_classes, rates[heads], decays[heads], **settings)
 
     def torch_loop() -> None:
-        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(train.x, train.y), batch_size=256, shuffle=True)
+        loader = torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(train.x, train.y), batch_size=256, shuffle=True
+        )
         layer = nn.Linear(train.x.shape[1], num_classes).to(device)
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=EPOCHS * len(loader))
@@ -148,13 +186,20 @@ def head_contenders(train: Features, num_classes: int, device: torch.device) -> 
                 schedule.step()
 
     ours(slice(1))
-    return {"torch_loop": torch_loop, "ours_1": partial(ours, slice(25, 26)), "ours_50": partial(ours, slice(None))}
+    return {
+        "torch_loop": torch_loop,
+        "ours_1": partial(ours, slice(25, 26)),
+        "ours_50": partial(ours, slice(None)),
+    }
 
 
-# ---- kNN -------------------------------------------------------------------------------------------------------------
+# ---- kNN
+# -------------------------------------------------------------------------------------------------------------
 
 
-def knn_contenders(train: Features, val: Features, num_classes: int, device: torch.device) -> dict[str, Callable[[], None]]:
+def knn_contenders(
+    train: Features, val: Features, num_classes: int, device: torch.device
+) -> dict[str, Callable[[], None]]:
     def ours() -> None:
         knn_predictions(train, val, num_neighbors=NEIGHBORS, temperature=TEMPERATURE, device=device)
 

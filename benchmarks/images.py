@@ -1,11 +1,13 @@
-"""From JPEG files to two views, in images a second: the store of JPEGs against torchvision's ImageFolder in a DataLoader.
+"""From JPEG files to two views, in images a second: the store of JPEGs against torchvision's ImageFolder in a
+DataLoader.
 
     python -m benchmarks.images --data FOLDER
 
-5,000 images of the source are written as JPEG files of 64 px into class folders. `ours` is what pretrain.py does with
-`data.store=encoded`: threads decode the next batches while both views of this one are cut, compiled. `lightly` is an
-ImageFolder with SimCLRTransform in a DataLoader with one persistent worker a core. A figure is one shuffled epoch after an
-epoch of warm-up; building the store (once a data set) and compilation are reported beside it.
+5,000 images of the source are written as JPEG files of 64 px into class folders. `ours` is what pretrain.py
+does with `data.store=encoded`: threads decode the next batches while both views of this one are cut,
+compiled. `lightly` is an ImageFolder with SimCLRTransform in a DataLoader with one persistent worker a core.
+A figure is one shuffled epoch after an epoch of warm-up; building the store (once a data set) and compilation
+are reported beside it.
 """
 
 import argparse
@@ -26,15 +28,16 @@ from torchvision.datasets import ImageFolder
 
 from benchmarks import common
 from ssl_emp.augment import Recipe, draw_params, two_views
-from ssl_emp.decode import cores
+from ssl_emp.data.decode import cores
+from ssl_emp.data.images import ImageSet, load_images
+from ssl_emp.data.stores import HostImages
 from ssl_emp.device import keep_freed_memory
 from ssl_emp.errors import UserError
-from ssl_emp.images import ImageSet, load_images
 from ssl_emp.pruning import shuffled_batches
-from ssl_emp.stores import HostImages
 
 SIZE = 64
-RECIPE = Recipe(SIZE, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur_prob=0.5)  # the defaults of SimCLRTransform
+# the defaults of SimCLRTransform
+RECIPE = Recipe(SIZE, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur_prob=0.5)
 GOAL = 4.0
 
 
@@ -49,7 +52,11 @@ def write_jpegs(images: ImageSet, folder: Path) -> None:
 
 def ours(images: ImageSet, batch_size: int, device: torch.device) -> Callable[[], None]:
     """One epoch of both views, each call of the next epoch's order and draws."""
-    store, index, epochs = HostImages(images.pixels, device), torch.arange(len(images.names), device=device), count()
+    store, index, epochs = (
+        HostImages(images.pixels, device),
+        torch.arange(len(images.names), device=device),
+        count(),
+    )
     views_of: Any = torch.compile(two_views, dynamic=False)
 
     def epoch() -> None:
@@ -91,26 +98,40 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     number, batch_size = (32, 8) if arguments.quick else (arguments.images, arguments.batch_size)
     decoded = load_images(arguments.data, "train", image_size=SIZE, max_images=number, store="memory")
     if len(decoded.names) < batch_size:
-        raise UserError(f"{len(decoded.names)} images in {arguments.data} make no batch", "give more images, or a smaller --batch-size")
+        raise UserError(
+            f"{len(decoded.names)} images in {arguments.data} make no batch",
+            "give more images, or a smaller --batch-size",
+        )
     write_jpegs(decoded, folder / "jpegs")
     found: list[ImageSet] = []
 
     def build() -> None:
-        found.append(load_images(str(folder / "jpegs"), store="encoded", image_size=SIZE, cache_dir=str(folder / "cache")))
+        found.append(
+            load_images(
+                str(folder / "jpegs"), store="encoded", image_size=SIZE, cache_dir=str(folder / "cache")
+            )
+        )
 
     extra = {"store_seconds": common.seconds(build), "images": len(decoded.names), "batch_size": batch_size}
-    epochs = {"lightly": lightly(folder / "jpegs", batch_size, arguments.device)}  # first: its workers fork before other threads start
+    # first: its workers fork before other threads start
+    epochs = {"lightly": lightly(folder / "jpegs", batch_size, arguments.device)}
     extra["warmup_seconds, lightly"] = common.seconds(epochs["lightly"])
     epochs["ours"] = ours(found[0], batch_size, arguments.device)
     extra["warmup_seconds, ours"] = common.seconds(epochs["ours"])
     done = len(decoded.names) // batch_size * batch_size
-    figures = common.interleave({name: partial(rate, done, epoch) for name, epoch in epochs.items()}, arguments.repeats)
+    figures = common.interleave(
+        {name: partial(rate, done, epoch) for name, epoch in epochs.items()}, arguments.repeats
+    )
     return {**common.summary(figures, [common.Ratio("ours", "lightly", goal=GOAL)], "images/s"), **extra}
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = common.parser("Images a second from JPEG files, against an ImageFolder with lightly's transform.")
-    options.add_argument("--data", required=True, help="Tiny-ImageNet as a folder of parquet files, or any other data.source")
+    options = common.parser(
+        "Images a second from JPEG files, against an ImageFolder with lightly's transform."
+    )
+    options.add_argument(
+        "--data", required=True, help="Tiny-ImageNet as a folder of parquet files, or any other data.source"
+    )
     options.add_argument("--images", type=int, default=5000)
     options.add_argument("--batch-size", type=int, default=256)
     arguments = common.parse(options, argv)

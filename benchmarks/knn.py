@@ -2,8 +2,9 @@
 
     python -m benchmarks.knn
 
-`ours` is the whole of `knn_accuracy`: checks, normalisation, search, exact settlement of ties, votes. `faiss` only adds the
-(already normalised) bank to an IndexFlatIP and searches; `lightly` is its `knn_predict`, query chunks of 1,000.
+`ours` is the whole of `knn_accuracy`: checks, normalisation, search, exact settlement of ties, votes. `faiss`
+only adds the (already normalised) bank to an IndexFlatIP and searches; `lightly` is its `knn_predict`, query
+chunks of 1,000.
 """
 
 from functools import partial
@@ -53,9 +54,15 @@ def main(argv: list[str] | None = None) -> None:
 
     contenders = {"faiss": faiss_alone, "lightly": lightly, "ours": ours}
     ours()  # imports
-    figures = common.interleave({name: partial(common.seconds, work) for name, work in contenders.items()}, arguments.repeats)
+    figures = common.interleave(
+        {name: partial(common.seconds, work) for name, work in contenders.items()}, arguments.repeats
+    )
     ratios = [Ratio("faiss", "ours", goal=1.0), Ratio("lightly", "ours")]
-    cases = {f"{num_queries:,} queries, {num_bank:,} x {dim}, k = {NEIGHBORS}": common.summary(figures, ratios, "seconds")}
+    cases = {
+        f"{num_queries:,} queries, {num_bank:,} x {dim}, k = {NEIGHBORS}": common.summary(
+            figures, ratios, "seconds"
+        )
+    }
     common.write("knn", {"cases": cases}, arguments)
 
 

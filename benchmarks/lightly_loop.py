@@ -1,12 +1,15 @@
-"""The peer of `benchmarks.training`: SimCLR trained by lightly's own parts, as its CIFAR-10 benchmark puts them together.
+"""The peer of `benchmarks.training`: SimCLR trained by lightly's own parts, as its CIFAR-10 benchmark puts
+them together.
 
-    python -m benchmarks.lightly_loop --data FOLDER --width 16 --batch-size 256 --steps 8 --warmup-steps 2 [--plus]
+    python -m benchmarks.lightly_loop --data FOLDER --width 16 --batch-size 256 --steps 8 --warmup-steps 2
+    [--plus]
 
-lightly's SimCLRTransform on PIL images in a DataLoader with one worker a core, its projection head and NTXentLoss, two
-forward passes, SGD, fp32. `--plus` adds what an experienced user would: channels_last, torch.compile, one forward pass over
-both views, persistent workers, and on a GPU pinned memory and bf16 autocast. The network is this package's, so that both
-sides of the comparison train the same one; the images lie decoded in memory, which spares the loader the files. Prints one
-line of JSON; the steps of the warm-up (compilation, start of the workers) are not in it.
+lightly's SimCLRTransform on PIL images in a DataLoader with one worker a core, its projection head and
+NTXentLoss, two forward passes, SGD, fp32. `--plus` adds what an experienced user would: channels_last,
+torch.compile, one forward pass over both views, persistent workers, and on a GPU pinned memory and bf16
+autocast. The network is this package's, so that both sides of the comparison train the same one; the images
+lie decoded in memory, which spares the loader the files. Prints one line of JSON; the steps of the warm-up
+(compilation, start of the workers) are not in it.
 """
 
 import argparse
@@ -24,10 +27,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import common
-from ssl_emp.decode import cores
+from ssl_emp.data.decode import cores
+from ssl_emp.data.images import load_images
 from ssl_emp.device import pick_device
 from ssl_emp.errors import Parser, UserError
-from ssl_emp.images import load_images
 from ssl_emp.model import build_encoder
 
 
@@ -57,13 +60,21 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train for the warm-up and the timed steps; images a second of the latter, and what was run."""
     device, plus, workers = pick_device(arguments.device), arguments.plus, cores()
     size, batch_size = arguments.image_size, arguments.batch_size
-    # the workers run two batches ahead each: no more images than one epoch of this needs, so that reading them is short
+    # the workers run two batches ahead each: no more images than one epoch of this needs, so that reading
+    # them is short
     needed = (arguments.warmup_steps + arguments.steps + 2 * workers) * batch_size
     images = load_images(arguments.data, "train", image_size=size, max_images=needed, store="memory")
     if len(images.names) < batch_size:
-        raise UserError(f"{len(images.names)} images in {arguments.data} make no batch", f"give --batch-size {len(images.names)} or less")
+        raise UserError(
+            f"{len(images.names)} images in {arguments.data} make no batch",
+            f"give --batch-size {len(images.names)} or less",
+        )
     loader: DataLoader[Any] = DataLoader(
-        PilImages(images.pixels[:], images.labels, SimCLRTransform(input_size=size, cj_strength=0.5, gaussian_blur=0)),
+        PilImages(
+            images.pixels[:],
+            images.labels,
+            SimCLRTransform(input_size=size, cj_strength=0.5, gaussian_blur=0),
+        ),
         batch_size=batch_size,
         shuffle=True,
         drop_last=True,
@@ -71,7 +82,9 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         persistent_workers=plus,
         pin_memory=plus and device.type == "cuda",
     )
-    encoder = build_encoder("resnet18", arguments.width, "auto", size, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    encoder = build_encoder(
+        "resnet18", arguments.width, "auto", size, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    )
     head = SimCLRProjectionHead(encoder.feature_dim, encoder.feature_dim, 128)
     model: nn.Module = nn.Sequential(encoder.backbone, head).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=6e-2, momentum=0.9, weight_decay=5e-4)
@@ -119,7 +132,11 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--batch-size", type=int, default=256)
     options.add_argument("--steps", type=int, default=8, help="timed")
     options.add_argument("--warmup-steps", type=int, default=2)
-    options.add_argument("--plus", action="store_true", help="with channels_last, torch.compile, one forward pass, bf16 on a GPU")
+    options.add_argument(
+        "--plus",
+        action="store_true",
+        help="with channels_last, torch.compile, one forward pass, bf16 on a GPU",
+    )
     options.add_argument("--device", default="auto")
     print(json.dumps(train(options.parse_args(argv))))
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.loss
 
-4,096 pairs of 128 dimensions, the batch of SimCLR's paper. The memory is what the process's peak (`ru_maxrss`) grows by from the
-moment its inputs exist, in a fresh process each, after a warm-up on 64 pairs. On a GPU it is torch's own count.
+4,096 pairs of 128 dimensions, the batch of SimCLR's paper. The memory is what the process's peak
+(`ru_maxrss`) grows by from the moment its inputs exist, in a fresh process each, after a warm-up on 64 pairs.
+On a GPU it is torch's own count.
 """
 
 import argparse
@@ -69,11 +70,18 @@ def main(argv: list[str] | None = None) -> None:
     pairs = arguments.pairs or (256 if arguments.quick else 4096)
     if arguments.child:
         return print_memory(arguments.child, pairs, arguments.device)
-    times = common.interleave({name: partial(time_of, name, pairs, arguments.device) for name in ("lightly", "ours")}, arguments.repeats)
-    memory = common.interleave({name: partial(memory_of, name, pairs, arguments) for name in ("lightly", "ours")}, arguments.repeats)
+    times = common.interleave(
+        {name: partial(time_of, name, pairs, arguments.device) for name in ("lightly", "ours")},
+        arguments.repeats,
+    )
+    memory = common.interleave(
+        {name: partial(memory_of, name, pairs, arguments) for name in ("lightly", "ours")}, arguments.repeats
+    )
     cases = {
         f"{pairs:,} pairs, time": common.summary(times, [Ratio("lightly", "ours", goal=3.0)], "seconds"),
-        f"{pairs:,} pairs, memory": common.summary(memory, [Ratio("ours", "lightly", goal=1 / 3, at_most=True)], "MB"),
+        f"{pairs:,} pairs, memory": common.summary(
+            memory, [Ratio("ours", "lightly", goal=1 / 3, at_most=True)], "MB"
+        ),
     }
     common.write("loss", {"cases": cases}, arguments)
 

@@ -1,16 +1,19 @@
-"""Main memory of training: the peak of pretrain.py on 50,000 images over that of a process which only imports what it uses.
+"""Main memory of training: the peak of pretrain.py on 50,000 images over that of a process which only imports
+what it uses.
 
     python -m benchmarks.memory --data FOLDER
 
-The peaks are the kernel's (`ru_maxrss`), of one process each: helpers that the compiler starts are not in the sum. The importing
-process also compiles a function of one line, because torch.compile brings in its compiler only then, and it leaves by
-os._exit: an orderly end takes up to 170 MB more for a moment, while that of a training process stays below its peak. That one
-reports progress a minute into its first epoch (or at the end of it); it is then stopped by SIGTERM, so it has also written a
-checkpoint, and it says after how many steps that was.
+The peaks are the kernel's (`ru_maxrss`), of one process each: helpers that the compiler starts are not in the
+sum. The importing process also compiles a function of one line, because torch.compile brings in its compiler
+only then, and it leaves by os._exit: an orderly end takes up to 170 MB more for a moment, while that of a
+training process stays below its peak. That one reports progress a minute into its first epoch (or at the end
+of it); it is then stopped by SIGTERM, so it has also written a checkpoint, and it says after how many steps
+that was.
 
 Parts: `pixels` and `a sample` (its score state, 36 bytes) grow with the images; `weights` are the
-parameters three times (gradient, momentum); `views` are a step's two; `activations` is what eager autograd keeps of a step
-for the backward pass. The rest of the difference is compiled code, workspaces, and what the allocator holds back.
+parameters three times (gradient, momentum); `views` are a step's two; `activations` is what eager autograd
+keeps of a step for the backward pass. The rest of the difference is compiled code, workspaces, and what the
+allocator holds back.
 """
 
 import json
@@ -41,7 +44,9 @@ os._exit(0)
 
 
 def peak_megabytes(command: list[str], quick: bool, stop_at: str = "") -> tuple[float, str]:
-    """(Peak resident MB of a process, its output), see `benchmarks/peak.py`. Raises UserError where it ends otherwise than expected."""
+    """(Peak resident MB of a process, its output), see `benchmarks/peak.py`. Raises UserError where it ends
+    otherwise than expected.
+    """
     result = json.loads(common.run_python(["benchmarks/peak.py", stop_at, *command], quick))
     return result["peak_megabytes"], result["output"]
 
@@ -51,20 +56,38 @@ def imports_peak(arguments: Any) -> float:
     return peak_megabytes([sys.executable, "-c", IMPORTS], arguments.quick)[0]
 
 
-def training_peak(width: int, batch_size: int, images: int, keeps: bool, steps: list[int], arguments: Any) -> float:
+def training_peak(
+    width: int, batch_size: int, images: int, keeps: bool, steps: list[int], arguments: Any
+) -> float:
     """MB of pretrain.py, with or without `keep_freed_memory`; appends the steps that it made."""
-    overrides = [f"data.source={arguments.data}", f"data.max_images={images}", f"model.width={width}", f"batch_size={batch_size}"]
+    overrides = [
+        f"data.source={arguments.data}",
+        f"data.max_images={images}",
+        f"model.width={width}",
+        f"batch_size={batch_size}",
+    ]
     overrides += [f"keep_freed_memory={str(keeps).lower()}"]
-    overrides += ["monitor.knn_every=0"]  # it comes at the end of an epoch, and slow machines are stopped before that
+    # it comes at the end of an epoch, and slow machines are stopped before that
+    overrides += ["monitor.knn_every=0"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "pretrain.py", "--config", CONFIG, *overrides, f"device={arguments.device}", f"out={folder}/run"]
+        command = [
+            sys.executable,
+            "pretrain.py",
+            "--config",
+            CONFIG,
+            *overrides,
+            f"device={arguments.device}",
+            f"out={folder}/run",
+        ]
         peak, output = peak_megabytes(command, arguments.quick, stop_at="epoch 1/")
     steps += [int(number) for number in re.findall(r"after step (\d+), saved", output)]
     return peak
 
 
 def activation_megabytes(width: int, batch_size: int) -> float:
-    """MB of the distinct storages that a step's eager forward pass keeps for its backward pass, the weights not counted."""
+    """MB of the distinct storages that a step's eager forward pass keeps for its backward pass, the weights
+    not counted.
+    """
     encoder = build_encoder("resnet18", width, "cifar", SIZE, [0.0] * 3, [1.0] * 3)
     model = SimCLR(encoder, encoder.feature_dim, 128)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -104,11 +127,15 @@ def measure(width: int, batch_size: int, images: int, arguments: Any) -> dict[st
     contenders = {
         "imports": partial(imports_peak, arguments),
         "training": partial(training_peak, width, batch_size, images, True, steps, arguments),
-        "training, keep_freed_memory=false": partial(training_peak, width, batch_size, images, False, steps, arguments),
+        "training, keep_freed_memory=false": partial(
+            training_peak, width, batch_size, images, False, steps, arguments
+        ),
     }
     figures = common.interleave(contenders, arguments.repeats)
     for name in ("training", "training, keep_freed_memory=false"):
-        figures[name.replace("training", "difference")] = [a - b for a, b in zip(figures[name], figures["imports"], strict=True)]
+        figures[name.replace("training", "difference")] = [
+            a - b for a, b in zip(figures[name], figures["imports"], strict=True)
+        ]
     counted = parts(width, batch_size, images)
     goals = [
         Ratio(name, goal=GOAL_MB, at_most=True, name=name.replace("difference", "difference in MB"))
@@ -121,13 +148,18 @@ def measure(width: int, batch_size: int, images: int, arguments: Any) -> dict[st
 
 def main(argv: list[str] | None = None) -> None:
     options = common.parser("Peak memory of training over that of importing.")
-    options.add_argument("--data", required=True, help="CIFAR-10 as a folder of parquet files, or any other data.source")
+    options.add_argument(
+        "--data", required=True, help="CIFAR-10 as a folder of parquet files, or any other data.source"
+    )
     arguments = common.parse(options, argv)
     if not Path("/proc").exists():
         print("not Linux: the peaks may be counted differently", file=sys.stderr)
     tiny = {"tiny": (8, 8)}
     images = 16 if arguments.quick else IMAGES
-    cases = {name: measure(*sizes, images, arguments) for name, sizes in (tiny if arguments.quick else CASES).items()}
+    cases = {
+        name: measure(*sizes, images, arguments)
+        for name, sizes in (tiny if arguments.quick else CASES).items()
+    }
     common.write("memory", {"cases": cases}, arguments)
 
 

@@ -2,11 +2,14 @@
 
     python -m benchmarks.parity ENCODER --data DATA
 
-Features of a pretrained encoder (a run, or an encoder directory) for 10,000 train images and the whole test split. On these:
+Features of a pretrained encoder (a run, or an encoder directory) for 10,000 train images and the whole test
+split. On these:
 
-knn       cosine, k = 20, T = 0.1, by faiss and by torch, against lightly's `knn_predict` (the formula of Wu et al. 2018 and of DINO);
+knn       cosine, k = 20, T = 0.1, by faiss and by torch, against lightly's `knn_predict` (the formula of Wu
+et al. 2018 and of DINO);
           one vote a neighbour against scikit-learn's KNeighborsClassifier
-logistic  our L-BFGS (float32) against scikit-learn's LogisticRegression (newton-cg, float64, tol 1e-8), standardised features,
+logistic  our L-BFGS (float32) against scikit-learn's LogisticRegression (newton-cg, float64, tol 1e-8),
+standardised features,
           l2 from 1e-6 to 1e5
 
 Nothing is timed.
@@ -26,7 +29,7 @@ from linear_eval.knn import knn_predict
 from linear_eval.lbfgs import fit_logistic
 from linear_eval.linear import SWEEP_TOLERANCE
 from ssl_emp import load_encoder
-from ssl_emp.images import load_images
+from ssl_emp.data.images import load_images
 
 NEIGHBORS, TEMPERATURE = 20, 0.1
 L2 = (1e-6, 1e-4, 1e-2, 1.0, 1e2, 1e3, 1e5)
@@ -43,12 +46,16 @@ def knn_rows(train: Features, test: Features) -> list[dict[str, object]]:
 
         bank, classes = F.normalize(train.x).T.contiguous(), int(train.y.max()) + 1
         chunks = F.normalize(test.x).split(1000)
-        return torch.cat([theirs(chunk, bank, train.y, classes, NEIGHBORS, TEMPERATURE)[:, 0] for chunk in chunks])
+        return torch.cat(
+            [theirs(chunk, bank, train.y, classes, NEIGHBORS, TEMPERATURE)[:, 0] for chunk in chunks]
+        )
 
     def sklearn() -> Tensor:
         from sklearn.neighbors import KNeighborsClassifier
 
-        model = KNeighborsClassifier(NEIGHBORS, metric="cosine", algorithm="brute").fit(train.x.double(), train.y)
+        model = KNeighborsClassifier(NEIGHBORS, metric="cosine", algorithm="brute").fit(
+            train.x.double(), train.y
+        )
         return torch.as_tensor(model.predict(test.x.double()))
 
     def accuracy(predicted: Tensor) -> float:
@@ -64,7 +71,15 @@ def knn_rows(train: Features, test: Features) -> list[dict[str, object]]:
         for backend in ("faiss", "torch"):
             mine = ours(temperature, backend)
             same = round(100 * (mine == theirs).double().mean().item(), 2)
-            rows.append({"against": name, "backend": backend, "ours": accuracy(mine), "theirs": accuracy(theirs), "same label": same})
+            rows.append(
+                {
+                    "against": name,
+                    "backend": backend,
+                    "ours": accuracy(mine),
+                    "theirs": accuracy(theirs),
+                    "same label": same,
+                }
+            )
     return rows
 
 
@@ -76,7 +91,9 @@ def logistic_rows(train: Features, test: Features) -> list[dict[str, object]]:
     std, mean = torch.std_mean(train.x.double(), dim=0, correction=0)
     std = torch.where(std > 0, std, 1)
     z, z_test = (train.x.double() - mean) / std, (test.x.double() - mean) / std
-    found = fit_logistic(train.x, train.y, num_classes, L2, standardize=True, max_iter=1000, tolerance=SWEEP_TOLERANCE)
+    found = fit_logistic(
+        train.x, train.y, num_classes, L2, standardize=True, max_iter=1000, tolerance=SWEEP_TOLERANCE
+    )
     rows: list[dict[str, object]] = []
     for h, l2 in enumerate(L2):
         oracle = LogisticRegression(C=1 / l2, tol=1e-8, max_iter=5000, solver="newton-cg").fit(z, train.y)
@@ -114,15 +131,26 @@ def main(argv: list[str] | None = None) -> None:
     splits = []
     for split, most in (("train", arguments.max_images), ("test", None)):
         images = load_images(arguments.data, split, image_size=encoder.image_size, max_images=most)
-        splits.append(extract_features(encoder, images.pixels, images.labels, batch_size=256, device=arguments.device))
+        splits.append(
+            extract_features(encoder, images.pixels, images.labels, batch_size=256, device=arguments.device)
+        )
     train, test = splits
     shapes = {"train": list(train.x.shape), "test": list(test.x.shape)}
-    result = {"benchmark": "parity", **shapes, "knn": knn_rows(train, test), "logistic": logistic_rows(train, test)}
+    result = {
+        "benchmark": "parity",
+        **shapes,
+        "knn": knn_rows(train, test),
+        "logistic": logistic_rows(train, test),
+    }
     print(table(result["knn"]), table(result["logistic"]), sep="\n\n")  # type: ignore[arg-type]
-    out = Path(arguments.out) if arguments.out else None if arguments.quick else common.RESULTS / "parity.json"
+    out = (
+        Path(arguments.out) if arguments.out else None if arguments.quick else common.RESULTS / "parity.json"
+    )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result | {"environment": common.environment(arguments.device)}, indent=2) + "\n")
+        out.write_text(
+            json.dumps(result | {"environment": common.environment(arguments.device)}, indent=2) + "\n"
+        )
         print(out)
 
 

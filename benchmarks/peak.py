@@ -1,8 +1,8 @@
 """Run a command and print its peak resident memory as JSON: python benchmarks/peak.py LINE COMMAND...
 
-Where LINE is not empty, the command gets SIGTERM once it prints a line that begins so. A program of its own that imports
-little: on exec the kernel carries the peak of the forking process over to the new one, so that a parent with torch in it
-would put a floor of a gigabyte under every figure.
+Where LINE is not empty, the command gets SIGTERM once it prints a line that begins so. A program of its own
+that imports little: on exec the kernel carries the peak of the forking process over to the new one, so that a
+parent with torch in it would put a floor of a gigabyte under every figure.
 """
 
 import json

@@ -2,11 +2,11 @@
 
     python -m benchmarks.pruning --data FOLDER
 
-Whole runs of pretrain.py in turn, unpruned and with s = 0.3, 0.5, 0.7, a = 0.125, `scoring: stale`. The promise for a long run
-is 1 / (1 - s (1 - a)); a run of 80 epochs cannot quite reach it, because its first epoch is a full one (0.978 of it at s = 0.7),
-so the share of the steps that the plan counts stands beside it. Then, piece by piece, what pruning adds to a step: the distance
-and three writes in each, and the selection and the shuffle once an epoch, spread over the steps of an epoch with s = 0.7, the
-fewest.
+Whole runs of pretrain.py in turn, unpruned and with s = 0.3, 0.5, 0.7, a = 0.125, `scoring: stale`. The
+promise for a long run is 1 / (1 - s (1 - a)); a run of 80 epochs cannot quite reach it, because its first
+epoch is a full one (0.978 of it at s = 0.7), so the share of the steps that the plan counts stands beside it.
+Then, piece by piece, what pruning adds to a step: the distance and three writes in each, and the selection
+and the shuffle once an epoch, spread over the steps of an epoch with s = 0.7, the fewest.
 """
 
 from collections.abc import Callable
@@ -50,12 +50,22 @@ def run_seconds(fraction: float, sizes: dict[str, Any], arguments: Any) -> float
 
 
 def whole_runs(arguments: Any) -> dict[str, Any]:
-    """Speed-up of whole runs. The number of images is a multiple of ten batches: a kept count is then whole batches too."""
+    """Speed-up of whole runs. The number of images is a multiple of ten batches: a kept count is then whole
+    batches too.
+    """
     batch_size, epochs = (8, 8) if arguments.quick else (128, 80)
     images = 10 * batch_size
-    sizes = {"batch_size": batch_size, "data.max_images": images, "epochs": epochs, "model.width": 8, "augment.size": 24}
+    sizes = {
+        "batch_size": batch_size,
+        "data.max_images": images,
+        "epochs": epochs,
+        "model.width": 8,
+        "augment.size": 24,
+    }
     contenders = {"none": partial(run_seconds, 0.0, sizes, arguments)}
-    contenders |= {f"s={fraction}": partial(run_seconds, fraction, sizes, arguments) for fraction in FRACTIONS}
+    contenders |= {
+        f"s={fraction}": partial(run_seconds, fraction, sizes, arguments) for fraction in FRACTIONS
+    }
     ratios = []
     unpruned = PrunePlan(epochs, 0.0).total_steps(images, batch_size)
     for fraction in FRACTIONS:
@@ -69,7 +79,9 @@ def whole_runs(arguments: Any) -> dict[str, Any]:
     return {**common.summary(common.interleave(contenders, arguments.repeats), ratios, "seconds"), **sizes}
 
 
-def added_cost(width: int, size: int, batch_size: int, num_samples: int, compiled: bool, arguments: Any) -> dict[str, Any]:
+def added_cost(
+    width: int, size: int, batch_size: int, num_samples: int, compiled: bool, arguments: Any
+) -> dict[str, Any]:
     """Seconds of a step of training, and of what pruning adds to it, at most."""
     device, seed = arguments.device, 0
     recipe = Recipe(size)
@@ -82,7 +94,9 @@ def added_cost(width: int, size: int, batch_size: int, num_samples: int, compile
     images = torch.randint(0, 256, (batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
     index = torch.randperm(num_samples, device=device)[:batch_size]
     state = ScoreState(num_samples, ema=1.0, adjust=False, device=device)
-    state.observe(torch.arange(num_samples, device=device), torch.rand(2, num_samples, device=device), None, 0)
+    state.observe(
+        torch.arange(num_samples, device=device), torch.rand(2, num_samples, device=device), None, 0
+    )
     h_a, h_b = torch.rand(2, batch_size, encoder.feature_dim, device=device).unbind()
     loss_now = torch.rand(batch_size, device=device)
 
@@ -121,7 +135,9 @@ def added_cost(width: int, size: int, batch_size: int, num_samples: int, compile
         work()
     figures = common.interleave(contenders, arguments.repeats)
     steps = count // batch_size
-    added = [a + b / steps for a, b in zip(figures["scoring, a step"], figures["selection, an epoch"], strict=True)]
+    added = [
+        a + b / steps for a, b in zip(figures["scoring, a step"], figures["selection, an epoch"], strict=True)
+    ]
     figures["added to a step"] = added
     ratio = Ratio("added to a step", "step", goal=SHARE_GOAL, at_most=True)
     return {**common.summary(figures, [ratio], "seconds"), "steps_an_epoch": steps, "compiled": compiled}
@@ -129,14 +145,18 @@ def added_cost(width: int, size: int, batch_size: int, num_samples: int, compile
 
 def main(argv: list[str] | None = None) -> None:
     options = common.parser("Seconds saved by pruning, and the cost of scores and selection.")
-    options.add_argument("--data", required=True, help="CIFAR-10 as a folder of parquet files, or any other data.source")
+    options.add_argument(
+        "--data", required=True, help="CIFAR-10 as a folder of parquet files, or any other data.source"
+    )
     arguments = common.parse(options, argv)
     cases = {"whole runs": whole_runs(arguments)}
     if arguments.quick:
         cases["share, tiny"] = added_cost(8, 16, 8, 80, False, arguments)
     else:
         cases["share, width 8, batch 128, 24 px, N 1,280"] = added_cost(8, 24, 128, 1280, False, arguments)
-        cases["share, width 16, batch 256, 32 px, N 50,000"] = added_cost(16, 32, 256, 50_000, True, arguments)
+        cases["share, width 16, batch 256, 32 px, N 50,000"] = added_cost(
+            16, 32, 256, 50_000, True, arguments
+        )
     common.write("pruning", {"cases": cases}, arguments)
 
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.selection
 
-`select_kept` with s = 0.3 on random scores; beside it torch.topk, and the keyed shuffle into batches that follows. Memory is what the
-peak (`ru_maxrss`) of a fresh process grows by, the result included, in units of the scores' own bytes.
+`select_kept` with s = 0.3 on random scores; beside it torch.topk, and the keyed shuffle into batches that
+follows. Memory is what the peak (`ru_maxrss`) of a fresh process grows by, the result included, in units of
+the scores' own bytes.
 """
 
 import argparse
@@ -32,7 +33,9 @@ def child(name: str, figure: str, count: int, device: torch.device) -> float:
         "shuffle": lambda: shuffled_batches(kept, 256, 0, 1),
     }
     select_kept(scores[:1000], 700)
-    return common.seconds(work[name]) if figure == "seconds" else common.peak_growth(work[name]) / scores.nbytes
+    return (
+        common.seconds(work[name]) if figure == "seconds" else common.peak_growth(work[name]) / scores.nbytes
+    )
 
 
 def measure(name: str, figure: str, count: int, arguments: Any) -> float:
@@ -52,8 +55,13 @@ def main(argv: list[str] | None = None) -> None:
     names = ("select_kept", "topk", "shuffle")
     cases = {}
     for figure, goal in zip(FIGURES, (10.0, 3.0), strict=True):
-        figures = common.interleave({name: partial(measure, name, figure, count, arguments) for name in names}, arguments.repeats)
-        goals = [Ratio("select_kept", goal=goal, at_most=True, name=f"select_kept, {figure}"), Ratio("topk", "select_kept")]
+        figures = common.interleave(
+            {name: partial(measure, name, figure, count, arguments) for name in names}, arguments.repeats
+        )
+        goals = [
+            Ratio("select_kept", goal=goal, at_most=True, name=f"select_kept, {figure}"),
+            Ratio("topk", "select_kept"),
+        ]
         cases[f"{count:,} scores, {figure}"] = common.summary(figures, goals, figure)
     common.write("selection", {"cases": cases}, arguments)
 

@@ -1,14 +1,15 @@
 """Where a training step's time goes, beside the roofline of the machine, and what keeping freed memory saves.
 
     python -m benchmarks.step                                                  # configs/demo.yaml
-    python -m benchmarks.step --config configs/cifar10_emp.yaml --name step_cifar10 data.source=FOLDER batch_size=256 model.width=16
+    python -m benchmarks.step --config configs/cifar10_emp.yaml --name step_cifar10 data.source=FOLDER
+    batch_size=256 model.width=16
 
-Every stage of the loop of pretrain.py is timed by itself over 20 steps of its own job, the median a stage (on a GPU with a wait after
-each, which the real loop does not have). Operations are those of convolutions and matrix products, forward and backward, as torch
-counts them; bytes are what the backward pass keeps, written once and read twice, and the weights with gradient and momentum. The
-floor is the larger of operations / peak and bytes / bandwidth, both measured here: a product of two 4,096² matrices in the
-precision of the run, and a copy of 512 MiB. Each round is a process of its own, with and without
-`ssl_emp.device.keep_freed_memory`.
+Every stage of the loop of pretrain.py is timed by itself over 20 steps of its own job, the median a stage (on
+a GPU with a wait after each, which the real loop does not have). Operations are those of convolutions and
+matrix products, forward and backward, as torch counts them; bytes are what the backward pass keeps, written
+once and read twice, and the weights with gradient and momentum. The floor is the larger of operations / peak
+and bytes / bandwidth, both measured here: a product of two 4,096² matrices in the precision of the run, and a
+copy of 512 MiB. Each round is a process of its own, with and without `ssl_emp.device.keep_freed_memory`.
 """
 
 import argparse
@@ -25,12 +26,12 @@ from benchmarks import common
 from benchmarks.common import Ratio
 from ssl_emp import passes
 from ssl_emp.augment import draw_params
+from ssl_emp.commands.job import prepare
 from ssl_emp.config import load_config
-from ssl_emp.job import prepare
 from ssl_emp.loss import nt_xent
 from ssl_emp.optim import build_optimizer
 from ssl_emp.pruning import feature_distance, shuffled_batches
-from ssl_emp.report import Report
+from ssl_emp.run.report import Report
 from ssl_emp.scores import ScoreState
 
 STAGES = ("gather", "views", "forward", "loss", "scores", "backward", "optimizer")
@@ -42,7 +43,11 @@ def profile(config: str, overrides: list[str], steps: int, keeps: bool) -> dict[
     settings = job.config
     model, views_of = passes.compiled(job, Report())
     optimizer = build_optimizer(
-        job.model, settings.optimizer.name, settings.optimizer.lr, settings.optimizer.momentum, settings.optimizer.weight_decay
+        job.model,
+        settings.optimizer.name,
+        settings.optimizer.lr,
+        settings.optimizer.momentum,
+        settings.optimizer.weight_decay,
     )
     remembered = ScoreState(job.num_samples, settings.prune.score_ema, False, job.device)
     job.model.train()
@@ -121,7 +126,9 @@ def machine_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, flo
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     source = torch.ones(2**29, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    best = [min(common.seconds(work) for _ in range(5)) for work in (lambda: a @ b, lambda: target.copy_(source))]
+    best = [
+        min(common.seconds(work) for _ in range(5)) for work in (lambda: a @ b, lambda: target.copy_(source))
+    ]
     return 2 * side**3 / best[0], 2 * source.nbytes / best[1]
 
 
@@ -147,15 +154,22 @@ def main(argv: list[str] | None = None) -> None:
     figures = common.interleave({name: partial(child, name) for name in profiles}, arguments.repeats)
     result = common.summary(figures, [Ratio("returned", "kept")], "seconds")
     rows = profiles["kept"]
-    stages = {stage: [row["stages"][stage] for row in rows] for stage in STAGES} | {"floor": [row["floor"] for row in rows]}
+    stages = {stage: [row["stages"][stage] for row in rows] for stage in STAGES} | {
+        "floor": [row["floor"] for row in rows]
+    }
     stages["step"] = figures["kept"]
     cases = {
         "step": result,
         "stages": common.summary(stages, [Ratio(stage, "step") for stage in (*STAGES, "floor")], "seconds"),
     }
-    roofline = {key: statistics.median(row[key] for row in rows) for key in rows[0] if key not in ("stages", "step")}
+    roofline = {
+        key: statistics.median(row[key] for row in rows) for key in rows[0] if key not in ("stages", "step")
+    }
     print({key: f"{value:.3g}" for key, value in roofline.items()})
-    payload = {"config": arguments.config, "overrides": [o for o in arguments.overrides if not o.startswith("data.")]}
+    payload = {
+        "config": arguments.config,
+        "overrides": [o for o in arguments.overrides if not o.startswith("data.")],
+    }
     common.write(arguments.name, {**payload, "cases": cases, "roofline": roofline}, arguments)
 
 

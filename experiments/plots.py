@@ -1,6 +1,7 @@
 """Figures of a results file: accuracy against what it cost, the β sweep, how often samples were trained on.
 
-Each function gives a matplotlib Figure, or None where the rows have nothing to draw; `draw_all` writes them as PNG.
+Each function gives a matplotlib Figure, or None where the rows have nothing to draw; `draw_all` writes them
+as PNG.
 """
 
 import math
@@ -35,7 +36,8 @@ from experiments.table import (
     varying,
 )
 
-# Okabe and Ito's palette without its yellow, which is pale on white; colours alone do not tell more than six lines apart
+# Okabe and Ito's palette without its yellow, which is pale on white; colours alone do not tell more than six
+# lines apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", ":")
 FIXED = {"none": "#000000", "random": "#777777", "shorter": "#777777"}  # what the others are compared with
@@ -54,13 +56,19 @@ def style_of(labels: list[str]) -> dict[str, dict[str, Any]]:
             "ls": DASHES[turn % len(DASHES)],
         }
         if label in FIXED:
-            style = {"color": FIXED[label], "marker": "*" if label == "none" else "X", "ls": "--" if label == "shorter" else "-"}
+            style = {
+                "color": FIXED[label],
+                "marker": "*" if label == "none" else "X",
+                "ls": "--" if label == "shorter" else "-",
+            }
         styles[label] = style
     return styles
 
 
 def labelled(rows: list[Row], without: list[str]) -> dict[str, list[Row]]:
-    """One label for each line: the values of the keys that vary, apart from `without`; names where a value alone says little."""
+    """One label for each line: the values of the keys that vary, apart from `without`; names where a value
+    alone says little.
+    """
     by = [key for key in varying(rows) if key not in without]
     lines = {}
     for key, group in grouped(rows, by).items():
@@ -89,7 +97,11 @@ def legend(axes: Axes) -> None:
     lines.sort(key=lambda line: -np.asarray(line.lines[0].get_ydata())[-1])
     labels = [str(line.get_label()) for line in lines]
     long = max(map(len, labels), default=0) > 24  # beside the axes it would leave them no room
-    place = {"loc": "upper left", "bbox_to_anchor": (0, -0.16)} if long else {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+    place = (
+        {"loc": "upper left", "bbox_to_anchor": (0, -0.16)}
+        if long
+        else {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+    )
     axes.legend(lines, labels, frameon=False, **place)
     if long:
         fig = axes.get_figure(root=True)
@@ -103,7 +115,9 @@ def thousands(axes: Axes) -> None:
 
 
 def against_cost(rows: list[Row], metric: str, cost: str) -> Figure | None:
-    """Accuracy against `samples_seen`, `cpu_seconds` or `training_seconds`: a line a policy over its fractions, bars = std over seeds."""
+    """Accuracy against `samples_seen`, `cpu_seconds` or `training_seconds`: a line a policy over its
+    fractions, bars = std over seeds.
+    """
     x_label = {
         "samples_seen": "samples seen in training (equal counts side by side)",
         "cpu_seconds": "CPU seconds of pretraining (median over seeds)",
@@ -127,7 +141,9 @@ def against_cost(rows: list[Row], metric: str, cost: str) -> Figure | None:
         if points:
             x, y, error = zip(*sorted(points), strict=True)
             size = 10 if style["marker"] == "*" else 5
-            axes.errorbar(x, y, error, label=label, capsize=2, elinewidth=0.8, linewidth=1.4, markersize=size, **style)
+            axes.errorbar(
+                x, y, error, label=label, capsize=2, elinewidth=0.8, linewidth=1.4, markersize=size, **style
+            )
     if not axes.containers:
         return None
     thousands(axes)
@@ -136,7 +152,9 @@ def against_cost(rows: list[Row], metric: str, cost: str) -> Figure | None:
 
 
 def beta_sweep(rows: list[Row], metric: str) -> Figure | None:
-    """The metric against β, a line for each scale of the memory term (and whatever else varies), `random` across where it is one figure."""
+    """The metric against β, a line for each scale of the memory term (and whatever else varies), `random`
+    across where it is one figure.
+    """
     swept = [row for row in rows if BETA in keys_of(row) and figure(row, metric) is not None]
     if len({keys_of(row)[BETA] for row in swept}) < 3:  # two are a comparison
         return None
@@ -144,19 +162,31 @@ def beta_sweep(rows: list[Row], metric: str) -> Figure | None:
     lines = labelled(swept, [BETA])
     betas = sorted({float(keys_of(row)[BETA]) for row in swept})
     for (label, group), style in zip(lines.items(), style_of(list(lines)).values(), strict=True):
-        at = {float(key[0]): list(over_seeds(same, metric).values()) for key, same in grouped(group, [BETA]).items()}
+        at = {
+            float(key[0]): list(over_seeds(same, metric).values())
+            for key, same in grouped(group, [BETA]).items()
+        }
         x = sorted(at)
         error = [statistics.stdev(at[beta]) if len(at[beta]) > 1 else math.nan for beta in x]
         y = [statistics.mean(at[beta]) for beta in x]
         name = label if any(key in (MEMORY, POLICY) for key in varying(swept)) else head(label)
-        axes.errorbar(x, y, error, label=name, capsize=2, elinewidth=0.8, linewidth=1.4, markersize=5, **style)
+        axes.errorbar(
+            x, y, error, label=name, capsize=2, elinewidth=0.8, linewidth=1.4, markersize=5, **style
+        )
     if len(lines) > 1:
         legend(axes)
     randoms = {id(other): other for row in swept if (other := counterpart(row, "random", rows))}.values()
     if randoms and len({keys_of(row).get(FRACTION) for row in randoms}) == 1:
         level = statistics.mean(over_seeds(list(randoms), metric).values())
         axes.axhline(level, color=FIXED["random"], linewidth=1, linestyle="--")
-        axes.annotate("random", (0.995, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=FIXED["random"])
+        axes.annotate(
+            "random",
+            (0.995, level),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            color=FIXED["random"],
+        )
     if betas[0] > 0:
         axes.set_xscale("log")
     else:
@@ -168,9 +198,11 @@ def beta_sweep(rows: list[Row], metric: str) -> Figure | None:
 
 
 def times_trained(rows: list[Row]) -> Figure | None:
-    """How often each sample was trained on: a small histogram for each cell without its seed, share of the samples over all seeds.
+    """How often each sample was trained on: a small histogram for each cell without its seed, share of the
+    samples over all seeds.
 
-    Where every sample came up about as often (two counts at most, as without pruning) there is nothing to see: left out.
+    Where every sample came up about as often (two counts at most, as without pruning) there is nothing to
+    see: left out.
     """
     lines: dict[str, Counter[int]] = {}
     for label, group in labelled(rows, []).items():
@@ -185,7 +217,12 @@ def times_trained(rows: list[Row]) -> Figure | None:
     fig = Figure(figsize=(2.3 * columns + 0.5, 1.7 * height + 0.6), layout="constrained")
     panels = fig.subplots(height, columns, sharex=True, sharey=True, squeeze=False)
     for axes, (label, counts) in zip(panels.flat, lines.items(), strict=False):
-        axes.bar(list(counts), [100 * count / counts.total() for count in counts.values()], width=0.9, color=COLOURS[0])
+        axes.bar(
+            list(counts),
+            [100 * count / counts.total() for count in counts.values()],
+            width=0.9,
+            color=COLOURS[0],
+        )
         axes.set_title(textwrap.fill(label, 30), fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -1,10 +1,13 @@
-"""Order a data set by the reliable scores of a finished run: what selection could do at best, if its scores were not noise.
+"""Order a data set by the reliable scores of a finished run: what selection could do at best, if its scores
+were not noise.
 
-    python -m experiments.proxy RUN --data PATH --out runs/proxy          # RUN from experiments/reliability_runs.yaml
+    python -m experiments.proxy RUN --data PATH --out runs/proxy          # RUN from
+    experiments/reliability_runs.yaml
     python -m experiments.run experiments/proxy_subsets.yaml data.source=PATH
 
-Each image's score is the mean of `--draws` draws with RUN's last weights. Writes one .npy of all indices an order, most wanted first, for
-`prune.policy=indices`: easy and hard (lowest and highest loss), near and far (normalised distance), emp (loss - 5 raw distance), random.
+Each image's score is the mean of `--draws` draws with RUN's last weights. Writes one .npy of all indices an
+order, most wanted first, for `prune.policy=indices`: easy and hard (lowest and highest loss), near and far
+(normalised distance), emp (loss - 5 raw distance), random.
 """
 
 import argparse
@@ -15,12 +18,14 @@ import numpy as np
 import torch
 
 from experiments.reliability import draws, halves, load
+from ssl_emp.commands.job import Job
 from ssl_emp.errors import UserError
-from ssl_emp.job import Job
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Orders of a data set by a run's scores; see the file's head.")
+    parser = argparse.ArgumentParser(
+        description="Orders of a data set by a run's scores; see the file's head."
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("--data", help="data.source, where it is not where the run found it")
     parser.add_argument("--draws", type=int, default=24)
@@ -45,7 +50,10 @@ def main() -> int:
     }
     for name, values in orders.items():
         np.save(arguments.out / f"{name}.npy", values.nanmean(0).argsort().numpy())
-        print(f"{name}: reliability of half the draws' mean {halves(values):.2f}" if len(values) > 1 else name, flush=True)
+        print(
+            f"{name}: reliability of half the draws' mean {halves(values):.2f}" if len(values) > 1 else name,
+            flush=True,
+        )
     return 0
 
 

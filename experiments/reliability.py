@@ -1,10 +1,12 @@
-"""How much of a sample's score is the sample: draws of the same samples on fixed weights, compared with each other.
+"""How much of a sample's score is the sample: draws of the same samples on fixed weights, compared with each
+other.
 
     python -m experiments.run experiments/reliability_runs.yaml --keep-checkpoints data.source=PATH
     python -m experiments.reliability runs/reliability_runs/* --data PATH
 
-For each finished run (its last checkpoint), a fixed set of images is drawn `--draws` times: new views and new batch mates each time,
-weights and BatchNorm mode of training. Then, for the loss, the raw and the normalised distance and EMP's score (beta 5):
+For each finished run (its last checkpoint), a fixed set of images is drawn `--draws` times: new views and new
+batch mates each time, weights and BatchNorm mode of training. Then, for the loss, the raw and the normalised
+distance and EMP's score (beta 5):
 
     one          mean rank correlation of two draws
     adjusted     the same after a regression on what the augmentation drew (ssl_emp.scores.draw_features)
@@ -12,7 +14,8 @@ weights and BatchNorm mode of training. Then, for the loss, the raw and the norm
     averaged     of the means of two halves of the draws, and `averaged adjusted`
     explained    share of the variance that the regression explains
 
-One JSON line for each (run, batch size, score) goes to experiments/results/reliability.jsonl; a markdown table is printed.
+One JSON line for each (run, batch size, score) goes to experiments/results/reliability.jsonl; a markdown
+table is printed.
 """
 
 import argparse
@@ -27,13 +30,13 @@ from torch import Tensor
 
 from ssl_emp import passes
 from ssl_emp.augment import cut_views, draw_params
-from ssl_emp.checkpoint import load_checkpoint
+from ssl_emp.commands.job import Job, prepare
 from ssl_emp.config import load_config
 from ssl_emp.errors import UserError
-from ssl_emp.job import Job, prepare
 from ssl_emp.loss import nt_xent
 from ssl_emp.pruning import feature_distance, shuffled_batches
-from ssl_emp.report import Report, rank_correlation
+from ssl_emp.run.checkpoint import load_checkpoint
+from ssl_emp.run.report import Report, rank_correlation
 from ssl_emp.scores import draw_features
 
 RESULTS = Path(__file__).parent / "results" / "reliability.jsonl"
@@ -42,18 +45,32 @@ COLUMNS = ("one", "adjusted", "common", "averaged", "averaged adjusted", "explai
 
 
 @torch.no_grad()
-def draws(job: Job, sample: Tensor, batch_size: int, count: int, common: bool) -> tuple[dict[str, Tensor], Tensor]:
+def draws(
+    job: Job, sample: Tensor, batch_size: int, count: int, common: bool
+) -> tuple[dict[str, Tensor], Tensor]:
     """`count` draws of `sample` (n,): -> each score (count, n), and what was drawn (count, n, F)."""
-    scores: dict[str, list[Tensor]] = {"loss": [], "raw distance": [], "normalised distance": [], "EMP raw": []}
+    scores: dict[str, list[Tensor]] = {
+        "loss": [],
+        "raw distance": [],
+        "normalised distance": [],
+        "EMP raw": [],
+    }
     features = []
     place = torch.empty(job.num_samples, dtype=torch.int64)
     place[sample] = torch.arange(len(sample))
     for draw in range(count):
         key = passes.RELIABILITY_EPOCHS + draw
-        rows = {name: torch.full((len(sample),), torch.nan) for name in scores}  # NaN: in the remainder of this draw
+        # NaN: in the remainder of this draw
+        rows = {name: torch.full((len(sample),), torch.nan) for name in scores}
         drawn = torch.empty(len(sample), 0)
         for index, images in job.store.stream(shuffled_batches(sample, batch_size, job.config.seed, key)):
-            params = draw_params(job.config.seed, key, torch.zeros_like(index) if common else index, job.recipe, images.shape[-1])
+            params = draw_params(
+                job.config.seed,
+                key,
+                torch.zeros_like(index) if common else index,
+                job.recipe,
+                images.shape[-1],
+            )
             h_a, h_b, z_a, z_b = passes.forward_views(job, job.model, *cut_views(images, params, job.recipe))
             what = draw_features(*params, images.shape[-1])
             drawn = drawn if drawn.shape[1] else torch.empty(len(sample), what.shape[1])
@@ -70,7 +87,9 @@ def draws(job: Job, sample: Tensor, batch_size: int, count: int, common: bool) -
 
 
 def residuals(values: Tensor, features: Tensor) -> tuple[Tensor, float]:
-    """What a least-squares regression of all draws (count, n) on their features (count, n, F) leaves, and the share it explains."""
+    """What a least-squares regression of all draws (count, n) on their features (count, n, F) leaves, and the
+    share it explains.
+    """
     y = (values - values.mean(1, keepdim=True)).flatten().double()
     x = (features - features.mean((0, 1))).flatten(0, 1).double()
     x = x[:, x.std(0) > 0]
@@ -109,7 +128,10 @@ def measure(run: Path, batch_size: int, arguments: argparse.Namespace) -> list[d
     job = load(run, arguments.data)
     count = arguments.images // batch_size * batch_size
     if not 0 < count <= job.num_samples:
-        raise UserError(f"{count} images in batches of {batch_size} from {job.num_samples}", "change --images or --batch-sizes")
+        raise UserError(
+            f"{count} images in batches of {batch_size} from {job.num_samples}",
+            "change --images or --batch-sizes",
+        )
     sample = torch.randperm(job.num_samples, generator=torch.Generator().manual_seed(0))[:count]
     own, features = draws(job, sample, batch_size, arguments.draws, common=False)
     shared, _ = draws(job, sample, batch_size, arguments.draws, common=True)
@@ -124,14 +146,23 @@ def measure(run: Path, batch_size: int, arguments: argparse.Namespace) -> list[d
             halves(left),
             explained,
         )
-        about = {"run": run.name, "data": Path(job.config.data.source).name, "epochs": job.config.epochs, "width": job.config.model.width}
+        about = {
+            "run": run.name,
+            "data": Path(job.config.data.source).name,
+            "epochs": job.config.epochs,
+            "width": job.config.model.width,
+        }
         about |= {"batch_size": batch_size, "score": name}
-        rows.append(about | {"images": count, "draws": arguments.draws} | dict(zip(COLUMNS, figures, strict=True)))
+        rows.append(
+            about | {"images": count, "draws": arguments.draws} | dict(zip(COLUMNS, figures, strict=True))
+        )
     return rows
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Reliability of the scores of finished runs; see the file's head.")
+    parser = argparse.ArgumentParser(
+        description="Reliability of the scores of finished runs; see the file's head."
+    )
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--data", help="data.source, where it is not where the run found it")
     parser.add_argument("--draws", type=int, default=8)
@@ -148,7 +179,9 @@ def main() -> int:
             with open(arguments.out, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
             for row in rows:
-                cells = [f"{row[head]:.2f}" if isinstance(row[head], float) else str(row[head]) for head in heads]
+                cells = [
+                    f"{row[head]:.2f}" if isinstance(row[head], float) else str(row[head]) for head in heads
+                ]
                 print(f"| {' | '.join(cells)} |", flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,13 +2,14 @@
 
     python -m experiments.run experiments/ssl_policies.yaml --jobs 2 data.source=/path/to/cifar10
 
-A grid file holds `config` (path), `overrides` (keys for every cell), `evaluators` (may be empty), `cells`: a list of dicts whose
-list values are multiplied out (a value that is a list itself stands in a list: `[[layer3, layer4]]`), and `log`: keys of
-metrics.jsonl, averaged over the pruned epochs. Lines go to experiments/results/NAME.jsonl, what a cell says on standard error to
-RUNS/NAME/CELL.log. Finished cells are skipped and interrupted ones resumed, so the same command goes on where it stopped; with
-other values in the config file, or one evaluator more, a cell is not finished. Ctrl-C lets the running cells save. With `--jobs`
-above 1 each cell gets one thread, so that cells do not slow each other down.
-Exit codes: 0 done, 1 a cell failed (the others went on), 2 the user can fix it, 130 stopped.
+A grid file holds `config` (path), `overrides` (keys for every cell), `evaluators` (may be empty), `cells`: a
+list of dicts whose list values are multiplied out (a value that is a list itself stands in a list: `[[layer3,
+layer4]]`), and `log`: keys of metrics.jsonl, averaged over the pruned epochs. Lines go to
+experiments/results/NAME.jsonl, what a cell says on standard error to RUNS/NAME/CELL.log. Finished cells are
+skipped and interrupted ones resumed, so the same command goes on where it stopped; with other values in the
+config file, or one evaluator more, a cell is not finished. Ctrl-C lets the running cells save. With `--jobs`
+above 1 each cell gets one thread, so that cells do not slow each other down. Exit codes: 0 done, 1 a cell
+failed (the others went on), 2 the user can fix it, 130 stopped.
 """
 
 import argparse
@@ -40,11 +41,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments.table import read_rows
 from ssl_emp.config import flatten, parse_yaml
 from ssl_emp.errors import Parser, UserError
-from ssl_emp.report import duration
+from ssl_emp.run.report import duration
 
 ROOT = Path(__file__).parent.parent
 Cell = dict[str, Any]
-IMAGE_PATHS = ("data.source", "data.test_source")  # another machine keeps the same images elsewhere: no part of what a cell is
+# another machine keeps the same images elsewhere: no part of what a cell is
+IMAGE_PATHS = ("data.source", "data.test_source")
 OTHER_PATHS = ("out", "data.download_dir", "data.cache_dir")
 
 
@@ -56,11 +58,14 @@ class Stopped(Exception):
     """Ctrl-C: the cell saved and left, or was not started."""
 
 
-# ---- the grid --------------------------------------------------------------------------------------------------------
+# ---- the grid
+# --------------------------------------------------------------------------------------------------------
 
 
 def expand(cells: list[Cell]) -> list[Cell]:
-    """`[{policy: [a, b], seed: [0, 1]}]` -> four cells, each once, in the order written, seeds first. `[[a, b]]` is one value, a list."""
+    """`[{policy: [a, b], seed: [0, 1]}]` -> four cells, each once, in the order written, seeds first. `[[a,
+    b]]` is one value, a list.
+    """
     grid: list[Cell] = []
     for cell in cells:
         options = [value if isinstance(value, list) else [value] for value in cell.values()]
@@ -82,16 +87,25 @@ def read_grid(path: Path) -> dict[str, Any]:
         grid = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(
-            f"cannot read {path} ({' '.join(str(error).split())[:200]})", "give a grid such as experiments/demo.yaml"
+            f"cannot read {path} ({' '.join(str(error).split())[:200]})",
+            "give a grid such as experiments/demo.yaml",
         ) from error
     known: dict[str, Any] = {"config": None, "overrides": {}, "evaluators": [], "cells": None, "log": []}
-    if not isinstance(grid, dict) or not grid.keys() <= known.keys() or not {"config", "cells"} <= grid.keys():
-        raise UserError(f"{path} is not a grid", f"its keys are {', '.join(known)}; config and cells must be there")
+    if (
+        not isinstance(grid, dict)
+        or not grid.keys() <= known.keys()
+        or not {"config", "cells"} <= grid.keys()
+    ):
+        raise UserError(
+            f"{path} is not a grid", f"its keys are {', '.join(known)}; config and cells must be there"
+        )
     return known | {key: value for key, value in grid.items() if value is not None}
 
 
 def read_extra(words: list[str], cells: list[Cell]) -> Cell:
-    """`key=value` words of the command line. Raises UserError where one has no value, or would overwrite a key of the cells."""
+    """`key=value` words of the command line. Raises UserError where one has no value, or would overwrite a
+    key of the cells.
+    """
     extra = {}
     for word in words:
         key, equals, text = word.partition("=")
@@ -107,7 +121,8 @@ def planned_work(settings: Cell, base: Cell) -> float:
     return float(settings.get("epochs", base.get("epochs", 1)) * (1 - settings.get("prune.fraction", 0)))
 
 
-# ---- one cell --------------------------------------------------------------------------------------------------------
+# ---- one cell
+# --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -120,16 +135,26 @@ class Children:
     guard: Lock = field(default_factory=Lock)
 
     def run(self, command: list[str], log: Path, environment: dict[str, str]) -> tuple[int, float]:
-        """Run `python COMMAND` to its end, standard error into `log`: (exit code, its CPU seconds, user + system)."""
+        """Run `python COMMAND` to its end, standard error into `log`: (exit code, its CPU seconds, user +
+        system).
+        """
         with self.guard, open(log, "wb") as errors:
             if self.stopping:
                 raise Stopped
             words, quiet = [sys.executable, *command], subprocess.DEVNULL
             process = subprocess.Popen(
-                words, cwd=ROOT, env=environment, stdin=quiet, stdout=quiet, stderr=errors, process_group=0, pass_fds=[self.held]
+                words,
+                cwd=ROOT,
+                env=environment,
+                stdin=quiet,
+                stdout=quiet,
+                stderr=errors,
+                process_group=0,
+                pass_fds=[self.held],
             )
             self.pids.add(process.pid)
-        _, status, usage = os.wait4(process.pid, 0)  # of this child and those it waited for, whatever else runs
+        # of this child and those it waited for, whatever else runs
+        _, status, usage = os.wait4(process.pid, 0)
         with self.guard:
             self.pids.discard(process.pid)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -160,29 +185,46 @@ class Lab:
 
     def settings(self, cell: Cell) -> Cell:
         """Everything beyond the config file that makes the cell what it is; paths of the command line do not."""
-        return {**self.grid["overrides"], **cell} | {key: v for key, v in self.extra.items() if key not in (*IMAGE_PATHS, *OTHER_PATHS)}
+        return {**self.grid["overrides"], **cell} | {
+            key: v for key, v in self.extra.items() if key not in (*IMAGE_PATHS, *OTHER_PATHS)
+        }
 
     @property
     def base_hash(self) -> str:
-        """Of the config file's values: of other values all cells are other cells, whose run directories have other names."""
+        """Of the config file's values: of other values all cells are other cells, whose run directories have
+        other names.
+        """
         return hashlib.sha256(json.dumps(self.base, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     def name(self, cell: Cell) -> str:
         return name_of(cell, self.settings(cell), f"{self.grid['config']} {self.base_hash}")
 
     def is_row_of(self, row: Cell, cell: Cell) -> bool:
-        """Whether a line is the finished cell's, with a figure of every evaluator. Lines of before have no hash of the config file."""
-        same = (row["cell"], row["settings"], row["config"]) == (cell, self.settings(cell), self.grid["config"])
-        return same and row.get("base_hash", self.base_hash) == self.base_hash and all(name in row for name in self.grid["evaluators"])
+        """Whether a line is the finished cell's, with a figure of every evaluator. Lines of before have no
+        hash of the config file.
+        """
+        same = (row["cell"], row["settings"], row["config"]) == (
+            cell,
+            self.settings(cell),
+            self.grid["config"],
+        )
+        return (
+            same
+            and row.get("base_hash", self.base_hash) == self.base_hash
+            and all(name in row for name in self.grid["evaluators"])
+        )
 
 
 def run_cell(cell: Cell, lab: Lab) -> str:
-    """Train (or resume) and evaluate one cell, append its line. Returns it in words; raises CellFailed, Stopped."""
+    """Train (or resume) and evaluate one cell, append its line. Returns it in words; raises CellFailed,
+    Stopped.
+    """
     out, log = lab.runs / lab.name(cell), lab.runs / f"{lab.name(cell)}.log"
     evaluators = lab.grid["evaluators"]
     environment = os.environ | ({} if lab.threads is None else {"OMP_NUM_THREADS": str(lab.threads)})
     overrides = [
-        f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in (lab.settings(cell) | lab.extra).items()
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in (lab.settings(cell) | lab.extra).items()
     ]
     revision = git_revision()  # before: the tree may change while the cell runs
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -192,12 +234,15 @@ def run_cell(cell: Cell, lab: Lab) -> str:
             raise Stopped
         if code:
             said = log.read_text(errors="replace").strip().splitlines()[-1:]
-            raise CellFailed(f"{script} ended with {code}: {said[0] if said else 'it said nothing'} (log: {log})")
+            raise CellFailed(
+                f"{script} ended with {code}: {said[0] if said else 'it said nothing'} (log: {log})"
+            )
 
     # a resumed cell gets the overrides too: pretrain.py refuses them where the config file has changed since
     resumes = (out / "config.yaml").exists()
     start = ["--resume", str(out)] if resumes else ["--config", lab.grid["config"], f"out={out}"]
-    spent = out / "cpu_seconds.json"  # a figure for each attempt; null where it was killed together with this runner
+    # a figure for each attempt; null where it was killed together with this runner
+    spent = out / "cpu_seconds.json"
     before = json.loads(spent.read_text()) if spent.exists() else [None] * resumes
     if resumes:
         spent.write_text(json.dumps([*before, None]))
@@ -210,8 +255,17 @@ def run_cell(cell: Cell, lab: Lab) -> str:
 
     row = {"cell": cell, **read_run(out, evaluators, lab.grid["log"])}
     row["cpu_seconds"] = None if None in before else sum(before, cpu_seconds)
-    row |= {"config": lab.grid["config"], "base_hash": lab.base_hash, "settings": lab.settings(cell), **config_hash(out, lab.extra)}
-    row["environment"] = {key: value for key, value in json.loads((out / "environment.json").read_text()).items() if key != "command"}
+    row |= {
+        "config": lab.grid["config"],
+        "base_hash": lab.base_hash,
+        "settings": lab.settings(cell),
+        **config_hash(out, lab.extra),
+    }
+    row["environment"] = {
+        key: value
+        for key, value in json.loads((out / "environment.json").read_text()).items()
+        if key != "command"
+    }
     row["revision"] = revision
     with lab.written, open(lab.results, "ab", buffering=0) as file:
         file.write(json.dumps(row).encode() + b"\n")  # one write: a line is there or not
@@ -228,14 +282,22 @@ def read_run(out: Path, evaluators: list[str], logged: list[str]) -> dict[str, A
     wanted = ("samples_seen", "asked_share", "real_share")
     row = {key: value for key, value in epochs[-1].items() if key in wanted or key.endswith("_seconds")}
     if (out / "result.json").exists():  # of a supervised run
-        row |= {key: value for key, value in json.loads((out / "result.json").read_text()).items() if isinstance(value, int | float)}
+        row |= {
+            key: value
+            for key, value in json.loads((out / "result.json").read_text()).items()
+            if isinstance(value, int | float)
+        }
     for name in evaluators:
-        found = json.loads((out / "eval" / f"{name}.json").read_text())[-1]  # the newest: of a protocol of before there may be others
+        # the newest: of a protocol of before there may be others
+        found = json.loads((out / "eval" / f"{name}.json").read_text())[-1]
         row[name] = found["value"]
         row.setdefault("protocols", {})[name] = found["protocol"]
-    full = max(epoch.get("kept_share", 1) for epoch in epochs)  # below 1 where a remainder is no batch; the first epoch is never pruned
+    # below 1 where a remainder is no batch; the first epoch is never pruned
+    full = max(epoch.get("kept_share", 1) for epoch in epochs)
     pruned = [epoch for epoch in epochs if epoch.get("kept_share", 1) < full]
-    values = {key: [epoch[key] for epoch in pruned if isinstance(epoch.get(key), int | float)] for key in logged}
+    values = {
+        key: [epoch[key] for epoch in pruned if isinstance(epoch.get(key), int | float)] for key in logged
+    }
     row["log"] = {key: sum(numbers) / len(numbers) for key, numbers in values.items() if numbers}
     samples = out / "pruning" / "samples.parquet"
     if samples.exists() and "times_trained" in pq.read_schema(samples).names:
@@ -247,12 +309,21 @@ def read_run(out: Path, evaluators: list[str], logged: list[str]) -> dict[str, A
 def config_hash(out: Path, extra: Cell) -> dict[str, Any]:
     """Of RUN/config.yaml without the paths that another machine would have elsewhere, and which those were."""
     without = [*OTHER_PATHS, *(key for key in IMAGE_PATHS if key in extra)]
-    config = {key: value for key, value in flatten(yaml.safe_load((out / "config.yaml").read_text())).items() if key not in without}
-    return {"config_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12], "config_hash_without": without}
+    config = {
+        key: value
+        for key, value in flatten(yaml.safe_load((out / "config.yaml").read_text())).items()
+        if key not in without
+    }
+    return {
+        "config_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12],
+        "config_hash_without": without,
+    }
 
 
 def git_revision() -> str:
-    """Such as `d57057f`, or `d57057f-dirty` where tracked files differ: the results, which grow meanwhile, do not count."""
+    """Such as `d57057f`, or `d57057f-dirty` where tracked files differ: the results, which grow meanwhile, do
+    not count.
+    """
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -262,12 +333,15 @@ def git_revision() -> str:
     return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
-# ---- all of them -----------------------------------------------------------------------------------------------------
+# ---- all of them
+# -----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[int]:
-    """Hold the lock file `path`, give its descriptor. Raises UserError where another runner, or a cell that outlived one, holds it."""
+    """Hold the lock file `path`, give its descriptor. Raises UserError where another runner, or a cell that
+    outlived one, holds it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:
@@ -280,10 +354,18 @@ def locked(path: Path) -> Iterator[int]:
 
 @contextmanager
 def watched(total: int, done: int) -> Iterator[Callable[[str, str], None]]:
-    """Give a function to call with (line, eta) after each cell: a bar over the grid on a terminal, numbered lines elsewhere."""
+    """Give a function to call with (line, eta) after each cell: a bar over the grid on a terminal, numbered
+    lines elsewhere.
+    """
     console = Console(highlight=False, soft_wrap=True)
     if console.is_terminal:
-        columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[eta]}"))
+        columns = (
+            TextColumn("cells"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[eta]}"),
+        )
         with Progress(*columns, console=console) as bar:
             task = bar.add_task("", total=total, completed=done, eta="")
 
@@ -298,9 +380,16 @@ def watched(total: int, done: int) -> Iterator[Callable[[str, str], None]]:
 
 
 def run_cells(todo: list[Cell], total: int, jobs: int, lab: Lab) -> int:
-    """Run the cells, `jobs` at a time. Returns how many failed; raises KeyboardInterrupt when the running ones have saved."""
+    """Run the cells, `jobs` at a time. Returns how many failed; raises KeyboardInterrupt when the running
+    ones have saved.
+    """
     base = lab.base
-    left, done, failed, began = sum(planned_work(lab.settings(cell), base) for cell in todo), 0.0, 0, time.monotonic()
+    left, done, failed, began = (
+        sum(planned_work(lab.settings(cell), base) for cell in todo),
+        0.0,
+        0,
+        time.monotonic(),
+    )
     pool = ThreadPoolExecutor(jobs)
     futures = {pool.submit(run_cell, cell, lab): cell for cell in todo}
     try:
@@ -310,7 +399,8 @@ def run_cells(todo: list[Cell], total: int, jobs: int, lab: Lab) -> int:
                 left -= (work := planned_work(lab.settings(cell), base))
                 try:
                     line, done = future.result(), done + work
-                except (CellFailed, OSError, ValueError, LookupError) as error:  # the latter: a file of the run is not as it should be
+                # the latter: a file of the run is not as it should be
+                except (CellFailed, OSError, ValueError, LookupError) as error:
                     line = f"FAILED {error if isinstance(error, CellFailed) else repr(error)}"
                     failed += 1
                 eta = f"eta {duration((time.monotonic() - began) * left / done)}" if done and left else ""
@@ -331,7 +421,9 @@ def read_base(path: Path) -> Cell:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {path}, the grid's config", "name a file such as configs/demo.yaml") from error
+        raise UserError(
+            f"cannot read {path}, the grid's config", "name a file such as configs/demo.yaml"
+        ) from error
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -345,14 +437,25 @@ def run(arguments: argparse.Namespace) -> int:
         runs = arguments.runs.resolve() / arguments.grid.stem
         threads = 1 if arguments.jobs > 1 else None
         extra = read_extra(arguments.extra, cells)
-        lab = Lab(grid, extra, runs, results, threads, arguments.keep_checkpoints, Children(held), read_base(ROOT / grid["config"]))
+        lab = Lab(
+            grid,
+            extra,
+            runs,
+            results,
+            threads,
+            arguments.keep_checkpoints,
+            Children(held),
+            read_base(ROOT / grid["config"]),
+        )
         done = read_rows(results) if results.exists() else []
         todo = [cell for cell in cells if not any(lab.is_row_of(row, cell) for row in done)]
         print(f"{len(cells) - len(todo)} of {len(cells)} cells done, {len(todo)} to do", flush=True)
         try:
             failed = run_cells(todo, len(cells), arguments.jobs, lab)
         except KeyboardInterrupt:
-            print("stopped; the running cells saved what they had. go on with the same command", file=sys.stderr)
+            print(
+                "stopped; the running cells saved what they had. go on with the same command", file=sys.stderr
+            )
             return 130
     if failed:
         print(f"{failed} cells failed. the same command tries them again", file=sys.stderr)
@@ -362,10 +465,14 @@ def run(arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", type=Path)
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time, one thread each where above 1")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="cells at a time, one thread each where above 1"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run directories go")
     parser.add_argument("--keep-checkpoints", action="store_true", help="of finished cells too")
-    parser.add_argument("extra", nargs="*", metavar="key=value", help="for every cell, such as data.source=PATH")
+    parser.add_argument(
+        "extra", nargs="*", metavar="key=value", help="for every cell, such as data.source=PATH"
+    )
     try:
         return run(parser.parse_intermixed_args(argv))
     except UserError as error:

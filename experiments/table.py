@@ -1,12 +1,14 @@
-"""Markdown tables and plots of a results file: mean ± sample standard deviation over seeds, and paired differences.
+"""Markdown tables and plots of a results file: mean ± sample standard deviation over seeds, and paired
+differences.
 
     python -m experiments.table experiments/results/ssl_policies.jsonl
-    python -m experiments.table RESULTS.jsonl --metric knn --by prune.policy prune.fraction --plots DIR --out FILE.md
+    python -m experiments.table RESULTS.jsonl --metric knn --by prune.policy prune.fraction --plots DIR --out
+    FILE.md
     python -m experiments.table RESULTS.jsonl OTHERS.jsonl --where optimizer.lr=0.24 prune.fraction=0.5
 
-Rows are grouped by every key in which they differ, except the seed. A difference to a policy is taken row by row, to the row of
-that policy with the same seed, the same fraction (so the same samples seen) and the same of everything else; p is that of a
-two-sided paired t-test over the seeds.
+Rows are grouped by every key in which they differ, except the seed. A difference to a policy is taken row by
+row, to the row of that policy with the same seed, the same fraction (so the same samples seen) and the same
+of everything else; p is that of a two-sided paired t-test over the seeds.
 """
 
 import argparse
@@ -28,10 +30,14 @@ AGAINST = ("random", "shorter")
 SHORT = {FRACTION: "s", BETA: "β"}
 NAMES = {"knn": "kNN %", "linear": "linear %"}
 MISSING = ""
-NOTE = "A difference is ours minus theirs, paired over the n seeds that both have; p: two-sided paired t-test, not corrected for many."
+NOTE = (
+    "A difference is ours minus theirs, paired over the n seeds that both have; p: two-sided paired "
+    "t-test, not corrected for many."
+)
 
 
-# ---- rows ------------------------------------------------------------------------------------------------------------
+# ---- rows
+# ------------------------------------------------------------------------------------------------------------
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -39,22 +45,32 @@ def read_rows(path: Path) -> list[Row]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error})", "give a file such as experiments/results/demo.jsonl") from error
+        raise UserError(
+            f"cannot read {path} ({error})", "give a file such as experiments/results/demo.jsonl"
+        ) from error
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise UserError(f"{path}, line {number} is damaged or cut off", "delete that line; its cell will run again") from error
+            raise UserError(
+                f"{path}, line {number} is damaged or cut off", "delete that line; its cell will run again"
+            ) from error
     if not all(isinstance(row, dict) and "cell" in row for row in rows):
-        raise UserError(f"{path} does not hold the results of a grid", "give a file that experiments.run wrote")
+        raise UserError(
+            f"{path} does not hold the results of a grid", "give a file that experiments.run wrote"
+        )
     return rows
 
 
 def keys_of(row: Row) -> Row:
-    """Everything that was set for the row: {key: value}, a list as text so that it can be compared and hashed."""
+    """Everything that was set for the row: {key: value}, a list as text so that it can be compared and
+    hashed.
+    """
     keys = {**row.get("settings", {}), **row["cell"]} | ({"config": row["config"]} if "config" in row else {})
-    return {key: json.dumps(value) if isinstance(value, list | dict) else value for key, value in keys.items()}
+    return {
+        key: json.dumps(value) if isinstance(value, list | dict) else value for key, value in keys.items()
+    }
 
 
 def latest(rows: list[Row]) -> list[Row]:
@@ -63,8 +79,12 @@ def latest(rows: list[Row]) -> list[Row]:
 
 
 def where(rows: list[Row], conditions: Row) -> list[Row]:
-    """Without the rows that say otherwise; `none`, which has no fraction, stays whatever fraction is asked for."""
-    return [row for row in rows if all(keys_of(row).get(key, value) == value for key, value in conditions.items())]
+    """Without the rows that say otherwise; `none`, which has no fraction, stays whatever fraction is asked
+    for.
+    """
+    return [
+        row for row in rows if all(keys_of(row).get(key, value) == value for key, value in conditions.items())
+    ]
 
 
 def read_conditions(words: list[str]) -> Row:
@@ -75,7 +95,9 @@ def read_conditions(words: list[str]) -> Row:
 
 
 def varying(rows: list[Row]) -> list[str]:
-    """The keys that are not the same in all rows, without the seed: policy and fraction first, then as they appear."""
+    """The keys that are not the same in all rows, without the seed: policy and fraction first, then as they
+    appear.
+    """
     every = [keys_of(row) for row in rows]
     names = dict.fromkeys(key for keys in (*(row["cell"] for row in rows), *every) for key in keys)
     found = [key for key in names if key != SEED and len({keys.get(key, MISSING) for keys in every}) > 1]
@@ -88,11 +110,15 @@ def grouped(rows: list[Row], by: list[str]) -> dict[tuple[Any, ...], list[Row]]:
     for row in rows:
         keys = keys_of(row)
         groups.setdefault(tuple(keys.get(key, MISSING) for key in by), []).append(row)
-    return dict(sorted(groups.items(), key=lambda item: keys_of(item[1][0]).get(FRACTION, 0) if FRACTION in by else 0))
+    return dict(
+        sorted(groups.items(), key=lambda item: keys_of(item[1][0]).get(FRACTION, 0) if FRACTION in by else 0)
+    )
 
 
 def counterpart(row: Row, policy: str, rows: list[Row], same_seed: bool = True) -> Row | None:
-    """The row of `policy` that agrees with `row` in everything it has; it may lack keys of pruning, as `random` lacks a β."""
+    """The row of `policy` that agrees with `row` in everything it has; it may lack keys of pruning, as
+    `random` lacks a β.
+    """
     ours = keys_of(row)
     best, most = None, -1
     for other in rows:
@@ -101,7 +127,10 @@ def counterpart(row: Row, policy: str, rows: list[Row], same_seed: bool = True) 
             continue
         ignored = {POLICY} if same_seed else {POLICY, SEED}
         ignored |= {key for key in ours if key.startswith("prune.") and key not in theirs}
-        agree = all(ours.get(key, MISSING) == theirs.get(key, MISSING) for key in (ours.keys() | theirs.keys()) - ignored)
+        agree = all(
+            ours.get(key, MISSING) == theirs.get(key, MISSING)
+            for key in (ours.keys() | theirs.keys()) - ignored
+        )
         if agree and len(theirs) > most:  # of several the one that says most
             best, most = other, len(theirs)
     return best
@@ -113,7 +142,9 @@ def figure(row: Row, name: str) -> float | None:
 
 
 def metrics_of(rows: list[Row]) -> list[str]:
-    """What the evaluators and result.json brought: the numbers of the rows that are no cost and no count, as test_images is."""
+    """What the evaluators and result.json brought: the numbers of the rows that are no cost and no count, as
+    test_images is.
+    """
     names = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, float))
     return [name for name in names if not name.endswith(("_seconds", "_share"))]
 
@@ -135,16 +166,22 @@ def pairs(group: list[Row], policy: str, name: str, rows: list[Row]) -> list[tup
         values = figure(row, name), None if other is None else figure(other, name)
         if values[0] is not None and values[1] is not None:
             found.setdefault(row["cell"].get(SEED), []).append((values[0], values[1]))
-    return [(statistics.mean(ours), statistics.mean(theirs)) for ours, theirs in (zip(*several, strict=True) for several in found.values())]
+    return [
+        (statistics.mean(ours), statistics.mean(theirs))
+        for ours, theirs in (zip(*several, strict=True) for several in found.values())
+    ]
 
 
 def ways(rows: list[Row], name: str) -> list[str]:
-    """The protocols by which the metric was measured, apart from what each run chose; two ways do not compare."""
+    """The protocols by which the metric was measured, apart from what each run chose; two ways do not
+    compare.
+    """
     said = [row.get("protocols", {}).get(name, "not recorded") for row in rows if name in row]
     return sorted({re.sub(r"\b(l2|lr|wd)=[\d.e+-]+", r"\1", protocol) for protocol in said})
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------
+# ---- text
+# ------------------------------------------------------------------------------------------------------------
 
 
 def spread(values: list[float], digits: int = 1, sign: str = "") -> str:
@@ -190,11 +227,20 @@ def markdown(columns: dict[str, list[str]]) -> str:
     """{head: cells} -> a table; a column that is empty all the way down is left out."""
     shown = {name: cells for name, cells in columns.items() if any(cells)}
     lines = [list(shown), ["---"] * len(shown), *map(list, zip(*shown.values(), strict=True))]
-    return "\n".join(f"| {' | '.join(line)} |" if line[0] != "---" else "|---" * len(line) + "|" for line in lines)
+    return "\n".join(
+        f"| {' | '.join(line)} |" if line[0] != "---" else "|---" * len(line) + "|" for line in lines
+    )
 
 
-def table(rows: list[Row], by: list[str] | None = None, metrics: list[str] | None = None, against: Sequence[str] = AGAINST) -> str:
-    """One line for each cell without its seed; behind it, where there are several fractions, the means over them."""
+def table(
+    rows: list[Row],
+    by: list[str] | None = None,
+    metrics: list[str] | None = None,
+    against: Sequence[str] = AGAINST,
+) -> str:
+    """One line for each cell without its seed; behind it, where there are several fractions, the means over
+    them.
+    """
     rows = latest(rows)
     by = varying(rows) if by is None else by
     metrics = metrics or metrics_of(rows)
@@ -203,7 +249,11 @@ def table(rows: list[Row], by: list[str] | None = None, metrics: list[str] | Non
     add = columns.setdefault
     for group in groups.values():
         seen = statistics.mean(row["samples_seen"] for row in group)
-        full = [other["samples_seen"] for row in group if (other := counterpart(row, "none", rows, same_seed=False))]
+        full = [
+            other["samples_seen"]
+            for row in group
+            if (other := counterpart(row, "none", rows, same_seed=False))
+        ]
         add("samples seen", []).append(f"{seen:,.0f}")
         add("of unpruned", []).append(f"{seen / statistics.mean(full):.1%}" if full else "")
         for name in metrics:
@@ -212,7 +262,9 @@ def table(rows: list[Row], by: list[str] | None = None, metrics: list[str] | Non
         for name in metrics:
             for policy in against:
                 both = pairs(group, policy, name, rows)
-                add(f"{head(name).removesuffix(' %')} - {policy}", []).append(difference(both, digits_of(rows, name)))
+                add(f"{head(name).removesuffix(' %')} - {policy}", []).append(
+                    difference(both, digits_of(rows, name))
+                )
         cost, said = cost_of(rows)
         seconds = [row[cost] for row in group if row.get(cost) is not None]
         add(said, []).append(f"{statistics.median(seconds):,.0f}" if seconds else "")
@@ -222,7 +274,10 @@ def table(rows: list[Row], by: list[str] | None = None, metrics: list[str] | Non
         parts.append(NOTE)
     for name in metrics:
         if len(found := ways(rows, name)) > 1:
-            parts.append(f"Do not compare: {head(name)} was measured in {len(found)} ways ({'; '.join(found)}). Evaluate those runs again.")
+            parts.append(
+                f"Do not compare: {head(name)} was measured in {len(found)} ways "
+                f"({'; '.join(found)}). Evaluate those runs again."
+            )
     if metrics and FRACTION in by and (summary := over_fractions(rows, by, metrics)):
         parts.append(summary)
     return "\n\n".join(parts)
@@ -235,15 +290,20 @@ def cost_of(rows: list[Row]) -> tuple[str, str]:
 
 
 def over_fractions(rows: list[Row], by: list[str], metrics: list[str]) -> str:
-    """The mean over the fractions of each policy's paired difference to random; of the seeds that have all of them."""
+    """The mean over the fractions of each policy's paired difference to random; of the seeds that have all of
+    them.
+    """
     rest = [key for key in by if key != FRACTION]
     columns: dict[str, list[str]] = {}
     several = False
     for key, group in grouped(rows, rest).items():
-        paired = [row for row in group if keys_of(row).get(POLICY) != "random" and counterpart(row, "random", rows)]
+        paired = [
+            row for row in group if keys_of(row).get(POLICY) != "random" and counterpart(row, "random", rows)
+        ]
         fractions = sorted({keys_of(row)[FRACTION] for row in paired})
         of_seed = {
-            seed: {keys_of(row)[FRACTION] for row in paired if row["cell"].get(SEED) == seed} for seed in over_seeds(paired, metrics[0])
+            seed: {keys_of(row)[FRACTION] for row in paired if row["cell"].get(SEED) == seed}
+            for seed in over_seeds(paired, metrics[0])
         }
         whole = [row for row in paired if len(of_seed.get(row["cell"].get(SEED), ())) == len(fractions)]
         if not whole:
@@ -254,19 +314,43 @@ def over_fractions(rows: list[Row], by: list[str], metrics: list[str]) -> str:
         columns.setdefault("s", []).append(", ".join(map(str, fractions)))
         for name in metrics:
             both = pairs(whole, "random", name, rows)
-            columns.setdefault(f"{head(name).removesuffix(' %')} - random", []).append(difference(both, digits_of(rows, name)))
+            columns.setdefault(f"{head(name).removesuffix(' %')} - random", []).append(
+                difference(both, digits_of(rows, name))
+            )
     return f"Mean over fractions:\n\n{markdown(columns)}" if several else ""
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS.jsonl", help="one, or several of the same setting")
-    parser.add_argument("--by", nargs="+", metavar="KEY", help="group by these keys instead, such as prune.policy prune.fraction")
-    parser.add_argument("--where", nargs="+", metavar="KEY=VALUE", default=[], help="leave out the rows that have another value")
-    parser.add_argument("--metric", nargs="+", metavar="NAME", help="such as knn linear, or a key of the grid's log; all by default")
-    parser.add_argument("--against", nargs="+", metavar="POLICY", default=AGAINST, help="differences to these: random shorter")
+    parser.add_argument(
+        "results", type=Path, nargs="+", metavar="RESULTS.jsonl", help="one, or several of the same setting"
+    )
+    parser.add_argument(
+        "--by",
+        nargs="+",
+        metavar="KEY",
+        help="group by these keys instead, such as prune.policy prune.fraction",
+    )
+    parser.add_argument(
+        "--where",
+        nargs="+",
+        metavar="KEY=VALUE",
+        default=[],
+        help="leave out the rows that have another value",
+    )
+    parser.add_argument(
+        "--metric",
+        nargs="+",
+        metavar="NAME",
+        help="such as knn linear, or a key of the grid's log; all by default",
+    )
+    parser.add_argument(
+        "--against", nargs="+", metavar="POLICY", default=AGAINST, help="differences to these: random shorter"
+    )
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw PNG files there")
-    parser.add_argument("--out", type=Path, metavar="FILE.md", help="write the table there instead of printing it")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.md", help="write the table there instead of printing it"
+    )
     try:
         arguments = parser.parse_args(argv)
         rows = [row for path in arguments.results for row in read_rows(path)]
@@ -275,16 +359,23 @@ def main(argv: list[str] | None = None) -> int:
         conditions = read_conditions(arguments.where)
         check_names(rows, [*(arguments.by or []), *conditions], arguments.metric or [])
         if not (rows := where(rows, conditions)):
-            raise UserError(f"no row has {' and '.join(arguments.where)}", "leave one of them out, or see the values without --where")
+            raise UserError(
+                f"no row has {' and '.join(arguments.where)}",
+                "leave one of them out, or see the values without --where",
+            )
         text = table(rows, arguments.by, arguments.metric, arguments.against)
         if arguments.out:
             arguments.out.write_text(text + "\n", encoding="utf-8")
         else:
             print(text, flush=True)
         if arguments.plots:
-            from experiments.plots import draw_all  # matplotlib takes a second to import, so only where it is asked for
+            from experiments.plots import (
+                draw_all,  # matplotlib takes a second to import, so only where it is asked for
+            )
 
-            for path in draw_all(latest(rows), arguments.plots, arguments.metric or metrics_of(rows), arguments.results[0].stem):
+            for path in draw_all(
+                latest(rows), arguments.plots, arguments.metric or metrics_of(rows), arguments.results[0].stem
+            ):
                 print(path, file=sys.stderr)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -292,7 +383,8 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is not installed. fix: pip install -e '.[experiments]'", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # its reader, such as head, has seen enough; what is left in the buffer goes nowhere
+    # its reader, such as head, has seen enough; what is left in the buffer goes nowhere
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 

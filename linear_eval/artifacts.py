@@ -1,4 +1,6 @@
-"""Files for people: written beside their place and moved there whole; matplotlib only where something is drawn."""
+"""Files for people: written beside their place and moved there whole; matplotlib only where something is
+drawn.
+"""
 
 import os
 import secrets
@@ -19,7 +21,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path in the same folder (made if missing) that becomes `path` at the end, or goes away on an error.
+    """Gives a temporary path in the same folder (made if missing) that becomes `path` at the end, or goes
+    away on an error.
 
     Raises:
         EvalError: the folder or the file cannot be written.
@@ -31,14 +34,17 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise EvalError(f"cannot write {path} ({error.strerror or error})", "make it writable, or name another folder") from error
+        raise EvalError(
+            f"cannot write {path} ({error.strerror or error})", "make it writable, or name another folder"
+        ) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """A matplotlib figure (inches) outside of pyplot's global state: drawn without a screen, freed with its last reference.
+    """A matplotlib figure (inches) outside of pyplot's global state: drawn without a screen, freed with its
+    last reference.
 
     Raises:
         EvalError: matplotlib is not installed.
@@ -46,7 +52,9 @@ def new_figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise EvalError("drawing needs the package matplotlib", "pip install matplotlib (extra `experiments`)") from error
+        raise EvalError(
+            "drawing needs the package matplotlib", "pip install matplotlib (extra `experiments`)"
+        ) from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -56,7 +64,11 @@ def save_figure(figure: "Figure", path: Path) -> None:
     from matplotlib.text import Text
 
     # the setting is for texts that are made while it is drawn, such as those of the ticks
-    with replacing(path) as temporary, warnings.catch_warnings(), rc_context({"text.parse_math": False, "text.usetex": False}):
+    with (
+        replacing(path) as temporary,
+        warnings.catch_warnings(),
+        rc_context({"text.parse_math": False, "text.usetex": False}),
+    ):
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box stands for it
         for text in figure.findobj(Text):
             assert isinstance(text, Text)

@@ -1,7 +1,8 @@
-"""What features look like without any label: collapse, effective rank, alignment and uniformity; and pictures and tables to look at.
+"""What features look like without any label: collapse, effective rank, alignment and uniformity; and pictures
+and tables to look at.
 
-Letters: N samples, D feature dimensions. Rows are compared by direction alone (divided by their length), as kNN and NT-Xent do.
-Rows that are all zero have no direction: they are counted and left out.
+Letters: N samples, D feature dimensions. Rows are compared by direction alone (divided by their length), as
+kNN and NT-Xent do. Rows that are all zero have no direction: they are counted and left out.
 """
 
 import importlib
@@ -53,14 +54,16 @@ class Diagnosis:
     alignment: float | None
 
 
-def diagnose(x: Tensor, *, views: tuple[Tensor, Tensor] | None = None, max_samples: int = 10_000, seed: int = 0) -> Diagnosis:
+def diagnose(
+    x: Tensor, *, views: tuple[Tensor, Tensor] | None = None, max_samples: int = 10_000, seed: int = 0
+) -> Diagnosis:
     """All figures at once.
 
     Args:
         x: (N, D) features of N different images.
         views: two (M, D) tensors, row by row features of two augmented views of one image.
-        max_samples: more rows than these are a random subset: uniformity costs its square. The effective rank grows with it until it
-            is several times D.
+        max_samples: more rows than these are a random subset: uniformity costs its square. The effective
+            rank grows with it until it is several times D.
         seed: of the subset.
 
     Raises:
@@ -71,7 +74,10 @@ def diagnose(x: Tensor, *, views: tuple[Tensor, Tensor] | None = None, max_sampl
         for view in views:
             _check_rows(view, "view features")
         if views[0].shape != views[1].shape:
-            raise EvalError(f"the views are {tuple(views[0].shape)} and {tuple(views[1].shape)}", "give two views of the same images")
+            raise EvalError(
+                f"the views are {tuple(views[0].shape)} and {tuple(views[1].shape)}",
+                "give two views of the same images",
+            )
     x = x[_subset(len(x), max_samples, seed)].detach().cpu().float()
     zero = ~x.any(dim=1)
     return Diagnosis(
@@ -88,10 +94,15 @@ def diagnose(x: Tensor, *, views: tuple[Tensor, Tensor] | None = None, max_sampl
 
 
 def verdict(found: Diagnosis) -> list[str]:
-    """Plain words about a diagnosis. The bounds (0.1 and 0.4 of an even spread, 5 % of the rank) are rules of thumb."""
+    """Plain words about a diagnosis. The bounds (0.1 and 0.4 of an even spread, 5 % of the rank) are rules of
+    thumb.
+    """
     lines = []
     spread = found.feature_std * math.sqrt(found.dim)
-    figures = f"the std of normalised features is {found.feature_std:.4f}, {1 / math.sqrt(found.dim):.4f} is an even spread"
+    figures = (
+        f"the std of normalised features is {found.feature_std:.4f}, {1 / math.sqrt(found.dim):.4f} "
+        "is an even spread"
+    )
     if spread < 0.1:
         lines.append(f"features are collapsed: {figures}; all images look nearly the same to this encoder")
     elif spread < 0.4:
@@ -102,32 +113,45 @@ def verdict(found: Diagnosis) -> list[str]:
     share = found.effective_rank / highest
     rank = f"effective rank {found.effective_rank:.1f} of at most {highest}"
     lines.append(f"few directions are used: {rank}" if share < 0.05 else rank)
-    lines.append(f"uniformity {found.uniformity:.2f}, lower is more even: 0 is a single point, {found.uniformity_even:.2f} an even spread")
+    lines.append(
+        f"uniformity {found.uniformity:.2f}, lower is more even: 0 is a single point, "
+        f"{found.uniformity_even:.2f} an even spread"
+    )
     if found.alignment is not None:
-        lines.append(f"alignment {found.alignment:.3f}, lower is closer: 0 is two identical views, 2 two unrelated ones")
+        lines.append(
+            f"alignment {found.alignment:.3f}, lower is closer: 0 is two identical views, 2 two "
+            "unrelated ones"
+        )
         if found.alignment < 0.1 and spread < 0.1:
             lines.append("the views align only because everything does: a collapse, not invariance")
     if found.num_constant:
         lines.append(f"{found.num_constant} of {found.dim} dimensions have one value for every image")
     if found.num_zero:
-        lines.append(f"{found.num_zero} of {found.num_samples} features are all zero: kNN has no answer for them")
+        lines.append(
+            f"{found.num_zero} of {found.num_samples} features are all zero: kNN has no answer for them"
+        )
     return lines
 
 
-# ---- figures ---------------------------------------------------------------------------------------------------------
+# ---- figures
+# ---------------------------------------------------------------------------------------------------------
 
 
 def feature_std(x: Tensor) -> float:
-    """Standard deviation of each dimension of the normalised rows (N, D), averaged (Chen and He 2021, SimSiam, section 4.1)."""
+    """Standard deviation of each dimension of the normalised rows (N, D), averaged (Chen and He 2021,
+    SimSiam, section 4.1).
+    """
     unit = _directions(x)
     return unit.std(dim=0, correction=0).mean().item() if len(unit) else 0.0
 
 
 def effective_rank(x: Tensor, *, epsilon: float = 1e-7) -> float:
-    """RankMe (Garrido et al. 2023, arXiv 2210.02885, equation 1) of (N, D): exp of the entropy of p = s / sum(s) + epsilon.
+    """RankMe (Garrido et al. 2023, arXiv 2210.02885, equation 1) of (N, D): exp of the entropy of p = s /
+    sum(s) + epsilon.
 
-    s are the singular values of the rows as they are, neither centred nor normalised. They come from the smaller Gram matrix in
-    float64, good to 1e-8 of the largest: below epsilon. Features that are all zero have rank 0.
+    s are the singular values of the rows as they are, neither centred nor normalised. They come from the
+    smaller Gram matrix in float64, good to 1e-8 of the largest: below epsilon. Features that are all zero
+    have rank 0.
     """
     x = x.detach().cpu().double()
     gram = x.T @ x if len(x) >= x.shape[1] else x @ x.T
@@ -139,13 +163,19 @@ def effective_rank(x: Tensor, *, epsilon: float = 1e-7) -> float:
 
 
 def alignment(a: Tensor, b: Tensor, *, power: float = 2) -> float:
-    """Mean of ||a_i - b_i||_2 ^ power over pairs of normalised rows (M, D) (Wang and Isola 2020, arXiv 2005.10242)."""
+    """Mean of ||a_i - b_i||_2 ^ power over pairs of normalised rows (M, D) (Wang and Isola 2020, arXiv
+    2005.10242).
+    """
     both = a.any(dim=1) & b.any(dim=1)
-    return torch.linalg.vector_norm(_directions(a[both]) - _directions(b[both]), dim=1).pow(power).mean().item()
+    return (
+        torch.linalg.vector_norm(_directions(a[both]) - _directions(b[both]), dim=1).pow(power).mean().item()
+    )
 
 
 def uniformity(x: Tensor, *, t: float = 2) -> float:
-    """log of the mean of exp(-t ||x_i - x_j||_2^2) over pairs i < j of normalised rows (N, D) (Wang and Isola 2020)."""
+    """log of the mean of exp(-t ||x_i - x_j||_2^2) over pairs i < j of normalised rows (N, D) (Wang and Isola
+    2020).
+    """
     unit = _directions(x)
     if len(unit) < 2:
         return 0.0
@@ -158,7 +188,8 @@ def uniformity(x: Tensor, *, t: float = 2) -> float:
 
 
 def uniformity_of_sphere(dim: int, *, t: float = 2) -> float:
-    """`uniformity` of infinitely many directions spread evenly: -2t + log of sum_k t^2k / (k! (D/2)(D/2 + 1)...(D/2 + k - 1)).
+    """`uniformity` of infinitely many directions spread evenly: -2t + log of sum_k t^2k / (k! (D/2)(D/2 +
+    1)...(D/2 + k - 1)).
 
     The mean of exp(2t cosine) over the sphere, a confluent hypergeometric limit function 0F1(D/2; t^2).
     """
@@ -169,20 +200,27 @@ def uniformity_of_sphere(dim: int, *, t: float = 2) -> float:
     return math.log(total) - 2 * t
 
 
-# ---- neighbours ------------------------------------------------------------------------------------------------------
+# ---- neighbours
+# ------------------------------------------------------------------------------------------------------
 
 
 def nearest_rows(x: Tensor, queries: Tensor, num_neighbors: int) -> Tensor:
-    """(Q, k) rows of x (N, D) closest by cosine to the rows `queries` (Q,) of x, themselves left out; equal ones lowest row first.
+    """(Q, k) rows of x (N, D) closest by cosine to the rows `queries` (Q,) of x, themselves left out; equal
+    ones lowest row first.
 
     Raises:
         EvalError: k is not in 1..N - 1, a row is no row of x.
     """
     if not 1 <= num_neighbors < len(x):
-        raise EvalError(f"num_neighbors is {num_neighbors}, there are {len(x)} images", f"choose 1 to {len(x) - 1}")
+        raise EvalError(
+            f"num_neighbors is {num_neighbors}, there are {len(x)} images", f"choose 1 to {len(x) - 1}"
+        )
     if len(queries) == 0 or queries.min() < 0 or queries.max() >= len(x):
-        raise EvalError(f"the query rows are not all in 0..{len(x) - 1}", "name rows of the features, at least one")
-    cosine, _ = exact_cosines(x[queries], x)  # (Q, N): with a common offset, float32 could not tell them apart
+        raise EvalError(
+            f"the query rows are not all in 0..{len(x) - 1}", "name rows of the features, at least one"
+        )
+    # (Q, N): with a common offset, float32 could not tell them apart
+    cosine, _ = exact_cosines(x[queries], x)
     cosine[torch.arange(len(queries)), queries] = -torch.inf
     return cosine.argsort(dim=1, descending=True, stable=True)[:, :num_neighbors]
 
@@ -199,9 +237,11 @@ def draw_neighbors(
     num_neighbors: int = 8,
     seed: int = 0,
 ) -> Tensor:
-    """A PNG, one line for each query: the query at the left, then its nearest neighbours; gives their rows (Q, k).
+    """A PNG, one line for each query: the query at the left, then its nearest neighbours; gives their rows
+    (Q, k).
 
-    Where there are labels, a neighbour has a blue frame if its class is the query's, else an orange one and a cross in the corner.
+    Where there are labels, a neighbour has a blue frame if its class is the query's, else an orange one and a
+    cross in the corner.
 
     Args:
         pixels: (N, 3, S, S) uint8, read one image at a time.
@@ -215,13 +255,17 @@ def draw_neighbors(
     from PIL import Image, ImageDraw, ImageFont
 
     if len(pixels) != len(x) or (labels is not None and len(labels) != len(x)):
-        counts = f"{len(pixels)} images, {len(x)} features" + ("" if labels is None else f", {len(labels)} labels")
+        counts = f"{len(pixels)} images, {len(x)} features" + (
+            "" if labels is None else f", {len(labels)} labels"
+        )
         raise EvalError(counts, "give one feature and one label for each image")
     queries = _subset(len(x), num_queries, seed) if queries is None else queries
     neighbors = nearest_rows(x, queries, num_neighbors)
     gap, frame, text = 6, 3, 0 if labels is None else 14
     step = TILE + 2 * frame + gap
-    canvas = Image.new("RGB", (gap + step * (num_neighbors + 1) + 2 * gap, gap + (step + text) * len(queries)), "white")
+    canvas = Image.new(
+        "RGB", (gap + step * (num_neighbors + 1) + 2 * gap, gap + (step + text) * len(queries)), "white"
+    )
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=10)
     for line, (query, row) in enumerate(zip(queries.tolist(), neighbors.tolist(), strict=True)):
         for column, sample in enumerate([query, *row]):
@@ -241,20 +285,27 @@ def draw_neighbors(
             if labels is not None:
                 label = int(labels[sample])
                 name = class_names[label] if class_names else str(label)
-                pen.text((left + frame, top + TILE + 2 * frame + 1), printable(name[:13])[:13], fill="black", font=font)
+                pen.text(
+                    (left + frame, top + TILE + 2 * frame + 1),
+                    printable(name[:13])[:13],
+                    fill="black",
+                    font=font,
+                )
     with replacing(path) as temporary:
         canvas.save(temporary, "PNG")
     return neighbors
 
 
-# ---- map and table ---------------------------------------------------------------------------------------------------
+# ---- map and table
+# ---------------------------------------------------------------------------------------------------
 
 
 def map_2d(x: Tensor, *, method: MapMethod = "pca", seed: int = 0) -> Tensor:
     """(N, 2) float32 coordinates of rows (N, D) by their directions, for looking at.
 
-    `pca`: the two directions of most variance, each signed so that its largest weight is positive; where N and D are both above
-    2,048, found on a random 2,048 rows. `umap`: neighbourhoods kept (McInnes et al. 2018), cosine, one thread for the sake of `seed`.
+    `pca`: the two directions of most variance, each signed so that its largest weight is positive; where N
+    and D are both above 2,048, found on a random 2,048 rows. `umap`: neighbourhoods kept (McInnes et al.
+    2018), cosine, one thread for the sake of `seed`.
 
     Raises:
         EvalError: fewer than two rows, features that are not finite, umap-learn not installed.
@@ -268,10 +319,14 @@ def map_2d(x: Tensor, *, method: MapMethod = "pca", seed: int = 0) -> Tensor:
     try:
         umap = importlib.import_module("umap")  # an extra, and without types
     except ImportError as error:
-        raise EvalError("a UMAP map needs the package umap-learn", "pip install umap-learn (extra `umap`), or choose pca") from error
+        raise EvalError(
+            "a UMAP map needs the package umap-learn", "pip install umap-learn (extra `umap`), or choose pca"
+        ) from error
     neighbors = min(15, len(unit) - 1)
     init = "spectral" if len(unit) > 4 else "random"
-    coords = umap.UMAP(n_neighbors=neighbors, metric="cosine", random_state=seed, n_jobs=1, init=init).fit_transform(unit.numpy())
+    coords = umap.UMAP(
+        n_neighbors=neighbors, metric="cosine", random_state=seed, n_jobs=1, init=init
+    ).fit_transform(unit.numpy())
     return torch.from_numpy(coords).float()
 
 
@@ -280,7 +335,8 @@ def _pca(unit: Tensor, seed: int) -> Tensor:
     mean = fitted.mean(dim=0)
     centred = (fitted - mean).double()
     if len(centred) >= centred.shape[1]:
-        weights = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -2:].flip(1)  # (D, 2) most variance first
+        # (D, 2) most variance first
+        weights = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -2:].flip(1)
     else:
         scores = torch.linalg.eigh(centred @ centred.T).eigenvectors[:, -2:].flip(1)  # (N, 2)
         weights = torch.nn.functional.normalize(centred.T @ scores, dim=0)
@@ -290,7 +346,12 @@ def _pca(unit: Tensor, seed: int) -> Tensor:
 
 
 def draw_map(
-    path: Path, coords: Tensor, *, labels: Tensor | None = None, class_names: Sequence[str] | None = None, title: str = ""
+    path: Path,
+    coords: Tensor,
+    *,
+    labels: Tensor | None = None,
+    class_names: Sequence[str] | None = None,
+    title: str = "",
 ) -> None:
     """A PNG of coordinates (N, 2), coloured by labels (N,); up to 20 classes are named.
 
@@ -301,7 +362,9 @@ def draw_map(
     axes = figure.subplots()
     size = max(1.0, min(20.0, 8000 / len(coords)))
     if labels is None:
-        axes.scatter(coords[:, 0].numpy(), coords[:, 1].numpy(), s=size, c=COLOURS[0], linewidths=0, rasterized=True)
+        axes.scatter(
+            coords[:, 0].numpy(), coords[:, 1].numpy(), s=size, c=COLOURS[0], linewidths=0, rasterized=True
+        )
     else:
         from matplotlib import colormaps
 
@@ -313,7 +376,8 @@ def draw_map(
             axes.scatter(across, up, s=size, color=shade, linewidths=0, label=str(turn), rasterized=True)
         if len(classes) <= 20:
             legend = axes.legend(fontsize=7, markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
-            for text, label in zip(legend.get_texts(), classes, strict=True):  # a name with _ in front would be left out as a label
+            # a name with _ in front would be left out as a label
+            for text, label in zip(legend.get_texts(), classes, strict=True):
                 text.set_text(shorten(class_names[label] if class_names else str(label)))
     axes.set(xticks=[], yticks=[])
     axes.set_title(shorten(title, 80), parse_math=False)
@@ -332,12 +396,14 @@ def write_embeddings(
     columns: Mapping[str, Tensor] | None = None,
     has_columns: Tensor | None = None,
 ) -> None:
-    """One parquet row for each sample: index, path, split, label, class_name, vector (list of D float32), x, y, then `columns`.
+    """One parquet row for each sample: index, path, split, label, class_name, vector (list of D float32), x,
+    y, then `columns`.
 
     Args:
         x: (N, D) features; coords: (N, 2), e.g. from `map_2d`.
         names: N paths or names; splits: N names such as `train`. What is not given leaves its column out.
-        columns: more (N,) figures, e.g. score and times_trained. What is not finite becomes null: a score that was never computed.
+        columns: more (N,) figures, e.g. score and times_trained. What is not finite becomes null: a score
+            that was never computed.
         has_columns: (N,) bool, False where all of `columns` are null.
 
     Raises:
@@ -347,10 +413,23 @@ def write_embeddings(
     import pyarrow.parquet as pq
 
     num, dim = x.shape
-    lengths = {"coords": coords, "names": names, "splits": splits, "labels": labels, "has_columns": has_columns, **(columns or {})}
-    odd = [f"{len(values)} {name}" for name, values in lengths.items() if values is not None and len(values) != num]
+    lengths = {
+        "coords": coords,
+        "names": names,
+        "splits": splits,
+        "labels": labels,
+        "has_columns": has_columns,
+        **(columns or {}),
+    }
+    odd = [
+        f"{len(values)} {name}"
+        for name, values in lengths.items()
+        if values is not None and len(values) != num
+    ]
     if odd:
-        raise EvalError(f"there are {num} features, but {', '.join(odd)}", "give one of each for every sample")
+        raise EvalError(
+            f"there are {num} features, but {', '.join(odd)}", "give one of each for every sample"
+        )
     table = {"index": pa.array(range(num), pa.int64())}
     if names is not None:
         table["path"] = pa.array(list(names), pa.string())
@@ -373,11 +452,14 @@ def write_embeddings(
         pq.write_table(pa.table(table), temporary, compression="zstd")
 
 
-# ---- small parts -----------------------------------------------------------------------------------------------------
+# ---- small parts
+# -----------------------------------------------------------------------------------------------------
 
 
 def _directions(x: Tensor) -> Tensor:
-    """Rows (N, D) that are not all zero, divided by their length; by their largest entry first, whose square may leave float32."""
+    """Rows (N, D) that are not all zero, divided by their length; by their largest entry first, whose square
+    may leave float32.
+    """
     x = x[x.any(dim=1)].detach().cpu().float()
     return torch.nn.functional.normalize(x / x.abs().amax(dim=1, keepdim=True), dim=1) if len(x) else x
 
@@ -388,7 +470,8 @@ def _unit_rows(x: Tensor) -> Tensor:
     largest = x.abs().amax(dim=1, keepdim=True)
     if ((largest > 1e-12) & (largest < 1e15) | (largest == 0)).all():
         return torch.nn.functional.normalize(x, dim=1)
-    return torch.nn.functional.normalize(x / torch.where(largest > 0, largest, 1.0), dim=1)  # their squares leave float32
+    # their squares leave float32
+    return torch.nn.functional.normalize(x / torch.where(largest > 0, largest, 1.0), dim=1)
 
 
 def _subset(num: int, count: int, seed: int) -> Tensor:
@@ -405,4 +488,6 @@ def _check_rows(x: Tensor, name: str) -> None:
         raise EvalError(f"the {name} are {tuple(x.shape)}", "give (N, D), at least two rows")
     bad = int((~x.isfinite().all(dim=1)).sum())
     if bad:
-        raise EvalError(f"{bad} of {len(x)} {name} are not finite", "use another checkpoint: this encoder has diverged")
+        raise EvalError(
+            f"{bad} of {len(x)} {name} are not finite", "use another checkpoint: this encoder has diverged"
+        )

@@ -30,7 +30,9 @@ __all__ = [
 
 
 class Pixels(Protocol):
-    """Images as a tensor, or anything else that gives tensors of them: (N, 3, H, W) uint8, `pixels[a:b]` on the CPU."""
+    """Images as a tensor, or anything else that gives tensors of them: (N, 3, H, W) uint8, `pixels[a:b]` on
+    the CPU.
+    """
 
     @property
     def shape(self) -> torch.Size: ...
@@ -49,7 +51,8 @@ class Features:
 
     Attributes:
         x: (N, D) float32 on the CPU, one row per image.
-        y: (N,) int64 on the CPU, class ids >= 0; of images with several labels (N, C): 1 present, 0 absent, -1 not counted.
+        y: (N,) int64 on the CPU, class ids >= 0; of images with several labels (N, C): 1 present, 0 absent,
+        -1 not counted.
     """
 
     x: Tensor
@@ -69,20 +72,25 @@ def extract_features(
     """Runs a frozen encoder over all images, without gradients and without augmentation.
 
     Args:
-        encoder: (B, 3, H, W) float32 in [0, 1] -> (B, D); in eval mode and already on `device`; it is not changed.
+        encoder: (B, 3, H, W) float32 in [0, 1] -> (B, D); in eval mode and already on `device`; it is not
+            changed.
         pixels: (N, 3, H, W) uint8, on the CPU; may be backed by a file, only one batch is read at a time.
         labels: (N,) class ids, or (N, C) of images with several labels; see `Features`.
         batch_size: images per forward pass; changes features by rounding only.
         device: where the forward pass runs; batches travel there as uint8.
         progress: called as `progress(images_done, N)` after each batch.
-        shared: the processes of a torch.distributed group, all of which must call this with the same arguments, each take a
-            contiguous part of the batches; every one gets the features of all images, to the bit those of a single process.
+        shared: the processes of a torch.distributed group, all of which must call this with the same
+            arguments, each take a contiguous part of the batches; every one gets the features of all images,
+            to the bit those of a single process.
 
     Raises:
-        EvalError: no images, no labels, an encoder in training mode or on another device, non-finite features.
+        EvalError: no images, no labels, an encoder in training mode or on another device, non-finite
+            features.
     """
     if labels is None:
-        raise EvalError("the images have no labels", "give labels: features are judged by how well they predict them")
+        raise EvalError(
+            "the images have no labels", "give labels: features are judged by how well they predict them"
+        )
     if len(pixels.shape) != 4 or pixels.dtype != torch.uint8 or len(pixels) != len(labels):
         raise EvalError(
             f"pixels are {tuple(pixels.shape)} {pixels.dtype}, labels {tuple(labels.shape)}",
@@ -94,7 +102,9 @@ def extract_features(
 
     # whole batches: how many images share one changes the rounding
     starts = range(0, len(pixels), batch_size)
-    shares = [share_of(number, len(starts)) for number in range(num_ranks())] if shared else [range(len(starts))]
+    shares = (
+        [share_of(number, len(starts)) for number in range(num_ranks())] if shared else [range(len(starts))]
+    )
     own = shares[rank() if shared else 0]
     rows: list[Tensor] = []
     failed: Exception | None = None
@@ -113,7 +123,13 @@ def extract_features(
     x = torch.cat(rows) if rows else None
     if shared:
         raise_together(failed)
-        x = gather_rows(x, [min(part.stop * batch_size, len(pixels)) - min(part.start * batch_size, len(pixels)) for part in shares])
+        x = gather_rows(
+            x,
+            [
+                min(part.stop * batch_size, len(pixels)) - min(part.start * batch_size, len(pixels))
+                for part in shares
+            ],
+        )
     assert x is not None
     features = Features(x, labels.detach().cpu().long())
     check_features(features, "extracted", multi_label=labels.ndim == 2)
@@ -123,7 +139,8 @@ def extract_features(
 def content_hash(pixels: Pixels) -> str:
     """SHA-256 (hex) over the shape and all pixels (N, 3, H, W) uint8, read 256 images at a time.
 
-    Pixels that lie in a compressed form may have a method `content_hash` of their own, which takes their bytes as they lie.
+    Pixels that lie in a compressed form may have a method `content_hash` of their own, which takes their
+    bytes as they lie.
     """
     own = getattr(pixels, "content_hash", None)
     if own is not None:
@@ -138,22 +155,29 @@ def check_frozen(encoder: nn.Module, device: str | torch.device) -> torch.device
     """The device; raises EvalError unless the encoder is in eval mode and on it."""
     training = [name or type(module).__name__ for name, module in encoder.named_modules() if module.training]
     if training:
-        raise EvalError(f"the encoder is in training mode ({len(training)} modules)", "call encoder.eval() first")
+        raise EvalError(
+            f"the encoder is in training mode ({len(training)} modules)", "call encoder.eval() first"
+        )
     device = torch.device(device)
     elsewhere = {parameter.device.type for parameter in encoder.parameters()} - {device.type}
     if elsewhere:
-        raise EvalError(f"the encoder is on {min(elsewhere)}, device is {device}", f"call encoder.to('{device}') first")
+        raise EvalError(
+            f"the encoder is on {min(elsewhere)}, device is {device}", f"call encoder.to('{device}') first"
+        )
     return device
 
 
-def cached_features(path: Path | None, labels: Tensor | None, extract: Callable[[], Features], *, shared: bool = False) -> Features:
-    """`extract()`, or what it gave before, kept in `path` (safetensors, mapped into memory, not copied). None: nothing is kept.
+def cached_features(
+    path: Path | None, labels: Tensor | None, extract: Callable[[], Features], *, shared: bool = False
+) -> Features:
+    """`extract()`, or what it gave before, kept in `path` (safetensors, mapped into memory, not copied).
+    None: nothing is kept.
 
-    The path must name all that the features depend on: encoder, images, size. Labels are not part of the file. A file that cannot
-    be read, or that holds another number of rows, is made again.
+    The path must name all that the features depend on: encoder, images, size. Labels are not part of the
+    file. A file that cannot be read, or that holds another number of rows, is made again.
 
-    `shared`: all processes of a group call this, and the first one reads, decides and writes. Where it finds the features, the others
-    get no rows: the work that they would share is done.
+    `shared`: all processes of a group call this, and the first one reads, decides and writes. Where it finds
+    the features, the others get no rows: the work that they would share is done.
     """
     known: Features | None = None
     is_first = rank() == 0 or not shared
@@ -191,7 +215,8 @@ def check_splits(train: Features, test: Features, *, multi_label: bool = False) 
 
 
 def check_features(features: Features, name: str, *, multi_label: bool = False) -> None:
-    """Raises EvalError unless `features` are finite (N, D) rows with N labels >= 0, N > 0; `name` says which split.
+    """Raises EvalError unless `features` are finite (N, D) rows with N labels >= 0, N > 0; `name` says which
+    split.
 
     `multi_label`: labels are (N, C) of 1, 0 and -1 instead.
     """
@@ -205,7 +230,8 @@ def check_features(features: Features, name: str, *, multi_label: bool = False) 
         )
     if len(x) == 0:
         raise EvalError(f"the {name} split is empty", "give at least one image")
-    suspects = x[~x.sum(dim=1).isfinite()]  # one pass; finite numbers may have an infinite sum, hence the second look
+    # one pass; finite numbers may have an infinite sum, hence the second look
+    suspects = x[~x.sum(dim=1).isfinite()]
     bad_rows = int((~suspects.isfinite().all(dim=1)).sum())
     if bad_rows:
         raise EvalError(
@@ -214,8 +240,13 @@ def check_features(features: Features, name: str, *, multi_label: bool = False) 
         )
     if multi_label:
         if y.shape[1] == 0 or not ((y >= -1) & (y <= 1)).all():
-            raise EvalError(f"the {name} labels {tuple(y.shape)} are not all 1, 0 or -1", "write 1 present, 0 absent, -1 not counted")
+            raise EvalError(
+                f"the {name} labels {tuple(y.shape)} are not all 1, 0 or -1",
+                "write 1 present, 0 absent, -1 not counted",
+            )
         return
     unlabeled = int((y < 0).sum())
     if unlabeled:
-        raise EvalError(f"{unlabeled} of {len(y)} {name} labels are negative", "leave out images without a label")
+        raise EvalError(
+            f"{unlabeled} of {len(y)} {name} labels are negative", "leave out images without a label"
+        )

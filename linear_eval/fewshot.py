@@ -1,8 +1,8 @@
 """Few labels: accuracy when only some train images are labeled, over several draws of which ones.
 
-Protocol: class-balanced subsets (as for the 1 % and 10 % of SimCLR, arXiv 2002.05709, section 4.2); every draw is scored on the
-whole test split; mean and sample standard deviation over the draws. `fewshot` takes any way of training, `fewshot_probe` is the
-frozen one. Letters: N labeled images at hand, C classes.
+Protocol: class-balanced subsets (as for the 1 % and 10 % of SimCLR, arXiv 2002.05709, section 4.2); every
+draw is scored on the whole test split; mean and sample standard deviation over the draws. `fewshot` takes any
+way of training, `fewshot_probe` is the frozen one. Letters: N labeled images at hand, C classes.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,13 @@ from linear_eval.finetune import keyed_seed
 from linear_eval.linear import linear_probe
 
 Score = Callable[[Tensor, int], float]  # train rows (K,) int64 ascending, seed -> test accuracy, 0..1
-Probe = Callable[[Features, Features, int], float]  # few train features, test features, seed -> test accuracy, 0..1
+# few train features, test features, seed -> test accuracy, 0..1
+Probe = Callable[[Features, Features, int], float]
 
 MIN_DRAWS = 3
-# Weight of ||W||^2 / 2 beside the mean cross-entropy where one image a class leaves nothing to choose it on. It matters little:
-# on MNIST (features of a trained and an untrained network, pixels; 8 draws) 1e-4 to 1 lie within 0.3 points of each other.
+# Weight of ||W||^2 / 2 beside the mean cross-entropy where one image a class leaves nothing to choose it on.
+# It matters little: on MNIST (features of a trained and an untrained network, pixels; 8 draws) 1e-4 to 1 lie
+# within 0.3 points of each other.
 FIXED_L2 = 0.1
 
 
@@ -59,11 +61,17 @@ def draw_subset(labels: Tensor, per_class: int, seed: int) -> Tensor:
     """
     classes, counts = labels.cpu().unique(return_counts=True)
     if per_class < 1 or len(classes) == 0:
-        raise EvalError(f"per_class is {per_class}, there are {len(labels)} labels", "choose per_class >= 1, and give labels")
+        raise EvalError(
+            f"per_class is {per_class}, there are {len(labels)} labels",
+            "choose per_class >= 1, and give labels",
+        )
     if counts.min() < per_class:
         fewest = int(counts.min())
         raise EvalError(
-            f"class {int(classes[counts.argmin()])} has {fewest} train images, {per_class} of every class are asked for",
+            (
+                f"class {int(classes[counts.argmin()])} has {fewest} train images, {per_class} of "
+                "every class are asked for"
+            ),
             f"choose per_class <= {fewest}, or a fraction <= {fewest * len(classes) / len(labels):.2g}",
         )
     generator = torch.Generator().manual_seed(keyed_seed(seed))
@@ -88,7 +96,8 @@ def fewshot(
 
     Args:
         labels: (N,) class ids of all train images.
-        score: trains on these rows only, with this seed, and gives the accuracy on the whole test split: fine-tuning, a probe.
+        score: trains on these rows only, with this seed, and gives the accuracy on the whole test split:
+            fine-tuning, a probe.
         seed: what is drawn; no draw's subset or seed depends on how many draws there are.
         fraction: of the labels, see `labels_per_class`; or
         per_class: this many labels of each class.
@@ -96,12 +105,16 @@ def fewshot(
         progress: called after each draw as `progress(draws_done, num_draws)`.
 
     Raises:
-        EvalError: values out of range, both or neither of `fraction` and `per_class`, a class with too few images.
+        EvalError: values out of range, both or neither of `fraction` and `per_class`, a class with too
+            few images.
     """
     if (fraction is None) == (per_class is None):
         raise EvalError(f"fraction is {fraction}, per_class {per_class}", "give one of the two")
     if num_draws < MIN_DRAWS:
-        raise EvalError(f"num_draws is {num_draws}", f"choose num_draws >= {MIN_DRAWS}: one subset says little about the next")
+        raise EvalError(
+            f"num_draws is {num_draws}",
+            f"choose num_draws >= {MIN_DRAWS}: one subset says little about the next",
+        )
     count = per_class if per_class is not None else labels_per_class(labels, fraction or 0.0)
     accuracies = []
     for draw in range(num_draws):
@@ -110,7 +123,9 @@ def fewshot(
         if progress is not None:
             progress(draw + 1, num_draws)
     values = torch.tensor(accuracies, dtype=torch.float64)
-    return FewShotResult(tuple(accuracies), values.mean().item(), values.std().item(), count * len(labels.unique()), count)
+    return FewShotResult(
+        tuple(accuracies), values.mean().item(), values.std().item(), count * len(labels.unique()), count
+    )
 
 
 def fewshot_probe(
@@ -125,11 +140,12 @@ def fewshot_probe(
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> FewShotResult:
-    """Few labels over a frozen encoder: l2-regularised logistic regression on the features of the labeled images alone.
+    """Few labels over a frozen encoder: l2-regularised logistic regression on the features of the labeled
+    images alone.
 
     Args:
-        probe: chooses its l2 on a held-out part of the few and fits them all; `linear_probe` unless given. With one image a class
-            nothing can be held out: `fixed_l2_probe` takes its place.
+        probe: chooses its l2 on a held-out part of the few and fits them all; `linear_probe` unless
+            given. With one image a class nothing can be held out: `fixed_l2_probe` takes its place.
         device: where the fits run (a given `probe` sees to that itself).
         All others: as for `fewshot`.
     """
@@ -143,10 +159,24 @@ def fewshot_probe(
             return probe(few, test, draw_seed)
         return linear_probe(few, test, seed=draw_seed, device=device).top1
 
-    return fewshot(train.y, score, seed=seed, fraction=fraction, per_class=per_class, num_draws=num_draws, progress=progress)
+    return fewshot(
+        train.y,
+        score,
+        seed=seed,
+        fraction=fraction,
+        per_class=per_class,
+        num_draws=num_draws,
+        progress=progress,
+    )
 
 
-def fixed_l2_probe(train: Features, test: Features, *, l2: float = FIXED_L2, device: str | torch.device = "cpu") -> float:
-    """Test accuracy (0..1) of `linear_probe` with a given l2 beside the mean cross-entropy, so nothing is held out."""
+def fixed_l2_probe(
+    train: Features, test: Features, *, l2: float = FIXED_L2, device: str | torch.device = "cpu"
+) -> float:
+    """Test accuracy (0..1) of `linear_probe` with a given l2 beside the mean cross-entropy, so nothing is
+    held out.
+    """
     # there l2 stands beside the sum
-    return linear_probe(train, test, seed=0, l2_grid=[l2 * len(train.x)], precision="float64", device=device).top1
+    return linear_probe(
+        train, test, seed=0, l2_grid=[l2 * len(train.x)], precision="float64", device=device
+    ).top1

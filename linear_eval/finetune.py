@@ -1,8 +1,10 @@
-"""Training with labels: `finetune` trains the whole network from its pretrained weights; `augmented_probe` shares the loop.
+"""Training with labels: `finetune` trains the whole network from its pretrained weights; `augmented_probe`
+shares the loop.
 
-Data flow: uint8 images -> augmented views -> encoder -> one linear head for each learning rate -> cross-entropy -> SGD.
-Protocol: SimCLR (arXiv 2002.05709, appendix B.5): random crop and flip, SGD with Nesterov momentum 0.9, half a cosine, a rate that
-grows with the batch; judged after the last epoch on the test images as they are. The head starts at zero.
+Data flow: uint8 images -> augmented views -> encoder -> one linear head for each learning rate ->
+cross-entropy -> SGD. Protocol: SimCLR (arXiv 2002.05709, appendix B.5): random crop and flip, SGD with
+Nesterov momentum 0.9, half a cosine, a rate that grows with the batch; judged after the last epoch on the
+test images as they are. The head starts at zero.
 
 Letters: N images, B in a batch, S pixels a side, D features, C classes, L learning rates.
 """
@@ -28,17 +30,21 @@ from linear_eval.artifacts import replacing
 from linear_eval.features import EvalError, Pixels, content_hash
 from linear_eval.linear import LinearHead, number_in, split_rows
 
-Views = Callable[[int, Tensor, Tensor], Tensor]  # epoch, row numbers (B,), images (B, 3, H, W) uint8 -> (B, 3, S, S) in [0, 1]
+# epoch, row numbers (B,), images (B, 3, H, W) uint8 -> (B, 3, S, S) in [0, 1]
+Views = Callable[[int, Tensor, Tensor], Tensor]
 Progress = Callable[[int, int], None]  # steps done, steps in all
 Warn = Callable[[str], Any]
 
-FORMAT = 2  # of checkpoints; raised when the training itself changes, too: what it left unfinished then begins anew
+# of checkpoints; raised when the training itself changes, too: what it left unfinished then begins anew
+FORMAT = 2
 MOMENTUM = 0.9
 RATED_BATCH = 256  # learning rates are given for this many images a step
 
 
 class IndexedPixels(Pixels, Protocol):
-    """`Pixels` that also give the rows of an index, in its order: `pixels[rows]` for rows (B,) int64 on the CPU."""
+    """`Pixels` that also give the rows of an index, in its order: `pixels[rows]` for rows (B,) int64 on the
+    CPU.
+    """
 
     def __getitem__(self, rows: slice | Tensor, /) -> Tensor: ...
 
@@ -50,11 +56,11 @@ class TrainResult:
     Attributes:
         top1: accuracy on the test split after the last epoch, 0..1.
         lr: the peak learning rate used, for 256 images a step.
-        val_top1: accuracy of `lr` on the held-out part of the train split, 0..1; None where there was nothing to choose.
-        train_loss: mean cross-entropy (nats) over the views of the last epoch.
-        classifier: what was tested, in eval mode, with one head.
-        classes: (C,) int64 ascending, the class ids that its logits stand for.
-        checkpoint: the file that holds the finished training, where there is one; it may be deleted.
+        val_top1: accuracy of `lr` on the held-out part of the train split, 0..1; None where there was nothing
+        to choose. train_loss: mean cross-entropy (nats) over the views of the last epoch. classifier: what
+        was tested, in eval mode, with one head. classes: (C,) int64 ascending, the class ids that its logits
+        stand for. checkpoint: the file that holds the finished training, where there is one; it may be
+        deleted.
     """
 
     top1: float
@@ -91,7 +97,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, fits, values in (
             ("epochs", self.epochs >= 1, ">= 1"),
-            ("batch_size", self.batch_size >= 4, ">= 4"),  # batches are evened out, and BatchNorm needs two images in each
+            # batches are evened out, and BatchNorm needs two images in each
+            ("batch_size", self.batch_size >= 4, ">= 4"),
             ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, ">= 0 and below epochs"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, ">= 0"),
             ("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]"),
@@ -107,10 +114,21 @@ class Classifier(nn.Module):
     With `frozen`, the encoder stays in eval mode and gets no gradient.
     """
 
-    def __init__(self, encoder: nn.Module, feature_dim: int, num_classes: int, num_heads: int, *, frozen: bool, bf16: bool) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        feature_dim: int,
+        num_classes: int,
+        num_heads: int,
+        *,
+        frozen: bool,
+        bf16: bool,
+    ) -> None:
         super().__init__()
         self.encoder, self.feature_dim, self.frozen, self.bf16 = encoder, feature_dim, frozen, bf16
-        self.heads = nn.ModuleList(nn.utils.skip_init(nn.Linear, feature_dim, num_classes) for _ in range(num_heads))
+        self.heads = nn.ModuleList(
+            nn.utils.skip_init(nn.Linear, feature_dim, num_classes) for _ in range(num_heads)
+        )
         for parameter in self.heads.parameters():
             nn.init.zeros_(parameter)
 
@@ -127,10 +145,16 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         learns = torch.is_grad_enabled() and not self.frozen
-        with torch.set_grad_enabled(learns), torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+        with (
+            torch.set_grad_enabled(learns),
+            torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16),
+        ):
             h = self.encoder(images)  # (B, D)
         if h.shape != (len(images), self.feature_dim):
-            raise EvalError(f"the encoder gives {tuple(h.shape)} for {len(images)} images", f"make it (B, {self.feature_dim})")
+            raise EvalError(
+                f"the encoder gives {tuple(h.shape)} for {len(images)} images",
+                f"make it (B, {self.feature_dim})",
+            )
         return torch.stack([head(h.float()) for head in self.heads], 2)
 
 
@@ -161,38 +185,58 @@ def finetune(
     """Trains a copy of the encoder and a linear head with labels, and scores it once on the test images.
 
     Args:
-        encoder: (B, 3, S, S) float32 in [0, 1] -> (B, feature_dim), on any device and in any mode; it is not changed.
+        encoder: (B, 3, S, S) float32 in [0, 1] -> (B, feature_dim), on any device and in any mode; it is
+            not changed.
         train_pixels, test_pixels: (N, 3, H, W) uint8.
         train_labels, test_labels: (N,) class ids; a test class that train lacks counts as wrong.
-        views: augmentation; gets the epoch, rows of `train_pixels` and their images, both on `device`. torch's global generators
-            are seeded anew for each epoch, so that it may draw from them.
+        views: augmentation; gets the epoch, rows of `train_pixels` and their images, both on `device`.
+            torch's global generators are seeded anew for each epoch, so that it may draw from them.
         seed: order of the images, dropout, what is held out.
         epochs: passes over the train images.
-        lr: peak learning rate for 256 images a step, scaled with the real batch; several: chosen on a held-out part of train, each
-            at the price of one more training, then the whole train split is trained on. Equal ones: the lowest.
+        lr: peak learning rate for 256 images a step, scaled with the real batch; several: chosen on a
+            held-out part of train, each at the price of one more training, then the whole train split is
+            trained on. Equal ones: the lowest.
         weight_decay: of weights; biases and BatchNorm have none.
-        batch_size: most images a step; an epoch's batches differ in size by one image at most. It takes part in the scaling of lr.
-        layer_decay: a stage `layerK` of a ResNet learns at this multiple of the rate of the stage above it, the stem below the
-            first, the head on top at the full rate. 1: all alike.
+        batch_size: most images a step; an epoch's batches differ in size by one image at most. It takes
+            part in the scaling of lr.
+        layer_decay: a stage `layerK` of a ResNet learns at this multiple of the rate of the stage above
+            it, the stem below the first, the head on top at the full rate. 1: all alike.
         label_smoothing: share of the target that is spread over all classes.
         warmup_epochs: of linear rise to the peak; the rest falls as half a cosine to zero.
         bf16: encoder in bfloat16 autocast, also when tested; head and loss stay in float32.
         val_fraction: share of every class that is held out to choose between several `lr`.
         device: where training runs.
-        checkpoint: a file written after every epoch. A call with the same arguments goes on from there, on the CPU bit for bit;
-            a finished one is only tested again. It holds a hash of all that the training depends on: pixels and labels of both
-            splits, encoder, settings, what `views` makes of some images. `{key}` in its name stands for that hash, so that other
-            trainings have other files and what is unfinished of them stays as it is; of a file by another name, a training
-            that is not this one is refused.
+        checkpoint: a file written after every epoch. A call with the same arguments goes on from there,
+            on the CPU bit for bit; a finished one is only tested again. It holds a hash of all that the
+            training depends on: pixels and labels of both splits, encoder, settings, what `views` makes of
+            some images. `{key}` in its name stands for that hash, so that other trainings have other files
+            and what is unfinished of them stays as it is; of a file by another name, a training that is not
+            this one is refused.
         progress: called after each step as `progress(steps_done, steps_in_all)`.
-        warn: called with a line where a checkpoint cannot be written, which costs only the resuming, or one called `{key}` not read.
+        warn: called with a line where a checkpoint cannot be written, which costs only the resuming, or
+            one called `{key}` not read.
 
     Raises:
-        EvalError: splits or labels that do not fit, values out of range, divergence, a checkpoint that is not of this training.
+        EvalError: splits or labels that do not fit, values out of range, divergence, a checkpoint that is
+            not of this training.
     """
-    recipe = Recipe(views, epochs, batch_size, warmup_epochs, weight_decay, layer_decay, label_smoothing, bf16, seed)
+    recipe = Recipe(
+        views, epochs, batch_size, warmup_epochs, weight_decay, layer_decay, label_smoothing, bf16, seed
+    )
     splits = (train_pixels, train_labels, test_pixels, test_labels)
-    return train_and_test(encoder, feature_dim, *splits, lr, recipe, False, val_fraction, torch.device(device), checkpoint, progress, warn)
+    return train_and_test(
+        encoder,
+        feature_dim,
+        *splits,
+        lr,
+        recipe,
+        False,
+        val_fraction,
+        torch.device(device),
+        checkpoint,
+        progress,
+        warn,
+    )
 
 
 def train_and_test(
@@ -211,8 +255,10 @@ def train_and_test(
     progress: Progress | None,
     warn: Warn,
 ) -> TrainResult:
-    """Choose the learning rate on a held-out part of train, train on all of it, test. Heads on a frozen encoder share its forward
-    pass, so that choosing between any number of rates doubles the work; a trained one needs a training for each."""
+    """Choose the learning rate on a held-out part of train, train on all of it, test. Heads on a frozen
+    encoder share its forward
+    pass, so that choosing between any number of rates doubles the work; a trained one needs a training for
+    each."""
     classes, train_target, test_target = _check(train_pixels, train_labels, test_pixels, test_labels)
     lrs = sorted({lr} if isinstance(lr, int | float) else set(lr))
     if not lrs or not 0 < lrs[0] <= lrs[-1] < math.inf:
@@ -220,13 +266,21 @@ def train_and_test(
     all_rows = torch.arange(len(train_target))
     trials = [] if len(lrs) == 1 else [lrs] if frozen else [[one] for one in lrs]
     if trials and train_target.bincount().min() < 2:
-        raise EvalError("a class has one train image, so that no lr can be chosen on others", "give one lr, or two images of each class")
+        raise EvalError(
+            "a class has one train image, so that no lr can be chosen on others",
+            "give one lr, or two images of each class",
+        )
     if not 0 < val_fraction < 1:
         raise EvalError(f"val_fraction is {val_fraction}", "choose 0 < val_fraction < 1, e.g. 0.2")
-    fit_rows, val_rows = split_rows(train_target, val_fraction, recipe.seed) if trials else (all_rows, all_rows[:0])
+    fit_rows, val_rows = (
+        split_rows(train_target, val_fraction, recipe.seed) if trials else (all_rows, all_rows[:0])
+    )
 
     # one after the other: the trials on a part of train, then the training on all of it
-    lengths = [recipe.epochs * _num_batches(len(rows), recipe.batch_size) for rows in [fit_rows] * len(trials) + [all_rows]]
+    lengths = [
+        recipe.epochs * _num_batches(len(rows), recipe.batch_size)
+        for rows in [fit_rows] * len(trials) + [all_rows]
+    ]
     kept = None
     if checkpoint is not None:
         made_of = _fingerprint(encoder, train_pixels, test_pixels, recipe, device)
@@ -235,13 +289,17 @@ def train_and_test(
         kept = _Checkpoint(checkpoint, made_of, warn)
 
     def best(scores: list[float]) -> int:
-        return max(range(len(lrs)), key=scores.__getitem__) if scores else 0  # max: the first of equals, the lowest rate
+        # max: the first of equals, the lowest rate
+        return max(range(len(lrs)), key=scores.__getitem__) if scores else 0
 
     def prepared(number: int, scores: list[float]) -> tuple[Classifier, torch.optim.SGD, Tensor]:
         """What a training begins with: network, optimizer, rows."""
         rates, rows = (trials[number], fit_rows) if number < len(trials) else ([lrs[best(scores)]], all_rows)
-        backbone = encoder if frozen else copy.deepcopy(encoder).requires_grad_(True)  # a loaded encoder has it off
-        model = Classifier(backbone, feature_dim, len(classes), len(rates), frozen=frozen, bf16=recipe.bf16).to(device)
+        # a loaded encoder has it off
+        backbone = encoder if frozen else copy.deepcopy(encoder).requires_grad_(True)
+        model = Classifier(
+            backbone, feature_dim, len(classes), len(rates), frozen=frozen, bf16=recipe.bf16
+        ).to(device)
         return model, _optimizer(model, rates, len(rows), recipe), rows
 
     def check(state: dict[str, Any]) -> None:
@@ -265,7 +323,9 @@ def train_and_test(
             if kept is not None:
                 kept.save({"number": number, "scores": scores, **state})
 
-        return model, _train(model, optimizer, train_pixels, train_target, rows, recipe, device, resumed, save, tick)
+        return model, _train(
+            model, optimizer, train_pixels, train_target, rows, recipe, device, resumed, save, tick
+        )
 
     for number in range(saved["number"] if saved else 0, len(trials)):
         model, losses = run(number)
@@ -274,14 +334,24 @@ def train_and_test(
     rate = lrs[best(scores)]
     model, losses = run(len(trials))
     if not losses.isfinite():
-        raise EvalError(f"training diverged at lr={rate:g}", f"lower it, e.g. lr={rate / 10:g}, or give several to choose from")
-    top1 = _accuracy(model, test_pixels, test_target, torch.arange(len(test_target)), recipe.batch_size, device)
-    val_top1, path = scores[best(scores)] if scores else None, kept.path if kept is not None and kept.path.is_file() else None
+        raise EvalError(
+            f"training diverged at lr={rate:g}",
+            f"lower it, e.g. lr={rate / 10:g}, or give several to choose from",
+        )
+    top1 = _accuracy(
+        model, test_pixels, test_target, torch.arange(len(test_target)), recipe.batch_size, device
+    )
+    val_top1, path = (
+        scores[best(scores)] if scores else None,
+        kept.path if kept is not None and kept.path.is_file() else None,
+    )
     return TrainResult(top1.item(), rate, val_top1, losses.item(), model.eval(), classes, path)
 
 
 def state_hash(module: nn.Module) -> str:
-    """SHA-256 over the names, shapes, types and bytes of all parameters and buffers, and over which modules are in training mode."""
+    """SHA-256 over the names, shapes, types and bytes of all parameters and buffers, and over which modules
+    are in training mode.
+    """
     digest = hashlib.sha256()
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
@@ -291,12 +361,17 @@ def state_hash(module: nn.Module) -> str:
 
 
 def keyed_seed(*key: int) -> int:
-    """A seed in 0 .. 2^31 - 1 as a hash of the key. (torch's CPU generator looks at 32 bits only, and neighbouring seeds overlap.)"""
+    """A seed in 0 .. 2^31 - 1 as a hash of the key. (torch's CPU generator looks at 32 bits only, and
+    neighbouring seeds overlap.)
+    """
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest()) >> 1
 
 
-def parameter_groups(model: Classifier, lrs: Sequence[float], weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """SGD's groups, one for each pair of `peak_lr` and `weight_decay`; tensors of one dimension (biases, BatchNorm) have no decay.
+def parameter_groups(
+    model: Classifier, lrs: Sequence[float], weight_decay: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    """SGD's groups, one for each pair of `peak_lr` and `weight_decay`; tensors of one dimension (biases,
+    BatchNorm) have no decay.
 
     Args:
         lrs: peak learning rate of each head; the encoder, where it is trained, takes the only one.
@@ -315,36 +390,56 @@ def parameter_groups(model: Classifier, lrs: Sequence[float], weight_decay: floa
         heights = _heights(model.encoder) if layer_decay < 1 else {}
         for name, parameter in model.encoder.named_parameters():
             add(parameter, lrs[0] * layer_decay ** heights.get(name, 0))
-    return [{"params": params, "peak_lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+    return [
+        {"params": params, "peak_lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()
+    ]
 
 
 def _heights(encoder: nn.Module) -> dict[str, int]:
-    """Stages from each parameter up to the head: 1 in `layer4` of a ResNet, 4 in `layer1`, 5 in the stem that comes before."""
+    """Stages from each parameter up to the head: 1 in `layer4` of a ResNet, 4 in `layer1`, 5 in the stem that
+    comes before.
+    """
     depths, stage = {}, 0
     for name, _ in encoder.named_parameters():  # in the order of registration, which is that of depth
-        number = next((part[5:] for part in name.split(".") if part[:5] == "layer" and part[5:].isdigit()), None)
+        number = next(
+            (part[5:] for part in name.split(".") if part[:5] == "layer" and part[5:].isdigit()), None
+        )
         stage = stage if number is None else int(number)
         depths[name] = stage
     if stage == 0:
-        raise EvalError("layer_decay needs a network with stages layer1, layer2, ...", "use a ResNet, or layer_decay=1")
+        raise EvalError(
+            "layer_decay needs a network with stages layer1, layer2, ...", "use a ResNet, or layer_decay=1"
+        )
     return {name: stage + 1 - depth for name, depth in depths.items()}
 
 
 def _check(
     train_pixels: IndexedPixels, train_labels: Tensor, test_pixels: IndexedPixels, test_labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Class ids (C,) ascending, and the labels of both splits as numbers 0..C-1, on the CPU; of a test class that train lacks, -1."""
+    """Class ids (C,) ascending, and the labels of both splits as numbers 0..C-1, on the CPU; of a test class
+    that train lacks, -1.
+    """
     for name, pixels, labels in (("train", train_pixels, train_labels), ("test", test_pixels, test_labels)):
-        if len(pixels.shape) != 4 or pixels.shape[1] != 3 or pixels.dtype != torch.uint8 or labels.shape != pixels.shape[:1]:
+        if (
+            len(pixels.shape) != 4
+            or pixels.shape[1] != 3
+            or pixels.dtype != torch.uint8
+            or labels.shape != pixels.shape[:1]
+        ):
             raise EvalError(
-                f"the {name} pixels are {tuple(pixels.shape)} {pixels.dtype}, their labels {tuple(labels.shape)}",
+                (
+                    f"the {name} pixels are {tuple(pixels.shape)} {pixels.dtype}, their labels "
+                    f"{tuple(labels.shape)}"
+                ),
                 "give (N, 3, H, W) uint8 pixels and (N,) labels",
             )
         if len(pixels) == 0:
             raise EvalError(f"the {name} split is empty", "give at least one image")
         unlabeled = int((labels < 0).sum())
         if unlabeled:
-            raise EvalError(f"{unlabeled} of {len(labels)} {name} labels are negative", "leave out images without a label")
+            raise EvalError(
+                f"{unlabeled} of {len(labels)} {name} labels are negative", "leave out images without a label"
+            )
     classes, train_target = train_labels.detach().cpu().long().unique(return_inverse=True)
     test_labels = test_labels.detach().cpu().long()
     if len(classes) < 2:
@@ -357,16 +452,22 @@ def _num_batches(num_images: int, batch_size: int) -> int:
 
 
 def _optimizer(model: Classifier, lrs: list[float], num_rows: int, recipe: Recipe) -> torch.optim.SGD:
-    scale = num_rows / _num_batches(num_rows, recipe.batch_size) / RATED_BATCH  # by the batches as they are: few labels make small ones
+    # by the batches as they are: few labels make small ones
+    scale = num_rows / _num_batches(num_rows, recipe.batch_size) / RATED_BATCH
     groups = parameter_groups(model, [lr * scale for lr in lrs], recipe.weight_decay, recipe.layer_decay)
     return torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, nesterov=True)
 
 
 def _resume(model: Classifier, optimizer: torch.optim.SGD, state: dict[str, Any], epochs: int) -> None:
-    """Load what was saved of a training. Raises ValueError, RuntimeError or others where it is not of this network and these rates."""
+    """Load what was saved of a training. Raises ValueError, RuntimeError or others where it is not of this
+    network and these rates.
+    """
 
     def settings() -> list[dict[str, Any]]:
-        return [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in optimizer.param_groups]
+        return [
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            for group in optimizer.param_groups
+        ]
 
     ours, asked = model.trained.state_dict(), settings()
     for name, tensor in state["model"].items():
@@ -396,7 +497,9 @@ def _train(
     save: Callable[[dict[str, Any]], None],
     tick: Callable[[int], None],
 ) -> Tensor:
-    """Trains on `rows` of the data, from a saved state where there is one; gives each head's mean loss over the last epoch, (L,)."""
+    """Trains on `rows` of the data, from a saved state where there is one; gives each head's mean loss over
+    the last epoch, (L,).
+    """
     epoch_steps = _num_batches(len(rows), recipe.batch_size)
     num_steps, warmup_steps = recipe.epochs * epoch_steps, recipe.warmup_epochs * epoch_steps
     num_heads = len(model.heads)
@@ -416,7 +519,10 @@ def _train(
                 images, y = pixels[index].to(device), target[index].to(device)
                 logits = model(recipe.views(epoch, index.to(device), images))  # (B, C, L)
                 each = F.cross_entropy(
-                    logits, y.unsqueeze(1).expand(-1, num_heads), reduction="none", label_smoothing=recipe.label_smoothing
+                    logits,
+                    y.unsqueeze(1).expand(-1, num_heads),
+                    reduction="none",
+                    label_smoothing=recipe.label_smoothing,
                 )  # (B, L)
                 optimizer.zero_grad()
                 each.mean(0).sum().backward()  # a sum: no head feels the others
@@ -432,7 +538,14 @@ def _train(
 
 
 @torch.inference_mode()
-def _accuracy(model: Classifier, pixels: IndexedPixels, target: Tensor, rows: Tensor, batch_size: int, device: torch.device) -> Tensor:
+def _accuracy(
+    model: Classifier,
+    pixels: IndexedPixels,
+    target: Tensor,
+    rows: Tensor,
+    batch_size: int,
+    device: torch.device,
+) -> Tensor:
     """Each head's accuracy on `rows` of the data, without augmentation: (L,) float64 in 0..1, on the CPU."""
     model.eval()
     hits = torch.zeros(len(model.heads), dtype=torch.int64, device=device)
@@ -443,7 +556,9 @@ def _accuracy(model: Classifier, pixels: IndexedPixels, target: Tensor, rows: Te
 
 
 def _cosine(step: int, num_steps: int, warmup_steps: float) -> float:
-    """Share of the peak rate at a step, 0 the first: a linear rise over the warm-up, then half a cosine to zero."""
+    """Share of the peak rate at a step, 0 the first: a linear rise over the warm-up, then half a cosine to
+    zero.
+    """
     if step < warmup_steps:
         return min(1.0, (step + 1) / warmup_steps)
     return (1 + math.cos(math.pi * (step - warmup_steps) / (num_steps - warmup_steps))) / 2
@@ -451,18 +566,31 @@ def _cosine(step: int, num_steps: int, warmup_steps: float) -> float:
 
 @contextmanager
 def _keyed_random(device: torch.device, *key: int) -> Iterator[None]:
-    """torch's global generators seeded by the key, and as they were afterwards: what an epoch draws depends on nothing before it."""
+    """torch's global generators seeded by the key, and as they were afterwards: what an epoch draws depends
+    on nothing before it.
+    """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(keyed_seed(*key))
         yield
 
 
 def _fingerprint(
-    encoder: nn.Module, train_pixels: IndexedPixels, test_pixels: IndexedPixels, recipe: Recipe, device: torch.device
+    encoder: nn.Module,
+    train_pixels: IndexedPixels,
+    test_pixels: IndexedPixels,
+    recipe: Recipe,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """What a training depends on besides labels and rates, by names for people. Views are known by what they make of noise."""
+    """What a training depends on besides labels and rates, by names for people. Views are known by what they
+    make of noise.
+    """
     rows = torch.linspace(0, len(train_pixels) - 1, min(len(train_pixels), 8)).round().long()
-    noise = torch.randint(256, (len(rows), *train_pixels.shape[1:]), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(
+        256,
+        (len(rows), *train_pixels.shape[1:]),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(0),
+    )
     views = []
     for epoch in sorted({0, recipe.epochs // 2, recipe.epochs - 1}):
         with torch.no_grad(), _keyed_random(device, recipe.seed, epoch):
@@ -491,14 +619,17 @@ class _Checkpoint:
     """The file of one training, which holds what the training is made of.
 
     Args:
-        path: `{key}` in its name becomes a hash of `made_of`. Such a file is ours to replace; any other one is the caller's.
+        path: `{key}` in its name becomes a hash of `made_of`. Such a file is ours to replace; any other
+            one is the caller's.
         made_of: what the training depends on, plain values by names for people.
         warn: is told in a line what costs only the resuming.
     """
 
     def __init__(self, path: Path, made_of: dict[str, Any], warn: Warn) -> None:
         self.made_of = json.dumps(made_of, sort_keys=True)
-        self.path = path.with_name(path.name.replace("{key}", hashlib.sha256(self.made_of.encode()).hexdigest()[:16]))
+        self.path = path.with_name(
+            path.name.replace("{key}", hashlib.sha256(self.made_of.encode()).hexdigest()[:16])
+        )
         self.is_keyed, self.warn, self.warned = self.path != path, warn, False
 
     def load(self, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
@@ -509,11 +640,18 @@ class _Checkpoint:
             state = self._read()
             if state["fingerprint"] == self.made_of:
                 check(state)
-        except Exception as error:  # torch.load raises pickle, zip, runtime and key errors; all mean: not a checkpoint of ours
+        # torch.load raises pickle, zip, runtime and key errors; all mean: not a checkpoint of ours
+        except Exception as error:
             if self.is_keyed:
-                self.warn(f"cannot read the checkpoint {self.path} ({type(error).__name__}): the training begins anew")
+                self.warn(
+                    f"cannot read the checkpoint {self.path} ({type(error).__name__}): the "
+                    "training begins anew"
+                )
                 return None
-            raise EvalError(f"cannot read the checkpoint {self.path} ({type(error).__name__})", "delete it and start again") from error
+            raise EvalError(
+                f"cannot read the checkpoint {self.path} ({type(error).__name__})",
+                "delete it and start again",
+            ) from error
         if state["fingerprint"] == self.made_of:
             return state
         ours, theirs = json.loads(self.made_of), json.loads(state["fingerprint"])
@@ -531,11 +669,24 @@ class _Checkpoint:
         with zipfile.ZipFile(self.path) as archive:
             parts = archive.infolist()
         size = self.path.stat().st_size
-        if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > size:
+        if (
+            any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+            or sum(part.file_size for part in parts) > size
+        ):
             raise ValueError("it unpacks to more than it is")
         state = torch.load(self.path, map_location="cpu", weights_only=True)
-        types = {"fingerprint": str, "number": int, "scores": list, "epochs": int, "model": dict, "optimizer": dict, "losses": Tensor}
-        if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in types.items()):
+        types = {
+            "fingerprint": str,
+            "number": int,
+            "scores": list,
+            "epochs": int,
+            "model": dict,
+            "optimizer": dict,
+            "losses": Tensor,
+        }
+        if not isinstance(state, dict) or not all(
+            isinstance(state.get(name), kind) for name, kind in types.items()
+        ):
             raise TypeError("not a training's state")
         if not all(isinstance(score, float) for score in state["scores"]):
             raise TypeError("no scores")
@@ -550,8 +701,12 @@ class _Checkpoint:
                 torch.save({"fingerprint": self.made_of, **state}, file)
                 file.flush()
                 os.fsync(file.fileno())
-        except (EvalError, OSError, RuntimeError) as error:  # a full disk surfaces from torch.save as RuntimeError
+        # a full disk surfaces from torch.save as RuntimeError
+        except (EvalError, OSError, RuntimeError) as error:
             if not self.warned:
                 why = getattr(error.__cause__, "strerror", None) or str(error).splitlines()[0]
-                self.warn(f"cannot write the checkpoint {self.path} ({why}): the training goes on, but could not be resumed")
+                self.warn(
+                    f"cannot write the checkpoint {self.path} ({why}): the training goes on, but "
+                    "could not be resumed"
+                )
             self.warned = True

@@ -1,7 +1,7 @@
 """k-nearest-neighbour classification by cosine similarity, for many k in one search: no training, no tuning.
 
-Protocols: weighted votes as in Wu et al. 2018, Unsupervised feature learning via non-parametric instance discrimination (section
-3.4); plain majority without a temperature.
+Protocols: weighted votes as in Wu et al. 2018, Unsupervised feature learning via non-parametric instance
+discrimination (section 3.4); plain majority without a temperature.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,10 +15,13 @@ from torch import Tensor
 from linear_eval.features import EvalError, Features, check_splits
 
 Backend = Literal["auto", "faiss", "torch"]
-Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (Q, D), k -> similarities (Q, k) descending, bank rows (Q, k)
+# (Q, D), k -> similarities (Q, k) descending, bank rows (Q, k)
+Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 TIE = 1e-6  # cosine similarities closer than this may be ordered differently by two float32 matmuls
-NARROW = 1e-4  # where all neighbours found are as similar as this, float32 (6e-8 near 1, and a matmul's errors) may find others
+# where all neighbours found are as similar as this, float32 (6e-8 near 1, and a matmul's errors) may find
+# others
+NARROW = 1e-4
 SPARE = 16  # neighbours found beyond the k-th, so that a tie at the cut is settled among a few
 EXACT = 1e-14  # cosines in float64 that are closer than this are equal; of how far the bank spreads
 CHUNK_ELEMENTS = 2**27  # float32 similarities held at once: 512 MiB
@@ -33,13 +36,14 @@ def knn_accuracy(
     backend: Backend = "auto",
     device: str | torch.device = "cpu",
 ) -> float:
-    """Share of the test rows (0..1) whose neighbours vote for their label; arguments as for `knn_predictions`.
+    """Share of the test rows (0..1) whose neighbours vote for their label; arguments as for
+    `knn_predictions`.
 
     A test class that does not occur in `train` cannot be predicted and counts as wrong.
     """
-    return knn_accuracies(train, test, num_neighbors=[num_neighbors], temperature=temperature, backend=backend, device=device)[
-        num_neighbors
-    ]
+    return knn_accuracies(
+        train, test, num_neighbors=[num_neighbors], temperature=temperature, backend=backend, device=device
+    )[num_neighbors]
 
 
 def knn_accuracies(
@@ -52,7 +56,9 @@ def knn_accuracies(
     device: str | torch.device = "cpu",
 ) -> dict[int, float]:
     """`knn_accuracy` for every k of `num_neighbors`, from one search."""
-    predicted = knn_predictions(train, test, num_neighbors=num_neighbors, temperature=temperature, backend=backend, device=device)
+    predicted = knn_predictions(
+        train, test, num_neighbors=num_neighbors, temperature=temperature, backend=backend, device=device
+    )
     return {k: (labels == test.y).double().mean().item() for k, labels in predicted.items()}
 
 
@@ -66,9 +72,9 @@ def knn_predict(
     device: str | torch.device = "cpu",
 ) -> Tensor:
     """Labels (N_test,) int64 for one k; arguments as for `knn_predictions`."""
-    return knn_predictions(train, test, num_neighbors=[num_neighbors], temperature=temperature, backend=backend, device=device)[
-        num_neighbors
-    ]
+    return knn_predictions(
+        train, test, num_neighbors=[num_neighbors], temperature=temperature, backend=backend, device=device
+    )[num_neighbors]
 
 
 def knn_predictions(
@@ -80,23 +86,25 @@ def knn_predictions(
     backend: Backend = "auto",
     device: str | torch.device = "cpu",
 ) -> dict[int, Tensor]:
-    """Labels (N_test,) int64 voted by each test row's k nearest train rows, for every k of `num_neighbors`; one search for all.
+    """Labels (N_test,) int64 voted by each test row's k nearest train rows, for every k of `num_neighbors`;
+    one search for all.
 
-    The answer is the same for every backend, and for k alone or among others: equally similar neighbours enter in the order
-    of their row number, equal votes go to the lowest class id. Where the neighbours of a row are all nearly as similar as each
-    other (features with a large common offset, or a collapsed encoder), they are found in float64, on the CPU: slower.
+    The answer is the same for every backend, and for k alone or among others: equally similar neighbours
+    enter in the order of their row number, equal votes go to the lowest class id. Where the neighbours of a
+    row are all nearly as similar as each other (features with a large common offset, or a collapsed encoder),
+    they are found in float64, on the CPU: slower.
 
     Args:
         num_neighbors: how many train rows vote, each 1..N_train.
-        temperature: > 0: a vote weighs exp(cosine / temperature), the smaller, the more the nearest row decides. None: all
-            votes weigh the same.
-        backend: "faiss" (exact flat index), "torch" (chunked matmul and topk), "auto" takes torch on a GPU, elsewhere faiss
-            where it can be imported.
+        temperature: > 0: a vote weighs exp(cosine / temperature), the smaller, the more the nearest row
+            decides. None: all votes weigh the same.
+        backend: "faiss" (exact flat index), "torch" (chunked matmul and topk), "auto" takes torch on a
+            GPU, elsewhere faiss where it can be imported.
         device: where the search runs; faiss searches on the CPU where it was built without that GPU.
 
     Raises:
-        EvalError: a value out of range, features that are empty, not finite, of different width or all zero in a row,
-            faiss asked for but not installed.
+        EvalError: a value out of range, features that are empty, not finite, of different width or all
+            zero in a row, faiss asked for but not installed.
     """
     check_splits(train, test)
     if not num_neighbors:
@@ -104,7 +112,8 @@ def knn_predictions(
     for k in num_neighbors:
         if not 1 <= k <= len(train.x):
             raise EvalError(
-                f"num_neighbors is {k}, the train split has {len(train.x)} images", f"choose 1 <= num_neighbors <= {len(train.x)}"
+                f"num_neighbors is {k}, the train split has {len(train.x)} images",
+                f"choose 1 <= num_neighbors <= {len(train.x)}",
             )
     if temperature is not None and not 0 < temperature < float("inf"):
         raise EvalError(f"temperature is {temperature}", "choose a temperature > 0, e.g. 0.1")
@@ -115,15 +124,19 @@ def knn_predictions(
     answers: dict[int, list[Tensor]] = {k: [] for k in num_neighbors}
     size = max(1, min(4096, CHUNK_ELEMENTS // len(bank)))
     for chunk, raw_chunk in zip(queries.split(size), test.x.split(size), strict=True):
-        found = search(chunk, min(max(num_neighbors) + SPARE, len(bank)))  # similarities and rows, (Q, k + SPARE) each
+        # similarities and rows, (Q, k + SPARE) each
+        found = search(chunk, min(max(num_neighbors) + SPARE, len(bank)))
         for k, predicted in answers.items():
-            below, index, tie = _settle(found[0][:, : k + SPARE], found[1][:, : k + SPARE], bank, chunk, train.x, raw_chunk, k)
+            below, index, tie = _settle(
+                found[0][:, : k + SPARE], found[1][:, : k + SPARE], bank, chunk, train.x, raw_chunk, k
+            )
             votes = torch.zeros(len(chunk), len(classes), dtype=torch.float64)
             if temperature is None:
                 votes.scatter_add_(1, bank_class[index], torch.ones_like(below))  # (Q, C)
                 winning = votes == votes.amax(dim=1, keepdim=True)
             else:
-                # The nearest row weighs 1: the same vote as exp(similarity / temperature), but it cannot overflow.
+                # The nearest row weighs 1: the same vote as exp(similarity / temperature), but it cannot
+                # overflow.
                 weight = (below / temperature).exp()  # (Q, k)
                 votes.scatter_add_(1, bank_class[index], weight)  # (Q, C)
                 # Votes that differ by less than the similarities can tell apart are equal.
@@ -136,7 +149,8 @@ def _unit_rows(x: Tensor, name: str) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     if ((norm > 1e-15) & (norm < 1e15)).all():
         return x / norm
-    largest = x.abs().amax(dim=1, keepdim=True)  # the squares of tiny or huge features leave float32: scale them first
+    # the squares of tiny or huge features leave float32: scale them first
+    largest = x.abs().amax(dim=1, keepdim=True)
     zeros = int((largest == 0).sum())
     if zeros:
         raise EvalError(
@@ -148,14 +162,17 @@ def _unit_rows(x: Tensor, name: str) -> Tensor:
 
 
 def exact_cosines(queries: Tensor, bank: Tensor) -> tuple[Tensor, float]:
-    """How similar rows (Q, D) are to rows (N, D), for an order among the latter: (Q, N) float64, and the step that they are rounded to.
+    """How similar rows (Q, D) are to rows (N, D), for an order among the latter: (Q, N) float64, and the step
+    that they are rounded to.
 
-    Cosines, less the query's with the mean direction of the bank. So neither loses digits where a common offset makes all
-    cosines nearly 1, and rows of the bank that are equal give equal numbers. Rows that are all 0 have the cosine 0.
+    Cosines, less the query's with the mean direction of the bank. So neither loses digits where a common
+    offset makes all cosines nearly 1, and rows of the bank that are equal give equal numbers. Rows that are
+    all 0 have the cosine 0.
     """
     queries = _unit_rows_exactly(queries)
     parts = bank.split(65536)
-    centre = torch.stack([_unit_rows_exactly(part).sum(dim=0) for part in parts]).sum(dim=0) / len(bank)  # (D,)
+    # (D,)
+    centre = torch.stack([_unit_rows_exactly(part).sum(dim=0) for part in parts]).sum(dim=0) / len(bank)
     found, reach = [], 1e-300
     for part in parts:
         centred = _unit_rows_exactly(part) - centre
@@ -171,15 +188,23 @@ def _unit_rows_exactly(x: Tensor) -> Tensor:
 
 
 def _settle(
-    similarity: Tensor, index: Tensor, bank: Tensor, queries: Tensor, raw_bank: Tensor, raw_queries: Tensor, k: int
+    similarity: Tensor,
+    index: Tensor,
+    bank: Tensor,
+    queries: Tensor,
+    raw_bank: Tensor,
+    raw_queries: Tensor,
+    k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The first k of the rows found, and what can be told of them.
 
     Args:
-        similarity, index: (Q, k + SPARE), as found. bank, queries: of length 1; raw_bank, raw_queries: as they were given.
+        similarity, index: (Q, k + SPARE), as found. bank, queries: of length 1; raw_bank, raw_queries: as
+            they were given.
 
     Returns:
-        (Q, k) float64, by how much each is less similar than the nearest; (Q, k) rows; (Q, 1), differences below this are none.
+        (Q, k) float64, by how much each is less similar than the nearest; (Q, k) rows; (Q, 1), differences
+        below this are none.
     """
     narrow = similarity[:, 0] - similarity[:, -1] < NARROW  # (Q,)
     similarity, index = _settle_cut(similarity, index, bank, queries, k, ~narrow)
@@ -194,15 +219,19 @@ def _settle(
     return below, index, tie
 
 
-def _settle_cut(similarity: Tensor, index: Tensor, bank: Tensor, queries: Tensor, k: int, among: Tensor) -> tuple[Tensor, Tensor]:
-    """The first k of the rows found. Where the cut falls between (nearly) equal ones, it is settled exactly: lowest row first.
+def _settle_cut(
+    similarity: Tensor, index: Tensor, bank: Tensor, queries: Tensor, k: int, among: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The first k of the rows found. Where the cut falls between (nearly) equal ones, it is settled exactly:
+    lowest row first.
 
     among: (Q,) bool, the queries that this is done for.
     """
     if k == len(bank):
         return similarity, index
     tied = ((similarity[:, k - 1] - similarity[:, k] < TIE) & among).nonzero().squeeze(1)
-    complete = similarity[tied, k - 1] - similarity[tied, -1] >= TIE  # every row that may come in is among the ones found
+    # every row that may come in is among the ones found
+    complete = similarity[tied, k - 1] - similarity[tied, -1] >= TIE
     few, many = (tied, tied[:0]) if index.shape[1] == len(bank) else (tied[complete], tied[~complete])
     found = index
     similarity, index = similarity[:, :k].clone(), index[:, :k].clone()
@@ -212,7 +241,8 @@ def _settle_cut(similarity: Tensor, index: Tensor, bank: Tensor, queries: Tensor
         similarity[rows], order = _first_k(exact, k)
         index[rows] = candidates.gather(1, order)
     for rows in many.split(max(1, CHUNK_ELEMENTS // 4 // len(bank))) if len(many) else ():
-        exact = torch.cat([queries[rows].double() @ part.double().T for part in bank.split(65536)], dim=1)  # (R, N)
+        # (R, N)
+        exact = torch.cat([queries[rows].double() @ part.double().T for part in bank.split(65536)], dim=1)
         similarity[rows], index[rows] = _first_k(exact, k)
     return similarity, index
 
@@ -241,7 +271,8 @@ def import_faiss() -> ModuleType | None:
     """The module; None where it is not installed, or does not load."""
     try:
         import faiss
-    except Exception:  # a library that is missing (OSError), one built for another numpy (AttributeError, ValueError), ...
+    # a library that is missing (OSError), one built for another numpy (AttributeError, ValueError), ...
+    except Exception:
         return None
     return faiss
 
@@ -277,7 +308,8 @@ def _torch_search(bank: Tensor, device: torch.device) -> Search:
 
     def search(queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         callers_precision = matmul.fp32_precision
-        matmul.fp32_precision = "ieee"  # TF32, where the caller trains with it, is off by up to 1e-3: other neighbours
+        # TF32, where the caller trains with it, is off by up to 1e-3: other neighbours
+        matmul.fp32_precision = "ieee"
         try:
             similarity, rows = (queries.to(device) @ columns).topk(k, dim=1)
         finally:

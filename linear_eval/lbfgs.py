@@ -1,11 +1,14 @@
-"""Logistic regression for many strengths of regularisation at once, by an L-BFGS whose problems advance as one batch.
+"""Logistic regression for many strengths of regularisation at once, by an L-BFGS whose problems advance as
+one batch.
 
-Data flow: features -> centred, rotated to principal axes -> `minimize` on batches of problems -> weights on the features as they
-came. `fit_logistic`: one label a row, a problem for each l2, coarse ones first, each later one starting between its solved
-neighbours. `fit_binary`: any number of labels a row, a problem for each class and l2.
+Data flow: features -> centred, rotated to principal axes -> `minimize` on batches of problems -> weights on
+the features as they came. `fit_logistic`: one label a row, a problem for each l2, coarse ones first, each
+later one starting between its solved neighbours. `fit_binary`: any number of labels a row, a problem for each
+class and l2.
 
-Methods: Nocedal and Wright 2006, Numerical optimization, algorithm 7.4; its two loops run on inner products of the stored vectors
-(Chen, Wang and Zhou 2014, Large-scale L-BFGS using MapReduce), so that an iteration reads these twice, not 4 m times.
+Methods: Nocedal and Wright 2006, Numerical optimization, algorithm 7.4; its two loops run on inner products
+of the stored vectors (Chen, Wang and Zhou 2014, Large-scale L-BFGS using MapReduce), so that an iteration
+reads these twice, not 4 m times.
 """
 
 import math
@@ -15,15 +18,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # points (A, P), their problems (A,) -> values (A,), gradients (A, P)
+# points (A, P), their problems (A,) -> values (A,), gradients (A, P)
+Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 MEMORY = 10  # pairs of step and gradient change that are kept; 20 saved under 2 % of the evaluations
 ARMIJO = 1e-4  # share of the slope's promise that a step must keep
 MAX_TRIALS = 12  # step lengths a problem may try in one iteration
-FLOOR = 1e-2  # nats: below it, the tolerance on the mean loss is that of this loss; what is left there decides no prediction
-MAX_ROTATED = 4096  # an eigendecomposition of this size takes half a minute on a CPU; wider features are only scaled
+# nats: below it, the tolerance on the mean loss is that of this loss; what is left there decides no
+# prediction
+FLOOR = 1e-2
+# an eigendecomposition of this size takes half a minute on a CPU; wider features are only scaled
+MAX_ROTATED = 4096
 STATE_ELEMENTS = 2**29  # numbers of history held at once: 2 GiB in float32
-CPU_ELEMENTS, GPU_ELEMENTS = 2**20, 2**26  # logits held at once: what a CPU keeps in its cache, what keeps a GPU busy
+# logits held at once: what a CPU keeps in its cache, what keeps a GPU busy
+CPU_ELEMENTS, GPU_ELEMENTS = 2**20, 2**26
 
 
 @dataclass(frozen=True)
@@ -43,17 +51,22 @@ class Minima:
     converged: Tensor
 
 
-def minimize(objective: Objective, start: Tensor, *, max_iter: int, tolerance: float, floor: float = 0.0) -> Minima:
+def minimize(
+    objective: Objective, start: Tensor, *, max_iter: int, tolerance: float, floor: float = 0.0
+) -> Minima:
     """Minimises H smooth convex functions of P variables at once.
 
-    Each problem has its own history, step length and end; one that has ended is frozen and no longer evaluated.
+    Each problem has its own history, step length and end; one that has ended is frozen and no longer
+    evaluated.
 
     Args:
-        objective: called as `objective(points, problems)` with those problems (A,) that want a value; values are float64.
+        objective: called as `objective(points, problems)` with those problems (A,) that want a value;
+            values are float64.
         start: (H, P), float32 or float64; best scaled so that the Hessians are near the identity.
         max_iter: iterations for each problem.
-        tolerance: a problem ends when the last step lowered its value, and by the quadratic model the next would, by less
-            than this share of it (of `floor`, if that is larger); or when rounding hides any descent.
+        tolerance: a problem ends when the last step lowered its value, and by the quadratic model the
+            next would, by less than this share of it (of `floor`, if that is larger); or when rounding hides
+            any descent.
     """
     num_problems, m, device = len(start), MEMORY, start.device
     minima = Minima(
@@ -65,7 +78,8 @@ def minimize(objective: Objective, start: Tensor, *, max_iter: int, tolerance: f
     rounding = 8 * torch.finfo(start.dtype).eps
     problems, point = torch.arange(num_problems, device=device), start  # the open ones: (A,), (A, P)
     value, gradient = objective(point, problems)
-    basis = start.new_zeros(num_problems, 2 * m + 1, start.shape[1])  # m steps, m gradient changes, the gradient
+    # m steps, m gradient changes, the gradient
+    basis = start.new_zeros(num_problems, 2 * m + 1, start.shape[1])
     basis[:, -1] = gradient
     gram = torch.zeros(num_problems, 2 * m + 1, 2 * m + 1, dtype=torch.float64, device=device)
     _refresh(gram, basis, [2 * m])
@@ -98,12 +112,18 @@ def minimize(objective: Objective, start: Tensor, *, max_iter: int, tolerance: f
         minima.points[problems], minima.values[problems], minima.num_steps[problems] = point, value, step + 1
 
         limit = tolerance * value.abs().clamp_min(floor)
-        ended = ((-slope / 2 <= limit) & (lowered <= limit) & (step > 0)) | (length == 0)  # the first has no model, only a gradient
+        # the first has no model, only a gradient
+        ended = ((-slope / 2 <= limit) & (lowered <= limit) & (step > 0)) | (length == 0)
         minima.converged[problems[ended]] = True
         if ended.all():
             break
         if ended.any():
-            problems, point, value, gradient = problems[~ended], point[~ended], value[~ended], gradient[~ended]
+            problems, point, value, gradient = (
+                problems[~ended],
+                point[~ended],
+                value[~ended],
+                gradient[~ended],
+            )
             basis, gram = basis[~ended], gram[~ended]
     return minima
 
@@ -116,9 +136,15 @@ def _refresh(gram: Tensor, basis: Tensor, rows: list[int]) -> None:
 
 
 def _two_loops(gram: Tensor, slots: list[int]) -> Tensor:
-    """Inverse Hessian times gradient, as coefficients (A, 2 m + 1) of the basis; `slots` are those in use, oldest first."""
+    """Inverse Hessian times gradient, as coefficients (A, 2 m + 1) of the basis; `slots` are those in use,
+    oldest first.
+    """
     m = gram.shape[1] // 2
-    length, change, curvature = gram.diagonal(0, 1, 2)[:, :m], gram.diagonal(0, 1, 2)[:, m:-1], gram.diagonal(m, 1, 2)[:, :m]
+    length, change, curvature = (
+        gram.diagonal(0, 1, 2)[:, :m],
+        gram.diagonal(0, 1, 2)[:, m:-1],
+        gram.diagonal(m, 1, 2)[:, :m],
+    )
     usable = curvature > 1e-8 * (length * change).sqrt()
     inverse = torch.where(usable, 1 / curvature, 0)  # 0: the pair has no effect
     coefficients = torch.zeros_like(gram[:, 0])
@@ -135,7 +161,8 @@ def _two_loops(gram: Tensor, slots: list[int]) -> Tensor:
     return coefficients
 
 
-# ---- logistic regression ---------------------------------------------------------------------------------------------
+# ---- logistic regression
+# ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -161,7 +188,12 @@ class Classifiers:
     def predict(self, x: Tensor) -> Tensor:
         """Classes (H, N) int64 of rows (N, D), the lowest of equally likely ones."""
         x = x - self.center
-        return torch.stack([torch.addmm(bias, x, weight.T).argmax(1) for weight, bias in zip(self.weight, self.bias, strict=True)])
+        return torch.stack(
+            [
+                torch.addmm(bias, x, weight.T).argmax(1)
+                for weight, bias in zip(self.weight, self.bias, strict=True)
+            ]
+        )
 
 
 def fit_logistic(
@@ -177,8 +209,8 @@ def fit_logistic(
 ) -> Classifiers:
     """Minimises sum of cross-entropies + l2 / 2 ||W||^2 for every value of `l2`; the bias is free.
 
-    l2 is 1 / C of scikit-learn's LogisticRegression (with two classes 2 / C: it then has one weight vector, half of W's
-    difference). The solutions do not depend on the order of `l2`.
+    l2 is 1 / C of scikit-learn's LogisticRegression (with two classes 2 / C: it then has one weight vector,
+    half of W's difference). The solutions do not depend on the order of `l2`.
 
     Args:
         x: (N, D) float32 or float64, which is the precision of the fit; on the device where it runs.
@@ -192,11 +224,15 @@ def fit_logistic(
     center, scale, axes, variance, rows = _coordinates(x, standardize)
     problem = _Logistic(rows, y, num_classes, l2, variance)
 
-    points = x.new_zeros(len(l2), num_classes, len(variance) + 1)  # (H, C, R + 1): weights on the axes, the bias
+    # (H, C, R + 1): weights on the axes, the bias
+    points = x.new_zeros(len(l2), num_classes, len(variance) + 1)
     if start is not None:
         weight = torch.where(scale > 0, start[0] / scale, 0)
         points[:, :, :-1], points[:, :, -1] = weight if axes is None else weight @ axes, start[1]
-    loss, num_steps, converged = (torch.zeros(len(l2), dtype=dtype, device=x.device) for dtype in (torch.float64, torch.int64, torch.bool))
+    loss, num_steps, converged = (
+        torch.zeros(len(l2), dtype=dtype, device=x.device)
+        for dtype in (torch.float64, torch.int64, torch.bool)
+    )
     logs = torch.tensor(l2, dtype=torch.float64).log()
     by_strength = logs.argsort().tolist()
     most = max(1, STATE_ELEMENTS // ((2 * MEMORY + 1) * points[0].numel()))
@@ -210,7 +246,9 @@ def fit_logistic(
             rows = torch.tensor(batch, device=x.device)
             scaling = problem.scaling[rows].unsqueeze(1)  # (A, 1, R + 1)
             begin_at = torch.where(scaling > 0, points[rows] / scaling, 0).flatten(1)
-            minima = minimize(problem.objective(rows), begin_at, max_iter=max_iter, tolerance=tolerance, floor=FLOOR)
+            minima = minimize(
+                problem.objective(rows), begin_at, max_iter=max_iter, tolerance=tolerance, floor=FLOOR
+            )
             points[rows] = minima.points.view(len(rows), num_classes, -1) * scaling
             loss[rows], num_steps[rows], converged[rows] = minima.values, minima.num_steps, minima.converged
         solved += level
@@ -222,29 +260,37 @@ def fit_logistic(
 class _Logistic:
     """Mean cross-entropy + l2 / (2 N) ||W||^2 of H classifiers, each on coordinates of its own scaling.
 
-    At W = 0 the Hessian is variance / C + l2 / N along each axis, but for the mean over the classes: its square root scales.
+    At W = 0 the Hessian is variance / C + l2 / N along each axis, but for the mean over the classes: its
+    square root scales.
     """
 
     def __init__(self, x: Tensor, y: Tensor, num_classes: int, l2: Sequence[float], variance: Tensor) -> None:
         self.num_classes, self.num_rows = num_classes, len(x)
         strength = torch.tensor(l2, dtype=torch.float64, device=x.device).unsqueeze(1) / len(x)  # (H, 1)
         self.penalty = (strength * torch.ones_like(variance)).to(x.dtype)  # (H, R)
-        self.penalty = torch.cat([self.penalty, self.penalty.new_zeros(len(l2), 1)], dim=1)  # (H, R + 1): the bias is free
+        # (H, R + 1): the bias is free
+        self.penalty = torch.cat([self.penalty, self.penalty.new_zeros(len(l2), 1)], dim=1)
         variance = torch.cat([variance, variance.new_ones(1)])
         scaling = (variance / num_classes + self.penalty).rsqrt()
         # along an axis without variance there is no gradient but rounding
         self.scaling = torch.where(variance > 1e-12 * variance[:-1].max(), scaling, 0)  # (H, R + 1)
         elements = GPU_ELEMENTS if x.is_cuda else CPU_ELEMENTS
-        num_rows = max(64, elements // (num_classes * -(-len(l2) // 2)))  # no batch has more than half of the problems
+        # no batch has more than half of the problems
+        num_rows = max(64, elements // (num_classes * -(-len(l2) // 2)))
         columns = torch.cat([x, x.new_ones(len(x), 1)], dim=1).T  # (R + 1, N)
-        self.chunks = [(part.contiguous(), labels) for part, labels in zip(columns.split(num_rows, 1), y.split(num_rows), strict=True)]
+        self.chunks = [
+            (part.contiguous(), labels)
+            for part, labels in zip(columns.split(num_rows, 1), y.split(num_rows), strict=True)
+        ]
 
     def objective(self, rows: Tensor) -> Objective:
         """Of the problems `rows` (A,) only."""
         return lambda points, problems: self._evaluate(points, rows[problems])
 
     def _evaluate(self, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(A,) float64 values and (A, C (R + 1)) gradients at `points` (A, C (R + 1)) of the problems `rows` (A,)."""
+        """(A,) float64 values and (A, C (R + 1)) gradients at `points` (A, C (R + 1)) of the problems `rows`
+        (A,).
+        """
         num, scaling, penalty = len(rows), self.scaling[rows].unsqueeze(1), self.penalty[rows].unsqueeze(1)
         weight = points.view(num, self.num_classes, -1) * scaling  # (A, C, R + 1)
         flat = weight.flatten(0, 1)  # (A C, R + 1): one matrix product for all problems
@@ -252,7 +298,8 @@ class _Logistic:
         loss = torch.zeros(num, dtype=torch.float64, device=points.device)
         for x, y in self.chunks:  # (R + 1, n), (n,)
             label = y.expand(num, 1, -1)  # (A, 1, n)
-            logits = (flat @ x).view(num, self.num_classes, -1)  # (A, C, n): the classes are summed over full vectors of rows
+            # (A, C, n): the classes are summed over full vectors of rows
+            logits = (flat @ x).view(num, self.num_classes, -1)
             logits -= logits.amax(1, keepdim=True)
             of_label = logits.gather(1, label)
             odds = logits.exp_()
@@ -267,16 +314,22 @@ class _Logistic:
 
 
 def _interpolate(logs: Tensor, points: Tensor, solved: list[int], wanted: list[int]) -> Tensor:
-    """Points at the l2 values `wanted`: the polynomial in log l2 through the (up to) four nearest of the `solved`."""
+    """Points at the l2 values `wanted`: the polynomial in log l2 through the (up to) four nearest of the
+    `solved`.
+    """
     answers = []
     for target in wanted:
         near = sorted(solved, key=lambda other: abs(float(logs[other] - logs[target])))[:4]
-        weights = [math.prod(float((logs[target] - logs[b]) / (logs[a] - logs[b])) for b in near if b != a) for a in near]
+        weights = [
+            math.prod(float((logs[target] - logs[b]) / (logs[a] - logs[b])) for b in near if b != a)
+            for a in near
+        ]
         answers.append(sum(weight * points[a] for weight, a in zip(weights, near, strict=True)))
     return torch.stack(answers)  # type: ignore[arg-type]  # sum() of tensors is typed Tensor | int
 
 
-# ---- several labels a row ----------------------------------------------------------------------------------------------
+# ---- several labels a row
+# ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -314,16 +367,20 @@ def fit_binary(
     max_iter: int,
     tolerance: float,
 ) -> BinaryClassifiers:
-    """Minimises sum of log(1 + exp(-s z)) + l2 / 2 ||w||^2 for P pairs of class and l2; s is 1 for a row that has the class, else -1.
+    """Minimises sum of log(1 + exp(-s z)) + l2 / 2 ||w||^2 for P pairs of class and l2; s is 1 for a row that
+    has the class, else -1.
 
-    l2 is 1 / C of scikit-learn's LogisticRegression on the rows that count. The bias is free. No pair depends on another.
+    l2 is 1 / C of scikit-learn's LogisticRegression on the rows that count. The bias is free. No pair depends
+    on another.
 
     Args:
         x: (N, D) float32 or float64, which is the precision of the fit; on the device where it runs.
-        y: (N, C) 1 present, 0 absent, -1 not counted for that class; every class of `classes` has a 1 and a 0.
+        y: (N, C) 1 present, 0 absent, -1 not counted for that class; every class of `classes` has a 1 and
+            a 0.
         classes: (P,) int64, columns of y.
         l2: (P,) > 0.
-        standardize: w weighs columns of standard deviation 1 over all N rows, in place of the columns as they are.
+        standardize: w weighs columns of standard deviation 1 over all N rows, in place of the columns as
+            they are.
         max_iter, tolerance: as for `fit_logistic`.
     """
     center, scale, axes, variance, rows = _coordinates(x, standardize)
@@ -331,38 +388,50 @@ def fit_binary(
     points, loss, num_steps, converged = [], [], [], []
     for part in torch.arange(len(classes), device=x.device).split(most):
         problem = _Binary(rows, y, classes[part], l2[part], variance)
-        minima = minimize(problem.evaluate, problem.start(), max_iter=max_iter, tolerance=tolerance, floor=FLOOR)
+        minima = minimize(
+            problem.evaluate, problem.start(), max_iter=max_iter, tolerance=tolerance, floor=FLOOR
+        )
         points.append(minima.points * problem.scaling)
         loss.append(minima.values)
         num_steps.append(minima.num_steps)
         converged.append(minima.converged)
     weight, bias = (found := torch.cat(points))[:, :-1], found[:, -1]
     weight = (weight if axes is None else weight @ axes.T) * scale
-    return BinaryClassifiers(weight, bias, center, torch.cat(loss), torch.cat(num_steps), torch.cat(converged))
+    return BinaryClassifiers(
+        weight, bias, center, torch.cat(loss), torch.cat(num_steps), torch.cat(converged)
+    )
 
 
 class _Binary:
-    """Mean of log(1 + exp(-s z)) over the rows that count + l2 / (2 N) ||w||^2 of P pairs of class and l2, N rows counting.
+    """Mean of log(1 + exp(-s z)) over the rows that count + l2 / (2 N) ||w||^2 of P pairs of class and l2, N
+    rows counting.
 
-    With only a bias, the Hessian at its optimum is p (1 - p) variance + l2 / N along each axis, p the share of rows that have the
-    class: its square root scales.
+    With only a bias, the Hessian at its optimum is p (1 - p) variance + l2 / N along each axis, p the share
+    of rows that have the class: its square root scales.
     """
 
     def __init__(self, x: Tensor, y: Tensor, classes: Tensor, l2: Tensor, variance: Tensor) -> None:
-        self.columns, self.of_problem = classes.unique(return_inverse=True)  # (K,) columns of y, (P,) index into them
-        signs = torch.where(y[:, self.columns] < 0, 0, 2 * y[:, self.columns] - 1).to(x.dtype).T  # (K, N), 0: does not count
+        # (K,) columns of y, (P,) index into them
+        self.columns, self.of_problem = classes.unique(return_inverse=True)
+        # (K, N), 0: does not count
+        signs = torch.where(y[:, self.columns] < 0, 0, 2 * y[:, self.columns] - 1).to(x.dtype).T
         self.num_rows = signs.abs().sum(1).double()[self.of_problem]  # (P,)
         share = ((signs > 0).sum(1)[self.of_problem] / self.num_rows).unsqueeze(1)  # (P, 1) float64
         self.prior = (share / (1 - share)).log().squeeze(1)
-        self.penalty = ((l2.double() / self.num_rows).unsqueeze(1) * torch.ones_like(variance)).to(x.dtype)  # (P, R)
-        self.penalty = torch.cat([self.penalty, self.penalty.new_zeros(len(l2), 1)], dim=1)  # (P, R + 1): the bias is free
+        # (P, R)
+        self.penalty = ((l2.double() / self.num_rows).unsqueeze(1) * torch.ones_like(variance)).to(x.dtype)
+        # (P, R + 1): the bias is free
+        self.penalty = torch.cat([self.penalty, self.penalty.new_zeros(len(l2), 1)], dim=1)
         variance = torch.cat([variance, variance.new_ones(1)])
         scaling = ((share * (1 - share)).to(x.dtype) * variance + self.penalty).rsqrt()
         # along an axis without variance there is no gradient but rounding
         self.scaling = torch.where(variance > 1e-12 * variance[:-1].max(), scaling, 0)  # (P, R + 1)
         num_rows = max(64, (GPU_ELEMENTS if x.is_cuda else CPU_ELEMENTS) // len(l2))
         columns = torch.cat([x, x.new_ones(len(x), 1)], dim=1).T  # (R + 1, N)
-        self.chunks = [(part.contiguous(), sign) for part, sign in zip(columns.split(num_rows, 1), signs.split(num_rows, 1), strict=True)]
+        self.chunks = [
+            (part.contiguous(), sign)
+            for part, sign in zip(columns.split(num_rows, 1), signs.split(num_rows, 1), strict=True)
+        ]
 
     def start(self) -> Tensor:
         """(P, R + 1): weights 0, the bias that fits the share of rows with the class."""
@@ -386,11 +455,14 @@ class _Binary:
         return value, (gradient / num_rows.to(gradient.dtype).unsqueeze(1) + pull) * scaling
 
 
-# ---- small parts -----------------------------------------------------------------------------------------------------
+# ---- small parts
+# -----------------------------------------------------------------------------------------------------
 
 
 def _coordinates(x: Tensor, standardize: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """Rows (N, D) as their fit sees them: center (D,), scale (D,), axes (D, R) or None, variances (R,), rows on the axes (N, R)."""
+    """Rows (N, D) as their fit sees them: center (D,), scale (D,), axes (D, R) or None, variances (R,), rows
+    on the axes (N, R).
+    """
     std, center = torch.std_mean(x, dim=0, correction=0)
     # A "constant" column's std is rounding noise of its mean; dividing by it would blow up other rows.
     varies = std > 1e-6 * center.abs()
@@ -401,14 +473,17 @@ def _coordinates(x: Tensor, standardize: bool) -> tuple[Tensor, Tensor, Tensor |
 
 
 def _principal_axes(x: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Orthonormal axes (D, R) of centred rows (N, D), R <= N, on which they are uncorrelated, and their variances there (R,).
+    """Orthonormal axes (D, R) of centred rows (N, D), R <= N, on which they are uncorrelated, and their
+    variances there (R,).
 
-    On these axes a diagonal scaling makes the Hessians nearly the identity, and ||W|| is what it was. None: too wide to rotate.
+    On these axes a diagonal scaling makes the Hessians nearly the identity, and ||W|| is what it was. None:
+    too wide to rotate.
     """
     num, dim = x.shape
     if min(num, dim) > MAX_ROTATED:
         return None, x.square().mean(0)
-    span = torch.linalg.qr(x.double().T).Q if num < dim else None  # fewer rows than columns: the solution is a sum of rows
+    # fewer rows than columns: the solution is a sum of rows
+    span = torch.linalg.qr(x.double().T).Q if num < dim else None
     inner = x if span is None else x.double() @ span
     variance, vectors = torch.linalg.eigh((inner.T @ inner).double() / num)
     return (vectors if span is None else span @ vectors).to(x.dtype), variance.clamp_min(0).to(x.dtype)

@@ -1,9 +1,12 @@
 """Linear probes on frozen, cached features: a linear classifier, its settings chosen without the test split.
 
-`linear_probe`  logistic regression to the optimum, by L-BFGS: the transfer protocol of Kornblith et al. 2019, Do better ImageNet
-                models transfer better? (appendix A), and of SimCLR: 45 strengths of l2, refitted on train and validation.
-`multi_label_probe`  the same for images with several labels: a binary regression for each class, its l2 chosen for that class.
-`sgd_probe`     heads of many learning rates and weight decays, trained side by side on the same batches by SGD with momentum.
+`linear_probe`  logistic regression to the optimum, by L-BFGS: the transfer protocol of Kornblith et al. 2019,
+Do better ImageNet
+                models transfer better? (appendix A), and of SimCLR: 45 strengths of l2, refitted on train and
+                validation.
+`multi_label_probe`  the same for images with several labels: a binary regression for each class, its l2
+chosen for that class. `sgd_probe`     heads of many learning rates and weight decays, trained side by side on
+the same batches by SGD with momentum.
 
 Neither augments: a probe that crops and flips is another protocol.
 """
@@ -21,13 +24,16 @@ from linear_eval.lbfgs import BinaryClassifiers, fit_binary, fit_logistic
 from linear_eval.metrics import MULTI_LABEL, Metric, average_precision
 
 L2_GRID = tuple(10.0 ** (-6 + 11 * step / 44) for step in range(45))  # 1e-6 .. 1e5
-LEARNING_RATES = tuple(10.0 ** (-3 + 3 * step / 9) for step in range(10))  # 1e-3 .. 1, for standardised features
+# 1e-3 .. 1, for standardised features
+LEARNING_RATES = tuple(10.0 ** (-3 + 3 * step / 9) for step in range(10))
 WEIGHT_DECAYS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2)
-SWEEP_TOLERANCE, FIT_TOLERANCE = 1e-5, 1e-7  # of the loss: for the choice of l2, and of the probe that is reported
+# of the loss: for the choice of l2, and of the probe that is reported
+SWEEP_TOLERANCE, FIT_TOLERANCE = 1e-5, 1e-7
 
 
 class LinearHead(nn.Module):
-    """A linear classifier on features (B, D): logits ((x - center) / scale) W^T + b, (B, C), in the weights' precision.
+    """A linear classifier on features (B, D): logits ((x - center) / scale) W^T + b, (B, C), in the weights'
+    precision.
 
     Attributes:
         center: (D,), of the features it was fitted to.
@@ -56,13 +62,12 @@ class LinearResult:
 
     Attributes:
         top1: accuracy on the test split, 0..1.
-        val_top1: accuracy on the validation rows at the chosen `l2`, 0..1; None: there was one value, and no choice.
-        l2: the chosen weight of ||W||^2 / 2 beside the sum of the cross-entropies, 1 / C of scikit-learn's LogisticRegression.
-        train_loss: mean cross-entropy (nats) plus penalty / N of the final fit.
-        num_steps: L-BFGS steps of the final fit, from the solution for the train part; `max_iter`: it had not converged.
-        predicted: (N_test,) int64 class ids.
-        head: the final fit.
-        classes: (C,) int64 ascending, the class ids that its logits stand for.
+        val_top1: accuracy on the validation rows at the chosen `l2`, 0..1; None: there was one value, and no
+        choice. l2: the chosen weight of ||W||^2 / 2 beside the sum of the cross-entropies, 1 / C of
+        scikit-learn's LogisticRegression. train_loss: mean cross-entropy (nats) plus penalty / N of the final
+        fit. num_steps: L-BFGS steps of the final fit, from the solution for the train part; `max_iter`: it
+        had not converged. predicted: (N_test,) int64 class ids. head: the final fit. classes: (C,) int64
+        ascending, the class ids that its logits stand for.
     """
 
     top1: float
@@ -133,26 +138,29 @@ def linear_probe(
     precision: Literal["float32", "float64"] = "float32",
     device: str | torch.device = "cpu",
 ) -> LinearResult:
-    """Logistic regression on the train features: l2 chosen on validation rows, refitted on both, scored once on test.
+    """Logistic regression on the train features: l2 chosen on validation rows, refitted on both, scored once
+    on test.
 
-    Everything is deterministic but for which rows are held out. Ties go to the larger l2. A test class that does not occur in
-    `train` cannot be predicted and counts as wrong, as for `knn_accuracy`.
+    Everything is deterministic but for which rows are held out. Ties go to the larger l2. A test class that
+    does not occur in `train` cannot be predicted and counts as wrong, as for `knn_accuracy`.
 
     Args:
         seed: draws the held-out part.
         val: validation split, for data that has one; default: a part of `train` is held out.
         val_fraction: share of every class held out of `train`, in (0, 1); at least one row, never all.
-        l2_grid: weights of ||W||^2 / 2 beside the summed cross-entropy (the bias is free), all > 0; see `fit_logistic`. A single
-            value is fitted to all of train (and val) without a choice.
-        standardize: columns get mean 0 and standard deviation 1 over the rows that are fitted, so that a value of l2 asks the
-            same of every encoder, whatever the scale of its features. False: centred only (which changes nothing), as in the papers.
+        l2_grid: weights of ||W||^2 / 2 beside the summed cross-entropy (the bias is free), all > 0; see
+            `fit_logistic`. A single value is fitted to all of train (and val) without a choice.
+        standardize: columns get mean 0 and standard deviation 1 over the rows that are fitted, so that a
+            value of l2 asks the same of every encoder, whatever the scale of its features. False: centred
+            only (which changes nothing), as in the papers.
         max_iter: L-BFGS steps for each fit.
         precision: float64 for an optimum to 1e-9 instead of 1e-5, at half the speed.
         device: where the fits run.
 
     Raises:
-        EvalError: features that are empty, not finite or of different width, fewer than two classes or two rows in one that is
-            to be split, validation classes that are missing in train, a value out of range.
+        EvalError: features that are empty, not finite or of different width, fewer than two classes or
+            two rows in one that is to be split, validation classes that are missing in train, a value out of
+            range.
     """
     grid = sorted(set(l2_grid))
     if not grid or not all(0 < l2 < math.inf for l2 in grid):
@@ -161,27 +169,52 @@ def linear_probe(
         raise EvalError(f"max_iter is {max_iter}", "choose max_iter >= 1, e.g. 1000")
     if precision not in ("float32", "float64"):
         raise EvalError(f"precision is {precision!r}", "choose float32 or float64")
-    task = _prepare(train, val, test, val_fraction, seed, getattr(torch, precision), device, split=len(grid) > 1)
+    task = _prepare(
+        train, val, test, val_fraction, seed, getattr(torch, precision), device, split=len(grid) > 1
+    )
     num_classes, callers_precision = len(task.classes), torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"  # TF32, where the caller trains with it, ends the descent too early
+    # TF32, where the caller trains with it, ends the descent too early
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
     try:
         val_top1, l2, start = None, grid[0], None
         if len(grid) > 1:
             sweep = fit_logistic(
-                task.fit.x, task.fit.y, num_classes, grid, standardize=standardize, max_iter=max_iter, tolerance=SWEEP_TOLERANCE
+                task.fit.x,
+                task.fit.y,
+                num_classes,
+                grid,
+                standardize=standardize,
+                max_iter=max_iter,
+                tolerance=SWEEP_TOLERANCE,
             )
             accuracy = (sweep.predict(task.val.x) == task.val.y).double().mean(1).tolist()  # (H,)
             best = max(range(len(grid)), key=lambda h: (accuracy[h], grid[h]))
             val_top1, l2, start = accuracy[best], grid[best], (sweep.weight[best], sweep.bias[best])
         final = fit_logistic(
-            task.both.x, task.both.y, num_classes, [l2], standardize=standardize, max_iter=max_iter, tolerance=FIT_TOLERANCE, start=start
+            task.both.x,
+            task.both.y,
+            num_classes,
+            [l2],
+            standardize=standardize,
+            max_iter=max_iter,
+            tolerance=FIT_TOLERANCE,
+            start=start,
         )
         head = LinearHead(final.center, torch.ones_like(final.center), final.weight[0], final.bias[0])
         predicted = head(task.test.x).argmax(1)
     finally:
         torch.backends.cuda.matmul.fp32_precision = callers_precision
     top1 = (predicted == task.test.y).double().mean().item()
-    return LinearResult(top1, val_top1, l2, final.loss.item(), int(final.num_steps), task.labels(predicted), head, task.classes)
+    return LinearResult(
+        top1,
+        val_top1,
+        l2,
+        final.loss.item(),
+        int(final.num_steps),
+        task.labels(predicted),
+        head,
+        task.classes,
+    )
 
 
 def multi_label_probe(
@@ -197,10 +230,11 @@ def multi_label_probe(
     max_iter: int = 1000,
     device: str | torch.device = "cpu",
 ) -> MultiLabelResult:
-    """A binary logistic regression for each class: its l2 has the best average precision on validation rows, then a fit on both.
+    """A binary logistic regression for each class: its l2 has the best average precision on validation rows,
+    then a fit on both.
 
-    Rows labeled -1 for a class count neither as positive nor as negative of it, in fitting and in choosing. Ties go to the larger
-    l2. The test split is not looked at beyond its features and their number of classes.
+    Rows labeled -1 for a class count neither as positive nor as negative of it, in fitting and in choosing.
+    Ties go to the larger l2. The test split is not looked at beyond its features and their number of classes.
 
     Args:
         metric: `voc_map` or `map`, which average precision chooses.
@@ -208,8 +242,9 @@ def multi_label_probe(
         All others: as for `linear_probe`.
 
     Raises:
-        EvalError: features that are empty, not finite or of different width, labels other than (N, C) of 1, 0 and -1, a class that
-            is on all or on none of the rows that are fitted or chosen on, a value out of range.
+        EvalError: features that are empty, not finite or of different width, labels other than (N, C) of
+            1, 0 and -1, a class that is on all or on none of the rows that are fitted or chosen on, a value
+            out of range.
     """
     grid = sorted(set(l2_grid))
     if not grid or not all(0 < l2 < math.inf for l2 in grid):
@@ -223,16 +258,27 @@ def multi_label_probe(
             check_features(other, name, multi_label=True)
             check_splits(train, other, multi_label=True)
             if other.y.shape[1] != train.y.shape[1]:
-                raise EvalError(f"train labels have {train.y.shape[1]} classes, {name} labels {other.y.shape[1]}", "label all alike")
+                raise EvalError(
+                    f"train labels have {train.y.shape[1]} classes, {name} labels {other.y.shape[1]}",
+                    "label all alike",
+                )
     both = train if val is None else Features(torch.cat([train.x, val.x]), torch.cat([train.y, val.y]))
     if val is None:
         order = torch.randperm(len(train.x), generator=torch.Generator().manual_seed(seed))
         held = min(max(round(val_fraction * len(order)), 1), len(order) - 1)
-        val, train = (Features(train.x[rows], train.y[rows]) for rows in (order[:held].sort().values, order[held:].sort().values))
+        val, train = (
+            Features(train.x[rows], train.y[rows])
+            for rows in (order[:held].sort().values, order[held:].sort().values)
+        )
     for name, part in (("fitted", train), ("held-out", val)):
-        one_sided = [c for c in range(part.y.shape[1]) if not ((part.y[:, c] == 1).any() and (part.y[:, c] == 0).any())]
+        one_sided = [
+            c for c in range(part.y.shape[1]) if not ((part.y[:, c] == 1).any() and (part.y[:, c] == 0).any())
+        ]
         if one_sided:
-            raise EvalError(f"classes {_shorten(one_sided)} are on all or on none of the {name} images", "use more train images")
+            raise EvalError(
+                f"classes {_shorten(one_sided)} are on all or on none of the {name} images",
+                "use more train images",
+            )
 
     num_classes = train.y.shape[1]
     strengths = torch.tensor(grid, dtype=torch.float64)
@@ -241,14 +287,18 @@ def multi_label_probe(
 
     def fit(part: Features, classes: Tensor, strengths: Tensor, tolerance: float) -> BinaryClassifiers:
         x, y, classes, strengths = (tensor.to(device) for tensor in (part.x, part.y, classes, strengths))
-        return fit_binary(x, y, classes, strengths, standardize=standardize, max_iter=max_iter, tolerance=tolerance)
+        return fit_binary(
+            x, y, classes, strengths, standardize=standardize, max_iter=max_iter, tolerance=tolerance
+        )
 
     try:
         every = torch.arange(num_classes)
         sweep = fit(train, every.repeat(len(grid)), strengths.repeat_interleave(num_classes), SWEEP_TOLERANCE)
         scores = sweep.scores(val.x.to(device)).cpu().view(len(val.x), len(grid), num_classes)
-        precision = torch.stack([average_precision(scores[:, h], val.y, metric) for h in range(len(grid))])  # (H, C)
-        best = len(grid) - 1 - precision.flip(0).argmax(0)  # (C,) argmax: first of equal values, here the largest l2
+        # (H, C)
+        precision = torch.stack([average_precision(scores[:, h], val.y, metric) for h in range(len(grid))])
+        # (C,) argmax: first of equal values, here the largest l2
+        best = len(grid) - 1 - precision.flip(0).argmax(0)
         l2 = strengths[best]
         final = fit(both, every, l2, FIT_TOLERANCE)
         scores = final.scores(test.x.to(device)).cpu()
@@ -271,36 +321,60 @@ def sgd_probe(
     momentum: float = 0.9,
     device: str | torch.device = "cpu",
 ) -> HeadResult:
-    """Linear heads of all learning rates x weight decays trained at once, the best on validation rows trained again on both.
+    """Linear heads of all learning rates x weight decays trained at once, the best on validation rows trained
+    again on both.
 
-    Features are standardised with the statistics of what is fitted; heads begin at 0; the learning rate falls along a cosine.
+    Features are standardised with the statistics of what is fitted; heads begin at 0; the learning rate falls
+    along a cosine.
 
     Args:
         seed: draws the held-out part and the order of the rows.
-        val, val_fraction, device: as for `linear_probe`. One learning rate and one weight decay are not chosen.
+        val, val_fraction, device: as for `linear_probe`. One learning rate and one weight decay are not
+            chosen.
         learning_rates: at the start, each > 0.
-        weight_decays: times the weights (not the bias) are added to their gradients, as in torch.optim.SGD; each >= 0.
+        weight_decays: times the weights (not the bias) are added to their gradients, as in
+            torch.optim.SGD; each >= 0.
         epochs, batch_size, momentum: of SGD; the last batch of an epoch may be short.
 
     Raises:
         EvalError: as for `linear_probe`; every head diverged.
     """
-    for name, values, least in (("learning_rates", learning_rates, 1e-30), ("weight_decays", weight_decays, 0.0)):
+    for name, values, least in (
+        ("learning_rates", learning_rates, 1e-30),
+        ("weight_decays", weight_decays, 0.0),
+    ):
         if not len(values) or not all(least <= value < math.inf for value in values):
-            raise EvalError(f"{name} is {list(values)}", f"give at least one value, all {'>' if least else '>='} 0")
+            raise EvalError(
+                f"{name} is {list(values)}", f"give at least one value, all {'>' if least else '>='} 0"
+            )
     if epochs < 1 or batch_size < 1 or not 0 <= momentum < 1:
         raise EvalError(
-            f"epochs is {epochs}, batch_size {batch_size}, momentum {momentum}", "choose epochs >= 1, batch_size >= 1, 0 <= momentum < 1"
+            f"epochs is {epochs}, batch_size {batch_size}, momentum {momentum}",
+            "choose epochs >= 1, batch_size >= 1, 0 <= momentum < 1",
         )
-    settings = [(rate, decay) for rate in sorted(set(learning_rates)) for decay in sorted(set(weight_decays), reverse=True)]
+    settings = [
+        (rate, decay)
+        for rate in sorted(set(learning_rates))
+        for decay in sorted(set(weight_decays), reverse=True)
+    ]
     task = _prepare(train, val, test, val_fraction, seed, torch.float32, device, split=len(settings) > 1)
 
-    def train_on(rows: Features, settings: list[tuple[float, float]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def train_on(
+        rows: Features, settings: list[tuple[float, float]]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         center, scale = _standards(rows.x)
         x = (rows.x - center) / scale
         rates, decays = (torch.tensor(values, device=x.device) for values in zip(*settings, strict=True))
         weight, loss = train_heads(
-            x, rows.y, len(task.classes), rates, decays, epochs=epochs, batch_size=batch_size, momentum=momentum, seed=seed
+            x,
+            rows.y,
+            len(task.classes),
+            rates,
+            decays,
+            epochs=epochs,
+            batch_size=batch_size,
+            momentum=momentum,
+            seed=seed,
         )
         loss = torch.where(weight.flatten(1).isfinite().all(1), loss, torch.nan)
         return center, scale, weight, loss  # (D,), (D,), (H, C, D + 1), (H,)
@@ -318,7 +392,9 @@ def sgd_probe(
     head = LinearHead(center, scale, weight[0, :, :-1], weight[0, :, -1])
     predicted = head(task.test.x).argmax(1)
     top1 = (predicted == task.test.y).double().mean().item()
-    return HeadResult(top1, val_top1, *settings[best], loss.item(), task.labels(predicted), head, task.classes)
+    return HeadResult(
+        top1, val_top1, *settings[best], loss.item(), task.labels(predicted), head, task.classes
+    )
 
 
 def train_heads(
@@ -342,7 +418,8 @@ def train_heads(
         weight_decays: (H,), of the weights, not of the biases.
 
     Returns:
-        (H, C, D + 1) weights, the bias last, and (H,) the mean cross-entropy (nats) of the last epoch's batches as they were met.
+        (H, C, D + 1) weights, the bias last, and (H,) the mean cross-entropy (nats) of the last epoch's
+        batches as they were met.
     """
     num_heads, x = len(learning_rates), _with_ones(x)
     generator = torch.Generator().manual_seed(seed)
@@ -355,7 +432,9 @@ def train_heads(
     for epoch in range(epochs):
         order = torch.randperm(len(x), generator=generator).to(x.device)
         loss.zero_()
-        for step, (batch, labels) in enumerate(zip(x[order].split(batch_size), y[order].split(batch_size), strict=True)):
+        for step, (batch, labels) in enumerate(
+            zip(x[order].split(batch_size), y[order].split(batch_size), strict=True)
+        ):
             progress = (epoch * steps_per_epoch + step) / (epochs * steps_per_epoch)
             logits = (flat @ batch.T).view(num_heads, num_classes, -1)  # (H, C, B)
             label = labels.expand(num_heads, 1, -1)
@@ -365,11 +444,14 @@ def train_heads(
             residual.scatter_add_(1, label, residual.new_tensor(-1).expand(label.shape))
             velocity.view_as(flat).addmm_(residual.flatten(0, 1), batch, beta=momentum, alpha=1 / len(batch))
             velocity.addcmul_(decay, weight)
-            weight.addcmul_(velocity, learning_rates.view(-1, 1, 1), value=-(1 + math.cos(math.pi * progress)) / 2)
+            weight.addcmul_(
+                velocity, learning_rates.view(-1, 1, 1), value=-(1 + math.cos(math.pi * progress)) / 2
+            )
     return weight, loss / len(x)
 
 
-# ---- splits ----------------------------------------------------------------------------------------------------------
+# ---- splits
+# ----------------------------------------------------------------------------------------------------------
 
 
 def _prepare(
@@ -383,7 +465,8 @@ def _prepare(
     *,
     split: bool,
 ) -> _Task:
-    """Checked splits. Without `split` (nothing is to be chosen) and `val`, all of train is `both`, `fit` and `val`.
+    """Checked splits. Without `split` (nothing is to be chosen) and `val`, all of train is `both`, `fit` and
+    `val`.
 
     Test rows of a class that train lacks stay, with a label that no fit predicts: they count as wrong.
     """
@@ -394,7 +477,8 @@ def _prepare(
             missing = sorted(set(other.y.tolist()) - set(train.y.tolist()))
             if missing and other is val:
                 raise EvalError(
-                    f"classes {_shorten(missing)} of the {name} split have no train images", "use more train images, or another split"
+                    f"classes {_shorten(missing)} of the {name} split have no train images",
+                    "use more train images, or another split",
                 )
     if not 0 < val_fraction < 1:
         raise EvalError(f"val_fraction is {val_fraction}", "choose 0 < val_fraction < 1, e.g. 0.2")
@@ -413,19 +497,26 @@ def _prepare(
 
 
 def number_in(classes: Tensor, labels: Tensor) -> Tensor:
-    """Place of each label (N,) in classes (C,) ascending, (N,) int64; -1, which is never predicted, where it is not among them."""
+    """Place of each label (N,) in classes (C,) ascending, (N,) int64; -1, which is never predicted, where it
+    is not among them.
+    """
     place = torch.searchsorted(classes, labels).clamp(max=len(classes) - 1)
     return torch.where(classes[place] == labels, place, -1)
 
 
 def split_rows(labels: Tensor, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows (fit, held out), each (K,) int64 ascending, together all of `labels` (N,); every class split alike."""
+    """Rows (fit, held out), each (K,) int64 ascending, together all of `labels` (N,); every class split
+    alike.
+    """
     generator = torch.Generator().manual_seed(seed)
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     classes, counts = labels.unique(return_counts=True)
     alone = classes[counts < 2].tolist()
     if alone:
-        raise EvalError(f"classes {_shorten(alone)} have one train image, none can be held out", "give at least two of each")
+        raise EvalError(
+            f"classes {_shorten(alone)} have one train image, none can be held out",
+            "give at least two of each",
+        )
     for label, count in zip(classes, counts.tolist(), strict=True):
         rows = (labels == label).nonzero().squeeze(1)
         held = min(max(round(val_fraction * count), 1), count - 1)
@@ -434,7 +525,9 @@ def split_rows(labels: Tensor, val_fraction: float, seed: int) -> tuple[Tensor, 
 
 
 def _standards(fitted: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (D,) of the columns; of those that are constant infinity, so that they become 0."""
+    """Mean and standard deviation (D,) of the columns; of those that are constant infinity, so that they
+    become 0.
+    """
     std, mean = torch.std_mean(fitted, dim=0, correction=0)
     # A "constant" column's std is rounding noise of its mean; dividing by it would blow up the other split.
     return mean, torch.where(std > 1e-6 * mean.abs(), std, torch.inf)

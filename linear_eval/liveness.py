@@ -1,9 +1,11 @@
-"""Whether the processes of a group still live: each gives a sign every few seconds, and who gives none for too long is lost.
+"""Whether the processes of a group still live: each gives a sign every few seconds, and who gives none for
+too long is lost.
 
-A process that is gone closes its connections, and an exchange with it fails at once. One that hangs (stopped, waiting for a disk
-that does not answer, caught in code that never gives control back to Python) keeps them open. Whoever waits for it then waits in
-C code, where no signal of the system is heard and, in a store that the hanging process serves, for ever. So the signs are given and
-watched by two threads beside the main one, and no wait of the main thread for a store is without end.
+A process that is gone closes its connections, and an exchange with it fails at once. One that hangs (stopped,
+waiting for a disk that does not answer, caught in code that never gives control back to Python) keeps them
+open. Whoever waits for it then waits in C code, where no signal of the system is heard and, in a store that
+the hanging process serves, for ever. So the signs are given and watched by two threads beside the main one,
+and no wait of the main thread for a store is without end.
 """
 
 import atexit
@@ -32,7 +34,8 @@ class StoreSilent(RuntimeError):
 
 
 class BoundedStore:
-    """A key-value store of which no operation takes longer than `seconds`, and in which a signal is heard meanwhile.
+    """A key-value store of which no operation takes longer than `seconds`, and in which a signal is heard
+    meanwhile.
 
     Args:
         store: torch's, whose own waits are in C code and may have no end.
@@ -74,7 +77,9 @@ class BoundedStore:
 
 @dataclass(frozen=True)
 class Lost:
-    """Which processes are lost, and why in words, such as `rank 1 is lost (killed by SIGKILL)`; the exit code of those that are left."""
+    """Which processes are lost, and why in words, such as `rank 1 is lost (killed by SIGKILL)`; the exit code
+    of those that are left.
+    """
 
     ranks: frozenset[int]
     why: str
@@ -94,9 +99,11 @@ def ending(code: int) -> str:
 
 
 def main_thread_clock() -> Callable[[], int]:
-    """CPU time of the main thread in ns: it stands still while the thread sleeps, waits for a disk or another process, or is stopped.
+    """CPU time of the main thread in ns: it stands still while the thread sleeps, waits for a disk or another
+    process, or is stopped.
 
-    Where the system has no clock of a thread (macOS), that of the process: a main thread that hangs beside others is not noticed.
+    Where the system has no clock of a thread (macOS), that of the process: a main thread that hangs beside
+    others is not noticed.
     """
     if not hasattr(time, "pthread_getcpuclockid"):
         return time.process_time_ns
@@ -107,17 +114,20 @@ def main_thread_clock() -> Callable[[], int]:
 
 
 class Liveness:
-    """Gives this process's signs and watches those of others: process 0 watches all, all others watch process 0.
+    """Gives this process's signs and watches those of others: process 0 watches all, all others watch process
+    0.
 
-    A sign has two counters: one goes up as long as the process runs at all, the other as long as its main thread does something, or
-    waits in `waiting()`. If either stands still for `timeout_seconds` (and two intervals), the process is lost.
+    A sign has two counters: one goes up as long as the process runs at all, the other as long as its main
+    thread does something, or waits in `waiting()`. If either stands still for `timeout_seconds` (and two
+    intervals), the process is lost.
 
     Args:
         store: reached by all, with a connection of its own.
         rank, world_size, local_rank: who of how many, and the number on its machine.
         timeout_seconds: see above; may be set later too.
-        leave: called as `leave(lost, speaks)` from a thread where the main thread has not left by itself within GRACE_SECONDS; it must
-            end the process. `speaks`: whether this is the process that tells the user.
+        leave: called as `leave(lost, speaks)` from a thread where the main thread has not left by itself
+            within GRACE_SECONDS; it must end the process. `speaks`: whether this is the process that tells
+            the user.
         children: processes that this one started, by rank.
         parent: the process number of rank 0, where that one started this one.
         clock: of what the main thread does.
@@ -164,7 +174,9 @@ class Liveness:
 
     @property
     def limit(self) -> float:
-        """Seconds without a sign after which a process is lost: an exchange that takes `timeout_seconds` fails before that."""
+        """Seconds without a sign after which a process is lost: an exchange that takes `timeout_seconds`
+        fails before that.
+        """
         return self.timeout_seconds + 2 * self.interval
 
     def start(self) -> None:
@@ -176,10 +188,14 @@ class Liveness:
             signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
         with suppress(Exception):  # the others wait for the next one
             self._round()
-        self.threads = [threading.Thread(target=work, name=f"liveness-{work.__name__}", daemon=True) for work in (self._give, self._watch)]
+        self.threads = [
+            threading.Thread(target=work, name=f"liveness-{work.__name__}", daemon=True)
+            for work in (self._give, self._watch)
+        ]
         for thread in self.threads:
             thread.start()
-        atexit.register(self.stop)  # a thread that comes out of C code while Python ends would abort the process
+        # a thread that comes out of C code while Python ends would abort the process
+        atexit.register(self.stop)
 
     def stop(self) -> None:
         """Tell the others that this process is done, and end the threads."""
@@ -200,7 +216,9 @@ class Liveness:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """While this process waits for others, however long they work, it is not still: it is they who are watched."""
+        """While this process waits for others, however long they work, it is not still: it is they who are
+        watched.
+        """
         self.num_waiting += 1
         try:
             yield
@@ -213,8 +231,12 @@ class Liveness:
         return found | ({0} if self.parent is not None and os.getppid() != self.parent else set())
 
     def speaks(self, lost: frozenset[int] | set[int]) -> bool:
-        """Whether this process tells the user: the first that lives; where the first one's machine is gone, the first of each machine."""
-        return self.rank == min(set(range(self.world_size)) - lost, default=0) or (0 in lost and self.local_rank == 0)
+        """Whether this process tells the user: the first that lives; where the first one's machine is gone,
+        the first of each machine.
+        """
+        return self.rank == min(set(range(self.world_size)) - lost, default=0) or (
+            0 in lost and self.local_rank == 0
+        )
 
     # ---- in the first thread: whatever may wait for the store
 
@@ -250,7 +272,8 @@ class Liveness:
         before = time.monotonic()
         while not self.over.wait(TICK_SECONDS):
             now = time.monotonic()
-            if now - before > GRACE_SECONDS:  # it was this process that was stopped, and its own clock that ran on
+            # it was this process that was stopped, and its own clock that ran on
+            if now - before > GRACE_SECONDS:
                 self._shift(now - before)
             before = now
             clock = self.clock()
@@ -261,7 +284,11 @@ class Liveness:
                 self.lost = self._find_lost(now)
                 self.lost_at = now if self.lost else None
             still = now - self.still_since
-            if self.lost is not None and self.lost_at is not None and min(still, now - self.lost_at) > GRACE_SECONDS:
+            if (
+                self.lost is not None
+                and self.lost_at is not None
+                and min(still, now - self.lost_at) > GRACE_SECONDS
+            ):
                 self.leave(self.lost, self.speaks(self.lost.ranks))
             elif stopped := self._stopped_by(now, still):
                 self.leave(stopped, True)
@@ -283,7 +310,9 @@ class Liveness:
         if now - self.answered_at > self.limit:
             return Lost(frozenset({0}), "rank 0 is lost (nothing answers for it any more)")
         for words, times in (("no sign of life", self.runs_at), ("it has not moved", self.moves_at)):
-            silent = frozenset(rank for rank in self.watched if rank not in self.gone and now - times[rank] > self.limit)
+            silent = frozenset(
+                rank for rank in self.watched if rank not in self.gone and now - times[rank] > self.limit
+            )
             if silent:
                 seconds = now - min(times[rank] for rank in silent)
                 return Lost(silent, f"{named(silent)} is lost ({words} for {seconds:.0f} s)")
@@ -297,32 +326,39 @@ class Liveness:
     def _stopped_by(self, now: float, still: float) -> Lost | None:
         """The signal that ends this process, where its main thread sits in C code and cannot hear it.
 
-        A first one only where others give no sign of life, for else the exchange comes about and the step is finished; a second one
-        anyway.
+        A first one only where others give no sign of life, for else the exchange comes about and the step is
+        finished; a second one anyway.
         """
         if not self.signals:
             return None
         number, at = self.signals[0]
         overdue = max(GRACE_SECONDS, 2 * self.interval)
-        silent = {rank for rank in self.watched if rank not in self.gone and now - self.runs_at[rank] > overdue}
+        silent = {
+            rank for rank in self.watched if rank not in self.gone and now - self.runs_at[rank] > overdue
+        }
         silent |= {0} if now - self.answered_at > overdue else set()
         first = silent and min(still, now - at) > GRACE_SECONDS
         again = len(self.signals) > 1 and min(still, now - self.signals[1][1]) > 1
         if not (first or again):
             return None
         those = frozenset(silent or self.watched)
-        return Lost(those, f"stopped by {signal.Signals(number).name} while waiting for {named(those)}", 128 + number)
+        return Lost(
+            those, f"stopped by {signal.Signals(number).name} while waiting for {named(those)}", 128 + number
+        )
 
 
 ENDING = {int(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
 
 
 def leave_at_once(line: str, code: int) -> None:
-    """Write `line` to standard error, where there is one, and end the process, whatever its main thread is doing."""
+    """Write `line` to standard error, where there is one, and end the process, whatever its main thread is
+    doing.
+    """
     if line:
         with suppress(OSError):
             os.write(2, f"{line}\n".encode(errors="backslashreplace"))
-    flush = threading.Thread(target=sys.stdout.flush, daemon=True)  # the main thread may hold the stream's lock
+    # the main thread may hold the stream's lock
+    flush = threading.Thread(target=sys.stdout.flush, daemon=True)
     flush.start()
     flush.join(1)
     os._exit(code)

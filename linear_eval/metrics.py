@@ -1,12 +1,13 @@
 """Accuracy on a test split, with a bootstrap interval over its samples.
 
-Metrics (all 0..1): `top1`; `mean_per_class`, the mean of the accuracies of the classes that occur; `voc_map`, the mean over
-classes of PASCAL VOC 2007's 11-point average precision (Everingham et al. 2010, section 4.2); `map`, the mean over classes of the
-area under the precision-recall curve without interpolation.
+Metrics (all 0..1): `top1`; `mean_per_class`, the mean of the accuracies of the classes that occur; `voc_map`,
+the mean over classes of PASCAL VOC 2007's 11-point average precision (Everingham et al. 2010, section 4.2);
+`map`, the mean over classes of the area under the precision-recall curve without interpolation.
 
-The bootstrap (Efron, 1979) answers "how much of this number is the choice of test images": the N test samples are drawn again with
-replacement. What the training seed contributes is not in it. Average precision is a little higher on draws than on the split (a
-positive drawn twice helps itself), so its interval sits a little high, too. Letters: N samples, C classes, R draws.
+The bootstrap (Efron, 1979) answers "how much of this number is the choice of test images": the N test samples
+are drawn again with replacement. What the training seed contributes is not in it. Average precision is a
+little higher on draws than on the split (a positive drawn twice helps itself), so its interval sits a little
+high, too. Letters: N samples, C classes, R draws.
 """
 
 from dataclasses import dataclass
@@ -34,32 +35,51 @@ class Measured:
     num_test: int
 
 
-def measure(outputs: Tensor, labels: Tensor, metric: Metric, *, num_draws: int = 1000, confidence: float = 0.95, seed: int = 0) -> Measured:
+def measure(
+    outputs: Tensor,
+    labels: Tensor,
+    metric: Metric,
+    *,
+    num_draws: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Measured:
     """The metric and its bootstrap percentile interval.
 
     Args:
-        outputs: for top1 and mean_per_class (N,) predicted class ids, or (N, C) scores whose column is the class id; for voc_map
-            and map (N, C) scores, the higher the more likely.
-        labels: (N,) class ids; for voc_map and map (N, C): 1 present, 0 absent, -1 not counted for that class.
+        outputs: for top1 and mean_per_class (N,) predicted class ids, or (N, C) scores whose column is
+            the class id; for voc_map and map (N, C) scores, the higher the more likely.
+        labels: (N,) class ids; for voc_map and map (N, C): 1 present, 0 absent, -1 not counted for that
+            class.
         num_draws: R; at 1,000 the ends of the interval wander by about 2 % of its width.
         confidence: share of the draws within the interval, in (0, 1).
         seed: of the draws; equal seeds draw alike for equal labels.
 
     Raises:
-        EvalError: no samples, shapes that do not fit, scores that are not finite, no class with a positive, a value out of range.
+        EvalError: no samples, shapes that do not fit, scores that are not finite, no class with a
+            positive, a value out of range.
     """
     outputs, labels = outputs.detach().cpu(), labels.detach().cpu()
     _check(outputs, labels, metric)
     if num_draws < 2 or not 0 < confidence < 1:
-        raise EvalError(f"num_draws is {num_draws}, confidence {confidence}", "choose num_draws >= 2, e.g. 1000, and 0 < confidence < 1")
+        raise EvalError(
+            f"num_draws is {num_draws}, confidence {confidence}",
+            "choose num_draws >= 2, e.g. 1000, and 0 < confidence < 1",
+        )
     if metric in MULTI_LABEL:
         value = average_precision(outputs, labels, metric).nanmean().item()
         draws = _bootstrap_map(outputs, labels, metric, num_draws, seed)  # (R,)
     else:
         hit = (outputs.argmax(dim=1) if outputs.ndim == 2 else outputs) == labels  # (N,)
-        groups = labels.unique(return_inverse=True)[1] if metric == "mean_per_class" else torch.zeros(len(labels), dtype=torch.int64)
-        # A sample matters through (its class, right or wrong) alone: drawing N samples again is one multinomial draw over these cells.
-        cells = torch.bincount(2 * groups + hit, minlength=2 * int(groups.max()) + 2).numpy()  # (2C,) wrong, right of every class
+        groups = (
+            labels.unique(return_inverse=True)[1]
+            if metric == "mean_per_class"
+            else torch.zeros(len(labels), dtype=torch.int64)
+        )
+        # A sample matters through (its class, right or wrong) alone: drawing N samples again is one
+        # multinomial draw over these cells.
+        # (2C,) wrong, right of every class
+        cells = torch.bincount(2 * groups + hit, minlength=2 * int(groups.max()) + 2).numpy()
         value = _accuracy_of_cells(cells[None]).item()
         shares = cells / cells.sum()
         draws = _accuracy_of_cells(np.random.default_rng(seed).multinomial(len(labels), shares, num_draws))
@@ -70,17 +90,21 @@ def measure(outputs: Tensor, labels: Tensor, metric: Metric, *, num_draws: int =
 
 
 def average_precision(scores: Tensor, labels: Tensor, metric: Metric) -> Tensor:
-    """(C,) float64 average precision of scores (N, C) against labels (N, C) in {1, 0, -1}; NaN for a class without a positive.
+    """(C,) float64 average precision of scores (N, C) against labels (N, C) in {1, 0, -1}; NaN for a class
+    without a positive.
 
-    `voc_map`: the mean over recalls 0, 0.1, ... 1 of the highest precision at that recall or beyond. `map`: the precision at each
-    threshold times the recall gained there. Samples of equal score enter together, so their order does not matter.
+    `voc_map`: the mean over recalls 0, 0.1, ... 1 of the highest precision at that recall or beyond. `map`:
+    the precision at each threshold times the recall gained there. Samples of equal score enter together, so
+    their order does not matter.
     """
     ones = torch.ones(1, len(scores), dtype=torch.float64)
     return torch.cat([_weighted_ap(scores[:, c], labels[:, c], ones, metric) for c in range(scores.shape[1])])
 
 
 def _weighted_ap(scores: Tensor, labels: Tensor, weights: Tensor, metric: Metric) -> Tensor:
-    """(R,) average precision of one class, scores and labels (N,), for every row of weights (R, N): how often a sample counts."""
+    """(R,) average precision of one class, scores and labels (N,), for every row of weights (R, N): how often
+    a sample counts.
+    """
     rows = (labels >= 0).nonzero().squeeze(1)
     if len(rows) == 0:
         return torch.full((len(weights),), torch.nan, dtype=weights.dtype)
@@ -95,13 +119,16 @@ def _weighted_ap(scores: Tensor, labels: Tensor, weights: Tensor, metric: Metric
     if metric == "map":
         return (gained * precision).sum(dim=1) / positives.squeeze(1)
     best = precision.flip(1).cummax(dim=1).values.flip(1)  # (R, N) highest from here on
-    wanted = (torch.arange(11, dtype=weights.dtype) * positives / 10).ceil()  # (R, 11) positives found at a recall of 0, 0.1, ... 1
+    # (R, 11) positives found at a recall of 0, 0.1, ... 1
+    wanted = (torch.arange(11, dtype=weights.dtype) * positives / 10).ceil()
     ap = best.gather(1, torch.searchsorted(found, wanted)).mean(dim=1)
     return torch.where(positives.squeeze(1) > 0, ap, torch.nan)
 
 
 def _bootstrap_map(scores: Tensor, labels: Tensor, metric: Metric, num_draws: int, seed: int) -> Tensor:
-    """(R,) means over the classes, all of one draw weighted alike. 1,000 draws of 5,000 x 20 take about ten seconds on one core."""
+    """(R,) means over the classes, all of one draw weighted alike. 1,000 draws of 5,000 x 20 take about ten
+    seconds on one core.
+    """
     generator = torch.Generator().manual_seed(seed)
     num, num_classes = scores.shape
     answers = []
@@ -130,8 +157,21 @@ def _check(outputs: Tensor, labels: Tensor, metric: str) -> None:
         if outputs.ndim != 2 or outputs.shape != labels.shape:
             raise EvalError(f"{shapes}, for {metric}", "give (N, C) scores and (N, C) labels of 1, 0 and -1")
         if not (labels == 1).any():
-            raise EvalError("no class has a positive test sample, average precision is undefined", "use another test split")
-    elif labels.ndim != 1 or len(outputs) != len(labels) or outputs.ndim > 2 or (outputs.ndim == 1 and outputs.is_floating_point()):
-        raise EvalError(f"{shapes}, for {metric}", "give (N,) whole class ids or (N, C) scores, and (N,) labels")
+            raise EvalError(
+                "no class has a positive test sample, average precision is undefined",
+                "use another test split",
+            )
+    elif (
+        labels.ndim != 1
+        or len(outputs) != len(labels)
+        or outputs.ndim > 2
+        or (outputs.ndim == 1 and outputs.is_floating_point())
+    ):
+        raise EvalError(
+            f"{shapes}, for {metric}", "give (N,) whole class ids or (N, C) scores, and (N,) labels"
+        )
     if outputs.is_floating_point() and not outputs.isfinite().all():
-        raise EvalError(f"{int((~outputs.isfinite()).sum())} test scores are not finite", "use another checkpoint: this one has diverged")
+        raise EvalError(
+            f"{int((~outputs.isfinite()).sum())} test scores are not finite",
+            "use another checkpoint: this one has diverged",
+        )

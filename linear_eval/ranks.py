@@ -1,7 +1,8 @@
-"""Several processes that share the work: which one this is, mistakes that all of them learn of, rows put together in order.
+"""Several processes that share the work: which one this is, mistakes that all of them learn of, rows put
+together in order.
 
-They are torch.distributed's default group, on gloo: what travels is on the CPU, and nothing is pickled. Without a group this is
-process 0 of 1. Every process must call these functions in the same order.
+They are torch.distributed's default group, on gloo: what travels is on the CPU, and nothing is pickled.
+Without a group this is process 0 of 1. Every process must call these functions in the same order.
 """
 
 import os
@@ -30,7 +31,8 @@ class PeerLost(RuntimeError):
     """Another process ended, or does not answer. The message is one line, `what. fix: how`.
 
     Args:
-        speaks: whether this process is to tell it although it is not the first, which may be the one that is lost.
+        speaks: whether this process is to tell it although it is not the first, which may be the one that
+            is lost.
     """
 
     def __init__(self, message: str, speaks: bool = False) -> None:
@@ -39,14 +41,18 @@ class PeerLost(RuntimeError):
 
 
 def listen_on_loopback() -> None:
-    """Let gloo and NCCL, whose connections have no password, listen to this machine alone. Before a group is made."""
+    """Let gloo and NCCL, whose connections have no password, listen to this machine alone. Before a group is
+    made.
+    """
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     if loopback is not None:
         os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
 
 
 def watch_for(seconds: float) -> None:
-    """Call a process lost that gives no sign of life for so long. To be called by every process with the same number."""
+    """Call a process lost that gives no sign of life for so long. To be called by every process with the same
+    number.
+    """
     if _watching is not None and seconds != _watching.timeout_seconds:
         store = _watching.store
         _watching.stop()
@@ -68,16 +74,24 @@ def _leave(lost: Lost, speaks: bool) -> None:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """The group that torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) asks for; none where it asks for no more than one process."""
+    """The group that torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) asks for; none where it asks for
+    no more than one process.
+    """
     given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     if len(given) == 1:
-        raise EvalError(f"of RANK and WORLD_SIZE only {given[0]} is set", f"start with torchrun, which sets both, or unset {given[0]}")
+        raise EvalError(
+            f"of RANK and WORLD_SIZE only {given[0]} is set",
+            f"start with torchrun, which sets both, or unset {given[0]}",
+        )
     if not given or dist.is_initialized():
         yield
         return
     for name in given:
         if not (os.environ[name].isascii() and os.environ[name].strip().isdecimal()):
-            raise EvalError(f"{name} is {os.environ[name][:60]!r}, and no number", "start with torchrun, or unset RANK and WORLD_SIZE")
+            raise EvalError(
+                f"{name} is {os.environ[name][:60]!r}, and no number",
+                "start with torchrun, or unset RANK and WORLD_SIZE",
+            )
     number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if number >= count:
         what = f"RANK is {number} and WORLD_SIZE is {count}: ranks are counted from 0"
@@ -89,12 +103,14 @@ def process_group() -> Iterator[None]:
         listen_on_loopback()
     try:
         store, number, count = next(rendezvous("env://", timeout=timedelta(minutes=2)))
-        # As long as the slowest evaluator of the first process may take: it is by its signs of life that one that hangs is noticed.
+        # As long as the slowest evaluator of the first process may take: it is by its signs of life that one
+        # that hangs is noticed.
         dist.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=timedelta(days=7))
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
         reason = (str(error).splitlines() or [""])[0][:200]
         raise EvalError(
-            f"the processes do not find each other ({reason})", "start with torchrun, or set MASTER_ADDR and MASTER_PORT"
+            f"the processes do not find each other ({reason})",
+            "start with torchrun, or set MASTER_ADDR and MASTER_PORT",
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives a restart
     _watch(dist.PrefixStore(f"signs of attempt {attempt}", store.clone()), TIMEOUT_SECONDS)
@@ -123,12 +139,17 @@ def own_device(device: torch.device) -> torch.device:
         return device
     here, count = int(os.environ.get("LOCAL_RANK", rank())), torch.cuda.device_count()
     if device.index is not None or here >= count:
-        raise EvalError(f"{num_ranks()} processes share device={device} ({count} here)", "start one process a GPU, or set device=cpu")
+        raise EvalError(
+            f"{num_ranks()} processes share device={device} ({count} here)",
+            "start one process a GPU, or set device=cpu",
+        )
     return torch.device("cuda", here)
 
 
 def in_turn(work: Callable[[], Made]) -> Made:
-    """`work()` by every process, by the first of a machine before its others: those then find what it downloaded or built."""
+    """`work()` by every process, by the first of a machine before its others: those then find what it
+    downloaded or built.
+    """
     if num_ranks() == 1:
         return work()
     found: list[Made] = []
@@ -145,7 +166,9 @@ def in_turn(work: Callable[[], Made]) -> Made:
 
 
 def share_of(number: int, num_items: int) -> range:
-    """The items of process `number`: contiguous, in the order of the processes, and every item in exactly one share."""
+    """The items of process `number`: contiguous, in the order of the processes, and every item in exactly one
+    share.
+    """
     return range(num_items * number // num_ranks(), num_items * (number + 1) // num_ranks())
 
 

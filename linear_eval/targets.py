@@ -1,7 +1,9 @@
-"""The target data sets of the transfer literature on disk -> image files and labels of a split, as their creators split them.
+"""The target data sets of the transfer literature on disk -> image files and labels of a split, as their
+creators split them.
 
-Folders are those that torchvision downloads into, below one root. Labels come from the lists that each data set ships; splits by
-SimCLR's appendix B.8 (Chen et al. 2020): the first split of DTD and SUN397, 30 images of each class as train of Caltech-101.
+Folders are those that torchvision downloads into, below one root. Labels come from the lists that each data
+set ships; splits by SimCLR's appendix B.8 (Chen et al. 2020): the first split of DTD and SUN397, 30 images of
+each class as train of Caltech-101.
 """
 
 import hashlib
@@ -19,9 +21,21 @@ from linear_eval.features import EvalError
 CALTECH_TRAIN_PER_CLASS = 30
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+    *(
+        "diningtable",
+        "dog",
+        "horse",
+        "motorbike",
+        "person",
+        "pottedplant",
+        "sheep",
+        "sofa",
+        "train",
+        "tvmonitor",
+    ),
 )
-Listing = tuple[Sequence[str | Path | np.ndarray], Sequence[int] | Tensor, Sequence[str]]  # images, labels, class names
+# images, labels, class names
+Listing = tuple[Sequence[str | Path | np.ndarray], Sequence[int] | Tensor, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +44,8 @@ class TargetImages:
 
     Attributes:
         sources: N image files, or (H, W, 3) uint8 pixels where the data set keeps them as arrays.
-        labels: (N,) int64 class ids; of VOC 2007 (N, 20) int64: 1 present, 0 absent, -1 present only in objects marked difficult,
+        labels: (N,) int64 class ids; of VOC 2007 (N, 20) int64: 1 present, 0 absent, -1 present only in
+        objects marked difficult,
             which the challenge does not count.
         class_names: names of the C classes.
     """
@@ -51,7 +66,9 @@ class TargetImages:
 
 @dataclass(frozen=True)
 class TargetSource:
-    """How a data set is read: (root, split, download) -> its listing; `advice` says how to get it where no download does."""
+    """How a data set is read: (root, split, download) -> its listing; `advice` says how to get it where no
+    download does.
+    """
 
     read: Callable[[Path, str, bool], Listing]
     splits: tuple[str, ...] = ("train", "test")
@@ -71,7 +88,8 @@ def torchvision_target(name: str, root: str | Path, split: str, *, download: boo
         download: let torchvision fetch what is missing; Food-101 alone is 5 GB, SUN397 37 GB.
 
     Raises:
-        EvalError: no such data set or split, not below root, incomplete, no download possible, scipy missing where it is needed.
+        EvalError: no such data set or split, not below root, incomplete, no download possible, scipy
+            missing where it is needed.
     """
     source = TARGETS.get(name)
     if source is None:
@@ -79,25 +97,37 @@ def torchvision_target(name: str, root: str | Path, split: str, *, download: boo
     if split not in source.splits:
         raise EvalError(f"{name} has no split {split!r}", f"choose one of {', '.join(source.splits)}")
     root = Path(root).expanduser()
-    fix = source.advice.format(root=root) or f"set download=true, or copy torchvision's files of {name} into {root}"
+    fix = (
+        source.advice.format(root=root)
+        or f"set download=true, or copy torchvision's files of {name} into {root}"
+    )
     try:
         images, labels, class_names = source.read(root, split, download)
     except ImportError as error:
-        raise EvalError(f"{name} keeps its labels in .mat files, which need scipy", "pip install scipy") from error
-    except (OSError, RuntimeError, ValueError, IndexError, KeyError) as error:  # not found, no network; lists of another layout
+        raise EvalError(
+            f"{name} keeps its labels in .mat files, which need scipy", "pip install scipy"
+        ) from error
+    # not found, no network; lists of another layout
+    except (OSError, RuntimeError, ValueError, IndexError, KeyError) as error:
         reason = (str(error).splitlines() or [""])[0][:200]
-        raise EvalError(f"{name} ({split}) cannot be read from {root} ({type(error).__name__}: {reason})", fix) from error
+        raise EvalError(
+            f"{name} ({split}) cannot be read from {root} ({type(error).__name__}: {reason})", fix
+        ) from error
     if len(images) == 0:
         raise EvalError(f"{name} ({split}) in {root} lists no images", fix)
     sources = [image if isinstance(image, np.ndarray) else str(image) for image in images]
     absent = [path for path in sources if isinstance(path, str) and not Path(path).is_file()]
     if absent:
-        raise EvalError(f"{len(absent)} of {len(sources)} {split} images of {name} are missing, e.g. {absent[0]}", fix)
+        raise EvalError(
+            f"{len(absent)} of {len(sources)} {split} images of {name} are missing, e.g. {absent[0]}", fix
+        )
     return TargetImages(sources, torch.as_tensor(labels, dtype=torch.int64), list(class_names))
 
 
 def _through_torchvision(class_name: str) -> Callable[[Path, str, bool], Listing]:
-    """Of the classes that take `split` and `loader`: with `str` for a loader an item is (path, label), and nothing is decoded."""
+    """Of the classes that take `split` and `loader`: with `str` for a loader an item is (path, label), and
+    nothing is decoded.
+    """
 
     def read(root: Path, split: str, download: bool) -> Listing:
         from torchvision import datasets
@@ -125,10 +155,18 @@ def _pets(root: Path, split: str, download: bool) -> Listing:
 
         datasets.OxfordIIITPet(root, split="trainval", download=True)
     folder = root / "oxford-iiit-pet"
-    rows = [line.split() for line in _lines(folder / "annotations" / f"{'trainval' if split == 'train' else 'test'}.txt")]
+    rows = [
+        line.split()
+        for line in _lines(folder / "annotations" / f"{'trainval' if split == 'train' else 'test'}.txt")
+    ]
     labels = [int(row[1]) - 1 for row in rows]
-    names = dict(zip(labels, (row[0].rpartition("_")[0] for row in rows), strict=True))  # Abyssinian_100 is of class 1, Abyssinian
-    return [folder / "images" / f"{row[0]}.jpg" for row in rows], labels, [names[label] for label in sorted(names)]
+    # Abyssinian_100 is of class 1, Abyssinian
+    names = dict(zip(labels, (row[0].rpartition("_")[0] for row in rows), strict=True))
+    return (
+        [folder / "images" / f"{row[0]}.jpg" for row in rows],
+        labels,
+        [names[label] for label in sorted(names)],
+    )
 
 
 def _sun397(root: Path, split: str, download: bool) -> Listing:
@@ -140,7 +178,8 @@ def _sun397(root: Path, split: str, download: bool) -> Listing:
     folder = root / "SUN397"
     file_name = f"{'Training' if split == 'train' else 'Testing'}_01.txt"
     places = [place / file_name for place in (folder, folder / "Partitions", root / "Partitions")]
-    paths = _lines(next((path for path in places if path.is_file()), places[0]))  # /a/abbey/sun_aaalbzqrimafwbiv.jpg
+    # /a/abbey/sun_aaalbzqrimafwbiv.jpg
+    paths = _lines(next((path for path in places if path.is_file()), places[0]))
     class_names = _lines(folder / "ClassName.txt")  # /a/abbey
     number = {name: label for label, name in enumerate(class_names)}
     labels = [number[path.rpartition("/")[0]] for path in paths]
@@ -150,7 +189,8 @@ def _sun397(root: Path, split: str, download: bool) -> Listing:
 def _caltech101(root: Path, split: str, download: bool) -> Listing:
     """All 102 folders: the literature counts the background as a class, torchvision's class leaves it out.
 
-    Which 30 of a class are train is drawn by the hash of their names: the same on every machine and with every version.
+    Which 30 of a class are train is drawn by the hash of their names: the same on every machine and with
+    every version.
     """
     if download:
         from torchvision import datasets
@@ -162,7 +202,9 @@ def _caltech101(root: Path, split: str, download: bool) -> Listing:
     labels: list[int] = []
     for label, class_name in enumerate(class_names):
         files = sorted((folder / class_name).glob("*.jpg"))
-        drawn = sorted(files, key=lambda path: hashlib.sha256(f"{path.parent.name}/{path.name}".encode()).digest())
+        drawn = sorted(
+            files, key=lambda path: hashlib.sha256(f"{path.parent.name}/{path.name}".encode()).digest()
+        )
         train = set(drawn[:CALTECH_TRAIN_PER_CLASS])
         chosen = [path for path in files if (path in train) == (split == "train")]
         images += chosen
@@ -171,7 +213,9 @@ def _caltech101(root: Path, split: str, download: bool) -> Listing:
 
 
 def _voc2007(root: Path, split: str, download: bool) -> Listing:
-    """The labels of the classification task: 1, 0 (difficult objects only) and -1 (absent) in a file for each class."""
+    """The labels of the classification task: 1, 0 (difficult objects only) and -1 (absent) in a file for each
+    class.
+    """
     if download:
         from torchvision import datasets
 
@@ -191,10 +235,18 @@ def _cub200(root: Path, split: str, download: bool) -> Listing:
     def column(file_name: str) -> dict[str, str]:  # image number -> what the file says of it
         return dict((number, text) for number, text in (line.split() for line in _lines(folder / file_name)))
 
-    paths, labels, is_train = column("images.txt"), column("image_class_labels.txt"), column("train_test_split.txt")
+    paths, labels, is_train = (
+        column("images.txt"),
+        column("image_class_labels.txt"),
+        column("train_test_split.txt"),
+    )
     chosen = [number for number in paths if (is_train[number] == "1") == (split == "train")]
     class_names = list(column("classes.txt").values())
-    return [folder / "images" / paths[number] for number in chosen], [int(labels[number]) - 1 for number in chosen], class_names
+    return (
+        [folder / "images" / paths[number] for number in chosen],
+        [int(labels[number]) - 1 for number in chosen],
+        class_names,
+    )
 
 
 def _lines(path: Path) -> list[str]:
@@ -206,10 +258,15 @@ TARGETS = {
     "food101": TargetSource(_through_torchvision("Food101")),
     "cifar10": TargetSource(_cifar("CIFAR10")),
     "cifar100": TargetSource(_cifar("CIFAR100")),
-    "cub200": TargetSource(_cub200, advice="unpack CUB_200_2011.tgz (www.vision.caltech.edu/datasets/cub_200_2011) in {root}"),
+    "cub200": TargetSource(
+        _cub200, advice="unpack CUB_200_2011.tgz (www.vision.caltech.edu/datasets/cub_200_2011) in {root}"
+    ),
     "sun397": TargetSource(
         _sun397,
-        advice="put SUN397.tar.gz and the lists of Partitions.zip (vision.princeton.edu/projects/2010/SUN) into {root}/SUN397, unpacked",
+        advice=(
+            "put SUN397.tar.gz and the lists of Partitions.zip "
+            "(vision.princeton.edu/projects/2010/SUN) into {root}/SUN397, unpacked"
+        ),
     ),
     "cars": TargetSource(
         _through_torchvision("StanfordCars"),

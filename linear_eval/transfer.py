@@ -1,10 +1,13 @@
-"""A transfer suite: target data sets, each with its splits, metric and protocol -> one table encoder x data set.
+"""A transfer suite: target data sets, each with its splits, metric and protocol -> one table encoder x data
+set.
 
-Data flow: a mapping (from YAML) -> `parse_suite` -> `run_suite`, which calls `evaluate(encoder, target)` for every pair -> `Transfer`
--> `to_rows`, `to_csv`, `to_markdown`, `draw_bars`. How features are made and probed is the caller's: this module sees predictions.
+Data flow: a mapping (from YAML) -> `parse_suite` -> `run_suite`, which calls `evaluate(encoder, target)` for
+every pair -> `Transfer` -> `to_rows`, `to_csv`, `to_markdown`, `draw_bars`. How features are made and probed
+is the caller's: this module sees predictions.
 
-The protocol it is made for is the linear evaluation of SimCLR's appendix B.8 (Chen et al. 2020, after Kornblith et al. 2019): images
-at 224 px, logistic regression on frozen features, l2 chosen on a validation split, then a fit on train and validation together.
+The protocol it is made for is the linear evaluation of SimCLR's appendix B.8 (Chen et al. 2020, after
+Kornblith et al. 2019): images at 224 px, logistic regression on frozen features, l2 chosen on a validation
+split, then a fit on train and validation together.
 """
 
 import csv
@@ -39,12 +42,11 @@ class Target(_Strict):
 
     Attributes:
         name: what the table calls it.
-        source: a name of `linear_eval.targets.TARGETS`, or whatever else the caller can load (a folder, a parquet file).
-        train_split, test_split: what is fitted, what is judged.
-        val_split: where the regularisation is chosen; it then joins train. None: a part of train is held out.
-        metric: see `linear_eval.metrics`.
-        protocol: `lbfgs` (SimCLR's), `linear` or `knn`; images with several labels take `lbfgs`, a regression for each class.
-        image_size: pixels a side. None: as the encoder wants it.
+        source: a name of `linear_eval.targets.TARGETS`, or whatever else the caller can load (a folder, a
+        parquet file). train_split, test_split: what is fitted, what is judged. val_split: where the
+        regularisation is chosen; it then joins train. None: a part of train is held out. metric: see
+        `linear_eval.metrics`. protocol: `lbfgs` (SimCLR's), `linear` or `knn`; images with several labels
+        take `lbfgs`, a regression for each class. image_size: pixels a side. None: as the encoder wants it.
         max_images: of the train split; all of the test split counts.
     """
 
@@ -62,15 +64,23 @@ class Target(_Strict):
     def _fits(self) -> Self:
         splits = [split for split in (self.train_split, self.val_split, self.test_split) if split is not None]
         if len(set(splits)) < len(splits):
-            raise ValueError(f"{self.name}: train_split, val_split and test_split are not three different splits")
+            raise ValueError(
+                f"{self.name}: train_split, val_split and test_split are not three different splits"
+            )
         if self.source in TARGETS:
             unknown = set(splits) - set(TARGETS[self.source].splits)
             if unknown:
-                raise ValueError(f"{self.source} has no split {min(unknown)}, only {', '.join(TARGETS[self.source].splits)}")
+                raise ValueError(
+                    f"{self.source} has no split {min(unknown)}, only "
+                    f"{', '.join(TARGETS[self.source].splits)}"
+                )
             if TARGETS[self.source].multi_label != (self.metric in MULTI_LABEL):
                 raise ValueError(f"{self.metric} does not fit the labels of {self.source}")
         if self.metric in MULTI_LABEL and self.protocol != "lbfgs":
-            raise ValueError(f"{self.name}: {self.metric} needs a score for each class, which protocol {self.protocol} does not give")
+            raise ValueError(
+                f"{self.name}: {self.metric} needs a score for each class, which protocol "
+                f"{self.protocol} does not give"
+            )
         return self
 
 
@@ -82,7 +92,9 @@ class Suite(_Strict):
 
 
 class Outcome(NamedTuple):
-    """What `evaluate` gives: outputs and labels as for `measure`, and the protocol in words with all that was chosen."""
+    """What `evaluate` gives: outputs and labels as for `measure`, and the protocol in words with all that was
+    chosen.
+    """
 
     outputs: Tensor
     labels: Tensor
@@ -134,7 +146,8 @@ class Transfer:
 
 
 def parse_suite(values: Any, where: str) -> Suite:
-    """A suite from `{"name": ..., "defaults": {...}, "targets": [{...}, ...]}`; `defaults` fills in what a target leaves out.
+    """A suite from `{"name": ..., "defaults": {...}, "targets": [{...}, ...]}`; `defaults` fills in what a
+    target leaves out.
 
     Args:
         values: what the YAML file holds.
@@ -144,12 +157,20 @@ def parse_suite(values: Any, where: str) -> Suite:
         EvalError: what does not fit, by its key, with the nearest known key for one that does not exist.
     """
     if not isinstance(values, dict) or not isinstance(values.get("targets"), list):
-        raise EvalError(f"{where} is not a suite", "write `name:` and a list of `targets:`, as in configs/suites/simclr.yaml")
+        raise EvalError(
+            f"{where} is not a suite",
+            "write `name:` and a list of `targets:`, as in configs/suites/simclr.yaml",
+        )
     defaults = values.get("defaults") or {}
     if not isinstance(defaults, dict):
-        raise EvalError(f"defaults in {where} is {defaults!r}", "write keys of a target with their values, or leave it out")
+        raise EvalError(
+            f"defaults in {where} is {defaults!r}",
+            "write keys of a target with their values, or leave it out",
+        )
     filled = {key: value for key, value in values.items() if key != "defaults"}
-    filled["targets"] = [defaults | target if isinstance(target, dict) else target for target in values["targets"]]
+    filled["targets"] = [
+        defaults | target if isinstance(target, dict) else target for target in values["targets"]
+    ]
     try:
         suite = Suite.model_validate(filled)
     except ValidationError as error:
@@ -168,7 +189,10 @@ def _suite_error(error: ValidationError, where: str) -> EvalError:
     if first["type"] == "extra_forbidden":
         known = list(Target.model_fields) if above else ["defaults", *Suite.model_fields]
         near = difflib.get_close_matches(str(last), known, n=1)
-        return EvalError(f"unknown key {key} in {where}", f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}")
+        return EvalError(
+            f"unknown key {key} in {where}",
+            f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}",
+        )
     if first["type"] == "value_error":
         return EvalError(f"{key}: {first['ctx']['error']}, in {where}", f"correct {key}")
     return EvalError(f"{key}: {first['msg']} (is {str(first['input'])[:60]!r}), in {where}", f"correct {key}")
@@ -188,8 +212,8 @@ def run_suite(
 
     Args:
         encoders: names, different ones; passed on to `evaluate` and used in the table.
-        evaluate: fits on train (and validation) and gives what it says of the test split; called target by target, so that a cache
-            of one data set serves all encoders.
+        evaluate: fits on train (and validation) and gives what it says of the test split; called target
+            by target, so that a cache of one data set serves all encoders.
         missing: exceptions that mean "not on this data set"; their text becomes the reason in the table.
         num_draws, seed: of the bootstrap; every encoder is judged on the same draws of test samples.
         done: called with every cell as soon as it is known.
@@ -211,7 +235,9 @@ def run_suite(
             found[encoder, target.name] = cell
             if done is not None:
                 done(cell)
-    return tabulate(suite.name, [found[encoder, target.name] for encoder in encoders for target in suite.targets])
+    return tabulate(
+        suite.name, [found[encoder, target.name] for encoder in encoders for target in suite.targets]
+    )
 
 
 def tabulate(suite: str, cells: Sequence[Cell]) -> Transfer:
@@ -229,44 +255,79 @@ def tabulate(suite: str, cells: Sequence[Cell]) -> Transfer:
             equal = sum(other == value for other in judged.values())
             ranks[encoder, name] = better + (equal + 1) / 2
     complete = tuple(name for name, judged in values.items() if len(judged) == len(encoders))
-    macro = {encoder: math.fsum(values[name][encoder] for name in complete) / len(complete) for encoder in encoders if complete}
-    mean_rank = {encoder: math.fsum(ranks[encoder, name] for name in complete) / len(complete) for encoder in encoders if complete}
+    macro = {
+        encoder: math.fsum(values[name][encoder] for name in complete) / len(complete)
+        for encoder in encoders
+        if complete
+    }
+    mean_rank = {
+        encoder: math.fsum(ranks[encoder, name] for name in complete) / len(complete)
+        for encoder in encoders
+        if complete
+    }
     return Transfer(suite, tuple(cells), ranks, complete, macro, mean_rank)
 
 
-# ---- the table, for machines and for people --------------------------------------------------------------------------
+# ---- the table, for machines and for people
+# --------------------------------------------------------------------------
 
 
 def to_rows(transfer: Transfer) -> list[dict[str, Any]]:
-    """JSON-able: a row for each cell, then the macro average of each encoder. Values in percent, None where not judged."""
+    """JSON-able: a row for each cell, then the macro average of each encoder. Values in percent, None where
+    not judged.
+    """
     rows = []
     row: dict[str, Any]
     for cell in transfer.cells:
         measured = cell.measured
-        row = {"encoder": cell.encoder, "evaluator": "transfer", "data": cell.target.name, "suite": transfer.suite}
+        row = {
+            "encoder": cell.encoder,
+            "evaluator": "transfer",
+            "data": cell.target.name,
+            "suite": transfer.suite,
+        }
         row |= {"protocol": cell.protocol, "metric": f"{METRIC_NAMES[cell.target.metric]} %"}
-        row |= {name: None if measured is None else _percent(getattr(measured, name)) for name in ("value", "low", "high")}
-        row |= {"rank": transfer.ranks.get((cell.encoder, cell.target.name)), "n_test": 0 if measured is None else measured.num_test}
+        row |= {
+            name: None if measured is None else _percent(getattr(measured, name))
+            for name in ("value", "low", "high")
+        }
+        row |= {
+            "rank": transfer.ranks.get((cell.encoder, cell.target.name)),
+            "n_test": 0 if measured is None else measured.num_test,
+        }
         rows.append(row | {"reason": cell.reason})
     for encoder, value in transfer.macro.items():
         row = {"encoder": encoder, "evaluator": "transfer", "data": "macro average", "suite": transfer.suite}
-        row |= {"protocol": f"mean over {', '.join(transfer.complete)}", "metric": "mean %", "value": _percent(value)}
-        rows.append(row | {"low": None, "high": None, "rank": transfer.mean_rank[encoder], "n_test": 0, "reason": ""})
+        row |= {
+            "protocol": f"mean over {', '.join(transfer.complete)}",
+            "metric": "mean %",
+            "value": _percent(value),
+        }
+        rows.append(
+            row | {"low": None, "high": None, "rank": transfer.mean_rank[encoder], "n_test": 0, "reason": ""}
+        )
     return rows
 
 
 def to_csv(transfer: Transfer) -> str:
-    """`to_rows` with a header; empty where there is no value. Names are as `csv_cell` and `printable` write them."""
+    """`to_rows` with a header; empty where there is no value. Names are as `csv_cell` and `printable` write
+    them.
+    """
     rows = to_rows(transfer)
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: csv_cell(printable(value)) if isinstance(value, str) else value for name, value in row.items()} for row in rows)
+    writer.writerows(
+        {name: csv_cell(printable(value)) if isinstance(value, str) else value for name, value in row.items()}
+        for row in rows
+    )
     return text.getvalue()
 
 
 def to_markdown(transfer: Transfer) -> str:
-    """A line for each data set, a column for each encoder: value [interval] (rank); then what is missing and why."""
+    """A line for each data set, a column for each encoder: value [interval] (rank); then what is missing and
+    why.
+    """
     several = len(transfer.encoders) > 1
     lines = [["data", "metric", "n_test", *map(markdown_cell, transfer.encoders)]]
     for target in transfer.targets:
@@ -274,18 +335,29 @@ def to_markdown(transfer: Transfer) -> str:
         if all(cell.measured is None for cell in cells):
             continue
         num_test = max(cell.measured.num_test for cell in cells if cell.measured is not None)
-        texts = [_cell_text(cell.measured, transfer.ranks.get((cell.encoder, target.name)) if several else None) for cell in cells]
+        texts = [
+            _cell_text(cell.measured, transfer.ranks.get((cell.encoder, target.name)) if several else None)
+            for cell in cells
+        ]
         lines.append([markdown_cell(target.name), f"{METRIC_NAMES[target.metric]} %", str(num_test), *texts])
     if transfer.complete:
         count = f"{len(transfer.complete)} of {len(transfer.targets)} data sets"
         ranks = [f" ({transfer.mean_rank[encoder]:.3g})" if several else "" for encoder in transfer.encoders]
-        texts = [f"{100 * transfer.macro[encoder]:.2f}{rank}" for encoder, rank in zip(transfer.encoders, ranks, strict=True)]
+        texts = [
+            f"{100 * transfer.macro[encoder]:.2f}{rank}"
+            for encoder, rank in zip(transfer.encoders, ranks, strict=True)
+        ]
         lines.append(["macro average", count, "", *texts])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    table = ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in lines]
+    table = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
     kind = "95 % bootstrap interval over test samples"
-    return "\n".join([*table, "", f"[{kind}]" + (" (rank)" if several else ""), *missing_lines(transfer)]) + "\n"
+    return (
+        "\n".join([*table, "", f"[{kind}]" + (" (rank)" if several else ""), *missing_lines(transfer)]) + "\n"
+    )
 
 
 def missing_lines(transfer: Transfer) -> list[str]:
@@ -296,7 +368,11 @@ def missing_lines(transfer: Transfer) -> list[str]:
             who.setdefault((cell.target.name, cell.reason), []).append(cell.encoder)
     everyone = len(transfer.encoders)
     return [
-        printable(f"not judged: {name}{'' if len(encoders) == everyone else ' with ' + ', '.join(encoders)}: {reason}")
+        printable(
+            "not judged: "
+            f"{name}{'' if len(encoders) == everyone else ' with ' + ', '.join(encoders)}: "
+            f"{reason}"
+        )
         for (name, reason), encoders in who.items()
     ]
 
@@ -307,9 +383,13 @@ def draw_bars(transfer: Transfer, path: Path) -> None:
     Raises:
         EvalError: nothing was judged, matplotlib is not installed, the file cannot be written.
     """
-    targets = [target for target in transfer.targets if any(target.name == name for _, name in transfer.ranks)]
+    targets = [
+        target for target in transfer.targets if any(target.name == name for _, name in transfer.ranks)
+    ]
     if not targets:
-        raise EvalError("no encoder was judged on any data set, there is nothing to draw", "see the reasons in the table")
+        raise EvalError(
+            "no encoder was judged on any data set, there is nothing to draw", "see the reasons in the table"
+        )
     encoders = transfer.encoders
     figure = new_figure(max(6.0, 1.5 + len(targets) * (0.35 + 0.22 * len(encoders))), 4.5)
     axes = figure.subplots()
@@ -321,11 +401,19 @@ def draw_bars(transfer: Transfer, path: Path) -> None:
             if measured is not None:
                 places.append(column + (turn - (len(encoders) - 1) / 2) * width)
                 heights.append(100 * measured.value)
-                below.append(100 * max(0.0, measured.value - measured.low))  # an interval may lie beside the value
+                # an interval may lie beside the value
+                below.append(100 * max(0.0, measured.value - measured.low))
                 above.append(100 * max(0.0, measured.high - measured.value))
         hatch = "//" if turn // len(COLOURS) % 2 else None
         style: dict[str, Any] = {"color": COLOURS[turn % len(COLOURS)], "hatch": hatch, "label": str(turn)}
-        axes.bar(places, heights, width, yerr=[below, above], error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#444444"}, **style)
+        axes.bar(
+            places,
+            heights,
+            width,
+            yerr=[below, above],
+            error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#444444"},
+            **style,
+        )
     labels = [f"{shorten(target.name)}\n{METRIC_NAMES[target.metric]}" for target in targets]
     axes.set_xticks(range(len(targets)), labels, rotation=45, ha="right", fontsize=8)
     axes.set(ylabel="%", ylim=(0, 100))
@@ -333,7 +421,8 @@ def draw_bars(transfer: Transfer, path: Path) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     legend = axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    for text, encoder in zip(legend.get_texts(), encoders, strict=True):  # a name with _ in front would be left out as a label
+    # a name with _ in front would be left out as a label
+    for text, encoder in zip(legend.get_texts(), encoders, strict=True):
         text.set_text(shorten(encoder))
     save_figure(figure, path)
 

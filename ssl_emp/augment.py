@@ -1,8 +1,10 @@
-"""Random views of a whole batch at once, each sample with its own parameters: SimCLR's two, or one for supervised training.
+"""Random views of a whole batch at once, each sample with its own parameters: SimCLR's two, or one for
+supervised training.
 
-Parameters are drawn first, as tensors keyed on (seed, epoch, index, view), then applied: a sample gets the same two views in
-any batch, on any rank, after any restart. Shapes are static and nothing waits for the device, so `torch.compile` and CUDA
-graphs take it whole. The semantics are those of torchvision's transforms on float tensors.
+Parameters are drawn first, as tensors keyed on (seed, epoch, index, view), then applied: a sample gets the
+same two views in any batch, on any rank, after any restart. Shapes are static and nothing waits for the
+device, so `torch.compile` and CUDA graphs take it whole. The semantics are those of torchvision's transforms
+on float tensors.
 """
 
 import math
@@ -16,7 +18,8 @@ from torchvision.utils import make_grid
 
 from ssl_emp.keyed import keyed_uniform
 
-CONTRAST, SATURATION, HUE = 1, 2, 3  # op ids in `ViewParams.order`, as in torchvision's ColorJitter; 0 is brightness
+# op ids in `ViewParams.order`, as in torchvision's ColorJitter; 0 is brightness
+CONTRAST, SATURATION, HUE = 1, 2, 3
 CROP_TRIES = 10  # torchvision's RandomResizedCrop falls back to a centre crop after ten boxes that do not fit
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
 
@@ -25,12 +28,15 @@ Planes = list[Tensor]  # [red, green, blue], each (N, S, S) float32 in [0, 1]: g
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to draw from. Strengths and probabilities as in torchvision; an op of strength or probability 0 costs nothing."""
+    """What to draw from. Strengths and probabilities as in torchvision; an op of strength or probability 0
+    costs nothing.
+    """
 
     size: int  # side of a view, pixels
     crop_scale: tuple[float, float] = (0.08, 1.0)  # area of the crop / area of the image
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, drawn log-uniformly
-    crop_padding: int = 0  # pixels; above 0: RandomCrop(size, padding, padding_mode="reflect") in place of the crop above
+    # pixels; above 0: RandomCrop(size, padding, padding_mode="reflect") in place of the crop above
+    crop_padding: int = 0
     flip_prob: float = 0.5
     jitter_prob: float = 0.8  # all four colour ops, in an order drawn per view, or none of them
     brightness: float = 0.4  # factor uniform in [max(0, 1 - x), 1 + x]; contrast and saturation alike
@@ -53,7 +59,8 @@ class Recipe:
 class ViewParams(NamedTuple):
     """One view's parameters, a row per sample. (A tuple, so that `torch.compile` sees through it.)"""
 
-    top: Tensor  # (B,) int64, pixels of the source image; what lies outside of it (crop_padding only) is its mirror image
+    # (B,) int64, pixels of the source image; what lies outside of it (crop_padding only) is its mirror image
+    top: Tensor
     left: Tensor  # (B,) int64
     height: Tensor  # (B,) int64
     width: Tensor  # (B,) int64
@@ -76,21 +83,36 @@ def draw_params(
     """Draw both views' parameters, a pure function of (seed, epoch, index).
 
     Args:
-        seed, epoch: ints, or 0-d int64 tensors on the index's device (inside `torch.compile`, see `keyed_bits`).
+        seed, epoch: ints, or 0-d int64 tensors on the index's device (inside `torch.compile`, see
+            `keyed_bits`).
         index: (B,) int64, the samples' places in the data set.
-        image_size: side of the square source images in pixels, or (height, width); with `crop_padding` it must be `size`.
+        image_size: side of the square source images in pixels, or (height, width); with `crop_padding` it
+            must be `size`.
 
     Returns:
         Two `ViewParams` on the index's device.
     """
     rows, cols = (image_size, image_size) if isinstance(image_size, int) else image_size
     view = torch.arange(2, device=index.device).view(2, 1, 1)
-    slot = torch.arange(2 * CROP_TRIES + 16, device=index.device)  # append new draws at the end: the old ones keep their value
+    # append new draws at the end: the old ones keep their value
+    slot = torch.arange(2 * CROP_TRIES + 16, device=index.device)
     u = keyed_uniform(seed, epoch, index.view(1, -1, 1), view, slot)  # (2, B, slots)
     area, ratio = u[..., :CROP_TRIES], u[..., CROP_TRIES : 2 * CROP_TRIES]
-    u_top, u_left, flip, jitter, brightness, contrast, saturation, hue, *order, gray, blur, sigma, solarize = u[
-        ..., 2 * CROP_TRIES :
-    ].unbind(-1)
+    (
+        u_top,
+        u_left,
+        flip,
+        jitter,
+        brightness,
+        contrast,
+        saturation,
+        hue,
+        *order,
+        gray,
+        blur,
+        sigma,
+        solarize,
+    ) = u[..., 2 * CROP_TRIES :].unbind(-1)
     both = ViewParams(
         *_crop_box(area, ratio, u_top, u_left, recipe, rows, cols),
         flip=flip < recipe.flip_prob,
@@ -115,44 +137,52 @@ def two_views(images: Tensor, params: tuple[ViewParams, ViewParams], recipe: Rec
 
 
 def cut_views(images: Tensor, params: tuple[ViewParams, ...], recipe: Recipe) -> tuple[Tensor, ...]:
-    """Cut a view of a batch for each set of parameters: crop, resize, flip, jitter, grey, blur, solarize, normalise.
+    """Cut a view of a batch for each set of parameters: crop, resize, flip, jitter, grey, blur, solarize,
+    normalise.
 
     Args:
         images: (B, 3, H, W) uint8.
-        params: from `draw_params` with the images' size, on the images' device; `[:1]` of it for one view at half the cost.
+        params: from `draw_params` with the images' size, on the images' device; `[:1]` of it for one view
+            at half the cost.
 
     Returns:
         (B, 3, size, size) float32 each, equal parts of one contiguous tensor.
     """
     assert images.dtype == torch.uint8, f"images are uint8, got {images.dtype}"
     assert images.ndim == 4 and images.shape[1] == 3, f"images are (B, 3, H, W), got {tuple(images.shape)}"
-    joined = ViewParams(*map(torch.cat, zip(*params, strict=True)))  # (nB, ...): all first views, then all second ones
+    # (nB, ...): all first views, then all second ones
+    joined = ViewParams(*map(torch.cat, zip(*params, strict=True)))
     planes = color_tail(crop_resize_flip(images, joined, recipe), joined, recipe)
     planes = [(plane - m).div_(s) for plane, m, s in zip(planes, recipe.mean, recipe.std, strict=True)]
     return torch.stack(planes, 1).chunk(len(params))
 
 
 def crop_resize_flip(images: Tensor, params: ViewParams, recipe: Recipe) -> Planes:
-    """Cut n views of each image, (B, 3, H, W) uint8, with (nB,) parameters, the views of sample i at i, B + i, ...
+    """Cut n views of each image, (B, 3, H, W) uint8, with (nB,) parameters, the views of sample i at i, B +
+    i, ...
 
-    Resampling is separable: a pass over the rows, a transposition, a pass over what were the columns, each with the sample's own
-    weights. Equals torchvision's `resized_crop(antialias=True)`, which never looks outside the crop, of the image padded with
-    its reflection.
+    Resampling is separable: a pass over the rows, a transposition, a pass over what were the columns, each
+    with the sample's own weights. Equals torchvision's `resized_crop(antialias=True)`, which never looks
+    outside the crop, of the image padded with its reflection.
     """
     count, _, rows, cols = images.shape
     size, num_views, mirrors = recipe.size, len(params.top), recipe.crop_padding > 0
     index, weight = _resize_taps(params.top, params.height, None, rows, size, mirrors)  # (nB, S, K)
     image = torch.arange(num_views, dtype=torch.int32, device=images.device) % count
-    lines = images.transpose(1, 2).float().reshape(count * rows, 3 * cols)  # an image row with its three colours
+    # an image row with its three colours
+    lines = images.transpose(1, 2).float().reshape(count * rows, 3 * cols)
     short = _mix_rows(lines, index + rows * image.view(-1, 1, 1), weight / 255)  # (nB, S, 3W)
     index, weight = _resize_taps(params.left, params.width, params.flip, cols, size, mirrors)
     lines = short.transpose(1, 2).reshape(num_views * 3 * cols, size)
-    index, weight = index.unsqueeze(1) + cols * _numbers(num_views, images.device), weight.unsqueeze(1)  # (nB, 3, S, K), (nB, 1, S, K)
+    # (nB, 3, S, K), (nB, 1, S, K)
+    index, weight = index.unsqueeze(1) + cols * _numbers(num_views, images.device), weight.unsqueeze(1)
     return list(_mix_rows(lines, index, weight).transpose(2, 3).unbind(1))
 
 
 def color_tail(planes: Planes, params: ViewParams, recipe: Recipe) -> Planes:
-    """Apply all that follows the geometry, but for the normalisation: jitter, grey, blur, solarize. (N,) parameters."""
+    """Apply all that follows the geometry, but for the normalisation: jitter, grey, blur, solarize. (N,)
+    parameters.
+    """
     if recipe.jitter_prob > 0:
         planes = _jitter(planes, params, recipe)
     if recipe.gray_prob > 0:
@@ -167,8 +197,12 @@ def color_tail(planes: Planes, params: ViewParams, recipe: Recipe) -> Planes:
 
 
 def grid_of_views(view_a: Tensor, view_b: Tensor, recipe: Recipe, columns: int = 8) -> Tensor:
-    """Lay pairs of normalised (B, 3, S, S) views side by side, `columns` pairs a row: (3, H, W) uint8 for a PNG."""
-    mean, std = (torch.tensor(value, device=view_a.device).view(3, 1, 1) for value in (recipe.mean, recipe.std))
+    """Lay pairs of normalised (B, 3, S, S) views side by side, `columns` pairs a row: (3, H, W) uint8 for a
+    PNG.
+    """
+    mean, std = (
+        torch.tensor(value, device=view_a.device).view(3, 1, 1) for value in (recipe.mean, recipe.std)
+    )
     pairs = torch.cat([view_a, view_b], 3) * std + mean  # (B, 3, S, 2S)
     return make_grid((pairs.clamp(0, 1) * 255).round().byte(), nrow=columns, pad_value=255)
 
@@ -184,12 +218,16 @@ def _column(per_sample: Tensor) -> Tensor:
 def _crop_box(
     area: Tensor, ratio: Tensor, u_top: Tensor, u_left: Tensor, recipe: Recipe, rows: int, cols: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Top, left, height, width as RandomResizedCrop.get_params draws them: the first of (..., tries) boxes that fits.
+    """Top, left, height, width as RandomResizedCrop.get_params draws them: the first of (..., tries) boxes
+    that fits.
 
-    With `crop_padding` as RandomCrop draws them: uniform over the places of the image's own size in the padded image.
+    With `crop_padding` as RandomCrop draws them: uniform over the places of the image's own size in the
+    padded image.
     """
     if recipe.crop_padding > 0:
-        assert rows == cols == recipe.size > recipe.crop_padding, f"cannot cut {recipe} from {rows} x {cols} pixels"
+        assert rows == cols == recipe.size > recipe.crop_padding, (
+            f"cannot cut {recipe} from {rows} x {cols} pixels"
+        )
         side, places = torch.full_like(u_top, recipe.size, dtype=torch.int64), 2 * recipe.crop_padding + 1
         top, left = ((u * places).long() - recipe.crop_padding for u in (u_top, u_left))
         return top, left, side, side
@@ -208,11 +246,15 @@ def _crop_box(
     return top, left, height, width
 
 
-def _resize_taps(start: Tensor, length: Tensor, flip: Tensor | None, size_in: int, size_out: int, mirrors: bool) -> tuple[Tensor, Tensor]:
-    """(N, size_out, K) int32 input pixels and float32 weights of every output pixel, from [start, start + length) only.
+def _resize_taps(
+    start: Tensor, length: Tensor, flip: Tensor | None, size_in: int, size_out: int, mirrors: bool
+) -> tuple[Tensor, Tensor]:
+    """(N, size_out, K) int32 input pixels and float32 weights of every output pixel, from [start, start +
+    length) only.
 
-    A triangle filter with half-pixel centres, widened by the scale when shrinking (antialias), weights summing to one. Where
-    `mirrors`, pixels outside the image are their mirror images, the edge itself not repeated.
+    A triangle filter with half-pixel centres, widened by the scale when shrinking (antialias), weights
+    summing to one. Where `mirrors`, pixels outside the image are their mirror images, the edge itself not
+    repeated.
     """
     start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
     place = torch.arange(size_out, device=start.device).view(1, -1, 1) + 0.5
@@ -221,7 +263,8 @@ def _resize_taps(start: Tensor, length: Tensor, flip: Tensor | None, size_in: in
     scale = length / size_out
     support = scale.clamp_min(1)  # (N, 1, 1), input pixels
     centre = place * scale  # (N, size_out, 1), from the crop's edge: start would cost digits
-    taps = torch.arange(math.ceil(2 * max(1, size_in / size_out)), device=start.device)  # as many centres lie within the widest support
+    # as many centres lie within the widest support
+    taps = torch.arange(math.ceil(2 * max(1, size_in / size_out)), device=start.device)
     pixel = (centre - support + 0.5).floor() + taps  # (N, size_out, K)
     weight = 1 - (pixel + 0.5 - centre).abs_() / support
     weight = torch.where((pixel >= 0) & (pixel < length), weight.clamp_min_(0), 0)
@@ -235,11 +278,14 @@ def _resize_taps(start: Tensor, length: Tensor, flip: Tensor | None, size_in: in
 def _mix_rows(rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """Weighted sums of rows (R, D), by index (..., K) and weight that broadcasts to it: -> (..., D).
 
-    A batched matmul whose matrices have K non-zeros a row: at 224 pixels the dense one is many times slower on a CPU.
+    A batched matmul whose matrices have K non-zeros a row: at 224 pixels the dense one is many times slower
+    on a CPU.
     """
     taps = index.shape[-1]
     weight = weight.expand(index.shape).reshape(-1, taps)
-    return F.embedding_bag(index.reshape(-1, taps), rows, mode="sum", per_sample_weights=weight).view(*index.shape[:-1], -1)
+    return F.embedding_bag(index.reshape(-1, taps), rows, mode="sum", per_sample_weights=weight).view(
+        *index.shape[:-1], -1
+    )
 
 
 def _numbers(num_views: int, device: torch.device) -> Tensor:
@@ -250,11 +296,14 @@ def _numbers(num_views: int, device: torch.device) -> Tensor:
 def _jitter(planes: Planes, params: ViewParams, recipe: Recipe) -> Planes:
     """Brightness, contrast, saturation and hue, each sample in its own order.
 
-    Every sample shifts its hue once, at a place of its own. To compute it once and not in each of four slots, blend slots run
-    on both sides of it, and each sample's blends take effect on the right side only: a blend by factor 1 changes nothing.
+    Every sample shifts its hue once, at a place of its own. To compute it once and not in each of four slots,
+    blend slots run on both sides of it, and each sample's blends take effect on the right side only: a blend
+    by factor 1 changes nothing.
     """
     one = torch.ones_like(params.brightness)
-    factors = torch.stack([params.brightness, params.contrast, params.saturation, one], 1).gather(1, params.order)
+    factors = torch.stack([params.brightness, params.contrast, params.saturation, one], 1).gather(
+        1, params.order
+    )
     factors = torch.where(params.jitter.unsqueeze(1), factors, 1.0)  # (N, 4), in the order of application
     has_blends = recipe.brightness > 0 or recipe.contrast > 0 or recipe.saturation > 0
     if recipe.hue == 0:
@@ -269,8 +318,12 @@ def _jitter(planes: Planes, params: ViewParams, recipe: Recipe) -> Planes:
     return planes
 
 
-def _blends(planes: Planes, factors: Tensor, order: Tensor, slots: tuple[int, ...] | range, recipe: Recipe) -> Planes:
-    """f x + (1 - f) g, clamped to [0, 1]; g is 0 for brightness, the image's mean grey for contrast, grey for saturation."""
+def _blends(
+    planes: Planes, factors: Tensor, order: Tensor, slots: tuple[int, ...] | range, recipe: Recipe
+) -> Planes:
+    """f x + (1 - f) g, clamped to [0, 1]; g is 0 for brightness, the image's mean grey for contrast, grey for
+    saturation.
+    """
     for slot in slots:
         factor, op = _column(factors[:, slot]), _column(order[:, slot])
         gray = _gray(planes)
@@ -293,12 +346,18 @@ def _shift_hue(planes: Planes, turns: Tensor) -> Planes:
     value = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)
     chroma = value - low
-    sector = torch.where(value == green, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4))
+    sector = torch.where(
+        value == green, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)
+    )
     sector = torch.where(value == red, green - blue, sector)
     sector = sector.div_(chroma.clamp_min(1e-12))  # hue in sixths of a turn; grey has none, and 0 will do
     sector = sector.add_(_column(6 * turns)).remainder_(6)
     # how much of the chroma each channel shows, as piecewise linear functions of the hue
-    shares = ((sector - 3).abs_().sub_(1), (sector - 2).abs_().neg_().add_(2), (sector - 4).abs_().neg_().add_(2))
+    shares = (
+        (sector - 3).abs_().sub_(1),
+        (sector - 2).abs_().neg_().add_(2),
+        (sector - 4).abs_().neg_().add_(2),
+    )
     return [share.clamp_(0, 1).mul_(chroma).add_(low) for share in shares]
 
 
@@ -310,7 +369,8 @@ def _blur(planes: Planes, params: ViewParams, recipe: Recipe) -> Planes:
     kernel = torch.exp(-0.5 * (offset / params.blur_sigma.unsqueeze(1)) ** 2)  # (N, K)
     kernel = torch.where(params.blur.unsqueeze(1), kernel, (offset == 0).float())
     weight = (kernel / kernel.sum(1, keepdim=True)).view(-1, 1, 1, len(offset))
-    pixel = (torch.arange(size, device=device).unsqueeze(1) + offset).abs_()  # (S, K), reflected at the first pixel
+    # (S, K), reflected at the first pixel
+    pixel = (torch.arange(size, device=device).unsqueeze(1) + offset).abs_()
     pixel = torch.minimum(pixel, 2 * (size - 1) - pixel).int()  # and at the last
     index = pixel + size * _numbers(len(kernel), device)  # (N, 3, S, K)
     both = torch.stack(planes, 1)  # (N, 3, S, S)

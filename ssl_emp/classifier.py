@@ -1,7 +1,8 @@
-"""A classifier that was kept: encoder, linear head and names of the classes, in a folder that needs nothing beside it.
+"""A classifier that was kept: encoder, linear head and names of the classes, in a folder that needs nothing
+beside it.
 
-The folder: `model.safetensors` (tensors `encoder.*` and `head.*`) and `config.json`, which says what they are of and holds their
-SHA-256. Nothing in it is run, and its sizes are checked before any of it is used.
+The folder: `model.safetensors` (tensors `encoder.*` and `head.*`) and `config.json`, which says what they are
+of and holds their SHA-256. Nothing in it is run, and its sizes are checked before any of it is used.
 
 Letters: B images, S pixels a side, D features, C classes.
 """
@@ -21,12 +22,12 @@ from torch import Tensor, nn
 
 from linear_eval.linear import LinearHead
 from ssl_emp._version import __version__
+from ssl_emp.commands.subjects import Normalized, Pixels, drop_last_layer
 from ssl_emp.config import Section
-from ssl_emp.decode import MAX_PIXELS
+from ssl_emp.data.decode import MAX_PIXELS
 from ssl_emp.errors import UserError
 from ssl_emp.model import ARCHS, Encoder, OneImage, WidthResNet, check_images, preprocess
 from ssl_emp.safe_files import check_regular, inner_folder, read_json, write_atomically
-from ssl_emp.subjects import Normalized, Pixels, drop_last_layer
 
 KIND = "ssl_emp classifier"
 KEEP = "python evaluate.py RUN finetune finetune.save=true keeps one in RUN/eval/classifier-finetune"
@@ -53,7 +54,8 @@ class ClassifierConfig(Section):
 
 
 class Classifier(nn.Module):
-    """Images (B, 3, S, S) float in [0, 1] -> logits (B, C), their columns called `class_names`. It normalises by itself.
+    """Images (B, 3, S, S) float in [0, 1] -> logits (B, C), their columns called `class_names`. It normalises
+    by itself.
 
     What is no such image is refused as by `ssl_emp.model.Encoder`; `checks_range` as there.
 
@@ -64,7 +66,13 @@ class Classifier(nn.Module):
     """
 
     def __init__(
-        self, encoder: nn.Module, head: LinearHead, class_names: list[str], image_size: int, bf16: bool, judged: Mapping[str, Any]
+        self,
+        encoder: nn.Module,
+        head: LinearHead,
+        class_names: list[str],
+        image_size: int,
+        bf16: bool,
+        judged: Mapping[str, Any],
     ) -> None:
         super().__init__()
         self.encoder, self.head, self.bf16 = encoder, head, bf16
@@ -72,7 +80,9 @@ class Classifier(nn.Module):
         self.checks_range = False
 
     def preprocess(self, images: OneImage | Sequence[OneImage], *, max_pixels: int = MAX_PIXELS) -> Tensor:
-        """(3, S, S), or (B, 3, S, S) for a list, of files, PIL images or pixels; see `ssl_emp.model.Encoder.preprocess`."""
+        """(3, S, S), or (B, 3, S, S) for a list, of files, PIL images or pixels; see
+        `ssl_emp.model.Encoder.preprocess`.
+        """
         return preprocess(images, self.image_size, max_pixels)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -80,20 +90,28 @@ class Classifier(nn.Module):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             features = self.encoder(images)
         if features.shape != (len(images), len(self.head.center)):
-            what = f"the encoder gives {tuple(features.shape)} for {len(images)} images, the head wants {len(self.head.center)} features"
+            what = (
+                f"the encoder gives {tuple(features.shape)} for {len(images)} images, the head wants "
+                f"{len(self.head.center)} features"
+            )
             raise UserError(what, f"give images of {self.image_size}x{self.image_size} pixels")
         return self.head(features.float())
 
 
 def check_keepable(encoder: nn.Module, name: str) -> None:
-    """Raise UserError where an encoder, called `name` by evaluate.py, could not be built again from what a folder would hold."""
+    """Raise UserError where an encoder, called `name` by evaluate.py, could not be built again from what a
+    folder would hold.
+    """
     spec = _describe(encoder, name)
     try:
         expected = _shapes(_skeleton(spec, meta=True))
     except Exception as error:  # whatever its library finds
         raise UserError(f"a classifier on {name} cannot be kept ({error})", "leave save=true out") from error
     if expected != _shapes(_core(encoder)):
-        raise UserError(f"a classifier on {name} cannot be kept: it is built otherwise with weights than without", "leave save=true out")
+        raise UserError(
+            f"a classifier on {name} cannot be kept: it is built otherwise with weights than without",
+            "leave save=true out",
+        )
 
 
 def save_classifier(
@@ -107,7 +125,8 @@ def save_classifier(
     bf16: bool = False,
     judged: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `model.safetensors` and `config.json`, each whole or not at all; what was there before is replaced.
+    """Write `model.safetensors` and `config.json`, each whole or not at all; what was there before is
+    replaced.
 
     Args:
         encoder: an `Encoder`, or what else evaluate.py judges, called `name` there.
@@ -118,9 +137,17 @@ def save_classifier(
     """
     tensors = {f"encoder.{key}": tensor for key, tensor in _core(encoder).state_dict().items()}
     tensors |= {f"head.{key}": tensor for key, tensor in head.state_dict().items()}
-    weights = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata={"format": "pt"})
+    weights = save(
+        {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
+        metadata={"format": "pt"},
+    )
     config = {"kind": KIND, "format": 1, "written_by": f"ssl_emp {__version__}"} | _describe(encoder, name)
-    config |= {"image_size": image_size, "bf16": bf16, "class_names": class_names, "judged": dict(judged or {})}
+    config |= {
+        "image_size": image_size,
+        "bf16": bf16,
+        "class_names": class_names,
+        "judged": dict(judged or {}),
+    }
     config |= {"sha256": hashlib.sha256(weights).hexdigest()}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -128,14 +155,17 @@ def save_classifier(
         write_atomically(folder / "model.safetensors", weights)
         write_atomically(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
     except OSError as error:
-        raise UserError(f"cannot write {error.filename or folder} ({error.strerror})", "make room or give --out DIR") from error
+        raise UserError(
+            f"cannot write {error.filename or folder} ({error.strerror})", "make room or give --out DIR"
+        ) from error
 
 
 def load_classifier(path: str | os.PathLike[str], *, check_range: bool = True) -> Classifier:
     """The classifier in a folder that `save_classifier` wrote, in eval mode on the CPU, without gradients.
 
     Args:
-        check_range: refuse images with values beyond [0, 1], which on a GPU waits for the images at each call.
+        check_range: refuse images with values beyond [0, 1], which on a GPU waits for the images at each
+            call.
 
     Raises:
         UserError: files missing, damaged, changed, or that do not fit each other.
@@ -144,17 +174,26 @@ def load_classifier(path: str | os.PathLike[str], *, check_range: bool = True) -
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             inner = sorted(str(found.parent) for found in folder.glob("eval/**/classifier-*/config.json"))
-            raise UserError(f"no classifier in {folder}: {name} is missing", f"give {' or '.join(inner[:3])}" if inner else KEEP)
+            raise UserError(
+                f"no classifier in {folder}: {name} is missing",
+                f"give {' or '.join(inner[:3])}" if inner else KEEP,
+            )
     values, weights = read_json(folder / "config.json"), folder / "model.safetensors"
     if isinstance(values, dict) and values.get("kind") != KIND:
-        raise UserError(f"{folder} holds no classifier" + (", but an encoder, which knows no classes" if "ssl_emp" in values else ""), KEEP)
+        raise UserError(
+            f"{folder} holds no classifier"
+            + (", but an encoder, which knows no classes" if "ssl_emp" in values else ""),
+            KEEP,
+        )
     try:
         config = ClassifierConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         what = f"{folder / 'config.json'} is damaged ({key}: {first['msg']})"
-        raise UserError(what, "keep the classifier again, or take the folder from where it was kept") from error
+        raise UserError(
+            what, "keep the classifier again, or take the folder from where it was kept"
+        ) from error
     check_regular(weights, 2**40)
     with open(weights, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -176,27 +215,44 @@ def load_classifier(path: str | os.PathLike[str], *, check_range: bool = True) -
 def _built(config: ClassifierConfig, weights: Path) -> Classifier:
     spec = config.model_dump()
     with safe_open(weights, "pt") as file:
-        found = {name: (tuple(part.get_shape()), part.get_dtype()) for name in file.keys() for part in [file.get_slice(name)]}
+        found = {
+            name: (tuple(part.get_shape()), part.get_dtype())
+            for name in file.keys()
+            for part in [file.get_slice(name)]
+        }
     dim = found.get("head.center", ((), ""))[0]
     kind = found.get("head.weight", ((), ""))[1]
     classes = (len(config.class_names),)
     expected = {f"encoder.{name}": shape for name, shape in _shapes(_skeleton(spec, meta=True)).items()}
     expected |= {"head.center": dim, "head.scale": dim, "head.weight": classes + dim, "head.bias": classes}
     shapes = {name: shape for name, (shape, _) in found.items()}
-    differing = sorted(set(expected) ^ set(found)) or sorted(name for name in expected if expected[name] != shapes[name])
+    differing = sorted(set(expected) ^ set(found)) or sorted(
+        name for name in expected if expected[name] != shapes[name]
+    )
     differing += [name for name, (_, dtype) in found.items() if name.startswith("head.") and dtype != kind]
     if differing or len(dim) != 1 or kind not in ("F32", "F64"):
         first = (differing or ["head.weight"])[0]
-        what = f"the weights in {weights} do not fit a {config.architecture or config.family} with {classes[0]} classes, first at {first}"
+        what = (
+            f"the weights in {weights} do not fit a {config.architecture or config.family} with "
+            f"{classes[0]} classes, first at {first}"
+        )
         raise UserError(what, "take both files from where the classifier was kept")
 
     tensors = load_file(weights)
-    bad = [name for name, x in tensors.items() if name != "head.scale" and x.is_floating_point() and not x.isfinite().all()]
+    bad = [
+        name
+        for name, x in tensors.items()
+        if name != "head.scale" and x.is_floating_point() and not x.isfinite().all()
+    ]
     bad += [] if (tensors["head.scale"] > 0).all() else ["head.scale"]
     if bad:
-        raise UserError(f"{weights} holds no usable numbers, first in {bad[0]}", "keep a classifier that has not diverged")
+        raise UserError(
+            f"{weights} holds no usable numbers, first in {bad[0]}", "keep a classifier that has not diverged"
+        )
     core = _skeleton(spec)
-    core.load_state_dict({name.removeprefix("encoder."): x for name, x in tensors.items() if name.startswith("encoder.")})
+    core.load_state_dict(
+        {name.removeprefix("encoder."): x for name, x in tensors.items() if name.startswith("encoder.")}
+    )
     head = LinearHead(*(tensors[f"head.{name}"] for name in ("center", "scale", "weight", "bias")))
     encoder: nn.Module
     if config.family == "pixels":
@@ -212,22 +268,41 @@ def _built(config: ClassifierConfig, weights: Path) -> Classifier:
     return model.eval().requires_grad_(False)
 
 
-# ---- encoders as words -----------------------------------------------------------------------------------------------
+# ---- encoders as words
+# -----------------------------------------------------------------------------------------------
 
 
 def _core(encoder: nn.Module) -> nn.Module:
     """The part that has weights, without the normalisation before it."""
-    return encoder.backbone if isinstance(encoder, Encoder) else encoder.network if isinstance(encoder, Normalized) else encoder
+    return (
+        encoder.backbone
+        if isinstance(encoder, Encoder)
+        else encoder.network
+        if isinstance(encoder, Normalized)
+        else encoder
+    )
 
 
 def _describe(encoder: nn.Module, name: str) -> dict[str, Any]:
     """The entries of `config.json` that say how an encoder is built."""
-    spec: dict[str, Any] = {"family": "pixels", "architecture": "", "width": None, "stem": None, "mean": None, "std": None}
+    spec: dict[str, Any] = {
+        "family": "pixels",
+        "architecture": "",
+        "width": None,
+        "stem": None,
+        "mean": None,
+        "std": None,
+    }
     if isinstance(encoder, Encoder | Normalized):
         spec |= {"mean": encoder.mean.flatten().tolist(), "std": encoder.std.flatten().tolist()}
     if isinstance(encoder, Encoder):
         own = encoder.spec
-        return spec | {"family": "ssl_emp", "architecture": own["arch"], "width": own["width"], "stem": own["stem"]}
+        return spec | {
+            "family": "ssl_emp",
+            "architecture": own["arch"],
+            "width": own["width"],
+            "stem": own["stem"],
+        }
     family, _, architecture = name.partition(":")
     if isinstance(encoder, Normalized) and family in ("timm", "torchvision"):
         return spec | {"family": family, "architecture": architecture}
@@ -237,7 +312,9 @@ def _describe(encoder: nn.Module, name: str) -> dict[str, Any]:
 
 
 def _skeleton(spec: Mapping[str, Any], meta: bool = False) -> nn.Module:
-    """The network of `_core` with no weights of worth; with `meta` none at all, so that its shapes can be seen at no cost."""
+    """The network of `_core` with no weights of worth; with `meta` none at all, so that its shapes can be
+    seen at no cost.
+    """
     if meta:
         try:
             with torch.device("meta"):
@@ -256,7 +333,8 @@ def _skeleton(spec: Mapping[str, Any], meta: bool = False) -> nn.Module:
     if family == "timm":
         import timm
 
-        if ":" in name or "/" in name or not timm.is_model(name):  # other names would be fetched, or read from a folder
+        # other names would be fetched, or read from a folder
+        if ":" in name or "/" in name or not timm.is_model(name):
             raise ValueError(f"timm has no model {name!r}")
         return timm.create_model(name, pretrained=False, num_classes=0)
     from torchvision import models

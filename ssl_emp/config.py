@@ -1,4 +1,6 @@
-"""YAML and `key=value` overrides -> one checked `PretrainConfig`. Only the two scripts know it: config stops at the door."""
+"""YAML and `key=value` overrides -> one checked `PretrainConfig`. Only the two scripts know it: config stops
+at the door.
+"""
 
 import difflib
 import functools
@@ -8,22 +10,32 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ssl_emp.errors import UserError
 from ssl_emp.text import home, shorten
 
-# A path: `~` and `~user` are home folders, `./~` is not. It is kept as expanded: config.yaml then says where the run's files were,
-# whoever reads it, and `~/x` on resume is the /home/me/x of before.
+# A path: `~` and `~user` are home folders, `./~` is not. It is kept as expanded: config.yaml then says where
+# the run's files were, whoever reads it, and `~/x` on resume is the /home/me/x of before.
 Place = Annotated[str, AfterValidator(home)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Range = Annotated[list[Annotated[float, Field(ge=0, le=1000)]], Field(min_length=2, max_length=2)]
-PerChannel = Annotated[list[Probability], Field(min_length=3, max_length=3)]  # of pixels in [0, 1]: 123.7 is of those in [0, 255]
+# of pixels in [0, 1]: 123.7 is of those in [0, 255]
+PerChannel = Annotated[list[Probability], Field(min_length=3, max_length=3)]
 # far beyond use, and still far from float32's 3e38: a score that overflows ranks nothing
 Weight = Annotated[float, Field(ge=0, le=1e9)]
 SignedWeight = Annotated[float, Field(ge=-1e9, le=1e9)]
 Strength = Annotated[float, Field(ge=0, le=1000)]
-# every number has two ends, so that no product, sum or duration of them overflows; a run of a million epochs is none
+# every number has two ends, so that no product, sum or duration of them overflows; a run of a million epochs
+# is none
 MOST_EPOCHS = 1_000_000
 LARGEST_BATCH = 2**20
 Every = Annotated[int, Field(ge=0, le=MOST_EPOCHS)]  # epochs from one time to the next; 0: never
@@ -52,32 +64,42 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    source: Place = "mnist5k"  # folder, parquet file | glob | folder, cifar10, cifar100, stl10, fashion_mnist, mnist5k
+    # folder, parquet file | glob | folder, cifar10, cifar100, stl10, fashion_mnist, mnist5k
+    source: Place = "mnist5k"
     kind: Literal["auto", "folder", "parquet", "torchvision", "mnist5k"] = "auto"
     test_source: Place | None = None  # for evaluate.py, where source has no test split of its own
-    # for evaluate.py, where source has labels and no test split: this share of every class is the test split, by a hash of subset_seed
-    # and the images' names; pretraining sees these images all the same, without their labels
+    # for evaluate.py, where source has labels and no test split: this share of every class is the test split,
+    # by a hash of subset_seed and the images' names; pretraining sees these images all the same, without
+    # their labels
     holdout: Annotated[float, Field(gt=0, lt=1)] | None = None
     image_size: Annotated[int, Field(ge=8, le=4096)] | None = None  # stored pixels a side; null: as found
     max_images: Annotated[int, Field(ge=2, le=10**12)] | None = None  # a random subset of the train split
     subset_seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = (
         0  # which subset; not tied to seed, so that runs with other seeds see the same images
     )
-    labels: Literal["auto", "none"] = "auto"  # labels serve monitoring and evaluation; only objective: supervised trains on them
-    image_column: Annotated[str, Field(min_length=1)] | None = None  # of parquet; null: the first that holds images, `image` before others
-    label_column: Annotated[str, Field(min_length=1)] | None = None  # of parquet; null: label, labels or fine_label
-    label_noise: Probability = 0.0  # supervised: share of the train labels that are made wrong, which ones by subset_seed
+    # labels serve monitoring and evaluation; only objective: supervised trains on them
+    labels: Literal["auto", "none"] = "auto"
+    # of parquet; null: the first that holds images, `image` before others
+    image_column: Annotated[str, Field(min_length=1)] | None = None
+    # of parquet; null: label, labels or fine_label
+    label_column: Annotated[str, Field(min_length=1)] | None = None
+    # supervised: share of the train labels that are made wrong, which ones by subset_seed
+    label_noise: Probability = 0.0
     download_dir: Place = "data"
-    store: Literal["auto", "memory", "raw", "encoded"] = "auto"  # memory up to half of it; raw: uint8 in a file; encoded: JPEGs in one
-    # images that declare more are left out undecoded. A pixel takes 4 bytes, of 16 bits more, in each thread that decodes
+    # memory up to half of it; raw: uint8 in a file; encoded: JPEGs in one
+    store: Literal["auto", "memory", "raw", "encoded"] = "auto"
+    # images that declare more are left out undecoded. A pixel takes 4 bytes, of 16 bits more, in each thread
+    # that decodes
     max_pixels: Annotated[int, Field(ge=1, le=10_000_000_000)] = 50_000_000
-    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 90  # of the encoded store; JPEGs of the stored size are kept as they are
+    # of the encoded store; JPEGs of the stored size are kept as they are
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 90
     cache_dir: Place | None = None  # where the file of a set larger than memory is kept; null: .cache/ssl_emp
 
 
 class ModelConfig(Section):
     arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
-    width: Annotated[int, Field(ge=8, le=512, multiple_of=8)] = 64  # channels of the first stage; 64 is the published network
+    # channels of the first stage; 64 is the published network
+    width: Annotated[int, Field(ge=8, le=512, multiple_of=8)] = 64
     stem: Literal["auto", "cifar", "imagenet"] = "auto"  # auto: cifar (3x3, stride 1) up to 64 px
     projection_hidden: Annotated[int, Field(ge=1, le=65536)] | None = None  # null: as wide as the features
     projection_dim: Annotated[int, Field(ge=1, le=65536)] = 128
@@ -85,11 +107,13 @@ class ModelConfig(Section):
 
 class OptimizerConfig(Section):
     name: Literal["sgd", "lars", "adamw"] = "sgd"
-    # the peak, for the batch size given; 0.06 for 128 images is a start for SGD. Beyond its end float32 ends as well
+    # the peak, for the batch size given; 0.06 for 128 images is a start for SGD. Beyond its end float32 ends
+    # as well
     lr: Annotated[float, Field(gt=0, le=1e38)] = 0.24
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0, le=1000)] = 5e-4
-    schedule: Literal["cosine", "onecycle"] = "cosine"  # onecycle has its own warm-up, and moves the momentum too
+    # onecycle has its own warm-up, and moves the momentum too
+    schedule: Literal["cosine", "onecycle"] = "cosine"
     warmup_epochs: Annotated[float, Field(ge=0, le=MOST_EPOCHS)] = 1.0  # in full epochs, may be a part of one
 
 
@@ -97,7 +121,8 @@ class AugmentConfig(Section):
     size: Annotated[int, Field(ge=8, le=1024)] | None = None  # pixels a side of a view; null: the stored size
     crop_scale: Range = [0.08, 1.0]  # share of the image's area
     crop_ratio: Range = [3 / 4, 4 / 3]
-    crop_padding: Annotated[int, Field(ge=0, le=1024)] = 0  # above 0: pad by reflection and crop at random, instead of the resized crop
+    # above 0: pad by reflection and crop at random, instead of the resized crop
+    crop_padding: Annotated[int, Field(ge=0, le=1024)] = 0
     flip_prob: Probability = 0.5
     jitter_prob: Probability = 0.8
     brightness: Strength = 0.4
@@ -109,7 +134,11 @@ class AugmentConfig(Section):
     blur_sigma: Range = [0.1, 2.0]
     solarize_prob: Probability = 0.0
     mean: PerChannel = [0.485, 0.456, 0.406]
-    std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=3, max_length=3)] = [0.229, 0.224, 0.225]
+    std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=3, max_length=3)] = [
+        0.229,
+        0.224,
+        0.225,
+    ]
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> "AugmentConfig":
@@ -136,12 +165,16 @@ class PruneConfig(Section):
     loss_weight: SignedWeight = 1.0  # emp: 1 is the paper's; below 0 easy samples are preferred
     loss_weight_end: SignedWeight | None = None  # of the last pruned epoch
     warmup_epochs: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 1  # first epochs on everything; the paper: 1
-    anneal_fraction: Probability = 0.125  # alpha: last share of the epochs on everything; the paper states no value
+    # alpha: last share of the epochs on everything; the paper states no value
+    anneal_fraction: Probability = 0.125
     scoring: Literal["stale", "pruned", "all"] = "stale"  # stale: scores from the training forward, for free
-    scoring_draw: Literal["own", "common"] = "own"  # of a scoring pass: the same augmentation for every sample, or one each
+    # of a scoring pass: the same augmentation for every sample, or one each
+    scoring_draw: Literal["own", "common"] = "own"
     scoring_draws: Annotated[int, Field(ge=1, le=1000)] = 1  # of a scoring pass: the mean of so many
-    scoring_size: Annotated[int, Field(ge=8, le=1024)] | None = None  # pixels of its views; null: as in training; half costs a quarter
-    rescore_every: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 1  # epochs between scoring passes of pruned | all
+    # pixels of its views; null: as in training; half costs a quarter
+    scoring_size: Annotated[int, Field(ge=8, le=1024)] | None = None
+    # epochs between scoring passes of pruned | all
+    rescore_every: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 1
     memory: Literal["raw", "normalized", "standardized"] = "raw"  # scale of the distance; raw is the paper's
     layers: list[
         Literal["layer1", "layer2", "layer3", "layer4"]
@@ -150,12 +183,17 @@ class PruneConfig(Section):
         None  # weight of a new score; null: 1, but 0.3 for foresight, 0.5 for epsilon_greedy and ucb
     )
     adjust: bool = False  # take out of the score what the drawn augmentation explains
-    foresee: bool = False  # brings adjust with it: rank by what the views that the coming epoch draws will make of the score
-    shrink: bool = False  # with foresee: what is remembered of a sample counts for as much as it was found to tell
-    rescale: bool = False  # the loss of a pruned epoch weighs N / kept, as infobatch's does: its steps sum up to those of a full one
-    explore: Probability | None = None  # share of the kept budget drawn at random; null: 0, but 0.1 for epsilon_greedy
+    # brings adjust with it: rank by what the views that the coming epoch draws will make of the score
+    foresee: bool = False
+    # with foresee: what is remembered of a sample counts for as much as it was found to tell
+    shrink: bool = False
+    # the loss of a pruned epoch weighs N / kept, as infobatch's does: its steps sum up to those of a full one
+    rescale: bool = False
+    # share of the kept budget drawn at random; null: 0, but 0.1 for epsilon_greedy
+    explore: Probability | None = None
     soften: Weight = 0.0  # noise added to the score before it ranks, in its standard deviations
-    redraw_every: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 1  # random: pruned epochs that train on the same draw
+    # random: pruned epochs that train on the same draw
+    redraw_every: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 1
     confidence: Weight = 1.0  # ucb: weight of the variance
     indices: Annotated[Place, Field(min_length=1)] | None = None  # policy indices: a .npy or text file
 
@@ -186,41 +224,50 @@ class PruneConfig(Section):
 class MonitorConfig(Section):
     # epochs between two measurements, 0: never; null: as often as they take at most 5 % of the time together
     knn_every: Every | None = None  # of the encoder's kNN accuracy, where labels exist
-    knn_images: Annotated[int, Field(ge=100, le=10**9)] = 2000  # taken from the train split: 4/5 bank, 1/5 queries
+    # taken from the train split: 4/5 bank, 1/5 queries
+    knn_images: Annotated[int, Field(ge=100, le=10**9)] = 2000
     reliability_every: Every | None = None  # of the score's reliability
     reliability_images: Annotated[int, Field(ge=2, le=10**9)] = 512  # scored twice for it, in whole batches
     tensorboard: bool = True
 
 
 class CheckpointConfig(Section):
-    every_minutes: Annotated[float, Field(gt=0, le=1_000_000)] = 10.0  # besides one at the end and one at a stop
-    every_steps: Annotated[int, Field(ge=1, le=10**15)] | None = None  # and besides every_minutes; null: by the clock alone
+    # besides one at the end and one at a stop
+    every_minutes: Annotated[float, Field(gt=0, le=1_000_000)] = 10.0
+    # and besides every_minutes; null: by the clock alone
+    every_steps: Annotated[int, Field(ge=1, le=10**15)] | None = None
 
 
 class PretrainConfig(Section):
     """Everything a pretraining run depends on; `RUN/config.yaml` is this, resolved."""
 
-    out: Annotated[Place, Field(min_length=1)] | None = None  # run directory; null: runs/<name of the config file>
+    # run directory; null: runs/<name of the config file>
+    out: Annotated[Place, Field(min_length=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     devices: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = (
         1  # processes on this machine, a GPU each; auto: as many as GPUs; torchrun decides itself
     )
-    timeout_seconds: Patience = 600.0  # of several processes: how long one may give no sign of life before the others end
+    # of several processes: how long one may give no sign of life before the others end
+    timeout_seconds: Patience = 600.0
     max_bad_steps: Annotated[int, Field(ge=0, le=10**9)] = (
         10  # in a row: steps with a loss or gradient that is not finite are skipped, up to so many
     )
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on GPUs that have it, else fp32
     compile: bool = False  # torch.compile the network and the augmentation
-    cuda_graphs: bool = False  # replay the compiled views, forward and backward as CUDA graphs: for batches that leave a GPU waiting
+    # replay the compiled views, forward and backward as CUDA graphs: for batches that leave a GPU waiting
+    cuda_graphs: bool = False
     keep_freed_memory: bool = True  # on Linux CPUs: faster steps for more memory, see benchmarks/README.md
     epochs: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 200
-    # written by --resume RUN epochs=N: of each plan before this one, its epochs and the first epoch that is not run under it
+    # written by --resume RUN epochs=N: of each plan before this one, its epochs and the first epoch that is
+    # not run under it
     earlier_plans: Annotated[
-        list[Annotated[list[Annotated[int, Field(ge=0, le=MOST_EPOCHS)]], Field(min_length=2, max_length=2)]], Field(max_length=1000)
+        list[Annotated[list[Annotated[int, Field(ge=0, le=MOST_EPOCHS)]], Field(min_length=2, max_length=2)]],
+        Field(max_length=1000),
     ] = []
     batch_size: Annotated[int, Field(ge=2, le=LARGEST_BATCH)] = 512
-    objective: Literal["simclr", "supervised"] = "simclr"  # supervised: cross-entropy, and the entropy in the distance's place
+    # supervised: cross-entropy, and the entropy in the distance's place
+    objective: Literal["simclr", "supervised"] = "simclr"
     temperature: Annotated[float, Field(ge=0.001, le=1000)] = 0.5  # simclr
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # supervised
     data: DataConfig = DataConfig()
@@ -234,16 +281,26 @@ class PretrainConfig(Section):
     def plans(self) -> list[tuple[int, list[list[int]]]]:
         """(epochs, earlier_plans) under each plan of the run, the present one last."""
         earlier = [list(plan) for plan in self.earlier_plans]
-        return [(epochs, earlier[:number]) for number, (epochs, _) in enumerate(earlier)] + [(self.epochs, earlier)]
+        return [(epochs, earlier[:number]) for number, (epochs, _) in enumerate(earlier)] + [
+            (self.epochs, earlier)
+        ]
 
     @model_validator(mode="after")
     def _plans_rise(self) -> "PretrainConfig":
         lengths, ends = [epochs for epochs, _ in self.plans()], [0, *(end for _, end in self.earlier_plans)]
-        rising = all(first < then for first, then in zip(lengths, lengths[1:], strict=False)) and ends == sorted(ends)
+        rising = all(
+            first < then for first, then in zip(lengths, lengths[1:], strict=False)
+        ) and ends == sorted(ends)
         if not rising or any(end > epochs for epochs, end in self.earlier_plans):
-            raise ValueError(f"epochs must be more than those of the plans before it, earlier_plans is {self.earlier_plans}")
+            raise ValueError(
+                "epochs must be more than those of the plans before it, earlier_plans is "
+                f"{self.earlier_plans}"
+            )
         if self.earlier_plans and self.prune.policy == "shorter":
-            raise ValueError("earlier_plans: policy shorter spends the steps of its epochs in fewer, and cannot be trained longer")
+            raise ValueError(
+                "earlier_plans: policy shorter spends the steps of its epochs in fewer, and "
+                "cannot be trained longer"
+            )
         return self
 
     @model_validator(mode="after")
@@ -255,24 +312,42 @@ class PretrainConfig(Section):
     @model_validator(mode="after")
     def _fits_the_objective(self) -> "PretrainConfig":
         if self.optimizer.schedule == "onecycle" and self.optimizer.name == "adamw":
-            raise ValueError("optimizer.schedule onecycle moves the momentum, which adamw has not: set optimizer.name to sgd or lars")
+            raise ValueError(
+                "optimizer.schedule onecycle moves the momentum, which adamw has not: set "
+                "optimizer.name to sgd or lars"
+            )
         if self.objective == "supervised":
             for key, given in (("prune.layers", self.prune.layers), ("prune.adjust", self.prune.adjusts)):
                 if given:
-                    raise ValueError(f"{key} is about the distance of two views, which objective supervised does not have")
+                    raise ValueError(
+                        f"{key} is about the distance of two views, which objective supervised does not have"
+                    )
             if self.augment.crop_padding and self.prune.scoring_size:
-                raise ValueError("augment.crop_padding takes views of the images' own size, so prune.scoring_size must be null")
+                raise ValueError(
+                    "augment.crop_padding takes views of the images' own size, so "
+                    "prune.scoring_size must be null"
+                )
             if self.data.holdout is not None:
-                raise ValueError("data.holdout is for evaluate.py, and objective supervised would train on the labels that it holds out")
+                raise ValueError(
+                    "data.holdout is for evaluate.py, and objective supervised would train on "
+                    "the labels that it holds out"
+                )
             if self.prune.memory == "normalized":
-                raise ValueError("prune.memory normalized is about distances, objective supervised has raw and standardized")
+                raise ValueError(
+                    "prune.memory normalized is about distances, objective supervised has raw "
+                    "and standardized"
+                )
         elif self.data.label_noise or self.label_smoothing:
-            raise ValueError("data.label_noise and label_smoothing are for objective supervised: simclr trains without labels")
+            raise ValueError(
+                "data.label_noise and label_smoothing are for objective supervised: simclr "
+                "trains without labels"
+            )
         return self
 
 
 class _Loader(yaml.SafeLoader):
-    """safe_load with `1e-3` as a number and dates as text, without duplicate keys, aliases (a few lines of them can fill memory)
+    """safe_load with `1e-3` as a number and dates as text, without duplicate keys, aliases (a few lines of
+    them can fill memory)
     and depth."""
 
     depth = 0
@@ -282,7 +357,9 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=mark)
         if self.depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem=f"sections or lists nested more than {MAX_DEPTH} deep", problem_mark=mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"sections or lists nested more than {MAX_DEPTH} deep", problem_mark=mark
+            )
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -291,17 +368,24 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except ValueError as error:  # a number of thousands of digits; YAML's own complaints are no ValueErrors
-            raise yaml.MarkedYAMLError(problem=f"{shorten(str(node.value))} cannot be read", problem_mark=node.start_mark) from error
+        # a number of thousands of digits; YAML's own complaints are no ValueErrors
+        except ValueError as error:
+            raise yaml.MarkedYAMLError(
+                problem=f"{shorten(str(node.value))} cannot be read", problem_mark=node.start_mark
+            ) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} is not a name", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key!r} is not a name", problem_mark=key_node.start_mark
+                )
             if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -312,9 +396,13 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in REPLACED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][\d_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)[eE][-+]?\d+$"), list("-+.0123456789")
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][\d_]*)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
 )
 
 MAX_CONFIG_BYTES = 1_000_000
@@ -330,21 +418,32 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where} is not valid YAML{line}: {shorten(problem, 150)}", "correct the syntax") from error
+        raise UserError(
+            f"{where} is not valid YAML{line}: {shorten(problem, 150)}", "correct the syntax"
+        ) from error
 
 
 def read_values(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML file, unchecked. Raises UserError where it cannot be read or holds something else."""
+    """The keys and values of a YAML file, unchecked. Raises UserError where it cannot be read or holds
+    something else.
+    """
     try:
         with open(path, "rb") as file:
             raw = file.read(MAX_CONFIG_BYTES + 1)  # whatever the path is: /dev/zero has no end
         if len(raw) > MAX_CONFIG_BYTES:
-            raise UserError(f"{path} has more than {MAX_CONFIG_BYTES:,} bytes", "give a config file, not a data file")
+            raise UserError(
+                f"{path} has more than {MAX_CONFIG_BYTES:,} bytes", "give a config file, not a data file"
+            )
         text = raw.decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})", "give the path of a YAML file, such as configs/demo.yaml") from error
+        raise UserError(
+            f"cannot read {path} ({error.strerror})",
+            "give the path of a YAML file, such as configs/demo.yaml",
+        ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file", "give the path of a YAML file, such as configs/demo.yaml") from error
+        raise UserError(
+            f"{path} is not a text file", "give the path of a YAML file, such as configs/demo.yaml"
+        ) from error
     loaded = parse_yaml(text, str(path))
     if not isinstance(loaded, dict | None):
         what = f"{path} holds a {type(loaded).__name__}, not keys and values"
@@ -360,7 +459,8 @@ def load_config(path: str | Path | None, overrides: list[str]) -> PretrainConfig
         overrides: such as `prune.fraction=0.5`; the value is read as YAML.
 
     Raises:
-        UserError: unreadable file, broken syntax, or every unknown key, wrong type and value out of range in one line.
+        UserError: unreadable file, broken syntax, or every unknown key, wrong type and value out of range
+            in one line.
     """
     values = {} if path is None else read_values(path)
     where = "the command line" if path is None else str(path)
@@ -372,19 +472,29 @@ def load_config(path: str | Path | None, overrides: list[str]) -> PretrainConfig
 
 
 def apply_override(config: type[BaseModel], values: dict[str, Any], override: str) -> None:
-    """Write `a.b=text` into nested dicts. Text is YAML, but where `config` wants a string it is taken as it stands."""
+    """Write `a.b=text` into nested dicts. Text is YAML, but where `config` wants a string it is taken as it
+    stands.
+    """
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise UserError(f"{shorten(override)} is not an override", "write key=value, such as epochs=20 or prune.fraction=0.5")
+        raise UserError(
+            f"{shorten(override)} is not an override",
+            "write key=value, such as epochs=20 or prune.fraction=0.5",
+        )
     *sections, name = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise UserError(f"{shorten(key)}: {shorten(section)} is a value, not a section", f"write {shorten(section)}=value")
+            raise UserError(
+                f"{shorten(key)}: {shorten(section)} is a value, not a section",
+                f"write {shorten(section)}=value",
+            )
     field: Any = config
     for part in key.split("."):
         field = field.model_fields[part].annotation if part in getattr(field, "model_fields", {}) else None
-    options = {get_args(option)[0] if get_args(option) else option for option in (get_args(field) or (field,))}
+    options = {
+        get_args(option)[0] if get_args(option) else option for option in (get_args(field) or (field,))
+    }
     takes_text = str in options
     values[name] = text if takes_text and text != "null" else parse_yaml(text, shorten(override))
 
@@ -395,12 +505,15 @@ def check_config(values: dict[str, Any], where: str) -> PretrainConfig:
         return PretrainConfig.model_validate(values)
     except ValidationError as error:
         found = {
-            _key_and_range(item["loc"])[0] if item["type"] != "extra_forbidden" else item["loc"]: item for item in error.errors()[::-1]
+            _key_and_range(item["loc"])[0] if item["type"] != "extra_forbidden" else item["loc"]: item
+            for item in error.errors()[::-1]
         }
         problems = [_describe(item) for item in list(found.values())[::-1][:MAX_PROBLEMS]]
         problems += [f"and {len(found) - MAX_PROBLEMS} more"] if len(found) > MAX_PROBLEMS else []
         count = "" if len(found) == 1 else f"{len(found)} problems: "
-        raise UserError(f"{count}{'; '.join(problems)}, in {where}", "correct it, or override it with key=value") from error
+        raise UserError(
+            f"{count}{'; '.join(problems)}, in {where}", "correct it, or override it with key=value"
+        ) from error
 
 
 def _describe(item: Any) -> str:
@@ -411,7 +524,11 @@ def _describe(item: Any) -> str:
             section = section.model_fields[part].annotation
         near = difflib.get_close_matches(str(item["loc"][-1]), section.model_fields, n=1, cutoff=0.5)
         prefix = key.rpartition(".")[0]
-        names = f"did you mean {prefix + '.' if prefix else ''}{near[0]}?" if near else f"known are {', '.join(section.model_fields)}"
+        names = (
+            f"did you mean {prefix + '.' if prefix else ''}{near[0]}?"
+            if near
+            else f"known are {', '.join(section.model_fields)}"
+        )
         return f"unknown key {key}, {names}"
     key, range_ = _key_and_range(item["loc"])
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
@@ -425,7 +542,9 @@ def _schema() -> dict[str, Any]:
 
 
 def _key_and_range(location: tuple[int | str, ...]) -> tuple[str, str]:
-    """The dotted key, and for a number what is allowed there, such as `, allowed: 0 <= value < 1`, else nothing."""
+    """The dotted key, and for a number what is allowed there, such as `, allowed: 0 <= value < 1`, else
+    nothing.
+    """
     schema = _schema()
     node, key = schema, []
     for part in location:
@@ -438,11 +557,27 @@ def _key_and_range(location: tuple[int | str, ...]) -> tuple[str, str]:
     number = next((option for option in options if option.get("type") in ("integer", "number")), None)
     if number is None:
         return ".".join(key), ""
-    low = next((f"{number[name]:.10g} {sign} " for name, sign in (("minimum", "<="), ("exclusiveMinimum", "<")) if name in number), "")
-    high = next((f" {sign} {number[name]:.10g}" for name, sign in (("maximum", "<="), ("exclusiveMaximum", "<")) if name in number), "")
+    low = next(
+        (
+            f"{number[name]:.10g} {sign} "
+            for name, sign in (("minimum", "<="), ("exclusiveMinimum", "<"))
+            if name in number
+        ),
+        "",
+    )
+    high = next(
+        (
+            f" {sign} {number[name]:.10g}"
+            for name, sign in (("maximum", "<="), ("exclusiveMaximum", "<"))
+            if name in number
+        ),
+        "",
+    )
     step = f", a multiple of {number['multipleOf']}" if "multipleOf" in number else ""
     words = "".join(f", or {option['const']}" for option in options if "const" in option)
-    return ".".join(key), f", allowed: {low}value{high}{step}{words}" if low or high else f", allowed: any finite number{words}"
+    return ".".join(
+        key
+    ), f", allowed: {low}value{high}{step}{words}" if low or high else f", allowed: any finite number{words}"
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

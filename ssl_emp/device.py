@@ -28,11 +28,13 @@ def describe_device(device: torch.device) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Let the process keep freed memory for its next step instead of giving it back (Linux with glibc; elsewhere nothing).
+    """Let the process keep freed memory for its next step instead of giving it back (Linux with glibc;
+    elsewhere nothing).
 
-    Out of the box glibc maps every large tensor anew and the kernel clears its pages, which costs large networks on the CPU a
-    good part of a step and small ones nothing (`python -m benchmarks.step`). For scripts, once, before the first tensor. The price
-    is a higher peak of resident memory (`python -m benchmarks.memory`): what is kept is not always of the size that is asked for.
+    Out of the box glibc maps every large tensor anew and the kernel clears its pages, which costs large
+    networks on the CPU a good part of a step and small ones nothing (`python -m benchmarks.step`). For
+    scripts, once, before the first tensor. The price is a higher peak of resident memory (`python -m
+    benchmarks.memory`): what is kept is not always of the size that is asked for.
     """
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     with suppress(OSError, AttributeError):  # another C library

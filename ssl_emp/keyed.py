@@ -1,4 +1,6 @@
-"""Randomness as a pure function of a key: the same (seed, epoch, index, ...) gives the same number in any batch, rank or restart."""
+"""Randomness as a pure function of a key: the same (seed, epoch, index, ...) gives the same number in any
+batch, rank or restart.
+"""
 
 from torch import Tensor
 
@@ -12,9 +14,10 @@ _MASK64 = (1 << 64) - 1
 def keyed_bits(*key: int | Tensor) -> Tensor:
     """Hash a key to 62 random bits, bit for bit the same on CPU and GPU, eager and compiled.
 
-    Ints are folded on the host (no tensor, no copy); put them and the small tensors first: each part costs one pass over the
-    broadcast shape of the parts so far. An int and a tensor of the same value give the same bits. Inside `torch.compile`
-    an int must be a constant: one that changes from call to call (an epoch) does not compile, pass it as a 0-d tensor.
+    Ints are folded on the host (no tensor, no copy); put them and the small tensors first: each part costs
+    one pass over the broadcast shape of the parts so far. An int and a tensor of the same value give the same
+    bits. Inside `torch.compile` an int must be a constant: one that changes from call to call (an epoch) does
+    not compile, pass it as a 0-d tensor.
 
     Args:
         key: ints (taken modulo 2^64) and int64 tensors that broadcast; at least one tensor. Order matters.

@@ -1,7 +1,7 @@
 """NT-Xent, the contrastive loss of SimCLR, one value per sample.
 
-Letters: B pairs, M = 2B views, P projection dimensions. Where several ranks share a batch these are of one rank, and A are the
-views of all; with one process A = M.
+Letters: B pairs, M = 2B views, P projection dimensions. Where several ranks share a batch these are of one
+rank, and A are the views of all; with one process A = M.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ssl_emp.ranks import ALONE, Ranks
+from ssl_emp.run.ranks import ALONE, Ranks
 
 # similarities held at once: on the CPU what its caches hold, on a GPU all of them up to 8,192 views (256 MiB)
 BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
@@ -21,14 +21,16 @@ def nt_xent(z_a: Tensor, z_b: Tensor, temperature: float, ranks: Ranks = ALONE) 
     """Per-sample NT-Xent: the mean of l(i, j) and l(j, i) of SimCLR's equation 1, in nats.
 
     Args:
-        z_a, z_b: (B, P) projections of the two views of the same B samples; any float type, computed in float32
-            (float64 stays float64).
+        z_a, z_b: (B, P) projections of the two views of the same B samples; any float type, computed in
+            float32 (float64 stays float64).
         temperature: softmax temperature, > 0, on cosine similarities.
-        ranks: the processes that share the batch, each with as many pairs; the views of all of them are negatives, and the
-            gradient is that of the sum of all ranks' losses with respect to this rank's projections.
+        ranks: the processes that share the batch, each with as many pairs; the views of all of them are
+            negatives, and the gradient is that of the sum of all ranks' losses with respect to this rank's
+            projections.
 
     Returns:
-        (B,) losses. Each of the 2B views has one positive and A - 2 negatives; identical projections give log(A - 1).
+        (B,) losses. Each of the 2B views has one positive and A - 2 negatives; identical projections give
+        log(A - 1).
         Differentiable once; the memory beyond inputs and outputs does not grow with B².
     """
     assert z_a.shape == z_b.shape and z_a.dim() == 2, (z_a.shape, z_b.shape)
@@ -44,20 +46,24 @@ def nt_xent(z_a: Tensor, z_b: Tensor, temperature: float, ranks: Ranks = ALONE) 
 
 
 def perfect_pair_share(batch_size: int, temperature: float) -> float:
-    """Share of its softmax, in (0, 1), that a positive of similarity 1 has among the 2B - 2 negatives of a batch, at similarity 0.
+    """Share of its softmax, in (0, 1), that a positive of similarity 1 has among the 2B - 2 negatives of a
+    batch, at similarity 0.
 
-    What a pair still pulls with is 1 minus its share, so where this is small no pair is ever learned (docs/method.md).
+    What a pair still pulls with is 1 minus its share, so where this is small no pair is ever learned
+    (docs/method.md).
     """
     return 1 / (1 + (2 * batch_size - 2) * math.exp(-1 / temperature))
 
 
 class _LogSumExpOfOthers(torch.autograd.Function):
-    """z (M, P) -> (M,): log of the sum over j != i of exp(z_i . z_j / T), j over the views of all ranks, block of rows by block of rows.
+    """z (M, P) -> (M,): log of the sum over j != i of exp(z_i . z_j / T), j over the views of all ranks,
+    block of rows by block of rows.
 
-    With p_ij = exp(s_ij) / sum_j exp(s_ij) and upstream gradients w, the gradient of z_i is sum_j (w_i p_ij + w_j p_ji) z_j / T;
-    as s is symmetric, the block that holds s_ij also gives p_ji, and one product does for both terms: what is computed twice
-    (s, in the backward) is saved again there. For the same reason ranks need not exchange gradients of z, which take M P
-    numbers: that of z_i follows from the (A,) logarithms and upstream gradients of all.
+    With p_ij = exp(s_ij) / sum_j exp(s_ij) and upstream gradients w, the gradient of z_i is sum_j (w_i p_ij +
+    w_j p_ji) z_j / T; as s is symmetric, the block that holds s_ij also gives p_ji, and one product does for
+    both terms: what is computed twice (s, in the backward) is saved again there. For the same reason ranks
+    need not exchange gradients of z, which take M P numbers: that of z_i follows from the (A,) logarithms and
+    upstream gradients of all.
     """
 
     @staticmethod
@@ -82,7 +88,8 @@ class _LogSumExpOfOthers(torch.autograd.Function):
         gradient = torch.empty_like(z)
         for rows in _row_blocks(z, columns):
             similarity = _similarity(z, columns, rows, ctx.own)  # (R, A)
-            weight = (similarity - result[rows].unsqueeze(1)).exp_().mul_(upstream[rows].unsqueeze(1))  # w_i p_ij
+            # w_i p_ij
+            weight = (similarity - result[rows].unsqueeze(1)).exp_().mul_(upstream[rows].unsqueeze(1))
             weight += similarity.sub_(results).exp_().mul_(upstreams)  # w_j p_ji
             with torch.autocast(z.device.type, enabled=False):
                 gradient[rows] = weight @ scaled

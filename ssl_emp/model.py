@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ssl_emp.config import Section
-from ssl_emp.decode import MAX_PIXELS, decode_any, pillow_limits, reason
+from ssl_emp.data.decode import MAX_PIXELS, decode_any, pillow_limits, reason
 from ssl_emp.errors import UserError
 from ssl_emp.safe_files import check_regular, read_json, write_atomically
 from ssl_emp.text import quoted
@@ -33,7 +33,8 @@ ARCHS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 }
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 FULL_WIDTH = 64  # channels of the first stage in the published ResNets
-ROUNDING = 1e-3  # beyond [0, 1] that an encoder takes: what resizing makes of a 1 in floats, and no mistake does
+# beyond [0, 1] that an encoder takes: what resizing makes of a 1 in floats, and no mistake does
+ROUNDING = 1e-3
 SMALL_IMAGE = 64  # up to this many pixels a side, the "auto" stem keeps the resolution (SimCLR, appendix B.9)
 
 
@@ -63,7 +64,8 @@ class WidthResNet(ResNet):
         super().__init__(block, layers)
         kernel, stride = (3, 1) if stem == "cifar" else (7, 2)
         self.conv1 = nn.Conv2d(3, width, kernel, stride, padding=kernel // 2, bias=False)
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")  # as ResNet does to its own
+        # as ResNet does to its own
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.bn1 = nn.BatchNorm2d(width)
         if stem == "cifar":
             self.maxpool = nn.Identity()
@@ -71,7 +73,12 @@ class WidthResNet(ResNet):
         self.fc = nn.Identity()  # forward ends at the pooled features
 
     def _make_layer(
-        self, block: type[BasicBlock | Bottleneck], planes: int, blocks: int, stride: int = 1, dilate: bool = False
+        self,
+        block: type[BasicBlock | Bottleneck],
+        planes: int,
+        blocks: int,
+        stride: int = 1,
+        dilate: bool = False,
     ) -> nn.Sequential:
         if planes == FULL_WIDTH:
             self.inplanes = self.width
@@ -89,7 +96,9 @@ class WidthResNet(ResNet):
 
 
 def resolve_stem(stem: str, image_size: int) -> str:
-    """`auto` -> `cifar` (3x3, stride 1, no max-pooling) for images up to 64 px, else `imagenet` (7x7, stride 2)."""
+    """`auto` -> `cifar` (3x3, stride 1, no max-pooling) for images up to 64 px, else `imagenet` (7x7, stride
+    2).
+    """
     return ("cifar" if image_size <= SMALL_IMAGE else "imagenet") if stem == "auto" else stem
 
 
@@ -99,17 +108,24 @@ OneImage = str | os.PathLike[str] | Image.Image | np.ndarray
 class Encoder(nn.Module):
     """f with its input normalisation: images (B, 3, H, W) float in [0, 1] -> features (B, D) float32.
 
-    Raises TypeError for what is no tensor of floats (bytes of 0 to 255 would give features of no meaning), ValueError for
-    another shape, and, where `checks_range` is set, for values beyond [0, 1]. That check reads the smallest and the largest
-    value, little beside the forward pass; but on a GPU it waits for the images. So training and evaluation, whose images are
-    bytes divided by 255, go without. A network that is being compiled, exported, traced or captured is not checked.
+    Raises TypeError for what is no tensor of floats (bytes of 0 to 255 would give features of no meaning),
+    ValueError for another shape, and, where `checks_range` is set, for values beyond [0, 1]. That check reads
+    the smallest and the largest value, little beside the forward pass; but on a GPU it waits for the images.
+    So training and evaluation, whose images are bytes divided by 255, go without. A network that is being
+    compiled, exported, traced or captured is not checked.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, backbone: nn.Module, feature_dim: int, image_size: int, mean: list[float], std: list[float], spec: dict[str, Any]
+        self,
+        backbone: nn.Module,
+        feature_dim: int,
+        image_size: int,
+        mean: list[float],
+        std: list[float],
+        spec: dict[str, Any],
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -128,12 +144,13 @@ class Encoder(nn.Module):
     def preprocess(self, images: OneImage | Sequence[OneImage], *, max_pixels: int = MAX_PIXELS) -> Tensor:
         """What `forward` wants of images as they come: the pixels that evaluate.py sees of them, to the bit.
 
-        EXIF rotation is applied, the short side scaled to `image_size` S (bicubic, antialiased), the centre cut out.
+        EXIF rotation is applied, the short side scaled to `image_size` S (bicubic, antialiased), the centre
+        cut out.
 
         Args:
-            images: a file, a PIL image, (H, W), (H, W, 3) or (H, W, 4) uint8 pixels; or a list of them. A PIL image that is
-                not decoded yet is decoded as its file would be; one that is differs where a large JPEG would have been
-                reduced while it was decoded, by about one level of 255.
+            images: a file, a PIL image, (H, W), (H, W, 3) or (H, W, 4) uint8 pixels; or a list of them. A
+                PIL image that is not decoded yet is decoded as its file would be; one that is differs where a
+                large JPEG would have been reduced while it was decoded, by about one level of 255.
             max_pixels: files that declare more are refused.
 
         Returns:
@@ -146,7 +163,9 @@ class Encoder(nn.Module):
         return preprocess(images, self.image_size, max_pixels)
 
 
-def preprocess(images: OneImage | Sequence[OneImage], image_size: int, max_pixels: int = MAX_PIXELS) -> Tensor:
+def preprocess(
+    images: OneImage | Sequence[OneImage], image_size: int, max_pixels: int = MAX_PIXELS
+) -> Tensor:
     """See `Encoder.preprocess`."""
     if isinstance(images, Sequence) and not isinstance(images, str | bytes):
         if not len(images):
@@ -167,12 +186,16 @@ def preprocess(images: OneImage | Sequence[OneImage], image_size: int, max_pixel
             pixels = decode_any(image, image_size, max_pixels)
     except Exception as error:  # Pillow raises a dozen types
         name = image if isinstance(image, str) else "the image"
-        raise UserError(f"{name} cannot be read ({reason(error)})", "give a file that holds an image") from error
+        raise UserError(
+            f"{name} cannot be read ({reason(error)})", "give a file that holds an image"
+        ) from error
     return torch.from_numpy(pixels.copy()).float() / 255
 
 
 def check_images(images: Tensor, check_range: bool) -> None:
-    """Raises TypeError or ValueError unless images are (B, 3, H, W) floats, with `check_range` in [0, 1]; see `Encoder`."""
+    """Raises TypeError or ValueError unless images are (B, 3, H, W) floats, with `check_range` in [0, 1]; see
+    `Encoder`.
+    """
     if not torch.jit.is_tracing():
         _check_images(images)
         if check_range and not torch.compiler.is_compiling() and images.numel():
@@ -219,7 +242,9 @@ def _check_range(images: Tensor) -> None:
     raise ValueError(f"images lie in [{low:.4g}, {high:.4g}], not in [0, 1]. fix: {fix}")
 
 
-def build_encoder(arch: str, width: int, stem: str, image_size: int, mean: list[float], std: list[float]) -> Encoder:
+def build_encoder(
+    arch: str, width: int, stem: str, image_size: int, mean: list[float], std: list[float]
+) -> Encoder:
     """An untrained encoder, initialised from torch's global generator.
 
     Args:
@@ -231,16 +256,27 @@ def build_encoder(arch: str, width: int, stem: str, image_size: int, mean: list[
     """
     stem = resolve_stem(stem, image_size)
     backbone = WidthResNet(arch, width, stem)
-    return Encoder(backbone, backbone.feature_dim, image_size, list(mean), list(std), {"arch": arch, "width": width, "stem": stem})
+    return Encoder(
+        backbone,
+        backbone.feature_dim,
+        image_size,
+        list(mean),
+        list(std),
+        {"arch": arch, "width": width, "stem": stem},
+    )
 
 
 class SimCLR(nn.Module):
-    """f and g together: normalised views (M, 3, S, S) -> h = f(x) (M, D), z = g(h) (M, P), neither L2-normalised.
+    """f and g together: normalised views (M, 3, S, S) -> h = f(x) (M, D), z = g(h) (M, P), neither
+    L2-normalised.
 
-    With `stages` of a ResNet, the h given out is their pooled outputs side by side, (M, sum of C): what the score looks at.
+    With `stages` of a ResNet, the h given out is their pooled outputs side by side, (M, sum of C): what the
+    score looks at.
     """
 
-    def __init__(self, encoder: Encoder, projection_hidden: int, projection_dim: int, stages: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, encoder: Encoder, projection_hidden: int, projection_dim: int, stages: tuple[str, ...] = ()
+    ) -> None:
         # imported here: it takes seconds, and a loaded encoder has no use for it
         from lightly.models.modules.heads import SimCLRProjectionHead
 
@@ -262,11 +298,14 @@ def save_encoder(encoder: Encoder, folder: Path) -> None:
     """Write `model.safetensors` and `config.json`, each through a temporary file, in timm's local-dir layout.
 
     Where the network is the published one (width 64, ImageNet stem), `timm.create_model("local-dir:FOLDER",
-    pretrained=True)` gives the same features; the key `ssl_emp` carries what `load_encoder` needs for all others.
+    pretrained=True)` gives the same features; the key `ssl_emp` carries what `load_encoder` needs for all
+    others.
     """
     folder.mkdir(exist_ok=True)
     # six digits: 0.485 as float32 and back is 0.485, not 0.48500001430511475
-    mean, std = ([round(value, 6) for value in stat.flatten().tolist()] for stat in (encoder.mean, encoder.std))
+    mean, std = (
+        [round(value, 6) for value in stat.flatten().tolist()] for stat in (encoder.mean, encoder.std)
+    )
     size = encoder.image_size
     config = {
         "architecture": encoder.spec["arch"],
@@ -286,7 +325,9 @@ def save_encoder(encoder: Encoder, folder: Path) -> None:
         },
         "ssl_emp": {**encoder.spec, "image_size": size, "mean": mean, "std": std},
     }
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.backbone.state_dict().items()}
+    weights = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in encoder.backbone.state_dict().items()
+    }
     # through memory: save_file reports a full disk in words of its own, and does not wait for the disk
     write_atomically(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
     write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
@@ -296,12 +337,14 @@ def load_encoder(path: str | os.PathLike[str], *, check_range: bool = True) -> E
     """The frozen encoder of a run directory or an encoder directory, in eval mode on the CPU.
 
     Args:
-        path: a run directory (`RUN/encoder` is read) or a directory with `model.safetensors` and `config.json`.
-        check_range: refuse values beyond [0, 1]. On a GPU each call then waits for its images; where they are known to be
-            right, False saves that.
+        path: a run directory (`RUN/encoder` is read) or a directory with `model.safetensors` and
+            `config.json`.
+        check_range: refuse values beyond [0, 1]. On a GPU each call then waits for its images; where they
+            are known to be right, False saves that.
 
     Returns:
-        A module: images (B, 3, H, W) float in [0, 1] -> (B, D) float32 features. It normalises by itself, and its
+        A module: images (B, 3, H, W) float in [0, 1] -> (B, D) float32 features. It normalises by itself, and
+        its
         `preprocess` makes such images of files, PIL images and pixels.
 
     Raises:
@@ -318,25 +361,44 @@ def load_encoder(path: str | os.PathLike[str], *, check_range: bool = True) -> E
     try:
         spec = _Spec.model_validate(read_json(folder / "config.json")["ssl_emp"]).model_dump()
         check_regular(folder / "model.safetensors", LARGEST_WEIGHTS)
-        with safe_open(folder / "model.safetensors", "pt") as file:  # it reads the header, and compares it with the file's size
-            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name in file.keys() for part in [file.get_slice(name)]}
+        # it reads the header, and compares it with the file's size
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            found = {
+                name: (tuple(part.get_shape()), part.get_dtype())
+                for name in file.keys()
+                for part in [file.get_slice(name)]
+            }
     except ValidationError as error:
         first = error.errors()[0]
-        what = f"{folder / 'config.json'} is damaged (ssl_emp.{'.'.join(map(str, first['loc']))}: {first['msg']})"
+        what = (
+            f"{folder / 'config.json'} is damaged (ssl_emp.{'.'.join(map(str, first['loc']))}: "
+            f"{first['msg']})"
+        )
         raise UserError(what, again) from error
     except UserError:
         raise
-    except Exception as error:  # json, safetensors and key errors have no common base; each means a damaged export
-        raise UserError(f"the encoder in {folder} cannot be read ({type(error).__name__}: {error})", again) from error
-    with torch.device("meta"):  # names and shapes only: nothing is allocated for a network that the file does not hold
+    # json, safetensors and key errors have no common base; each means a damaged export
+    except Exception as error:
+        raise UserError(
+            f"the encoder in {folder} cannot be read ({type(error).__name__}: {error})", again
+        ) from error
+    # names and shapes only: nothing is allocated for a network that the file does not hold
+    with torch.device("meta"):
         expected = build_encoder(**spec).backbone.state_dict()
     fits = {name: (tuple(x.shape), x.is_floating_point()) for name, x in expected.items()}
     differing = sorted(set(fits) ^ set(found))
-    differing = differing or sorted(name for name, (shape, kind) in found.items() if fits[name] != (shape, kind in FLOATS))
+    differing = differing or sorted(
+        name for name, (shape, kind) in found.items() if fits[name] != (shape, kind in FLOATS)
+    )
     if differing:
         raise UserError(
-            f"the weights in {folder} do not fit {spec['arch']} of width {spec['width']}, first at {differing[0]}",
-            again if again.startswith("write") else "give the config.json that was written with these weights",
+            (
+                f"the weights in {folder} do not fit {spec['arch']} of width {spec['width']}, first "
+                f"at {differing[0]}"
+            ),
+            again
+            if again.startswith("write")
+            else "give the config.json that was written with these weights",
         )
     encoder = build_encoder(**spec)
     encoder.backbone.load_state_dict(load_file(folder / "model.safetensors"))

@@ -10,14 +10,25 @@ from torch.optim.optimizer import Optimizer
 
 
 class Lars(Optimizer):
-    """LARS with momentum (You et al., arXiv 1708.03888): each tensor's step is scaled by ||w|| / ||g + wd * w||.
+    """LARS with momentum (You et al., arXiv 1708.03888): each tensor's step is scaled by ||w|| / ||g + wd *
+    w||.
 
-    Tensors in a group with `adapt=False` (biases, BatchNorm) take a plain momentum step, as in SimCLR. The norms of all
-    tensors are taken in one call and compared on the device: no branch waits for the GPU.
+    Tensors in a group with `adapt=False` (biases, BatchNorm) take a plain momentum step, as in SimCLR. The
+    norms of all tensors are taken in one call and compared on the device: no branch waits for the GPU.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 0.001) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "adapt": True})
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float = 0.001,
+    ) -> None:
+        super().__init__(
+            params,
+            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "adapt": True},
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # closures are not supported
@@ -30,7 +41,8 @@ class Lars(Optimizer):
             if group["adapt"]:
                 weight_norms, update_norms = torch._foreach_norm(weights), torch._foreach_norm(updates)
                 ratios = [
-                    torch.where((w > 0) & (g > 0), group["trust"] * w / g, 1.0) for w, g in zip(weight_norms, update_norms, strict=True)
+                    torch.where((w > 0) & (g > 0), group["trust"] * w / g, 1.0)
+                    for w, g in zip(weight_norms, update_norms, strict=True)
                 ]
                 torch._foreach_mul_(updates, ratios)
             momenta = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in weights]
@@ -41,12 +53,18 @@ class Lars(Optimizer):
             moves = momenta
             if before is not None and found_inf is not None:  # see step_where
                 moves = [torch.where(found_inf > 0, 0.0, momentum) for momentum in momenta]
-                torch._foreach_copy_(momenta, [torch.where(found_inf > 0, *pair) for pair in zip(before, momenta, strict=True)])
+                torch._foreach_copy_(
+                    momenta, [torch.where(found_inf > 0, *pair) for pair in zip(before, momenta, strict=True)]
+                )
             torch._foreach_add_(weights, moves, alpha=-group["lr"])
 
 
-def build_optimizer(model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float) -> Optimizer:
-    """`sgd`, `lars` or `adamw`; biases and BatchNorm (tensors of one dimension) take no weight decay and no LARS scaling."""
+def build_optimizer(
+    model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float
+) -> Optimizer:
+    """`sgd`, `lars` or `adamw`; biases and BatchNorm (tensors of one dimension) take no weight decay and no
+    LARS scaling.
+    """
     params = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in params if p.dim() > 1], "weight_decay": weight_decay},
@@ -65,12 +83,15 @@ def build_optimizer(model: nn.Module, name: str, lr: float, momentum: float, wei
 
 
 def gradient_norm(params: Iterable[Tensor]) -> Tensor:
-    """L2 norm of all gradients together, 0-d on the device, not finite where one of them is not; nothing is read from it."""
+    """L2 norm of all gradients together, 0-d on the device, not finite where one of them is not; nothing is
+    read from it.
+    """
     return torch.stack(torch._foreach_norm([p.grad for p in params if p.grad is not None])).norm()
 
 
 def step_where(optimizer: Optimizer, good: Tensor) -> None:
-    """`optimizer.step()` where `good` (0-d bool on the device) holds, else leave weights and state alone; nothing is read from it.
+    """`optimizer.step()` where `good` (0-d bool on the device) holds, else leave weights and state alone;
+    nothing is read from it.
 
     torch's fused optimisers take the flag that its gradient scaler gives them, and so does `Lars`.
     """
@@ -93,8 +114,16 @@ def lr_at(step: int, total_steps: int, warmup_steps: int, peak_lr: float) -> flo
     return peak_lr * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
-def one_cycle_lr(step: int, total_steps: int, peak_lr: float, pct_start: float = 0.3, div: float = 25.0, final_div: float = 1e4) -> float:
-    """torch's OneCycleLR (cosine, two phases): from peak / div up to the peak, then down to peak / div / final_div.
+def one_cycle_lr(
+    step: int,
+    total_steps: int,
+    peak_lr: float,
+    pct_start: float = 0.3,
+    div: float = 25.0,
+    final_div: float = 1e4,
+) -> float:
+    """torch's OneCycleLR (cosine, two phases): from peak / div up to the peak, then down to peak / div /
+    final_div.
 
     Args:
         step: 0 for the first optimiser step, total_steps - 1 for the last, which takes the lowest rate.
@@ -107,20 +136,27 @@ def one_cycle_lr(step: int, total_steps: int, peak_lr: float, pct_start: float =
     return _one_cycle(step, total_steps, pct_start, peak_lr / div, peak_lr, peak_lr / div / final_div)
 
 
-def one_cycle_momentum(step: int, total_steps: int, pct_start: float = 0.3, base: float = 0.85, high: float = 0.95) -> float:
-    """The momentum that torch's OneCycleLR sets unless told not to: against the learning rate, high -> base -> high.
+def one_cycle_momentum(
+    step: int, total_steps: int, pct_start: float = 0.3, base: float = 0.85, high: float = 0.95
+) -> float:
+    """The momentum that torch's OneCycleLR sets unless told not to: against the learning rate, high -> base
+    -> high.
 
     InfoBatch's CIFAR example leaves that default on, which overrides the 0.9 that it gives its optimiser.
     """
     return _one_cycle(step, total_steps, pct_start, high, base, high)
 
 
-def _one_cycle(step: int, total_steps: int, pct_start: float, first: float, middle: float, last: float) -> float:
+def _one_cycle(
+    step: int, total_steps: int, pct_start: float, first: float, middle: float, last: float
+) -> float:
     """Half a cosine from `first` to `middle`, another on to `last`."""
     assert 0 <= step < total_steps and 0 <= pct_start < 1, (step, total_steps, pct_start)
     turn = pct_start * total_steps - 1  # a step, not always a whole number; at or below 0 nothing rises
     rises = 0 < turn and step <= turn
-    begin, end, progress = (first, middle, step / turn) if rises else (middle, last, (step - turn) / (total_steps - 1 - turn))
+    begin, end, progress = (
+        (first, middle, step / turn) if rises else (middle, last, (step - turn) / (total_steps - 1 - turn))
+    )
     return end + (begin - end) / 2 * (1 + math.cos(math.pi * progress))
 
 

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ssl_emp.augment import Recipe, cut_views, draw_params
-from ssl_emp.job import Job
+from ssl_emp.commands.job import Job
 from ssl_emp.loss import nt_xent
 from ssl_emp.policies import random_subset
 from ssl_emp.pruning import feature_distance, shuffled_batches
-from ssl_emp.report import Report, rank_correlation
+from ssl_emp.run.report import Report, rank_correlation
 from ssl_emp.scores import ScoreState, draw_features
 from ssl_emp.supervised import cross_entropy, prediction_entropy
 
-RELIABILITY_EPOCHS, SCORING_EPOCHS = 10**6, 10**8  # where the epoch numbers of draws that are not trained on begin
+# where the epoch numbers of draws that are not trained on begin
+RELIABILITY_EPOCHS, SCORING_EPOCHS = 10**6, 10**8
 
 
 def compiled(job: Job, report: Report) -> tuple[Any, Any]:
@@ -39,14 +40,19 @@ def compiled(job: Job, report: Report) -> tuple[Any, Any]:
     replayed = torch.compile(cut_views, dynamic=False, mode="reduce-overhead")
 
     def views_of(*arguments: Any) -> tuple[Tensor, ...]:
-        torch.compiler.cudagraph_mark_step_begin()  # every step, trained or scored, begins here: the last one's outputs may be reused
+        # every step, trained or scored, begins here: the last one's outputs may be reused
+        torch.compiler.cudagraph_mark_step_begin()
         return replayed(*arguments)
 
     return torch.compile(job.model, mode="reduce-overhead"), views_of
 
 
-def forward_views(job: Job, model: Any, view_a: Tensor, view_b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One pass, one BatchNorm over both views, as SimCLR: (B, 3, S, S) x 2 -> h_a, h_b (B, D), z_a, z_b (B, P)."""
+def forward_views(
+    job: Job, model: Any, view_a: Tensor, view_b: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One pass, one BatchNorm over both views, as SimCLR: (B, 3, S, S) x 2 -> h_a, h_b (B, D), z_a, z_b (B,
+    P).
+    """
     views = torch.cat([view_a, view_b]).to(memory_format=torch.channels_last)
     with torch.autocast(job.device.type, dtype=torch.bfloat16, enabled=job.bf16):
         h, z = model(views)
@@ -54,9 +60,17 @@ def forward_views(job: Job, model: Any, view_a: Tensor, view_b: Tensor) -> tuple
 
 
 def simclr_terms(
-    job: Job, model: Any, views_of: Any, index: Tensor, images: Tensor, epoch: int, recipe: Recipe, common_draw: bool = False
+    job: Job,
+    model: Any,
+    views_of: Any,
+    index: Tensor,
+    images: Tensor,
+    epoch: int,
+    recipe: Recipe,
+    common_draw: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The samples `index` (B,) through the network -> loss (B,) nats, distance (B,), and what was drawn (B, F) if that is used.
+    """The samples `index` (B,) through the network -> loss (B,) nats, distance (B,), and what was drawn (B,
+    F) if that is used.
 
     Of several ranks each gives its own part of the batch.
     """
@@ -70,16 +84,31 @@ def simclr_terms(
 
 
 def supervised_terms(
-    job: Job, model: Any, views_of: Any, index: Tensor, images: Tensor, epoch: int, recipe: Recipe, common_draw: bool = False
+    job: Job,
+    model: Any,
+    views_of: Any,
+    index: Tensor,
+    images: Tensor,
+    epoch: int,
+    recipe: Recipe,
+    common_draw: bool = False,
 ) -> tuple[Tensor, Tensor, None]:
-    """The samples `index` (B,) through the network -> loss (B,) nats, minus the prediction's entropy (B,) nats."""
+    """The samples `index` (B,) through the network -> loss (B,) nats, minus the prediction's entropy (B,)
+    nats.
+    """
     config = job.config
-    params = draw_params(config.seed, epoch, torch.zeros_like(index) if common_draw else index, recipe, images.shape[-1])
+    params = draw_params(
+        config.seed, epoch, torch.zeros_like(index) if common_draw else index, recipe, images.shape[-1]
+    )
     (view,) = views_of(images, params[:1], recipe)
     with torch.autocast(job.device.type, dtype=torch.bfloat16, enabled=job.bf16):
         _, logits = model(view.to(memory_format=torch.channels_last))
     assert job.labels is not None
-    return cross_entropy(logits, job.labels[index], config.label_smoothing), -prediction_entropy(logits.detach()), None
+    return (
+        cross_entropy(logits, job.labels[index], config.label_smoothing),
+        -prediction_entropy(logits.detach()),
+        None,
+    )
 
 
 def terms_of(job: Job) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
@@ -88,7 +117,9 @@ def terms_of(job: Job) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
 
 
 def gathered(job: Job, loss: Tensor, memory: Tensor, draw: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What `terms_of` gave on every rank, of the whole batch: terms (2, B), and the draws (B, F). One exchange."""
+    """What `terms_of` gave on every rank, of the whole batch: terms (2, B), and the draws (B, F). One
+    exchange.
+    """
     part = torch.stack([loss.detach(), memory], 1)
     whole = job.ranks.gather(part if draw is None else torch.cat([part, draw], 1))
     return whole[:, :2].T, None if draw is None else whole[:, 2:]
@@ -98,11 +129,12 @@ def gathered(job: Job, loss: Tensor, memory: Tensor, draw: Tensor | None) -> tup
 def score_pass(
     job: Job, model: Any, views_of: Any, first: Tensor, rest: Tensor, epoch: int, recipe: Recipe
 ) -> tuple[Tensor, Tensor | None]:
-    """Score `first` (K,) with the weights of now, without training: -> terms (2, K), draws (K, F), in the order of `first`.
+    """Score `first` (K,) with the weights of now, without training: -> terms (2, K), draws (K, F), in the
+    order of `first`.
 
-    Scores must be comparable with those of the training pass: same batch size, same views as that epoch's, BatchNorm on
-    the statistics of the batch, and no running statistic touched. The last batch is filled up from `rest`, whose scores
-    are dropped.
+    Scores must be comparable with those of the training pass: same batch size, same views as that epoch's,
+    BatchNorm on the statistics of the batch, and no running statistic touched. The last batch is filled up
+    from `rest`, whose scores are dropped.
     """
     config, common_draw = job.config, job.config.prune.scoring_draw == "common"
     batches = -(-len(first) // config.batch_size)
@@ -113,7 +145,9 @@ def score_pass(
         norm.track_running_stats = False
     terms, draws = [], []
     for index, images in job.store.stream(job.ranks.part(table)):
-        batch_terms, draw = gathered(job, *terms_of(job)(job, model, views_of, index, images, epoch, recipe, common_draw))
+        batch_terms, draw = gathered(
+            job, *terms_of(job)(job, model, views_of, index, images, epoch, recipe, common_draw)
+        )
         terms.append(batch_terms)
         draws += [] if draw is None else [draw]
     for norm in norms:
@@ -121,8 +155,12 @@ def score_pass(
     return torch.cat(terms, dim=1)[:, : len(first)], torch.cat(draws)[: len(first)] if draws else None
 
 
-def score_passes(job: Job, model: Any, views_of: Any, first: Tensor, rest: Tensor, epoch: int) -> tuple[Tensor, Tensor | None]:
-    """The mean of `prune.scoring_draws` passes, at `prune.scoring_size` pixels: the first with this epoch's views."""
+def score_passes(
+    job: Job, model: Any, views_of: Any, first: Tensor, rest: Tensor, epoch: int
+) -> tuple[Tensor, Tensor | None]:
+    """The mean of `prune.scoring_draws` passes, at `prune.scoring_size` pixels: the first with this epoch's
+    views.
+    """
     prune = job.config.prune
     recipe = replace(job.recipe, size=prune.scoring_size or job.recipe.size)
     keys = [epoch + draw * SCORING_EPOCHS for draw in range(prune.scoring_draws)]
@@ -139,31 +177,45 @@ def split_by_age(job: Job, scored_epoch: Tensor, epoch: int) -> tuple[Tensor, Te
     trained_before = job.steps[epoch - 1] * job.config.batch_size
     count = job.num_samples if job.config.prune.scoring == "all" else job.num_samples - trained_before
     oldest_first = scored_epoch.argsort(stable=True)  # (N,)
-    first, rest = (shuffled_batches(part, 1, job.config.seed, epoch).flatten() for part in (oldest_first[:count], oldest_first[count:]))
+    first, rest = (
+        shuffled_batches(part, 1, job.config.seed, epoch).flatten()
+        for part in (oldest_first[:count], oldest_first[count:])
+    )
     return first, rest
 
 
 def foresee(job: Job, state: ScoreState, epoch: int) -> Tensor:
-    """The terms (2, N) that each sample is expected to have under the views of `epoch`, without drawing them: randomness is keyed."""
+    """The terms (2, N) that each sample is expected to have under the views of `epoch`, without drawing them:
+    randomness is keyed.
+    """
     everyone, side = torch.arange(job.num_samples, device=job.device), job.images.pixels.shape[-1]
     parts = []
     for index in everyone.split(2**16):  # a draw is 150 bytes and more a sample on the way
-        parts.append(state.expected(index, draw_features(*draw_params(job.config.seed, epoch, index, job.recipe, side), side)))
+        parts.append(
+            state.expected(
+                index, draw_features(*draw_params(job.config.seed, epoch, index, job.recipe, side), side)
+            )
+        )
     return torch.cat(parts, 1)
 
 
-def measure_reliability(job: Job, model: Any, views_of: Any, state: ScoreState, epoch: int) -> dict[str, float | None]:
-    """How much of the score is the sample and not the draw: by two new draws of the same samples with the weights of now.
+def measure_reliability(
+    job: Job, model: Any, views_of: Any, state: ScoreState, epoch: int
+) -> dict[str, float | None]:
+    """How much of the score is the sample and not the draw: by two new draws of the same samples with the
+    weights of now.
 
-    `draw_reliability` is the rank correlation of the two draws' scores, r. `score_reliability` is that of the score that
-    selects: its correlation c with a draw is the root of (its own reliability times r), so it is c² / r; None where r is too close to 0.
-    With `prune.adjust` there is `foresight`, how the score expected of a draw correlates with the one it then has; with `prune.shrink`
-    `recall`, the slope of a sample's loss on what was remembered of it, both without the draw.
+    `draw_reliability` is the rank correlation of the two draws' scores, r. `score_reliability` is that of the
+    score that selects: its correlation c with a draw is the root of (its own reliability times r), so it is
+    c² / r; None where r is too close to 0. With `prune.adjust` there is `foresight`, how the score expected
+    of a draw correlates with the one it then has; with `prune.shrink` `recall`, the slope of a sample's loss
+    on what was remembered of it, both without the draw.
     """
     batch_size = job.config.batch_size
     batches = min(-(-job.config.monitor.reliability_images // batch_size), job.num_samples // batch_size)
     everyone = torch.arange(job.num_samples, device=job.device)
-    sample = random_subset(job.num_samples, batches * batch_size, 0, -1, job.device).index  # the same ones all the time
+    # the same ones all the time
+    sample = random_subset(job.num_samples, batches * batch_size, 0, -1, job.device).index
     scores, foresights = [], []
     for draw in (1, 2):
         epoch_key = draw * RELIABILITY_EPOCHS + epoch  # views that no training epoch sees
@@ -183,7 +235,12 @@ def measure_reliability(job: Job, model: Any, views_of: Any, state: ScoreState, 
     selecting, *scores = (score[scored] for score in (selecting, *scores))
     both = rank_correlation(*scores)
     with_selecting = (rank_correlation(selecting, scores[0]) + rank_correlation(selecting, scores[1])) / 2
-    r, c, *foresight = torch.stack([both, with_selecting, *([torch.stack(foresights).mean()] if foresights else [])]).tolist()
-    figures: dict[str, float | None] = {"draw_reliability": r, "score_reliability": c * abs(c) / r if r > 0.02 else None}
+    r, c, *foresight = torch.stack(
+        [both, with_selecting, *([torch.stack(foresights).mean()] if foresights else [])]
+    ).tolist()
+    figures: dict[str, float | None] = {
+        "draw_reliability": r,
+        "score_reliability": c * abs(c) / r if r > 0.02 else None,
+    }
     figures |= {"foresight": foresight[0]} if foresight else {}
     return figures | ({"recall": state.slope()[0].item()} if foresight and state.shrink else {})

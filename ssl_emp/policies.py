@@ -1,7 +1,9 @@
-"""Which samples an epoch trains on: every policy a pure function of what is known of the samples, with an exact budget.
+"""Which samples an epoch trains on: every policy a pure function of what is known of the samples, with an
+exact budget.
 
-`count` is the budget; each function keeps exactly as many. Randomness is keyed on (seed, epoch, sample), so a resumed run
-draws alike. A weight multiplies the sample's loss; None means 1 for all. Scores are (N,), the highest kept, +inf = never scored.
+`count` is the budget; each function keeps exactly as many. Randomness is keyed on (seed, epoch, sample), so a
+resumed run draws alike. A weight multiplies the sample's loss; None means 1 for all. Scores are (N,), the
+highest kept, +inf = never scored.
 """
 
 import math
@@ -13,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_emp.decode import reason
+from ssl_emp.data.decode import reason
 from ssl_emp.errors import UserError
 from ssl_emp.keyed import keyed_bits, keyed_uniform
 from ssl_emp.pruning import PrunePlan, combine_terms, mean_and_std, select_kept
 from ssl_emp.scores import ScoreState
 
-RANKING = ("loss", "foresight", "emp", "distance", "epsilon_greedy", "ucb")  # these keep the highest of a score
+# these keep the highest of a score
+RANKING = ("loss", "foresight", "emp", "distance", "epsilon_greedy", "ucb")
 SCORING = (*RANKING, "infobatch", "scan")  # these look at scores
 # first key of each use of keyed randomness, so that no two uses share a draw
 RANDOM, EXPLORE, SOFTEN, INFOBATCH, SCAN = 103, 104, 105, 106, 107
@@ -81,10 +84,11 @@ class Rule:
         return first + (last - first) * min(max((epoch - pruned[0]) / (pruned[-1] - pruned[0]), 0.0), 1.0)
 
     def score(self, terms: Tensor, variance: Tensor, epoch: int) -> Tensor:
-        """What the policies that rank keep the highest of, from terms (2, N) and the loss's variance (N,): (N,), +inf = never scored.
+        """What the policies that rank keep the highest of, from terms (2, N) and the loss's variance (N,):
+        (N,), +inf = never scored.
 
-        A tensor of its own: a view of the terms would change with them, and a score kept from before an epoch would then be
-        compared with itself after it.
+        A tensor of its own: a view of the terms would change with them, and a score kept from before an epoch
+        would then be compared with itself after it.
         """
         match self.policy:
             case "loss" | "foresight" | "epsilon_greedy":
@@ -96,11 +100,14 @@ class Rule:
             case _:
                 return combine_terms(terms, self.beta_at(epoch), self.memory, self.loss_weight_at(epoch))
 
-    def choose(self, state: ScoreState, epoch: int, count: int, seed: int, foreseen: Tensor | None = None) -> Kept:
+    def choose(
+        self, state: ScoreState, epoch: int, count: int, seed: int, foreseen: Tensor | None = None
+    ) -> Kept:
         """The `count` samples of a pruned epoch, everything where the epoch is a full one.
 
         Args:
-            foreseen: (2, N), the terms that are expected under the views of this epoch, for the policies that rank; None: those remembered.
+            foreseen: (2, N), the terms that are expected under the views of this epoch, for the policies
+                that rank; None: those remembered.
         """
         if not self.plan.is_pruned(epoch):
             return Kept(torch.arange(state.last.shape[1], device=state.last.device))
@@ -113,7 +120,10 @@ class Rule:
         loss = state.terms[0]
         match self.policy:
             case "random":
-                drawn = self.plan.warmup_epochs + (epoch - self.plan.warmup_epochs) // self.redraw_every * self.redraw_every
+                drawn = (
+                    self.plan.warmup_epochs
+                    + (epoch - self.plan.warmup_epochs) // self.redraw_every * self.redraw_every
+                )
                 return random_subset(len(loss), count, seed, drawn, loss.device)
             case "infobatch":
                 return infobatch(loss, count, seed, epoch)
@@ -128,16 +138,19 @@ class Rule:
 
 
 def random_subset(num_samples: int, count: int, seed: int, epoch: int, device: torch.device) -> Kept:
-    """`count` samples drawn without replacement; the draws of one epoch are nested, and those of two are independent."""
+    """`count` samples drawn without replacement; the draws of one epoch are nested, and those of two are
+    independent.
+    """
     index = torch.arange(num_samples, device=device)
     return Kept(select_kept(keyed_bits(RANDOM, seed, epoch, index), count))
 
 
 def top(score: Tensor, count: int, explore: float, seed: int, epoch: int) -> Kept:
-    """The highest scores, but for a share `explore` of the budget, which is drawn at random from all other samples.
+    """The highest scores, but for a share `explore` of the budget, which is drawn at random from all other
+    samples.
 
-    With a running mean of the loss as the score this is epsilon-greedy (Raju et al., arXiv 2111.12621), with EMP's score and
-    `explore` 0 the paper's rule.
+    With a running mean of the loss as the score this is epsilon-greedy (Raju et al., arXiv 2111.12621), with
+    EMP's score and `explore` 0 the paper's rule.
     """
     drawn = round(explore * count)
     highest = select_kept(score, count - drawn) if drawn < count else score.new_empty(0, dtype=torch.int64)
@@ -149,8 +162,9 @@ def top(score: Tensor, count: int, explore: float, seed: int, epoch: int) -> Kep
 
 
 def softened(score: Tensor, softness: float, seed: int, epoch: int) -> Tensor:
-    """The score plus Gumbel noise of `softness` times its standard deviation: the highest `count` are then a draw without
-    replacement with probabilities in proportion to exp(score / (softness * std)) (the Gumbel top-k trick, Kool et al., arXiv
+    """The score plus Gumbel noise of `softness` times its standard deviation: the highest `count` are then a
+    draw without replacement with probabilities in proportion to exp(score / (softness * std)) (the Gumbel
+    top-k trick, Kool et al., arXiv
     1903.06059)."""
     if softness == 0:
         return score
@@ -160,17 +174,21 @@ def softened(score: Tensor, softness: float, seed: int, epoch: int) -> Tensor:
 
 
 def ucb_score(mean: Tensor, variance: Tensor, confidence: float) -> Tensor:
-    """Running mean of the loss plus `confidence` times its running variance (UCB of Raju et al., arXiv 2111.12621)."""
+    """Running mean of the loss plus `confidence` times its running variance (UCB of Raju et al., arXiv
+    2111.12621).
+    """
     return mean + confidence * variance
 
 
 def infobatch(loss: Tensor, count: int, seed: int, epoch: int) -> Kept:
-    """InfoBatch (Qin et al., arXiv 2303.04947): samples below the mean loss are thinned out at random and weigh more for it.
+    """InfoBatch (Qin et al., arXiv 2303.04947): samples below the mean loss are thinned out at random and
+    weigh more for it.
 
-    The published rule fixes the share of the easy samples that stays and takes the budget that comes of it; here the budget is
-    fixed and the share follows, never below `MIN_KEEP`. Where even that does not leave room for all hard samples, those are
-    thinned out the same way. Each group's weight is (its size) / (its kept size), so the sum over the kept of weight * gradient is
-    in the mean over draws the sum of all gradients.
+    The published rule fixes the share of the easy samples that stays and takes the budget that comes of it;
+    here the budget is fixed and the share follows, never below `MIN_KEEP`. Where even that does not leave
+    room for all hard samples, those are thinned out the same way. Each group's weight is (its size) / (its
+    kept size), so the sum over the kept of weight * gradient is in the mean over draws the sum of all
+    gradients.
     """
     mean, _ = mean_and_std(loss, loss < torch.inf)
     easy = loss < mean
@@ -190,10 +208,11 @@ def infobatch(loss: Tensor, count: int, seed: int, epoch: int) -> Kept:
 
 
 def scan(loss: Tensor, count: int, seed: int, epoch: int) -> Kept:
-    """After SCAN (Guo et al., arXiv 2411.09126): drop at random among the lowest (redundant) and the highest (ill-matched) losses.
+    """After SCAN (Guo et al., arXiv 2411.09126): drop at random among the lowest (redundant) and the highest
+    (ill-matched) losses.
 
-    The published method takes 35 % of each batch from either end as candidates and drops a share of them that grows within a
-    cycle; here the ends are those of the whole set and the share is what the budget asks.
+    The published method takes 35 % of each batch from either end as candidates and drops a share of them that
+    grows within a cycle; here the ends are those of the whole set and the share is what the budget asks.
     """
     dropped = len(loss) - count
     rank = loss.argsort().argsort()
@@ -230,11 +249,16 @@ def load_indices(path: Path, num_samples: int) -> Tensor:
     except Exception as error:  # damaged headers make numpy raise half a dozen types, EOFError among them
         raise UserError(f"cannot read the indices in {path} ({reason(error)})", fix) from error
     if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer) or not len(values):
-        raise UserError(f"{path} holds {values.dtype} of shape {values.shape}", "give one list of whole numbers")
+        raise UserError(
+            f"{path} holds {values.dtype} of shape {values.shape}", "give one list of whole numbers"
+        )
     if values.min() < 0 or values.max() >= num_samples:
         raise UserError(
-            f"{path} holds the index {values.max() if values.max() >= num_samples else values.min()}", f"use 0 to {num_samples - 1}"
+            f"{path} holds the index {values.max() if values.max() >= num_samples else values.min()}",
+            f"use 0 to {num_samples - 1}",
         )
     if len(np.unique(values)) < len(values):
-        raise UserError(f"{path} holds {len(values) - len(np.unique(values))} indices twice", "name each sample once")
+        raise UserError(
+            f"{path} holds {len(values) - len(np.unique(values))} indices twice", "name each sample once"
+        )
     return torch.from_numpy(values.astype(np.int64))

@@ -1,6 +1,7 @@
 """The score of EMP (arXiv 2408.16031), the plan, the selection of the highest, the batches.
 
-Everything here is a pure function on the device of the scores. Letters: N samples, K kept, B batch, D features.
+Everything here is a pure function on the device of the scores. Letters: N samples, K kept, B batch, D
+features.
 """
 
 from dataclasses import dataclass, replace
@@ -17,9 +18,11 @@ SHUFFLE, ROTATION = 101, 102
 
 
 def feature_distance(h_a: Tensor, h_b: Tensor, memory: str = "raw") -> Tensor:
-    """The memory term's distance ||f(x_i) - f(x_j)||_2 between the two views' backbone features, (B, D) x 2 -> (B,) float32.
+    """The memory term's distance ||f(x_i) - f(x_j)||_2 between the two views' backbone features, (B, D) x 2
+    -> (B,) float32.
 
-    `memory="normalized"` takes it between L2-normalised features (0 to 2); `raw` and `standardized` as they are.
+    `memory="normalized"` takes it between L2-normalised features (0 to 2); `raw` and `standardized` as they
+    are.
     """
     h_a, h_b = h_a.float(), h_b.float()
     if memory == "normalized":
@@ -28,7 +31,8 @@ def feature_distance(h_a: Tensor, h_b: Tensor, memory: str = "raw") -> Tensor:
 
 
 def emp_score(loss: Tensor, h_a: Tensor, h_b: Tensor, beta: float) -> Tensor:
-    """EMP's score for contrastive pretraining: NT-Xent_i - beta * ||f(x_i) - f(x_j)||_2, the paper's SSL rule.
+    """EMP's score for contrastive pretraining: NT-Xent_i - beta * ||f(x_i) - f(x_j)||_2, the paper's SSL
+    rule.
 
     Args:
         loss: (B,) per-sample NT-Xent, nats.
@@ -45,11 +49,13 @@ def combine_terms(terms: Tensor, beta: float, memory: str, loss_weight: float = 
     """The score of every sample from its two stored terms: loss_weight * loss - beta * memory term.
 
     Args:
-        terms: (2, N) float32; +inf in both = never scored. Rows: the loss, and the distance of the views, or minus the entropy of
-            the prediction where the objective is supervised (the paper adds it there).
+        terms: (2, N) float32; +inf in both = never scored. Rows: the loss, and the distance of the views,
+            or minus the entropy of the prediction where the objective is supervised (the paper adds it
+            there).
         beta: weight of the memory term.
-        memory: `standardized` first brings both terms to mean 0 and standard deviation 1 over the scored samples, so
-            that beta is a ratio of influences; `raw` is `emp_score`, `normalized` differs in the distance only.
+        memory: `standardized` first brings both terms to mean 0 and standard deviation 1 over the scored
+            samples, so that beta is a ratio of influences; `raw` is `emp_score`, `normalized` differs in the
+            distance only.
         loss_weight: 1 in the paper; below 0 easy samples are preferred.
 
     Returns:
@@ -77,7 +83,8 @@ def _standardize(values: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """How many samples each epoch keeps: a pure function of the epoch, so every step is known before the first.
+    """How many samples each epoch keeps: a pure function of the epoch, so every step is known before the
+    first.
 
     Args:
         epochs: length of the run, T.
@@ -85,7 +92,8 @@ class PrunePlan:
         warmup_epochs: first epochs on everything (the paper: 1).
         anneal_fraction: alpha, the share of the last epochs on everything, rounded to whole epochs.
         shorter: spend the same number of steps on full epochs, fewer of them: what pruning must beat.
-        earlier: of each plan before this one, its epochs and the first epoch that is not run under it: what was run stays as it was.
+        earlier: of each plan before this one, its epochs and the first epoch that is not run under it:
+            what was run stays as it was.
     """
 
     epochs: int
@@ -98,7 +106,11 @@ class PrunePlan:
     def at(self, epoch: int) -> "PrunePlan":
         """The plan that this epoch is run under."""
         number = sum(end <= epoch for _, end in self.earlier)
-        return self if number == len(self.earlier) else replace(self, epochs=self.earlier[number][0], earlier=self.earlier[:number])
+        return (
+            self
+            if number == len(self.earlier)
+            else replace(self, epochs=self.earlier[number][0], earlier=self.earlier[:number])
+        )
 
     def is_pruned(self, epoch: int) -> bool:
         """Whether this epoch, counted from 0, trains on a part only."""
@@ -106,7 +118,9 @@ class PrunePlan:
 
     def _asks_less(self, epoch: int) -> bool:
         planned = self.at(epoch).epochs
-        return self.prune_fraction > 0 and self.warmup_epochs <= epoch < planned - round(self.anneal_fraction * planned)
+        return self.prune_fraction > 0 and self.warmup_epochs <= epoch < planned - round(
+            self.anneal_fraction * planned
+        )
 
     def kept_count(self, epoch: int, num_samples: int) -> int:
         """Samples that the paper's rule keeps in this epoch: all, or (1 - s) N rounded."""
@@ -120,8 +134,9 @@ class PrunePlan:
     def epoch_steps(self, num_samples: int, batch_size: int) -> list[int]:
         """Whole batches of every epoch that is run.
 
-        A pruned epoch is asked for (1 - s) times the batches of a full one, which is seldom a whole number; what is rounded off
-        is made up for in the epochs after, so that asked and real budget differ by half a batch in the whole run, not in each epoch.
+        A pruned epoch is asked for (1 - s) times the batches of a full one, which is seldom a whole number;
+        what is rounded off is made up for in the epochs after, so that asked and real budget differ by half a
+        batch in the whole run, not in each epoch.
         """
         full = num_samples // batch_size
         steps, owed = [], 0.0
@@ -142,8 +157,8 @@ class PrunePlan:
 def select_kept(scores: Tensor, count: int) -> Tensor:
     """Indices of the `count` highest scores, (N,) -> (count,) int64, same device, no order promised.
 
-    Never-scored samples (+inf) come first, among equals at the border the lowest indices (on the CPU). On a GPU nothing waits
-    for the device: the size is known.
+    Never-scored samples (+inf) come first, among equals at the border the lowest indices (on the CPU). On a
+    GPU nothing waits for the device: the size is known.
     """
     assert scores.dim() == 1 and 0 < count <= len(scores), (scores.shape, count)
     return _highest(scores, count)
@@ -152,22 +167,25 @@ def select_kept(scores: Tensor, count: int) -> Tensor:
 def _highest(values: Tensor, count: int) -> Tensor:
     if values.device.type != "cpu":
         return values.topk(count, sorted=False).indices
-    # topk moves pairs of value and index about: at 100 million 3.3 times the time, 2.7 times the memory (benchmarks/selection.py)
+    # topk moves pairs of value and index about: at 100 million 3.3 times the time, 2.7 times the memory
+    # (benchmarks/selection.py)
     border = np.partition(values.numpy(), -count)[-count]
     kept = values > border.item()
     kept[(values == border.item()).nonzero()[: count - int(kept.sum())]] = True
     indices = kept.nonzero().squeeze(1)
-    assert len(indices) == count, "a score is NaN"  # it compares to nothing, and would shorten the epoch unnoticed
+    # it compares to nothing, and would shorten the epoch unnoticed
+    assert len(indices) == count, "a score is NaN"
     return indices
 
 
 def shuffled_batches(kept: Tensor, batch_size: int, seed: int, epoch: int) -> Tensor:
-    """Cut a kept set into shuffled whole batches, (K,) int64 -> (K // batch_size, batch_size) int64, same device.
+    """Cut a kept set into shuffled whole batches, (K,) int64 -> (K // batch_size, batch_size) int64, same
+    device.
 
-    A short batch has fewer negatives and would look easy, so the remainder is left out; what is left out moves round a
-    fixed circle of the samples from epoch to epoch, so that over a full set nobody is left out twice before everybody
-    was once. The order depends on (seed, epoch, which samples are kept) only, not on the order of `kept`: pruned and
-    unpruned runs shuffle alike.
+    A short batch has fewer negatives and would look easy, so the remainder is left out; what is left out
+    moves round a fixed circle of the samples from epoch to epoch, so that over a full set nobody is left out
+    twice before everybody was once. The order depends on (seed, epoch, which samples are kept) only, not on
+    the order of `kept`: pruned and unpruned runs shuffle alike.
     """
     remainder = len(kept) % batch_size
     circle = kept[keyed_bits(ROTATION, seed, kept).argsort()]  # (K,)

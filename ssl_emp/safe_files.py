@@ -1,9 +1,10 @@
-"""Files of run directories, which may come from strangers: written through no link, read only where they are what they should be.
+"""Files of run directories, which may come from strangers: written through no link, read only where they are
+what they should be.
 
-A run directory's own path may be a link (`runs -> /scratch/runs`). What lies inside and is written to may not: a link called
-train.log would let whoever packed the directory choose which file of ours is written. The same holds for a second name of a file
-of ours (a hard link), for pipes and for devices. Reading follows links, as the snapshots of model hubs are made of them, but ends
-at a regular file and at a number of bytes.
+A run directory's own path may be a link (`runs -> /scratch/runs`). What lies inside and is written to may
+not: a link called train.log would let whoever packed the directory choose which file of ours is written. The
+same holds for a second name of a file of ours (a hard link), for pipes and for devices. Reading follows
+links, as the snapshots of model hubs are made of them, but ends at a regular file and at a number of bytes.
 """
 
 import json
@@ -22,17 +23,21 @@ SMALL = 16 << 20  # bytes; configs, manifests, an encoder's description: kilobyt
 LARGE = 1 << 30  # what grows with a run: metrics, rows of evaluations
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------
+# ---- writing
+# ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def replacing(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
-    """A file to write that takes the name `path` once all of it is on disk. Until then, and after an error, what has the name stays.
+    """A file to write that takes the name `path` once all of it is on disk. Until then, and after an error,
+    what has the name stays.
 
-    A temporary sibling, fsync, rename, fsync of the directory. A link called `path` is replaced itself, what it leads to stays.
+    A temporary sibling, fsync, rename, fsync of the directory. A link called `path` is replaced itself, what
+    it leads to stays.
 
     Args:
-        shared: other processes may write the same file at the same time; the temporary sibling then carries the process number.
+        shared: other processes may write the same file at the same time; the temporary sibling then
+            carries the process number.
 
     Raises:
         OSError: with the path.
@@ -87,7 +92,8 @@ def _finite(value: Any) -> Any:
 
 
 def open_own(path: Path, mode: str) -> IO[bytes]:
-    """Open for appending or in-place changes (`a+b`, `r+b`), unbuffered, made where `mode` makes it, never waiting for a pipe.
+    """Open for appending or in-place changes (`a+b`, `r+b`), unbuffered, made where `mode` makes it, never
+    waiting for a pipe.
 
     Raises:
         UserError: it is a link, has a second name, or is no regular file.
@@ -109,10 +115,12 @@ def open_own(path: Path, mode: str) -> IO[bytes]:
 
 
 def check_own(path: Path, replaced: bool = False) -> None:
-    """Raise UserError where a name in a run directory stands for what must not be written to: see the head of this file.
+    """Raise UserError where a name in a run directory stands for what must not be written to: see the head of
+    this file.
 
     Args:
-        replaced: the file is only ever replaced as a whole, so that a second name of it would keep what it has.
+        replaced: the file is only ever replaced as a whole, so that a second name of it would keep what
+            it has.
     """
     with suppress(OSError):  # not there, or not to be looked at: whoever opens it says so
         _check_own(path, os.lstat(path), replaced)
@@ -129,21 +137,29 @@ def _check_own(path: Path, info: os.stat_result, replaced: bool = False) -> None
     elif info.st_nlink > 1 and not replaced:
         what = "is a file that has other names too (hard links)"
     if what:
-        raise UserError(f"{path} {what}, and would be written to", f"look at it, and remove it: rm {quoted(path)}")
+        raise UserError(
+            f"{path} {what}, and would be written to", f"look at it, and remove it: rm {quoted(path)}"
+        )
 
 
 def check_inner(root: Path, *names: str) -> Path:
-    """root/name/..., whether it is there or not. `root` may be a link. Raises UserError where a folder below it is one."""
+    """root/name/..., whether it is there or not. `root` may be a link. Raises UserError where a folder below
+    it is one.
+    """
     folder = root
     for name in names:
         folder = folder / name
         if folder.is_symlink():
-            raise UserError(f"{folder} is a link to another place, and would be written to", f"remove it: rm {quoted(folder)}")
+            raise UserError(
+                f"{folder} is a link to another place, and would be written to",
+                f"remove it: rm {quoted(folder)}",
+            )
     return folder
 
 
 def inner_folder(root: Path, *names: str) -> Path:
-    """root/name/..., each folder below `root` made where it is missing. `root` may be a link, those below may not.
+    """root/name/..., each folder below `root` made where it is missing. `root` may be a link, those below may
+    not.
 
     Raises:
         UserError: one of them is a link.
@@ -156,34 +172,46 @@ def inner_folder(root: Path, *names: str) -> Path:
     return folder
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
+# ---- reading
+# ---------------------------------------------------------------------------------------------------------
 
 
 def check_regular(path: str | Path, limit: int = LARGE) -> int:
-    """Size in bytes of a regular file, links followed. Raises UserError where it is none, is larger than `limit` or not there."""
+    """Size in bytes of a regular file, links followed. Raises UserError where it is none, is larger than
+    `limit` or not there.
+    """
     try:
         info = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise UserError(
-            f"cannot read {path} ({getattr(error, 'strerror', None) or error})", "give the path of a file that is there"
+            f"cannot read {path} ({getattr(error, 'strerror', None) or error})",
+            "give the path of a file that is there",
         ) from error
     if not stat.S_ISREG(info.st_mode):
         raise UserError(f"{path} is not a regular file", "give a file")
     if info.st_size > limit:
-        raise UserError(f"{path} has {info.st_size:,} bytes, more than {limit:,}", "give the file that was written under this name")
+        raise UserError(
+            f"{path} has {info.st_size:,} bytes, more than {limit:,}",
+            "give the file that was written under this name",
+        )
     return info.st_size
 
 
 def read_bytes(path: str | Path, limit: int = SMALL) -> bytes:
-    """All of a regular file of at most `limit` bytes; links are followed. Raises UserError, also where it is not there."""
+    """All of a regular file of at most `limit` bytes; links are followed. Raises UserError, also where it is
+    not there.
+    """
     check_regular(path, limit)
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # a pipe by now: no waiting
+        # a pipe by now: no waiting
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             data = file.read(limit + 1)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})", "see to its permissions") from error
     if len(data) > limit:  # it grew
-        raise UserError(f"{path} has more than {limit:,} bytes", "give the file that was written under this name")
+        raise UserError(
+            f"{path} has more than {limit:,} bytes", "give the file that was written under this name"
+        )
     return data
 
 
@@ -192,19 +220,28 @@ def read_text(path: str | Path, limit: int = SMALL) -> str:
     try:
         return read_bytes(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file", "give the file that was written under this name") from error
+        raise UserError(
+            f"{path} is not a text file", "give the file that was written under this name"
+        ) from error
 
 
 def read_json(path: str | Path, limit: int = SMALL) -> Any:
-    """What a JSON file holds; NaN and Infinity, which JSON does not have, are errors as all else that is not JSON. Raises UserError."""
+    """What a JSON file holds; NaN and Infinity, which JSON does not have, are errors as all else that is not
+    JSON. Raises UserError.
+    """
     try:
         return parse_json(read_text(path, limit))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({type(error).__name__}: {error})", "give the file that was written there") from error
+        raise UserError(
+            f"{path} is not valid JSON ({type(error).__name__}: {error})",
+            "give the file that was written there",
+        ) from error
 
 
 def parse_json(text: str) -> Any:
-    """`json.loads` without NaN and Infinity. Raises ValueError, or RecursionError where it is nested thousands deep."""
+    """`json.loads` without NaN and Infinity. Raises ValueError, or RecursionError where it is nested
+    thousands deep.
+    """
     return json.loads(text, parse_constant=_no_number)
 
 

@@ -1,8 +1,9 @@
-"""What is remembered of every sample: its two score terms, how sure they are, when it was scored, how often it was trained.
+"""What is remembered of every sample: its two score terms, how sure they are, when it was scored, how often
+it was trained.
 
-The score of one forward pass is mostly noise: which crops were drawn and who else was in the batch. Two remedies stand here,
-both off by default: a running mean over epochs (`ema`), and the regression of the terms on the augmentation that was drawn
-(`adjust`). Letters: N samples, B batch, F draw features.
+The score of one forward pass is mostly noise: which crops were drawn and who else was in the batch. Two
+remedies stand here, both off by default: a running mean over epochs (`ema`), and the regression of the terms
+on the augmentation that was drawn (`adjust`). Letters: N samples, B batch, F draw features.
 """
 
 import torch
@@ -18,7 +19,8 @@ RIDGE = 1e-3  # of the mean diagonal of its moments
 def draw_features(params_a: ViewParams, params_b: ViewParams, image_size: int) -> Tensor:
     """How hard the augmentation made it for the two views of a sample to look alike: (B, F) float32.
 
-    Sizes and overlap of the crops, and how far the colour changes differ; what a view does not undergo counts as no change.
+    Sizes and overlap of the crops, and how far the colour changes differ; what a view does not undergo counts
+    as no change.
     """
     boxes = [(p.top, p.left, p.top + p.height, p.left + p.width) for p in (params_a, params_b)]
     tall = torch.minimum(boxes[0][2], boxes[1][2]) - torch.maximum(boxes[0][0], boxes[1][0])
@@ -61,31 +63,48 @@ class ScoreState:
 
     Args:
         num_samples: N.
-        ema: weight of a new observation in the running means, in (0, 1]; 1 keeps the last observation only, the paper's way.
-            Bias-corrected: the n-th observation weighs ema / (1 - (1 - ema)^n), so the second one counts half and more.
-        adjust: store what the draw of the augmentation and the state of the network do not explain, see `adjusted`.
+        ema: weight of a new observation in the running means, in (0, 1]; 1 keeps the last observation
+            only, the paper's way. Bias-corrected: the n-th observation weighs ema / (1 - (1 - ema)^n), so the
+            second one counts half and more.
+        adjust: store what the draw of the augmentation and the state of the network do not explain, see
+            `adjusted`.
         device: where the tensors live.
         shrink: needs `adjust`; see `expected`.
     """
 
-    PER_SAMPLE = ("last", "terms", "variance", "times_scored", "scored_epoch", "times_trained", "trained_epoch")
+    PER_SAMPLE = (
+        "last",
+        "terms",
+        "variance",
+        "times_scored",
+        "scored_epoch",
+        "times_trained",
+        "trained_epoch",
+    )
     REGRESSION = ("gram", "cross", "recall")
 
-    def __init__(self, num_samples: int, ema: float, adjust: bool, device: torch.device, shrink: bool = False) -> None:
+    def __init__(
+        self, num_samples: int, ema: float, adjust: bool, device: torch.device, shrink: bool = False
+    ) -> None:
         assert 0 < ema <= 1, ema
         self.ema, self.adjust, self.shrink = ema, adjust, shrink
         counter = torch.zeros(num_samples, dtype=torch.int32, device=device)
-        self.last = torch.full((2, num_samples), torch.inf, device=device)  # loss and memory term as last seen; +inf = never scored
+        # loss and memory term as last seen; +inf = never scored
+        self.last = torch.full((2, num_samples), torch.inf, device=device)
         self.terms = self.last.clone()  # their running means, adjusted where asked: what ranks
         self.variance = torch.zeros(num_samples, device=device)  # running variance of the loss
         self.times_scored, self.times_trained = counter, counter.clone()
         self.scored_epoch, self.trained_epoch = counter - 1, counter - 1  # -1 = never
         self.gram = torch.zeros(NUM_DRAW_FEATURES, NUM_DRAW_FEATURES, device=device)
         self.cross = torch.zeros(NUM_DRAW_FEATURES, 2, device=device)
-        self.recall = torch.zeros(2, 2, device=device)  # of the running means with what is then seen: covariance, variance; by term
+        # of the running means with what is then seen: covariance, variance; by term
+        self.recall = torch.zeros(2, 2, device=device)
 
-    def observe(self, index: Tensor, terms: Tensor, draw: Tensor | None, epoch: int, good: Tensor | None = None) -> None:
-        """Take in the terms (2, B) of the samples `index` (B,), seen with the network of `epoch`. Reads nothing from the device.
+    def observe(
+        self, index: Tensor, terms: Tensor, draw: Tensor | None, epoch: int, good: Tensor | None = None
+    ) -> None:
+        """Take in the terms (2, B) of the samples `index` (B,), seen with the network of `epoch`. Reads
+        nothing from the device.
 
         Args:
             draw: (B, F) of `draw_features`, needed where `adjust`.
@@ -107,11 +126,15 @@ class ScoreState:
         step = terms - torch.where(first, terms, before)
         # lerp at 1 is the new value to the bit
         self.terms[:, index] = torch.lerp(torch.where(first, terms, before), terms, rate.expand_as(terms))
-        self.variance[index] = torch.where(first, 0.0, (1 - rate) * self.variance[index] + rate * step[0].square())
+        self.variance[index] = torch.where(
+            first, 0.0, (1 - rate) * self.variance[index] + rate * step[0].square()
+        )
         self.times_scored[index] = times
         self.scored_epoch[index] = epoch
 
-    def _observe_where(self, good: Tensor, index: Tensor, terms: Tensor, draw: Tensor | None, epoch: int) -> None:
+    def _observe_where(
+        self, good: Tensor, index: Tensor, terms: Tensor, draw: Tensor | None, epoch: int
+    ) -> None:
         """`observe`, then back again where not `good`: a branch would wait for the device."""
         names = ("last", "terms", "variance", "times_scored", "scored_epoch")
         before = {name: getattr(self, name)[..., index] for name in names}
@@ -125,10 +148,14 @@ class ScoreState:
     def count_trained(self, index: Tensor, epoch: int, good: Tensor | bool = True) -> None:
         """Note that the samples `index` were trained on in `epoch`, where `good`."""
         self.times_trained[index] += good
-        self.trained_epoch[index] = torch.where(torch.as_tensor(good, device=index.device), epoch, self.trained_epoch[index])
+        self.trained_epoch[index] = torch.where(
+            torch.as_tensor(good, device=index.device), epoch, self.trained_epoch[index]
+        )
 
     def _learn(self, terms: Tensor, draw: Tensor) -> None:
-        """Moments of the running regression; a batch loses its influence over the next FORGET / (1 - FORGET) ones."""
+        """Moments of the running regression; a batch loses its influence over the next FORGET / (1 - FORGET)
+        ones.
+        """
         x, y = draw - draw.mean(0), terms.T - terms.mean(1)
         self.gram = FORGET * self.gram + x.T @ x
         self.cross = FORGET * self.cross + x.T @ y
@@ -138,15 +165,18 @@ class ScoreState:
         known = (self.times_scored[index] > 0).float()
         before = torch.where(known > 0, self.terms[:, index], 0.0)
         number = known.sum().clamp(min=1)
-        before, now = ((value - (value * known).sum(1, keepdim=True) / number) * known for value in (before, terms))
+        before, now = (
+            (value - (value * known).sum(1, keepdim=True) / number) * known for value in (before, terms)
+        )
         self.recall = FORGET * self.recall + torch.stack([(before * now).sum(1), before.square().sum(1)])
 
     def expected(self, index: Tensor, draw: Tensor) -> Tensor:
         """The terms (2, B) that the samples `index` (B,) will have under a draw (B, F), up to a constant.
 
-        The running mean of a sample is mostly noise. Where `shrink`, it counts for as much as it was found to tell: times the slope of
-        what was seen on what was remembered (Kelley 1927, the estimate of a true score). Only the samples trained on are seen again,
-        and choosing them by what is remembered does not bias a slope on it.
+        The running mean of a sample is mostly noise. Where `shrink`, it counts for as much as it was found to
+        tell: times the slope of what was seen on what was remembered (Kelley 1927, the estimate of a true
+        score). Only the samples trained on are seen again, and choosing them by what is remembered does not
+        bias a slope on it.
         """
         terms = self.terms[:, index]
         if self.shrink:
@@ -159,10 +189,12 @@ class ScoreState:
         return torch.where(variance > 0, covariance / variance, 0.0)
 
     def adjusted(self, index: Tensor, terms: Tensor, draw: Tensor) -> Tensor:
-        """The terms (2, B) without what the draw explains and without the level of the network's present state.
+        """The terms (2, B) without what the draw explains and without the level of the network's present
+        state.
 
-        The draw's share is a ridge regression over the last batches. The level is taken where the batch as a whole stands
-        against its own history, so that a batch of easy samples stays easy and an old score can be compared with a new one.
+        The draw's share is a ridge regression over the last batches. The level is taken where the batch as a
+        whole stands against its own history, so that a batch of easy samples stays easy and an old score can
+        be compared with a new one.
         """
         residual = terms - self.explained(draw - draw.mean(0))
         history = torch.where(self.times_scored[index] > 0, self.terms[:, index], 0.0)
@@ -170,8 +202,11 @@ class ScoreState:
 
     def explained(self, draw: Tensor) -> Tensor:
         """What the regression expects a draw (B, F) to add to the terms, up to a constant: (2, B)."""
-        ridge = (RIDGE * self.gram.diagonal().mean()).clamp(min=1e-12) * torch.eye(NUM_DRAW_FEATURES, device=draw.device)
-        weights = torch.linalg.solve_ex(self.gram + ridge, self.cross).result  # (F, 2); solve() would wait for a GPU to check
+        ridge = (RIDGE * self.gram.diagonal().mean()).clamp(min=1e-12) * torch.eye(
+            NUM_DRAW_FEATURES, device=draw.device
+        )
+        # (F, 2); solve() would wait for a GPU to check
+        weights = torch.linalg.solve_ex(self.gram + ridge, self.cross).result
         return (draw @ weights).T
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -1,4 +1,5 @@
-"""The supervised variant of EMP (arXiv 2408.16031): a classifier, its per-sample loss, and the entropy that stands for memory.
+"""The supervised variant of EMP (arXiv 2408.16031): a classifier, its per-sample loss, and the entropy that
+stands for memory.
 
 Letters: B images, M views, D features, C classes.
 """
@@ -41,15 +42,17 @@ def prediction_entropy(logits: Tensor) -> Tensor:
     A class of logit -inf adds nothing; NaN stays NaN, so that a sick network is noticed.
     """
     log_p = _wide(logits).log_softmax(1)
-    return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(1)  # the clamp makes 0 log 0 zero, not NaN
+    # the clamp makes 0 log 0 zero, not NaN
+    return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(1)
 
 
 def emp_supervised_score(loss: Tensor, logits: Tensor, beta: float) -> Tensor:
-    """EMP's score for supervised training: L + beta * H(softmax(logits)), the paper's rule; the highest are kept.
+    """EMP's score for supervised training: L + beta * H(softmax(logits)), the paper's rule; the highest are
+    kept.
 
-    From two stored terms, loss and `prediction_entropy`, it is `terms[0] + beta * terms[1]`: plus, where the rule for SimCLR
-    subtracts its distance. Entropy favours the uncertain, so a wrong label that the network confidently contradicts
-    ranks lower than by its loss alone.
+    From two stored terms, loss and `prediction_entropy`, it is `terms[0] + beta * terms[1]`: plus, where the
+    rule for SimCLR subtracts its distance. Entropy favours the uncertain, so a wrong label that the network
+    confidently contradicts ranks lower than by its loss alone.
 
     Args:
         loss: (B,) per-sample loss as trained, nats.

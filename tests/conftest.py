@@ -16,15 +16,19 @@ import torch
 from PIL import Image
 
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-    if signal.getsignal(number) == signal.SIG_IGN:  # a shell's background job, or nohup: the tests and their children would inherit it
+    # a shell's background job, or nohup: the tests and their children would inherit it
+    if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)  # no clock and no luck decides
 hypothesis.settings.load_profile("suite")
-torch.set_num_threads(1)  # small tensors: a second thread costs more than it brings, and bit-exact comparisons need one number
+# small tensors: a second thread costs more than it brings, and bit-exact comparisons need one number
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every row of the fault matrix starts processes of its own: `make test-whole`, and the long ones `make faults`."""
+    """Every row of the fault matrix starts processes of its own: `make test-whole`, and the long ones `make
+    faults`.
+    """
     for item in items:
         if item.path.parent.name == "faults":
             item.add_marker(pytest.mark.whole)
@@ -32,17 +36,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def same_world() -> Iterator[None]:
-    """Every test begins with the same random numbers, and leaves the process as it found it: their order does not matter."""
+    """Every test begins with the same random numbers, and leaves the process as it found it: their order does
+    not matter.
+    """
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
 
     def world() -> dict[str, object]:
-        # what importing scikit-learn, torch._inductor and lightly sets is theirs; evaluate.py sets what guards the loading of weights
+        # what importing scikit-learn, torch._inductor and lightly sets is theirs; evaluate.py sets what
+        # guards the loading of weights
         theirs = ("PYTEST_", "KMP_", "TORCHINDUCTOR_", "PYTORCH_NVML_", "TORCH_FORCE_WEIGHTS_ONLY_LOAD")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
-        modes = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled())
-        return {"directory": os.getcwd(), "environment": environment, "threads": torch.get_num_threads(), "modes": modes}
+        modes = (
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            torch.are_deterministic_algorithms_enabled(),
+        )
+        return {
+            "directory": os.getcwd(),
+            "environment": environment,
+            "threads": torch.get_num_threads(),
+            "modes": modes,
+        }
 
     before = world()
     yield
@@ -60,12 +76,16 @@ def write_parquet(path: Path, images: list[bytes], labels: list[int] | None) -> 
     """A file in the Hugging Face layout."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = {"image": pa.array([{"bytes": data, "path": None} for data in images])}
-    pq.write_table(pa.table(columns | ({} if labels is None else {"label": pa.array(labels, pa.int64())})), path)
+    pq.write_table(
+        pa.table(columns | ({} if labels is None else {"label": pa.array(labels, pa.int64())})), path
+    )
     return path
 
 
 def striped_images(count: int, size: int = 16, seed: int = 0) -> tuple[list[bytes], list[int]]:
-    """Images of four classes (direction and colour of stripes) with noise, so that there is something to learn."""
+    """Images of four classes (direction and colour of stripes) with noise, so that there is something to
+    learn.
+    """
     rng = np.random.default_rng(seed)
     rows, cols = np.mgrid[:size, :size]
     images, labels = [], []
@@ -106,7 +126,7 @@ Pretrain = Callable[..., Path]
 @pytest.fixture
 def pretrain_run(tiny_config: Path, tmp_path: Path) -> Pretrain:
     """Run pretrain.py's main on the tiny config with overrides, expect success, give the run directory."""
-    from pretrain import main
+    from ssl_emp.commands.pretrain import main
 
     def run(name: str, *overrides: str) -> Path:
         out = tmp_path / name

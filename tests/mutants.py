@@ -1,5 +1,5 @@
-"""Does the suite notice? Each mutant is one wrong line of the kind that costs a run in silence; a copy of the tree gets it, and the
-named tests must fail there, after they passed without it.
+"""Does the suite notice? Each mutant is one wrong line of the kind that costs a run in silence; a copy of the
+tree gets it, and the named tests must fail there, after they passed without it.
 
     python tests/mutants.py            # all of them, some minutes; exit code 1 where one survives
     python tests/mutants.py 3 7        # these
@@ -39,7 +39,7 @@ MUTANTS = [
     ),
     Mutant(
         "features of the cache are those of other images",
-        "evaluate.py",
+        "ssl_emp/commands/evaluate.py",
         "{state_hash(encoder)} {images.content['pixels']} {how}",
         "{state_hash(encoder)} {how}",
         "tests/test_cache_keys.py -k features",
@@ -60,21 +60,21 @@ MUTANTS = [
     ),
     Mutant(
         "gradients are not summed over the ranks",
-        "ssl_emp/ranks.py",
+        "ssl_emp/run/ranks.py",
         "        if self.world_size == 1:\n            return model\n",
         "        return model\n",
         "tests/test_ranks.py -k step_of_several",
     ),
     Mutant(
         "BatchNorm of the own part of the batch",
-        "ssl_emp/ranks.py",
+        "ssl_emp/run/ranks.py",
         "mean = centres.mean(0)",
         "mean = centre",
         "tests/test_ranks.py -k step_of_several",
     ),
     Mutant(
         "ranks do not compare their kept lists",
-        "ssl_emp/ranks.py",
+        "ssl_emp/run/ranks.py",
         "        if differing:\n            raise RunFailed(",
         "        if False:\n            raise RunFailed(",
         "tests/test_ranks.py -k disagree",
@@ -90,48 +90,60 @@ MUTANTS = [
     Mutant(
         "every epoch draws the same views",
         "ssl_emp/passes.py",
-        "params = draw_params(config.seed, epoch, torch.zeros_like(index) if common_draw else index, recipe, side)",
-        "params = draw_params(config.seed, 0, torch.zeros_like(index) if common_draw else index, recipe, side)",
+        (
+            "params = draw_params(config.seed, epoch, torch.zeros_like(index) if common_draw else "
+            "index, recipe, side)"
+        ),
+        (
+            "params = draw_params(config.seed, 0, torch.zeros_like(index) if common_draw else index, "
+            "recipe, side)"
+        ),
         "tests/test_pretrain.py -k views_that_are_foreseen",
     ),
     Mutant(
         "a resumed run draws its batches anew in the midst of an epoch",
-        "pretrain.py",
+        "ssl_emp/commands/pretrain.py",
         "        if step_in_epoch:\n            batches, weight",
         "        if False:\n            batches, weight",
         "tests/test_pretrain.py -k resume_equals",
     ),
     Mutant(
         "the learning-rate schedule begins again after a resume",
-        "pretrain.py",
-        'start, step_in_epoch, step, seconds = state["epoch"], state["step_in_epoch"], state["step"], dict(state["seconds"])',
-        'start, step_in_epoch, step, seconds = state["epoch"], state["step_in_epoch"], 0, dict(state["seconds"])',
+        "ssl_emp/commands/pretrain.py",
+        (
+            'start, step_in_epoch, step, seconds = state["epoch"], state["step_in_epoch"], '
+            'state["step"], dict(state["seconds"])'
+        ),
+        (
+            'start, step_in_epoch, step, seconds = state["epoch"], state["step_in_epoch"], 0, '
+            'dict(state["seconds"])'
+        ),
         "tests/test_pretrain.py -k resume_equals",
     ),
     Mutant(
         "scores are lost on resume",
-        "pretrain.py",
+        "ssl_emp/commands/pretrain.py",
         '        scores.load_state_dict(state["scores"])\n',
         "",
         "tests/test_pretrain.py -k resume_equals",
     ),
     Mutant(
         "momentum is lost on resume",
-        "pretrain.py",
+        "ssl_emp/commands/pretrain.py",
         '        optimizer.load_state_dict(state["optimizer"])\n',
         "",
         "tests/test_pretrain.py -k resume_equals",
     ),
     Mutant(
         "a bad step moves BatchNorm",
-        "pretrain.py",
+        "ssl_emp/commands/pretrain.py",
         "                restore_unless(good, buffers, kept_buffers)\n",
         "",
         "tests/faults/test_numerics_matrix.py -k changes_nothing",
     ),
     Mutant(
         "a bad step is scored and counted",
-        "pretrain.py",
+        "ssl_emp/commands/pretrain.py",
         "scores.count_trained(batches[step_in_epoch], epoch, good)",
         "scores.count_trained(batches[step_in_epoch], epoch)",
         "tests/faults/test_numerics_matrix.py -k changes_nothing",
@@ -159,21 +171,21 @@ MUTANTS = [
     ),
     Mutant(
         "a checkpoint's hash is not looked at",
-        "ssl_emp/checkpoint.py",
+        "ssl_emp/run/checkpoint.py",
         "_sha256(path) not in",
         "False and _sha256(path) not in",
         "tests/test_checkpoint.py -k damaged_checkpoint",
     ),
     Mutant(
         "a checkpoint may hold code",
-        "ssl_emp/checkpoint.py",
+        "ssl_emp/run/checkpoint.py",
         'map_location="cpu", weights_only=True',
         'map_location="cpu", weights_only=False',
         "tests/test_checkpoint.py -k pickle",
     ),
     Mutant(
         "a checkpoint has its name before it is on disk",
-        "ssl_emp/checkpoint.py",
+        "ssl_emp/run/checkpoint.py",
         "            os.fsync(file.fileno())\n",
         "",
         "tests/test_checkpoint.py -k put_on_disk",
@@ -183,10 +195,23 @@ MUTANTS = [
 
 def passes(tree: Path, mutant: Mutant) -> bool:
     """Whether the mutant's tests pass in `tree`."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", mutant.marker, *mutant.tests.split()]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        mutant.marker,
+        *mutant.tests.split(),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode in (0, 1), f"{mutant.what}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    assert done.returncode in (0, 1), (
+        f"{mutant.what}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    )
     return done.returncode == 0
 
 
@@ -195,12 +220,18 @@ def main() -> int:
     killed, began, sound = 0, time.monotonic(), set[str]()
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "runs", ".*_cache", "__pycache__", "results"))
+        shutil.copytree(
+            ROOT,
+            tree,
+            ignore=shutil.ignore_patterns(".git", ".venv", "runs", ".*_cache", "__pycache__", "results"),
+        )
         for number in wanted:
             mutant = MUTANTS[number - 1]
             path = tree / mutant.file
             right = path.read_text()
-            assert right.count(mutant.right) == 1, f"{mutant.file} has {right.count(mutant.right)} times: {mutant.right}"
+            assert right.count(mutant.right) == 1, (
+                f"{mutant.file} has {right.count(mutant.right)} times: {mutant.right}"
+            )
             if mutant.tests not in sound:
                 assert passes(tree, mutant), f"{mutant.tests} fails without the mutant"
                 sound.add(mutant.tests)
@@ -208,7 +239,10 @@ def main() -> int:
             survived = passes(tree, mutant)
             path.write_text(right)
             killed += not survived
-            print(f"{number:2d} {'SURVIVED' if survived else 'killed  '} {mutant.what} ({mutant.tests})", flush=True)
+            print(
+                f"{number:2d} {'SURVIVED' if survived else 'killed  '} {mutant.what} ({mutant.tests})",
+                flush=True,
+            )
     print(f"{killed} of {len(wanted)} mutants killed in {time.monotonic() - began:.0f} s")
     return int(killed < len(wanted))
 

@@ -1,4 +1,6 @@
-"""Augmentation against torchvision: the same explicit parameters, one sample and one op at a time, on float tensors."""
+"""Augmentation against torchvision: the same explicit parameters, one sample and one op at a time, on float
+tensors.
+"""
 
 import math
 from typing import Any
@@ -12,12 +14,26 @@ from torchvision.transforms import ColorJitter, RandomResizedCrop
 from ssl_emp import augment
 from ssl_emp.augment import Recipe, ViewParams, cut_views, draw_params, grid_of_views, two_views
 
-PLAIN: dict[str, Any] = {"flip_prob": 0.0, "jitter_prob": 0.0, "gray_prob": 0.0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-EVERYTHING: dict[str, Any] = {"blur_prob": 0.5, "hue": 0.2, "brightness": 0.8, "contrast": 0.8, "saturation": 0.8}
+PLAIN: dict[str, Any] = {
+    "flip_prob": 0.0,
+    "jitter_prob": 0.0,
+    "gray_prob": 0.0,
+    "mean": (0.0, 0.0, 0.0),
+    "std": (1.0, 1.0, 1.0),
+}
+EVERYTHING: dict[str, Any] = {
+    "blur_prob": 0.5,
+    "hue": 0.2,
+    "brightness": 0.8,
+    "contrast": 0.8,
+    "saturation": 0.8,
+}
 
 
 def photos(count: int, height: int, width: int | None = None, seed: int = 0) -> Tensor:
-    """(count, 3, H, W) uint8: smooth colour gradients, hard edges, noise, and patches of black, white and grey."""
+    """(count, 3, H, W) uint8: smooth colour gradients, hard edges, noise, and patches of black, white and
+    grey.
+    """
     width = width or height
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 4, 4, generator=generator)
@@ -30,7 +46,9 @@ def photos(count: int, height: int, width: int | None = None, seed: int = 0) -> 
     return (images.clamp(0, 1) * 255).round().byte()
 
 
-def views_of(images: Tensor, recipe: Recipe, seed: int = 0, epoch: int = 0) -> tuple[tuple[Tensor, Tensor], tuple[ViewParams, ViewParams]]:
+def views_of(
+    images: Tensor, recipe: Recipe, seed: int = 0, epoch: int = 0
+) -> tuple[tuple[Tensor, Tensor], tuple[ViewParams, ViewParams]]:
     height, width = images.shape[2:]
     params = draw_params(seed, epoch, torch.arange(len(images)), recipe, (height, width))
     return two_views(images, params, recipe), params
@@ -72,7 +90,9 @@ def oracle_view(image: Tensor, p: ViewParams, recipe: Recipe) -> Tensor:
 
 def errors_against_oracle(images: Tensor, recipe: Recipe, seed: int = 0) -> Tensor:
     views, params = views_of(images, recipe, seed)
-    expected = [torch.stack([oracle_view(image, row(p, i), recipe) for i, image in enumerate(images)]) for p in params]
+    expected = [
+        torch.stack([oracle_view(image, row(p, i), recipe) for i, image in enumerate(images)]) for p in params
+    ]
     return (torch.stack(views) - torch.stack(expected)).abs()
 
 
@@ -128,8 +148,12 @@ def test_padded_crop_is_torchvisions_to_the_bit(size: int, padding: int, count: 
             assert torch.equal(view[i], expected * torch.tensor(1 / 255))
 
 
-@pytest.mark.parametrize("size, padding, image_size", [(32, 4, 28), (28, 4, 32), (32, 4, (32, 40)), (8, 8, 8)])
-def test_padded_crops_need_images_of_the_views_size(size: int, padding: int, image_size: int | tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    "size, padding, image_size", [(32, 4, 28), (28, 4, 32), (32, 4, (32, 40)), (8, 8, 8)]
+)
+def test_padded_crops_need_images_of_the_views_size(
+    size: int, padding: int, image_size: int | tuple[int, int]
+) -> None:
     with pytest.raises(AssertionError, match="cannot cut"):
         draw_params(0, 0, torch.arange(2), Recipe(size, crop_padding=padding), image_size)
 
@@ -148,11 +172,15 @@ def test_one_colour_op(op: str) -> None:
 
 
 def test_colour_ops_in_every_order() -> None:
-    recipe = Recipe(16, **(PLAIN | {"jitter_prob": 1.0, "hue": 0.5, "brightness": 0.9, "contrast": 0.9, "saturation": 0.9}))
+    recipe = Recipe(
+        16,
+        **(PLAIN | {"jitter_prob": 1.0, "hue": 0.5, "brightness": 0.9, "contrast": 0.9, "saturation": 0.9}),
+    )
     images = photos(80, 16)
     _, (a, b) = views_of(images, recipe)
     assert len(set(map(tuple, torch.cat([a.order, b.order]).tolist()))) == 24
-    assert errors_against_oracle(images, recipe).max() < 3e-5  # four ops' rounding, magnified by factors up to 1.9
+    # four ops' rounding, magnified by factors up to 1.9
+    assert errors_against_oracle(images, recipe).max() < 3e-5
 
 
 @pytest.mark.parametrize("size", [8, 32, 64])
@@ -177,7 +205,9 @@ def test_gray_and_solarize(prob: str) -> None:
     assert errors_against_oracle(photos(64, 32), recipe).max() < 1e-6
 
 
-@pytest.mark.parametrize("height, width, size, count", [(32, 32, 32, 48), (48, 80, 64, 16), (256, 256, 224, 1)])
+@pytest.mark.parametrize(
+    "height, width, size, count", [(32, 32, 32, 48), (48, 80, 64, 16), (256, 256, 224, 1)]
+)
 def test_full_chain(height: int, width: int, size: int, count: int) -> None:
     recipe = Recipe(size, **EVERYTHING)
     errors = errors_against_oracle(photos(count, height, width), recipe)
@@ -193,7 +223,8 @@ def test_full_chain_after_a_padded_crop() -> None:
 def test_full_chain_with_solarize() -> None:
     recipe = Recipe(32, solarize_prob=0.5, **EVERYTHING)
     errors = errors_against_oracle(photos(32, 32), recipe)
-    assert (errors > 5e-4).double().mean() < 1e-3  # a rounding error at 0.5 turns into a jump: rare pixels only
+    # a rounding error at 0.5 turns into a jump: rare pixels only
+    assert (errors > 5e-4).double().mean() < 1e-3
 
 
 def test_nothing_random_is_the_identity() -> None:
@@ -235,13 +266,18 @@ def test_a_view_does_not_depend_on_its_batch() -> None:
     ):
         params = draw_params(7, 3, index[part], recipe, 32)
         for view, expected in zip(two_views(images[part], params, recipe), whole, strict=True):
-            # parameters are equal bit for bit (below); the mean grey of an image may be summed in another order
+            # parameters are equal bit for bit (below); the mean grey of an image may be summed in another
+            # order
             torch.testing.assert_close(view, expected[part], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("crop_padding", [0, 4])
 def test_any_number_of_views(crop_padding: int) -> None:
-    recipe, images, index = Recipe(32, crop_padding=crop_padding, **EVERYTHING), photos(16, 32), torch.arange(16)
+    recipe, images, index = (
+        Recipe(32, crop_padding=crop_padding, **EVERYTHING),
+        photos(16, 32),
+        torch.arange(16),
+    )
     params = draw_params(0, 0, index, recipe, 32) + draw_params(0, 1, index, recipe, 32)
     four = cut_views(images, params, recipe)
     pairs = [*two_views(images, params[:2], recipe), *two_views(images, params[2:], recipe)]
@@ -249,7 +285,8 @@ def test_any_number_of_views(crop_padding: int) -> None:
         (alone,) = cut_views(images, params[i : i + 1], recipe)
         assert alone.shape == (16, 3, 32, 32) and alone.is_contiguous()
         for other in (view, alone):
-            torch.testing.assert_close(other, expected, rtol=0, atol=1e-5)  # the mean grey may be summed in another order
+            # the mean grey may be summed in another order
+            torch.testing.assert_close(other, expected, rtol=0, atol=1e-5)
 
 
 def test_two_views_differ() -> None:
@@ -279,7 +316,9 @@ def test_inputs_are_left_alone() -> None:
     copies = images.clone(), [[field.clone() for field in p] for p in params]
     first, second = two_views(images, params, recipe), two_views(images, params, recipe)
     assert torch.equal(images, copies[0])
-    assert all(torch.equal(x, y) for p, q in zip(params, copies[1], strict=True) for x, y in zip(p, q, strict=True))
+    assert all(
+        torch.equal(x, y) for p, q in zip(params, copies[1], strict=True) for x, y in zip(p, q, strict=True)
+    )
     assert torch.equal(torch.stack(first), torch.stack(second))
 
 
@@ -322,14 +361,18 @@ def gap(ours: Tensor, theirs: Tensor) -> float:
         (20, 60, (0.5, 0.9), (0.5, 2.0)),  # half of the tries do not fit
     ],
 )
-def test_crop_boxes_are_torchvisions(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]) -> None:
+def test_crop_boxes_are_torchvisions(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> None:
     n = 4000
     recipe = Recipe(32, crop_scale=scale, crop_ratio=ratio)
     a, b = draw_params(0, 0, torch.arange(n), recipe, (height, width))
     image = torch.empty(3, height, width)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        theirs = torch.tensor([RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(n)])
+        theirs = torch.tensor(
+            [RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(n)]
+        )
     top, left, box_height, box_width = theirs.unbind(1)
     for p in (a, b):
         assert ((p.top >= 0) & (p.left >= 0) & (p.height > 0) & (p.width > 0)).all()
@@ -347,14 +390,20 @@ def test_padded_crops_are_uniform_over_their_places(padding: int) -> None:
         assert ((p.height == 32) & (p.width == 32)).all()
         offsets = torch.stack([p.top, p.left]) + padding
         assert offsets.min() == 0 and offsets.max() == 2 * padding
-        counts = (offsets[0] * places + offsets[1]).bincount(minlength=places**2)  # both at once: they are independent
+        # both at once: they are independent
+        counts = (offsets[0] * places + offsets[1]).bincount(minlength=places**2)
         expected, freedom = n / places**2, places**2 - 1
-        assert ((counts - expected) ** 2 / expected).sum() < freedom + 5 * math.sqrt(2 * freedom)  # chi-square
+        # chi-square
+        assert ((counts - expected) ** 2 / expected).sum() < freedom + 5 * math.sqrt(2 * freedom)
 
 
 def test_padding_leaves_all_other_draws() -> None:
     index = torch.arange(100)
-    for p, q in zip(draw_params(0, 0, index, Recipe(32), 32), draw_params(0, 0, index, Recipe(32, crop_padding=4), 32), strict=True):
+    for p, q in zip(
+        draw_params(0, 0, index, Recipe(32), 32),
+        draw_params(0, 0, index, Recipe(32, crop_padding=4), 32),
+        strict=True,
+    ):
         assert not torch.equal(p.top, q.top)
         assert all(torch.equal(x, y) for x, y in zip(p[4:], q[4:], strict=True))
 
@@ -373,10 +422,15 @@ def test_colour_draws_are_torchvisions() -> None:
     jitter = ColorJitter(0.4, 1.5, 0.8, 0.2)  # contrast: factors from max(0, 1 - 1.5)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        drawn = [jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) for _ in range(n)]
+        drawn = [
+            jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+            for _ in range(n)
+        ]
     theirs = torch.tensor([d[1:] for d in drawn])  # (n, 4)
     for p in draw_params(0, 0, torch.arange(n), recipe, 32):
-        for ours, column in zip((p.brightness, p.contrast, p.saturation, p.hue), theirs.unbind(1), strict=True):
+        for ours, column in zip(
+            (p.brightness, p.contrast, p.saturation, p.hue), theirs.unbind(1), strict=True
+        ):
             assert gap(ours, column) < 1
 
 
@@ -436,7 +490,8 @@ def test_compiles_whole_and_once() -> None:
                 for x, y in zip(p, q, strict=True):
                     torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
             views, plain = cut(images, expected, recipe), two_views(images, expected, recipe)
-            assert ((torch.stack(views) - torch.stack(plain)).abs() > 1e-4).double().mean() < 1e-3  # solarize jumps
+            # solarize jumps
+            assert ((torch.stack(views) - torch.stack(plain)).abs() > 1e-4).double().mean() < 1e-3
 
 
 @pytest.mark.slow

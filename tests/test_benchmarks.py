@@ -1,4 +1,6 @@
-"""The benchmarks: contenders take turns, ratios are those of a round, and each command leaves a well-formed file."""
+"""The benchmarks: contenders take turns, ratios are those of a round, and each command leaves a well-formed
+file.
+"""
 
 import importlib
 import json
@@ -47,7 +49,8 @@ def test_contenders_take_turns() -> None:
 
 
 def test_ratios_are_of_a_round_and_then_the_median() -> None:
-    figures = {"ours": [2.0, 30.0, 4.0], "peer": [1.0, 3.0, 4.0]}  # 2, 10, 1: not the ratio of the medians, 4 / 3
+    # 2, 10, 1: not the ratio of the medians, 4 / 3
+    figures = {"ours": [2.0, 30.0, 4.0], "peer": [1.0, 3.0, 4.0]}
     ratios = [
         Ratio("ours", "peer", goal=1.9),
         Ratio("ours", "peer", goal=2.1, name="strict"),
@@ -56,10 +59,22 @@ def test_ratios_are_of_a_round_and_then_the_median() -> None:
         Ratio("ours", "missing", goal=1.0),
     ]
     result = common.summary(figures, ratios, "images/s")
-    assert result["contenders"]["ours"] == {"median": 4.0, "min": 2.0, "max": 30.0, "rounds": [2.0, 30.0, 4.0]}
-    assert list(result["ratios"]) == ["ours / peer", "strict", "share of 4", "peer"], "a peer that was not measured has no ratio"
+    assert result["contenders"]["ours"] == {
+        "median": 4.0,
+        "min": 2.0,
+        "max": 30.0,
+        "rounds": [2.0, 30.0, 4.0],
+    }
+    assert list(result["ratios"]) == ["ours / peer", "strict", "share of 4", "peer"], (
+        "a peer that was not measured has no ratio"
+    )
     plain = result["ratios"]["ours / peer"]
-    assert (plain["median"], plain["min"], plain["max"], plain["rounds"]) == (2.0, 1.0, 10.0, [2.0, 10.0, 1.0])
+    assert (plain["median"], plain["min"], plain["max"], plain["rounds"]) == (
+        2.0,
+        1.0,
+        10.0,
+        [2.0, 10.0, 1.0],
+    )
     assert result["ratios"]["share of 4"]["rounds"] == [0.5, 2.5, 0.25]
     assert [row["met"] for row in result["ratios"].values()] == [True, False, True, False]
 
@@ -71,17 +86,31 @@ def test_a_quick_run_writes_only_where_it_is_told(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "results").exists()
     common.write("name", payload, common.parse(common.parser("test"), ["--device", "cpu"]))
     result = json.loads((tmp_path / "results" / "name.json").read_text())
-    assert result["cases"] == payload["cases"] and (result["benchmark"], result["quick"], result["repeats"]) == ("name", False, 3)
+    assert result["cases"] == payload["cases"] and (
+        result["benchmark"],
+        result["quick"],
+        result["repeats"],
+    ) == ("name", False, 3)
     environment = result["environment"]
     assert environment["torch"].startswith(torch.__version__.partition("+")[0]) and environment["cores"] >= 1
-    assert environment["gpu"] is None and not any("/" in str(value) for name, value in environment.items() if name != "cpu"), "no path"
+    assert environment["gpu"] is None and not any(
+        "/" in str(value) for name, value in environment.items() if name != "cpu"
+    ), "no path"
 
 
 def test_mistakes_of_the_user_and_failed_contenders() -> None:
     with pytest.raises(UserError, match="--repeats is 0"):
         common.parse(common.parser("test"), ["--repeats", "0"])
     with pytest.raises(UserError, match="ended with 3: the last line. fix: run it by hand"):
-        common.run_python(["-c", "import sys; print('first', file=sys.stderr); print('the last line', file=sys.stderr); sys.exit(3)"])
+        common.run_python(
+            [
+                "-c",
+                (
+                    "import sys; print('first', file=sys.stderr); print('the last line', "
+                    "file=sys.stderr); sys.exit(3)"
+                ),
+            ]
+        )
     assert common.run_python(["-c", "print('out')"]) == "out\n"
 
 
@@ -91,7 +120,10 @@ def test_peak_memory_is_that_of_the_process() -> None:
     little, _ = memory.peak_megabytes([*python, "print(1)"], quick=True)
     much, output = memory.peak_megabytes([*python, "x = b'x' * 500_000_000; print(len(x))"], quick=True)
     assert output == "500000000\n" and little < 50 and 500 < much < 550
-    sleeper = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); print('epoch 1/9', flush=True); time.sleep(60)"
+    sleeper = (
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); print('epoch 1/9', "
+        "flush=True); time.sleep(60)"
+    )
     assert memory.peak_megabytes([*python, sleeper], quick=True, stop_at="epoch 1/")[1] == "epoch 1/9\n"
     with pytest.raises(UserError, match="ended with 0"):
         memory.peak_megabytes([*python, "print('never began')"], quick=True, stop_at="epoch 1/")
@@ -110,13 +142,18 @@ print(common.peak_growth(lambda: torch.ones(100_000_000, dtype=torch.uint8)))
 
 def test_activations_are_counted_once_each() -> None:
     per_view = memory.activation_megabytes(8, 4) / 8
-    assert memory.activation_megabytes(8, 8) / 16 == pytest.approx(per_view, rel=0.02), "they grow with the batch"
-    # stage by stage five convolutions' outputs of 8 x 32 x 32, halving; kept twice: BatchNorm its input, what follows its output
+    assert memory.activation_megabytes(8, 8) / 16 == pytest.approx(per_view, rel=0.02), (
+        "they grow with the batch"
+    )
+    # stage by stage five convolutions' outputs of 8 x 32 x 32, halving; kept twice: BatchNorm its input, what
+    # follows its output
     outputs = 5 * 8 * 32 * 32 * (1 + 1 / 2 + 1 / 4 + 1 / 8)
     assert 1.5 * 4 * outputs / 1e6 < per_view < 2.1 * 4 * outputs / 1e6
 
 
-def test_lightlys_loop_hands_out_two_views(data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lightlys_loop_hands_out_two_views(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lightly_loop, "cores", lambda: 0)  # the loader works in this process
     sizes = ["--width", "8", "--batch-size", "4", "--steps", "2", "--warmup-steps", "1", "--image-size", "16"]
     lightly_loop.main(["--data", str(data), "--device", "cpu", *sizes])
@@ -147,41 +184,77 @@ def test_the_sweeps_are_compared_at_the_same_objective() -> None:
     [
         ("images", True, {"ours / lightly"}),
         pytest.param("augmentation", False, {"ours / lightly", "ours / ours_eager"}, marks=pytest.mark.slow),
-        pytest.param("training", True, {"ours / L", "ours / L+", "ours / ours_eager"}, marks=pytest.mark.slow),
-        pytest.param("pruning", True, {"speed-up, s=0.3", "speed-up, s=0.7", "added to a step / step"}, marks=pytest.mark.slow),
+        pytest.param(
+            "training", True, {"ours / L", "ours / L+", "ours / ours_eager"}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "pruning",
+            True,
+            {"speed-up, s=0.3", "speed-up, s=0.7", "added to a step / step"},
+            marks=pytest.mark.slow,
+        ),
         ("checkpoint", False, {"save_checkpoint / torch.save", "share of the time, every 10 minutes"}),
         ("knn", False, {"faiss / ours", "lightly / ours"}),
-        ("evaluation", False, {"sklearn / ours", "sklearn_warm / ours", "ours_50 / ours_1", "ours_50 / torch_loop", "lightly / ours"}),
+        (
+            "evaluation",
+            False,
+            {
+                "sklearn / ours",
+                "sklearn_warm / ours",
+                "ours_50 / ours_1",
+                "ours_50 / torch_loop",
+                "lightly / ours",
+            },
+        ),
         pytest.param("loss", False, {"lightly / ours", "ours / lightly"}, marks=pytest.mark.slow),
-        pytest.param("selection", False, {"select_kept, seconds", "select_kept, memory / scores"}, marks=pytest.mark.slow),
-        pytest.param("step", False, {"returned / kept", "views / step", "floor / step"}, marks=pytest.mark.slow),
+        pytest.param(
+            "selection",
+            False,
+            {"select_kept, seconds", "select_kept, memory / scores"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "step", False, {"returned / kept", "views / step", "floor / step"}, marks=pytest.mark.slow
+        ),
         pytest.param("memory", True, {"difference in MB"}, marks=pytest.mark.slow),
     ],
 )
-def test_a_quick_run_of_each(name: str, takes_data: bool, ratios: set[str], data: Path, tmp_path: Path) -> None:
+def test_a_quick_run_of_each(
+    name: str, takes_data: bool, ratios: set[str], data: Path, tmp_path: Path
+) -> None:
     module = importlib.import_module(f"benchmarks.{name}")
     out = tmp_path / "deep" / "result.json"
-    module.main(["--quick", "--device", "cpu", "--out", str(out), *(["--data", str(data)] if takes_data else [])])
+    module.main(
+        ["--quick", "--device", "cpu", "--out", str(out), *(["--data", str(data)] if takes_data else [])]
+    )
     text = out.read_text()
     result = json.loads(text, parse_constant=no_constant)
     assert str(data) not in text and result["quick"] and result["benchmark"] == name and result["cases"]
     found: dict[str, dict[str, Any]] = {}
     for case in result["cases"].values():
-        assert case["unit"] and all(len(row["rounds"]) == 1 and row["median"] > 0 for row in case["contenders"].values())
+        assert case["unit"] and all(
+            len(row["rounds"]) == 1 and row["median"] > 0 for row in case["contenders"].values()
+        )
         found |= case["ratios"]
     assert ratios <= found.keys()
     assert all(math.isfinite(row["median"]) and row["median"] > 0 for row in found.values())
 
 
-def test_the_evaluators_are_those_of_the_libraries(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_evaluators_are_those_of_the_libraries(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("sklearn")
     torch.manual_seed(0)
     save_encoder(build_encoder("resnet18", 8, "cifar", 16, [0.5] * 3, [0.25] * 3), tmp_path / "encoder")
     out = tmp_path / "parity.json"
     parity.main([str(tmp_path / "encoder"), "--data", str(tiny_data), "--device", "cpu", "--out", str(out)])
     result = json.loads(out.read_text(), parse_constant=no_constant)
-    assert [row["same label"] for row in result["knn"]] == [100.0] * 4 and all(row["ours"] == row["theirs"] for row in result["knn"])
+    assert [row["same label"] for row in result["knn"]] == [100.0] * 4 and all(
+        row["ours"] == row["theirs"] for row in result["knn"]
+    )
     assert [row["l2"] for row in result["logistic"]] == list(parity.L2)
     above = [abs(row["objective above theirs"]) for row in result["logistic"] if row["l2"] >= 1]
-    assert max(above) < 1e-4, "68 images are separable: below, the objective goes to 0, and an absolute tolerance ends the fit"
+    assert max(above) < 1e-4, (
+        "68 images are separable: below, the objective goes to 0, and an absolute tolerance ends the fit"
+    )
     assert str(tiny_data) not in out.read_text() and "| l2 |" in capsys.readouterr().out

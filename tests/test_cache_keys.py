@@ -1,4 +1,6 @@
-"""What is kept on disk is found again by all that it depends on: the pixels of one source are never those of another."""
+"""What is kept on disk is found again by all that it depends on: the pixels of one source are never those of
+another.
+"""
 
 import os
 from collections.abc import Callable
@@ -11,8 +13,8 @@ import pytest
 import torch
 from conftest import png, striped_images, write_parquet
 
-import evaluate
-from ssl_emp.images import ImageSet, _arrays, listed, load_images, load_source
+from ssl_emp.commands import evaluate
+from ssl_emp.data.images import ImageSet, _arrays, listed, load_images, load_source
 from ssl_emp.model import build_encoder, save_encoder
 
 
@@ -31,7 +33,9 @@ def listed_arrays(pixels: np.ndarray, folder: Path) -> ImageSet:
 
 
 def listed_files(pixels: np.ndarray, folder: Path) -> ImageSet:
-    """The same names, sizes and times of writing: only the time of the change tells them apart, as after `cp -p`."""
+    """The same names, sizes and times of writing: only the time of the change tells them apart, as after `cp
+    -p`.
+    """
     paths = [folder / f"{number}.ppm" for number in range(len(pixels))]
     for path, image in zip(paths, pixels, strict=True):
         path.write_bytes(b"P6 16 16 255\n" + image.tobytes())
@@ -44,13 +48,19 @@ def columns(pixels: np.ndarray, folder: Path) -> ImageSet:
     """One table with two columns of images; which is read follows from the pixels that are asked for."""
     path, both = folder / "two.parquet", {"image": noise(0), "img": noise(1)}
     if not path.exists():
-        pq.write_table(pa.table({name: [png(image) for image in images] for name, images in both.items()}), path)
+        pq.write_table(
+            pa.table({name: [png(image) for image in images] for name, images in both.items()}), path
+        )
     column = next(name for name, images in both.items() if np.array_equal(images, pixels))
-    return load_images(str(path), image_size=16, store="raw", cache_dir=str(folder / "cache"), image_column=column)
+    return load_images(
+        str(path), image_size=16, store="raw", cache_dir=str(folder / "cache"), image_column=column
+    )
 
 
 @pytest.mark.parametrize("load", [arrays, listed_arrays, listed_files, columns])
-def test_other_pixels_are_another_file_in_the_cache(load: Callable[[np.ndarray, Path], ImageSet], tmp_path: Path) -> None:
+def test_other_pixels_are_another_file_in_the_cache(
+    load: Callable[[np.ndarray, Path], ImageSet], tmp_path: Path
+) -> None:
     for seed in (0, 1, 0):
         pixels = noise(seed)
         assert torch.equal(load(pixels, tmp_path).pixels[:], torch.from_numpy(pixels).permute(0, 3, 1, 2))

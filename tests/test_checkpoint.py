@@ -11,16 +11,21 @@ from typing import Any
 import pytest
 import torch
 
-from ssl_emp.checkpoint import cannot_write, load_checkpoint, save_checkpoint
 from ssl_emp.errors import RunFailed, UserError
-from ssl_emp.lock import is_unused, sole_writer
-from ssl_emp.report import Report
+from ssl_emp.run.checkpoint import cannot_write, load_checkpoint, save_checkpoint
+from ssl_emp.run.lock import is_unused, sole_writer
+from ssl_emp.run.report import Report
+from ssl_emp.run.state_check import check_state
 from ssl_emp.safe_files import replacing
-from ssl_emp.state_check import check_state
 
 
 def state(value: float) -> dict[str, Any]:
-    return {"weights": torch.full((100,), value), "step": int(value), "seconds": {"training": value}, "batches": None}
+    return {
+        "weights": torch.full((100,), value),
+        "step": int(value),
+        "seconds": {"training": value},
+        "batches": None,
+    }
 
 
 def test_newest_two_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
@@ -34,7 +39,11 @@ def test_newest_two_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
     ]
     loaded, warnings = load_checkpoint(tmp_path)
     assert loaded is not None and not warnings
-    assert loaded["weights"].equal(torch.full((100,), 10.0)) and loaded["seconds"] == {"training": 10.0} and loaded["batches"] is None
+    assert (
+        loaded["weights"].equal(torch.full((100,), 10.0))
+        and loaded["seconds"] == {"training": 10.0}
+        and loaded["batches"] is None
+    )
 
 
 def test_no_checkpoint_yet(tmp_path: Path) -> None:
@@ -87,7 +96,9 @@ def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
             torch.save({"format": 1, "model": Evil(marker)}, path)
         else:
             path.write_bytes(payload)
-        (folder / "manifest.json").write_text(json.dumps({path.name: hashlib.sha256(path.read_bytes()).hexdigest()}))
+        (folder / "manifest.json").write_text(
+            json.dumps({path.name: hashlib.sha256(path.read_bytes()).hexdigest()})
+        )
         with pytest.raises(UserError):
             load_checkpoint(folder)
     assert not marker.exists()
@@ -105,7 +116,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(RunFailed, match="cannot write"):
         save_checkpoint(tmp_path, state(2), 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.copy.json", "manifest.json", "step_00000001.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "manifest.copy.json",
+        "manifest.json",
+        "step_00000001.pt",
+    ]
     loaded, warnings = load_checkpoint(tmp_path)
     assert loaded is not None and loaded["step"] == 1 and not warnings
 
@@ -117,7 +132,9 @@ def test_a_checkpoint_of_a_newer_format_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_that_went_back_does_not_keep_the_damaged_future(tmp_path: Path) -> None:
-    """After a fall back from step 9 to 6, two good checkpoints must exist again after two saves, and 9 must not count as one."""
+    """After a fall back from step 9 to 6, two good checkpoints must exist again after two saves, and 9 must
+    not count as one.
+    """
     for step in (3, 6, 9):
         save_checkpoint(tmp_path, state(step), step)
     (tmp_path / "step_00000009.pt").write_bytes(b"damaged")
@@ -150,8 +167,12 @@ def test_a_file_that_is_replaced_is_whole_or_as_it_was(tmp_path: Path) -> None:
     assert str(tmp_path / "missing") in str(caught.value.filename)
 
 
-def test_a_name_is_given_to_what_is_on_disk_and_put_on_disk_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Power loss cannot be had here; the order that survives it can: content synced, renamed, directory synced."""
+def test_a_name_is_given_to_what_is_on_disk_and_put_on_disk_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Power loss cannot be had here; the order that survives it can: content synced, renamed, directory
+    synced.
+    """
     done: list[tuple[str, str]] = []
     fsync, replace = os.fsync, os.replace
 
@@ -166,16 +187,29 @@ def test_a_name_is_given_to_what_is_on_disk_and_put_on_disk_itself(tmp_path: Pat
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(os, "replace", noted_replace)
     save_checkpoint(tmp_path, state(1), 1)
-    files = [tmp_path / f".{name}.tmp" for name in ("manifest.json", "manifest.copy.json", "step_00000001.pt")]
-    assert done == [step for file in files for step in (("fsync", str(file)), ("replace", str(file)), ("fsync", str(tmp_path)))]
+    files = [
+        tmp_path / f".{name}.tmp" for name in ("manifest.json", "manifest.copy.json", "step_00000001.pt")
+    ]
+    assert done == [
+        step
+        for file in files
+        for step in (("fsync", str(file)), ("replace", str(file)), ("fsync", str(tmp_path)))
+    ]
 
 
 def test_the_line_about_a_full_disk_says_how_much(tmp_path: Path) -> None:
     outer = RuntimeError("unexpected pos 768 vs 662")
     outer.__context__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     line = str(cannot_write(tmp_path / "x", outer, 12_300_000))
-    assert "No space left on device" in line and "needs 12.3 MB" in line and "MB are free" in line and "768" not in line
-    assert "MB" not in str(cannot_write(tmp_path / "x", OSError(errno.EIO, os.strerror(errno.EIO)), 12_300_000))
+    assert (
+        "No space left on device" in line
+        and "needs 12.3 MB" in line
+        and "MB are free" in line
+        and "768" not in line
+    )
+    assert "MB" not in str(
+        cannot_write(tmp_path / "x", OSError(errno.EIO, os.strerror(errno.EIO)), 12_300_000)
+    )
 
 
 def test_what_does_not_fit_is_named() -> None:
@@ -199,11 +233,20 @@ def test_what_does_not_fit_is_named() -> None:
     check_state({"format": 2, "written_by": "x", **good}, good, fresh, Path("run"))
     assert "more is not known" in problem(more=1)
     assert "scores.last is missing" in problem(scores={})
-    assert "scores.last is torch.float32 (2, 6) and should be torch.float32 (2, 5)" in problem(scores={"last": torch.ones(2, 6)})
-    assert "model.bias is not finite" in problem(model={**good["model"], "bias": torch.tensor([1.0, torch.nan, 1.0])})
-    assert "model is of type int" in problem(model=3) and "model.bias is of type int" in problem(model={**good["model"], "bias": 3})
+    assert "scores.last is torch.float32 (2, 6) and should be torch.float32 (2, 5)" in problem(
+        scores={"last": torch.ones(2, 6)}
+    )
+    assert "model.bias is not finite" in problem(
+        model={**good["model"], "bias": torch.tensor([1.0, torch.nan, 1.0])}
+    )
+    assert "model is of type int" in problem(model=3) and "model.bias is of type int" in problem(
+        model={**good["model"], "bias": 3}
+    )
     edited = {**optimizer.state_dict(), "state": {0: {"momentum_buffer": torch.ones(7)}}}
-    assert "optimizer.state.0.momentum_buffer is torch.float32 (7,) and should be torch.float32 (3, 2)" in problem(optimizer=edited)
+    assert (
+        "optimizer.state.0.momentum_buffer is torch.float32 (7,) and should be torch.float32 (3, 2)"
+        in problem(optimizer=edited)
+    )
 
 
 def test_the_lock(tmp_path: Path) -> None:

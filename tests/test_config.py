@@ -10,9 +10,9 @@ import yaml
 from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
+from ssl_emp.commands.eval_config import EvalConfig, check, parse_overrides
 from ssl_emp.config import CheckpointConfig, PretrainConfig, Section, flatten, load_config
 from ssl_emp.errors import UserError
-from ssl_emp.eval_config import EvalConfig, check, parse_overrides
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,7 +27,10 @@ def write(tmp_path: Path, text: str) -> Path:
 def test_shipped_configs_are_valid_and_say_their_command(path: Path) -> None:
     config = load_config(path, [])
     assert config.out == f"runs/{path.stem}"
-    assert path.read_text().startswith("#") and f"python pretrain.py --config configs/{path.name}" in path.read_text()
+    assert (
+        path.read_text().startswith("#")
+        and f"python pretrain.py --config configs/{path.name}" in path.read_text()
+    )
 
 
 def test_the_promised_configs_are_there() -> None:
@@ -38,7 +41,14 @@ def test_the_promised_configs_are_there() -> None:
 def test_overrides_win_and_1e_3_is_a_number(tmp_path: Path) -> None:
     path = write(tmp_path, "optimizer: {lr: 1e-3}\nprune:\n  fraction: 0.5\n")
     config = load_config(
-        path, ["prune.fraction=0.7", "prune.policy=loss", "optimizer.weight_decay=1E-4", "data.source=a b.parquet", "epochs=3"]
+        path,
+        [
+            "prune.fraction=0.7",
+            "prune.policy=loss",
+            "optimizer.weight_decay=1E-4",
+            "data.source=a b.parquet",
+            "epochs=3",
+        ],
     )
     assert (config.optimizer.lr, config.prune.fraction, config.prune.policy) == (0.001, 0.7, "loss")
     assert (config.optimizer.weight_decay, config.data.source, config.epochs) == (1e-4, "a b.parquet", 3)
@@ -98,12 +108,16 @@ def test_mistakes(tmp_path: Path, text: str, said: str) -> None:
 
 
 def test_all_mistakes_at_once(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^3 problems: .*epochs.*fractoin.*temprature|^3 problems: ") as error:
+    with pytest.raises(
+        UserError, match=r"^3 problems: .*epochs.*fractoin.*temprature|^3 problems: "
+    ) as error:
         load_config(write(tmp_path, "epochs: 0\ntemprature: 1\nprune: {fractoin: 1}"), [])
     assert all(word in str(error.value) for word in ("epochs", "temprature", "prune.fractoin"))
 
 
-@pytest.mark.parametrize("override", ["epochs", "=3", "epochs.=3", "epochs.x=3", "prune.fraction=", "prune.fraction=[1,"])
+@pytest.mark.parametrize(
+    "override", ["epochs", "=3", "epochs.=3", "epochs.x=3", "prune.fraction=", "prune.fraction=[1,"]
+)
 def test_broken_overrides(override: str) -> None:
     with pytest.raises(UserError):
         load_config(ROOT / "configs" / "demo.yaml", [override])
@@ -158,7 +172,10 @@ def test_every_number_has_two_ends() -> None:
         inner: Inner = Inner()
         count: int | Literal["auto"] = 1
 
-    assert [place.rpartition("/properties/")[2] for place in numbers_without_an_end(Careless)] == ["shares/items", "count/anyOf/0"]
+    assert [place.rpartition("/properties/")[2] for place in numbers_without_an_end(Careless)] == [
+        "shares/items",
+        "count/anyOf/0",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +205,11 @@ def test_every_number_has_two_ends() -> None:
 def test_a_number_beyond_its_end_is_one_line_with_the_range(override: str) -> None:
     with pytest.raises(UserError, match="allowed: .*value") as error:
         load_config(None, [override])
-    assert "\n" not in str(error.value) and override.partition("=")[0] in str(error.value) and "fix: " in str(error.value)
+    assert (
+        "\n" not in str(error.value)
+        and override.partition("=")[0] in str(error.value)
+        and "fix: " in str(error.value)
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,7 +233,9 @@ def test_so_it_is_in_evaluation(override: str) -> None:
 
 
 def test_the_largest_numbers_overflow_nowhere() -> None:
-    """What the product makes of them stays within 64 bits, and within what the standard library calls a duration."""
+    """What the product makes of them stays within 64 bits, and within what the standard library calls a
+    duration.
+    """
     fields, checkpoint = PretrainConfig.model_fields, CheckpointConfig.model_fields
 
     def highest(field: FieldInfo) -> float:

@@ -30,7 +30,8 @@ print(returned, faults())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 @pytest.mark.whole
 def test_freed_memory_is_used_again() -> None:
-    """Page faults of a tensor of 40 MB after one like it: none, where by default the kernel hands out every page again.
+    """Page faults of a tensor of 40 MB after one like it: none, where by default the kernel hands out every
+    page again.
 
     The fewest of eight tensors: a kernel short of memory takes the pages of one back now and then (DAMON).
     """

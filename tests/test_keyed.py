@@ -1,4 +1,5 @@
-"""The keyed hash against a big-integer reference, and as a source of randomness against what chance would give.
+"""The keyed hash against a big-integer reference, and as a source of randomness against what chance would
+give.
 
 A hash has no seed to be unlucky with: these tests pass or fail the same way every time.
 """
@@ -30,7 +31,8 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 def test_published_vector() -> None:
-    assert keyed_bits(torch.tensor(0)).item() == 0xE220A8397B1DCDAF // 4  # SplitMix64's first output for seed 0
+    # SplitMix64's first output for seed 0
+    assert keyed_bits(torch.tensor(0)).item() == 0xE220A8397B1DCDAF // 4
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**31, 2**63 - 1, -(2**63), 2**64 - 1, 3**80, -(3**80)])
@@ -64,7 +66,8 @@ def test_needs_an_integer_tensor() -> None:
 
 
 def test_no_collisions_in_a_million_keys() -> None:
-    bits = keyed_bits(0, torch.arange(100).view(-1, 1), torch.arange(10_000))  # chance of one: 1e12 / 2^63 = 1e-7
+    # chance of one: 1e12 / 2^63 = 1e-7
+    bits = keyed_bits(0, torch.arange(100).view(-1, 1), torch.arange(10_000))
     assert bits.unique().numel() == 1_000_000
 
 
@@ -84,11 +87,16 @@ def test_uniform_is_the_top_24_bits() -> None:
 @pytest.mark.parametrize("axis", ["index", "epoch", "seed"])
 def test_chi_square(axis: str, shift: int) -> None:
     count = torch.arange(2**18)
-    keys: dict[str, list[int | Tensor]] = {"index": [0, 0, count], "epoch": [0, count, 17], "seed": [count, 0, 17]}
+    keys: dict[str, list[int | Tensor]] = {
+        "index": [0, 0, count],
+        "epoch": [0, count, 17],
+        "seed": [count, 0, 17],
+    }
     observed = torch.bincount((keyed_bits(*keys[axis]) >> shift) & 255, minlength=256).double()
     expected = 2**18 / 256
     chi_square = ((observed - expected) ** 2 / expected).sum().item()
-    assert 255 - 5 * math.sqrt(2 * 255) < chi_square < 255 + 5 * math.sqrt(2 * 255)  # too even is wrong as well
+    # too even is wrong as well
+    assert 255 - 5 * math.sqrt(2 * 255) < chi_square < 255 + 5 * math.sqrt(2 * 255)
 
 
 def test_uniform_ks() -> None:

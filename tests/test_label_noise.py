@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
-from ssl_emp.label_noise import noisy_labels
+from ssl_emp.data.label_noise import noisy_labels
 
 
-@pytest.mark.parametrize("count, classes, share", [(1000, 10, 0.2), (7, 2, 0.5), (333, 100, 1.0), (50, 3, 0.0), (5, 4, 0.09)])
+@pytest.mark.parametrize(
+    "count, classes, share", [(1000, 10, 0.2), (7, 2, 0.5), (333, 100, 1.0), (50, 3, 0.0), (5, 4, 0.09)]
+)
 def test_exactly_the_share_is_wrong_and_nothing_else_moves(count: int, classes: int, share: float) -> None:
     labels = torch.arange(count) % classes
     before = labels.clone()
@@ -23,7 +25,9 @@ def test_who_and_what_are_uniform() -> None:
     count, classes = 60_000, 6
     labels = torch.arange(count) % classes
     noisy, is_noisy = noisy_labels(labels, classes, 0.5, seed=0)
-    table = (labels[is_noisy] * classes + noisy[is_noisy]).bincount(minlength=classes**2).view(classes, classes)
+    table = (
+        (labels[is_noisy] * classes + noisy[is_noisy]).bincount(minlength=classes**2).view(classes, classes)
+    )
     assert (table.diagonal() == 0).all()
     expected = count / 2 / classes / (classes - 1)
     others = table[~torch.eye(classes, dtype=torch.bool)]

@@ -1,4 +1,6 @@
-"""linear_eval against brute force in float64 (kNN), scikit-learn (kNN, logistic regression) and one head at a time (SGD)."""
+"""linear_eval against brute force in float64 (kNN), scikit-learn (kNN, logistic regression) and one head at a
+time (SGD).
+"""
 
 import hashlib
 import math
@@ -24,7 +26,12 @@ from linear_eval.linear import L2_GRID, HeadResult, multi_label_probe, sgd_probe
 from linear_eval.metrics import MULTI_LABEL, average_precision
 
 PRECISIONS: tuple[Literal["float32"], Literal["float64"]] = ("float32", "float64")
-BACKENDS = ["torch", pytest.param("faiss", marks=pytest.mark.skipif(linear_eval.knn.import_faiss() is None, reason="no faiss"))]
+BACKENDS = [
+    "torch",
+    pytest.param(
+        "faiss", marks=pytest.mark.skipif(linear_eval.knn.import_faiss() is None, reason="no faiss")
+    ),
+]
 
 
 def blobs(num: int, seed: int, *, dim: int = 12, classes: int = 4, spread: float = 1.0) -> Features:
@@ -39,22 +46,29 @@ def with_labels(features: Features, labels: list[int] | Tensor) -> Features:
     return Features(features.x, torch.as_tensor(labels))
 
 
-# ---- features --------------------------------------------------------------------------------------------------------
+# ---- features
+# --------------------------------------------------------------------------------------------------------
 
 
 def small_encoder() -> nn.Sequential:
     torch.manual_seed(3)
-    layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    layers = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+    )
     layers(torch.randn(8, 3, 8, 8))  # running statistics that are not the initial ones
     return layers.eval()
 
 
 def images(num: int) -> Tensor:
-    return torch.randint(0, 256, (num, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, (num, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def state_hash(module: nn.Module) -> str:
-    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in module.state_dict().values())).hexdigest()
+    return hashlib.sha256(
+        b"".join(tensor.numpy().tobytes() for tensor in module.state_dict().values())
+    ).hexdigest()
 
 
 def test_features_are_those_of_the_encoder_for_any_batch_size() -> None:
@@ -62,7 +76,9 @@ def test_features_are_those_of_the_encoder_for_any_batch_size() -> None:
     with torch.no_grad():
         expected = torch.stack([encoder(image[None].float() / 255)[0] for image in pixels])
     for batch_size in (1, 7, 23, 100):
-        features = extract_features(encoder, pixels, torch.arange(23), batch_size=batch_size, progress=lambda *n: seen.append(n))
+        features = extract_features(
+            encoder, pixels, torch.arange(23), batch_size=batch_size, progress=lambda *n: seen.append(n)
+        )
         assert features.x.dtype == torch.float32 and features.y.tolist() == list(range(23))
         torch.testing.assert_close(features.x, expected, atol=1e-5, rtol=0)
         assert seen.pop() == (23, 23)
@@ -164,16 +180,28 @@ def test_processes_share_the_batches_and_get_what_one_would(tmp_path: Path) -> N
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     here = Path(__file__).parent
     started = [
-        subprocess.Popen([*words, str(number), str(tmp_path), str(here)], text=True, stdout=-1, stderr=-1, cwd=here.parent, env=environment)
+        subprocess.Popen(
+            [*words, str(number), str(tmp_path), str(here)],
+            text=True,
+            stdout=-1,
+            stderr=-1,
+            cwd=here.parent,
+            env=environment,
+        )
         for number in range(3)
     ]
     outputs = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0, 0, 0], outputs
     for world in (2, 3):
-        results = [torch.load(tmp_path / f"{world}-{number}.pt", weights_only=True) for number in range(world)]
+        results = [
+            torch.load(tmp_path / f"{world}-{number}.pt", weights_only=True) for number in range(world)
+        ]
         for num in results[0]:
             alone = extract_features(small_encoder(), images(num), torch.arange(num), batch_size=4)
-            assert all(torch.equal(found[num][0], alone.x) and torch.equal(found[num][1], alone.y) for found in results)
+            assert all(
+                torch.equal(found[num][0], alone.x) and torch.equal(found[num][1], alone.y)
+                for found in results
+            )
             assert sum(found[num][2] for found in results) == num, "images were encoded twice, or not at all"
             assert max(found[num][2] for found in results) <= -(-num // 4 // world) * 4 + 4
     lines = [line for out, _ in outputs for line in out.splitlines()]
@@ -182,16 +210,21 @@ def test_processes_share_the_batches_and_get_what_one_would(tmp_path: Path) -> N
         assert f"{world} {last} the seventh shade came. fix: leave it out" in lines
         for number in range(last):
             assert f"{world} {number} process {last}: the seventh shade came. fix: leave it out" in lines
-        differing = [line for line in lines if line.startswith(f"{world} ") and "columns for [5, 9] images" in line]
+        differing = [
+            line for line in lines if line.startswith(f"{world} ") and "columns for [5, 9] images" in line
+        ]
         assert len(differing) == world, lines
     assert any(line.startswith("lost: another process ended") for line in lines)
 
 
-# ---- kNN -------------------------------------------------------------------------------------------------------------
+# ---- kNN
+# -------------------------------------------------------------------------------------------------------------
 
 
 def brute_force(train: Features, test: Features, k: int, temperature: float) -> list[int]:
-    """Float64, one pair at a time: sort by similarity, then row; add up exp(similarity / T); lowest class of the best."""
+    """Float64, one pair at a time: sort by similarity, then row; add up exp(similarity / T); lowest class of
+    the best.
+    """
     answers = []
     for query in test.x.double():
         scored = []
@@ -214,10 +247,15 @@ def test_knn_agrees_with_brute_force(backend: Any, k: int, temperature: float) -
     train = with_labels(train, 3 * train.y + 1)  # class ids need not be 0..C-1
     test = with_labels(test, 3 * test.y + 1)
     expected = brute_force(train, test, k, temperature)
-    assert knn_predict(train, test, num_neighbors=k, temperature=temperature, backend=backend).tolist() == expected
+    assert (
+        knn_predict(train, test, num_neighbors=k, temperature=temperature, backend=backend).tolist()
+        == expected
+    )
     share = sum(a == b for a, b in zip(expected, test.y.tolist(), strict=True)) / len(expected)
     assert 0.3 < share < 1  # hard enough that a wrong neighbour shows
-    assert knn_accuracy(train, test, num_neighbors=k, temperature=temperature, backend=backend) == pytest.approx(share, abs=1e-12)
+    assert knn_accuracy(
+        train, test, num_neighbors=k, temperature=temperature, backend=backend
+    ) == pytest.approx(share, abs=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -241,7 +279,10 @@ def test_votes_that_differ_by_rounding_only_are_equal(backend: Any) -> None:
     vector = torch.rand(97, generator=generator)
     for _ in range(20):
         rows = torch.stack([vector[torch.randperm(97, generator=generator)] for _ in range(12)])
-        train, query = Features(rows, 5 - torch.arange(12) % 6), Features(torch.ones(1, 97), torch.tensor([0]))
+        train, query = (
+            Features(rows, 5 - torch.arange(12) % 6),
+            Features(torch.ones(1, 97), torch.tensor([0])),
+        )
         assert knn_predict(train, query, num_neighbors=12, temperature=0.01, backend=backend).tolist() == [0]
 
 
@@ -251,13 +292,21 @@ def test_many_k_in_one_search_are_each_k_alone(backend: Any, temperature: float 
     """With ties at every cut: each row of the bank comes three times, under different labels."""
     train, test = blobs(40, 1, spread=2.0), blobs(50, 2, spread=2.0)
     train = Features(train.x.repeat(3, 1), torch.arange(120) % 7)
-    for bank, ks in ((train, [20, 1, 2, 5, 7, 20, 120]), (Features(train.x[:1].repeat(60, 1), torch.arange(60) % 9), [1, 5, 30])):
+    for bank, ks in (
+        (train, [20, 1, 2, 5, 7, 20, 120]),
+        (Features(train.x[:1].repeat(60, 1), torch.arange(60) % 9), [1, 5, 30]),
+    ):
         found = knn_predictions(bank, test, num_neighbors=ks, temperature=temperature, backend=backend)
         assert list(found) == list(dict.fromkeys(ks))
         for k in ks:
-            assert torch.equal(found[k], knn_predict(bank, test, num_neighbors=k, temperature=temperature, backend=backend)), k
+            assert torch.equal(
+                found[k], knn_predict(bank, test, num_neighbors=k, temperature=temperature, backend=backend)
+            ), k
     shares = knn_accuracies(train, test, num_neighbors=[3, 9], temperature=temperature, backend=backend)
-    alone = {k: knn_accuracy(train, test, num_neighbors=k, temperature=temperature, backend=backend) for k in (3, 9)}
+    alone = {
+        k: knn_accuracy(train, test, num_neighbors=k, temperature=temperature, backend=backend)
+        for k in (3, 9)
+    }
     assert shares == alone and shares[3] != shares[9]
 
 
@@ -268,7 +317,9 @@ def test_a_majority_is_that_of_scikit_learn(backend: Any) -> None:
     ks = [1, 4, 30, 200]  # even ones: votes are often equal
     found = knn_predictions(train, test, num_neighbors=ks, temperature=None, backend=backend)
     for k in ks:
-        oracle = neighbors.KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(train.x.double(), train.y)
+        oracle = neighbors.KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(
+            train.x.double(), train.y
+        )
         assert found[k].tolist() == oracle.predict(test.x.double()).tolist()
     assert len({tuple(labels.tolist()) for labels in found.values()}) == len(ks)
 
@@ -291,9 +342,14 @@ def test_knn_edges(backend: Any) -> None:
     # a tiny temperature must not overflow, and neither must the scale of the features matter
     small = Features(far.x * 1e-30, far.y)
     nearest = knn_predict(train, far, num_neighbors=1, temperature=0.1, backend=backend)
-    assert torch.equal(knn_predict(train, small, num_neighbors=10, temperature=1e-4, backend=backend), nearest)
+    assert torch.equal(
+        knn_predict(train, small, num_neighbors=10, temperature=1e-4, backend=backend), nearest
+    )
     # a class that the bank does not have is wrong, not an error
-    assert knn_accuracy(train, with_labels(far, [77] * 40), num_neighbors=5, temperature=0.1, backend=backend) == 0.0
+    assert (
+        knn_accuracy(train, with_labels(far, [77] * 40), num_neighbors=5, temperature=0.1, backend=backend)
+        == 0.0
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -330,7 +386,9 @@ def test_knn_refuses_what_has_no_answer(backend: Any) -> None:
     refuses("no labels", test=Features(test.x, None))  # type: ignore[arg-type]
 
 
-def test_without_faiss_torch_answers_and_asking_for_faiss_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_faiss_torch_answers_and_asking_for_faiss_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     train, test = blobs(60, 1, spread=2.0), blobs(50, 2, spread=2.0)
     expected = knn_predict(train, test, num_neighbors=7, temperature=0.1)
     monkeypatch.setitem(sys.modules, "faiss", None)
@@ -343,7 +401,9 @@ def test_without_faiss_torch_answers_and_asking_for_faiss_says_what_to_install(m
 
 @pytest.mark.skipif(linear_eval.knn.import_faiss() is None, reason="no faiss")
 @pytest.mark.parametrize("fails_when", ["made", "filled", "searched"])
-def test_a_full_gpu_falls_back_to_the_cpu_with_the_same_result(monkeypatch: pytest.MonkeyPatch, fails_when: str) -> None:
+def test_a_full_gpu_falls_back_to_the_cpu_with_the_same_result(
+    monkeypatch: pytest.MonkeyPatch, fails_when: str
+) -> None:
     import faiss
 
     class FullIndex:
@@ -374,11 +434,14 @@ def test_a_full_gpu_falls_back_to_the_cpu_with_the_same_result(monkeypatch: pyte
     monkeypatch.setattr(faiss, "GpuIndexFlatConfig", Config, raising=False)
     assert torch.equal(knn_predict(train, test, num_neighbors=7, temperature=0.1, backend="faiss"), expected)
     assert not made, "the caller's device is the CPU"
-    assert torch.equal(knn_predict(train, test, num_neighbors=7, temperature=0.1, backend="faiss", device="cuda:1"), expected)
+    assert torch.equal(
+        knn_predict(train, test, num_neighbors=7, temperature=0.1, backend="faiss", device="cuda:1"), expected
+    )
     assert made == [1]
 
 
-# ---- batched L-BFGS --------------------------------------------------------------------------------------------------
+# ---- batched L-BFGS
+# --------------------------------------------------------------------------------------------------
 
 
 def test_every_problem_reaches_its_own_minimum_and_is_then_left_alone() -> None:
@@ -404,7 +467,12 @@ def test_every_problem_reaches_its_own_minimum_and_is_then_left_alone() -> None:
     last = max(number for number, problems in enumerate(calls) if 0 in problems)
     assert last < len(calls) / 2, "the round one is still evaluated"
     for h in range(4):  # what it does does not depend on its neighbours
-        alone = minimize(lambda u, which, h=h: objective(u, which + h), torch.zeros(1, 8).double(), max_iter=500, tolerance=1e-15)  # type: ignore[misc]
+        alone = minimize(
+            lambda u, which, h=h: objective(u, which + h),  # type: ignore[misc]
+            torch.zeros(1, 8).double(),
+            max_iter=500,
+            tolerance=1e-15,
+        )
         torch.testing.assert_close(alone.points[0], minima.points[h], atol=1e-6, rtol=0)
         assert abs(int(alone.num_steps) - int(minima.num_steps[h])) <= 2
     cut = minimize(objective, torch.zeros(4, 8).double(), max_iter=3, tolerance=1e-15)
@@ -425,7 +493,10 @@ def test_steps_far_too_long_are_shortened() -> None:
 def mean_loss(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, l2: float) -> float:
     """Float64: mean cross-entropy plus l2 / 2 ||W||^2 / N."""
     logits = x.double() @ weight.double().T + bias.double()
-    return nn.functional.cross_entropy(logits, y).item() + l2 / 2 / len(x) * weight.double().square().sum().item()
+    return (
+        nn.functional.cross_entropy(logits, y).item()
+        + l2 / 2 / len(x) * weight.double().square().sum().item()
+    )
 
 
 def scaled_blobs(num: int, seed: int, **options: Any) -> Features:
@@ -437,11 +508,21 @@ def scaled_blobs(num: int, seed: int, **options: Any) -> Features:
 
 
 def tight(train: Features, num_classes: int, l2: list[float], **options: Any) -> Classifiers:
-    return fit_logistic(train.x, train.y, num_classes, l2, **({"standardize": True, "max_iter": 3000, "tolerance": 1e-9} | options))
+    return fit_logistic(
+        train.x,
+        train.y,
+        num_classes,
+        l2,
+        **({"standardize": True, "max_iter": 3000, "tolerance": 1e-9} | options),
+    )
 
 
-@pytest.mark.parametrize(("dtype", "standardize"), [("float64", True), ("float64", False), ("float32", True), ("float32", False)])
-def test_logistic_regression_is_that_of_scikit_learn_over_eleven_decades(dtype: str, standardize: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "standardize"), [("float64", True), ("float64", False), ("float32", True), ("float32", False)]
+)
+def test_logistic_regression_is_that_of_scikit_learn_over_eleven_decades(
+    dtype: str, standardize: bool
+) -> None:
     sklearn_linear = pytest.importorskip("sklearn.linear_model")
     train, test = scaled_blobs(300, 1, spread=2.5), scaled_blobs(500, 2, spread=2.5)
     grid = [10.0**exponent for exponent in range(-6, 6)]
@@ -452,7 +533,9 @@ def test_logistic_regression_is_that_of_scikit_learn_over_eleven_decades(dtype: 
     scale = 1 / std if standardize else torch.ones_like(std)
     z, z_test = ((part.x.double() - mean) * scale for part in (train, test))
     for h, l2 in enumerate(grid):
-        oracle = sklearn_linear.LogisticRegression(C=1 / l2, tol=1e-8, max_iter=5000, solver="newton-cg").fit(z, train.y)
+        oracle = sklearn_linear.LogisticRegression(C=1 / l2, tol=1e-8, max_iter=5000, solver="newton-cg").fit(
+            z, train.y
+        )
         best = mean_loss(z, train.y, torch.tensor(oracle.coef_), torch.tensor(oracle.intercept_), l2)
         bias = found.bias[h].double() + found.weight[h].double() @ (mean - found.center.double())
         ours = mean_loss(z, train.y, found.weight[h].double() / scale, bias, l2)
@@ -469,10 +552,15 @@ def test_separable_classes_and_fewer_rows_than_columns() -> None:
     grid = [1e-6, 1e-4, 1e-2, 1.0, 100.0]
     found = tight(Features(train.x.double(), train.y), 4, grid, standardize=False)
     for h, l2 in enumerate(grid):
-        oracle = sklearn_linear.LogisticRegression(C=1 / l2, tol=1e-10, max_iter=5000, solver="newton-cg").fit(x, train.y)
+        oracle = sklearn_linear.LogisticRegression(
+            C=1 / l2, tol=1e-10, max_iter=5000, solver="newton-cg"
+        ).fit(x, train.y)
         best = mean_loss(x, train.y, torch.tensor(oracle.coef_), torch.tensor(oracle.intercept_), l2)
         assert float(found.loss[h]) == pytest.approx(best, rel=1e-4)
-        ours, theirs = found.predict(test.x.double())[h], torch.tensor(oracle.predict(test.x.double() - train.x.double().mean(0)))
+        ours, theirs = (
+            found.predict(test.x.double())[h],
+            torch.tensor(oracle.predict(test.x.double() - train.x.double().mean(0))),
+        )
         assert abs((ours == test.y).double().mean() - (theirs == test.y).double().mean()) <= 0.002
 
 
@@ -480,14 +568,18 @@ def test_two_classes_are_those_of_scikit_learn_at_half_the_strength() -> None:
     sklearn_linear = pytest.importorskip("sklearn.linear_model")
     train = blobs(200, 1, classes=2, spread=3.0)
     found = tight(Features(train.x.double(), train.y), 2, [3.0], standardize=False)
-    oracle = sklearn_linear.LogisticRegression(C=2 / 3.0, tol=1e-10, max_iter=5000).fit(train.x.double(), train.y)
+    oracle = sklearn_linear.LogisticRegression(C=2 / 3.0, tol=1e-10, max_iter=5000).fit(
+        train.x.double(), train.y
+    )
     difference = found.weight[0, 1] - found.weight[0, 0]
     torch.testing.assert_close(difference, torch.tensor(oracle.coef_[0]), atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("changed", [{}, {"MAX_ROTATED": 5}, {"CPU_ELEMENTS": 1}, {"STATE_ELEMENTS": 1}])
 def test_a_grid_is_its_values_one_at_a_time(monkeypatch: pytest.MonkeyPatch, changed: dict[str, int]) -> None:
-    """Also where the features are too wide to rotate, the rows come in chunks, and the problems in batches of one."""
+    """Also where the features are too wide to rotate, the rows come in chunks, and the problems in batches of
+    one.
+    """
     train, test = scaled_blobs(300, 1, dim=40, spread=5.0), scaled_blobs(1000, 2, dim=40, spread=5.0)
     grid = list(L2_GRID[::2][::-1])
     alone = [tight(train, 4, [l2], tolerance=1e-6) for l2 in grid]
@@ -498,12 +590,17 @@ def test_a_grid_is_its_values_one_at_a_time(monkeypatch: pytest.MonkeyPatch, cha
     predicted = torch.cat([found.predict(test.x) for found in alone])
     assert (together.predict(test.x) == predicted).double().mean() > 0.998
     if not changed:
-        assert together.num_steps.sum() < 0.7 * sum(int(found.num_steps) for found in alone), "neighbours' solutions did not help"
+        assert together.num_steps.sum() < 0.7 * sum(int(found.num_steps) for found in alone), (
+            "neighbours' solutions did not help"
+        )
         again = tight(train, 4, [grid[9]], tolerance=1e-6, start=(together.weight[9], together.bias[9]))
-        assert again.num_steps[0] <= 3 < alone[9].num_steps[0] and float(again.loss[0]) == pytest.approx(float(together.loss[9]), rel=1e-5)
+        assert again.num_steps[0] <= 3 < alone[9].num_steps[0] and float(again.loss[0]) == pytest.approx(
+            float(together.loss[9]), rel=1e-5
+        )
 
 
-# ---- linear probe ----------------------------------------------------------------------------------------------------
+# ---- linear probe
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_the_choice_of_l2_does_not_see_the_test_split() -> None:
@@ -521,11 +618,16 @@ def test_l2_is_the_best_of_the_grid_on_the_held_out_part_and_then_refitted() -> 
     train, test = blobs(60, 1, dim=100, spread=6.0), blobs(40, 2, dim=100, spread=6.0)
     fit, held = split_rows(train.y, 0.2, seed=0)
     alone = {l2: tight(Features(train.x[fit], train.y[fit]), 4, [l2], tolerance=1e-5) for l2 in L2_GRID[::4]}
-    accuracy = {l2: (found.predict(train.x[held])[0] == train.y[held]).double().mean().item() for l2, found in alone.items()}
+    accuracy = {
+        l2: (found.predict(train.x[held])[0] == train.y[held]).double().mean().item()
+        for l2, found in alone.items()
+    }
     assert len(set(accuracy.values())) > 1
     chosen = linear_probe(train, test, seed=0, l2_grid=L2_GRID[::4])
     assert chosen.val_top1 == max(accuracy.values())
-    assert chosen.l2 == max(l2 for l2 in accuracy if accuracy[l2] == chosen.val_top1), "of equals the strongest"
+    assert chosen.l2 == max(l2 for l2 in accuracy if accuracy[l2] == chosen.val_top1), (
+        "of equals the strongest"
+    )
     final = tight(train, 4, [chosen.l2])
     assert chosen.train_loss == pytest.approx(float(final.loss), rel=1e-5)
     assert chosen.predicted.tolist() == final.predict(test.x)[0].tolist()
@@ -539,12 +641,16 @@ def test_a_validation_split_is_chosen_on_and_refitted_with(probe: Any) -> None:
     result = probe(train, test, seed=0, val=val)
     both = Features(torch.cat([train.x, val.x]), torch.cat([train.y, val.y]))
     if isinstance(result, HeadResult):
-        again = probe(both, test, seed=0, learning_rates=[result.learning_rate], weight_decays=[result.weight_decay])
+        again = probe(
+            both, test, seed=0, learning_rates=[result.learning_rate], weight_decays=[result.weight_decay]
+        )
     else:
         again = probe(both, test, seed=0, l2_grid=[result.l2])
         assert result.l2 != probe(train, test, seed=0, val=with_labels(val, val.y.roll(1))).l2
     assert again.val_top1 is None and 0 < result.val_top1 <= 1
-    assert again.top1 == pytest.approx(result.top1, abs=0.01) and again.train_loss == pytest.approx(result.train_loss, rel=1e-4)
+    assert again.top1 == pytest.approx(result.top1, abs=0.01) and again.train_loss == pytest.approx(
+        result.train_loss, rel=1e-4
+    )
     assert set(result.predicted.tolist()) <= {2, 7, 12, 17}
 
 
@@ -564,18 +670,24 @@ def test_float64_and_the_caller_s_precision() -> None:
     finally:
         matmul.fp32_precision = before
     assert double.l2 == single.l2 and double.top1 == pytest.approx(single.top1, abs=0.005)
-    assert double.train_loss == pytest.approx(single.train_loss, rel=1e-5) and double.train_loss != single.train_loss
+    assert (
+        double.train_loss == pytest.approx(single.train_loss, rel=1e-5)
+        and double.train_loss != single.train_loss
+    )
 
 
 def test_permuted_labels_give_chance() -> None:
     train, test = blobs(400, 1, spread=0.5), blobs(2000, 2, spread=0.5)
     assert linear_probe(train, test, seed=0).top1 > 0.95
     shuffled = with_labels(test, test.y[torch.randperm(2000, generator=torch.Generator().manual_seed(0))])
-    assert abs(linear_probe(train, shuffled, seed=0).top1 - 0.25) < 0.04  # four standard deviations of 2,000 guesses
+    # four standard deviations of 2,000 guesses
+    assert abs(linear_probe(train, shuffled, seed=0).top1 - 0.25) < 0.04
 
 
 def test_held_out_rows_are_stratified_disjoint_and_drawn_from_the_seed() -> None:
-    labels = torch.tensor([0] * 50 + [5] * 10 + [7] * 2)[torch.randperm(62, generator=torch.Generator().manual_seed(0))]
+    labels = torch.tensor([0] * 50 + [5] * 10 + [7] * 2)[
+        torch.randperm(62, generator=torch.Generator().manual_seed(0))
+    ]
     fit, held = split_rows(labels, 0.2, seed=1)
     assert sorted(fit.tolist() + held.tolist()) == list(range(62))
     assert {label: int((labels[held] == label).sum()) for label in (0, 5, 7)} == {0: 10, 5: 2, 7: 1}
@@ -608,7 +720,11 @@ def test_linear_probe_refuses_what_has_no_answer() -> None:
         assert "\n" not in str(caught.value) and ". fix: " in str(caught.value)
 
     refuses("only class", train=with_labels(train, [3] * 40), test=with_labels(test, [3] * 20))
-    refuses("classes 5 have one train image", train=with_labels(train, [0, 1] * 19 + [0, 5]), test=with_labels(test, [0] * 20))
+    refuses(
+        "classes 5 have one train image",
+        train=with_labels(train, [0, 1] * 19 + [0, 5]),
+        test=with_labels(test, [0] * 20),
+    )
     refuses("columns", test=Features(test.x[:, :5], test.y))
     refuses("not finite", test=Features(test.x / 0, test.y))
     refuses("val_fraction", val_fraction=1.0)
@@ -637,15 +753,20 @@ def test_test_classes_that_train_lacks_count_as_wrong_for_every_probe(unknown: l
         assert probe(more) == pytest.approx(share * probe(test))
 
 
-# ---- several labels a row --------------------------------------------------------------------------------------------
+# ---- several labels a row
+# --------------------------------------------------------------------------------------------
 
 
 def tagged(num: int, seed: int, *, dim: int = 12, classes: int = 5, unsure: float = 0.1) -> Features:
-    """Columns of different scales; each class on its own side of a noisy plane, from rare to common, some rows not counted."""
+    """Columns of different scales; each class on its own side of a noisy plane, from rare to common, some
+    rows not counted.
+    """
     planes = torch.randn(dim, classes, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(num, dim, generator=generator)
-    y = (x @ planes + 2 * torch.randn(num, classes, generator=generator) > torch.linspace(5, -2, classes)).long()
+    y = (
+        x @ planes + 2 * torch.randn(num, classes, generator=generator) > torch.linspace(5, -2, classes)
+    ).long()
     y[torch.rand(num, classes, generator=generator) < unsure] = -1
     return Features(x * torch.logspace(-1, 1, dim) + 3, y)
 
@@ -663,12 +784,18 @@ def binary_loss(z: Tensor, y: Tensor, weight: Tensor, bias: Tensor, l2: float) -
 def test_a_regression_for_each_class_is_that_of_scikit_learn_over_eleven_decades(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, changed: dict[str, int]
 ) -> None:
-    sklearn_linear, sklearn_metrics = pytest.importorskip("sklearn.linear_model"), pytest.importorskip("sklearn.metrics")
+    sklearn_linear, sklearn_metrics = (
+        pytest.importorskip("sklearn.linear_model"),
+        pytest.importorskip("sklearn.metrics"),
+    )
     for name, value in changed.items():
         monkeypatch.setattr(linear_eval.lbfgs, name, value)
     train, test = tagged(300, 1), tagged(400, 2)
     grid = [10.0**exponent for exponent in range(-6, 6)][:: 4 if changed else 1]
-    classes, l2 = torch.arange(5).repeat(len(grid)), torch.tensor(grid, dtype=torch.float64).repeat_interleave(5)
+    classes, l2 = (
+        torch.arange(5).repeat(len(grid)),
+        torch.tensor(grid, dtype=torch.float64).repeat_interleave(5),
+    )
     given: dict[str, Any] = {"standardize": True, "max_iter": 3000, "tolerance": 1e-9}
     found = fit_binary(train.x.to(dtype), train.y, classes, l2, **given)
     assert found.weight.dtype == dtype and found.converged.all()
@@ -679,13 +806,17 @@ def test_a_regression_for_each_class_is_that_of_scikit_learn_over_eleven_decades
         y, y_test = train.y[:, c], test.y[:, c]
         counted, counted_test = y >= 0, y_test >= 0
         assert 0 < (y == 1).double().mean() < 1 and not counted.all()
-        solver = sklearn_linear.LogisticRegression(C=1 / strength, tol=1e-8, max_iter=5000, solver="newton-cg")
+        solver = sklearn_linear.LogisticRegression(
+            C=1 / strength, tol=1e-8, max_iter=5000, solver="newton-cg"
+        )
         oracle = solver.fit(z[counted], y[counted])
         best = binary_loss(z, y, torch.tensor(oracle.coef_[0]), torch.tensor(oracle.intercept_[0]), strength)
         weight, center = found.weight[p].double(), found.center.double()
         ours = binary_loss(z, y, weight * std, found.bias[p].double() + weight @ (mean - center), strength)
         assert ours == pytest.approx(best, rel=1e-4) and float(found.loss[p]) == pytest.approx(ours, rel=1e-4)
-        theirs = sklearn_metrics.average_precision_score(y_test[counted_test], oracle.decision_function(z_test[counted_test]))
+        theirs = sklearn_metrics.average_precision_score(
+            y_test[counted_test], oracle.decision_function(z_test[counted_test])
+        )
         mine = average_precision(scores[:, p, None], y_test[:, None], "map")
         assert float(mine) == pytest.approx(theirs, abs=0.005)
 
@@ -726,7 +857,9 @@ def test_rows_that_do_not_count_and_the_test_labels_have_no_say() -> None:
 def test_multi_label_probe_refuses_what_has_no_answer() -> None:
     train, test = tagged(60, 1), tagged(30, 2)
 
-    def refuses(message: str, train: Features = train, test: Features = test, metric: Any = "map", **options: Any) -> None:
+    def refuses(
+        message: str, train: Features = train, test: Features = test, metric: Any = "map", **options: Any
+    ) -> None:
         with pytest.raises(EvalError, match=message) as caught:
             multi_label_probe(train, test, metric, **({"seed": 0} | options))
         assert "\n" not in str(caught.value) and ". fix: " in str(caught.value)
@@ -736,8 +869,15 @@ def test_multi_label_probe_refuses_what_has_no_answer() -> None:
     refuses("test labels 4", test=with_labels(test, test.y[:, 1:]))
     refuses("columns", test=Features(test.x[:, :5], test.y))
     refuses("not finite", test=Features(test.x / 0, test.y))
-    refuses("classes 0 are on all or on none of the fitted", train=with_labels(train, train.y * torch.tensor([0, 1, 1, 1, 1])), val=test)
-    refuses("classes 0, 1 are on all or on none of the held-out", val=with_labels(test, test.y * torch.tensor([1, 0, 1, 1, 1])))
+    refuses(
+        "classes 0 are on all or on none of the fitted",
+        train=with_labels(train, train.y * torch.tensor([0, 1, 1, 1, 1])),
+        val=test,
+    )
+    refuses(
+        "classes 0, 1 are on all or on none of the held-out",
+        val=with_labels(test, test.y * torch.tensor([1, 0, 1, 1, 1])),
+    )
     refuses("metric is 'top1'", metric="top1")
     refuses("l2_grid", l2_grid=[0.0])
     refuses("val_fraction", val_fraction=0)
@@ -748,7 +888,8 @@ def test_multi_label_probe_refuses_what_has_no_answer() -> None:
         knn_accuracy(train, test, num_neighbors=3, temperature=0.1)
 
 
-# ---- SGD heads -------------------------------------------------------------------------------------------------------
+# ---- SGD heads
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_heads_together_are_each_head_alone() -> None:
@@ -761,7 +902,10 @@ def test_heads_together_are_each_head_alone() -> None:
         layer = nn.Linear(12, 4)
         for parameter in layer.parameters():
             nn.init.zeros_(parameter)
-        groups: list[dict[str, Any]] = [{"params": [layer.weight], "weight_decay": decay}, {"params": [layer.bias]}]
+        groups: list[dict[str, Any]] = [
+            {"params": [layer.weight], "weight_decay": decay},
+            {"params": [layer.bias]},
+        ]
         optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4 * 3)
         generator = torch.Generator().manual_seed(5)
@@ -781,14 +925,31 @@ def test_heads_together_are_each_head_alone() -> None:
 
 def test_sgd_probe_takes_the_best_head_without_seeing_the_test_split() -> None:
     train, test = blobs(300, 1, spread=2.5), blobs(400, 2, spread=2.5)
-    grid: dict[str, Any] = {"learning_rates": [1e-6, 0.03, 1e38], "weight_decays": [0.0, 10.0], "epochs": 20, "batch_size": 64}
+    grid: dict[str, Any] = {
+        "learning_rates": [1e-6, 0.03, 1e38],
+        "weight_decays": [0.0, 10.0],
+        "epochs": 20,
+        "batch_size": 64,
+    }
     result = sgd_probe(train, test, seed=0, **grid)
     other = sgd_probe(train, Features(-100 * test.x, test.y.flip(0)), seed=0, **grid)
-    assert (result.learning_rate, result.weight_decay) == (other.learning_rate, other.weight_decay) == (0.03, 0.0)
-    assert result.val_top1 == other.val_top1 and result.train_loss == other.train_loss and result.top1 != other.top1
-    assert result.top1 == pytest.approx(linear_probe(train, test, seed=0).top1, abs=0.03) and result.top1 > 0.5
+    assert (
+        (result.learning_rate, result.weight_decay)
+        == (other.learning_rate, other.weight_decay)
+        == (0.03, 0.0)
+    )
+    assert (
+        result.val_top1 == other.val_top1
+        and result.train_loss == other.train_loss
+        and result.top1 != other.top1
+    )
+    assert (
+        result.top1 == pytest.approx(linear_probe(train, test, seed=0).top1, abs=0.03) and result.top1 > 0.5
+    )
     assert sgd_probe(train, test, seed=0, **grid) == result
-    scaled = sgd_probe(Features(1000 * train.x + 5, train.y), Features(1000 * test.x + 5, test.y), seed=0, **grid)
+    scaled = sgd_probe(
+        Features(1000 * train.x + 5, train.y), Features(1000 * test.x + 5, test.y), seed=0, **grid
+    )
     assert scaled.top1 == pytest.approx(result.top1, abs=0.005), "features are standardised"
 
 
@@ -803,7 +964,11 @@ def test_sgd_probe_refuses_what_has_no_answer() -> None:
     refuses("every head diverged", learning_rates=[1e38], epochs=30)
     refuses("every head diverged", learning_rates=[1e38], weight_decays=[0.0], epochs=30)
     refuses("only class", train=with_labels(train, [3] * 40), test=with_labels(test, [3] * 20))
-    refuses("classes 5 have one train image", train=with_labels(train, [0, 1] * 19 + [0, 5]), test=with_labels(test, [0] * 20))
+    refuses(
+        "classes 5 have one train image",
+        train=with_labels(train, [0, 1] * 19 + [0, 5]),
+        test=with_labels(test, [0] * 20),
+    )
     refuses("not finite", train=Features(train.x / 0, train.y))
     refuses("learning_rates is", learning_rates=[0.1, 0.0])
     refuses("learning_rates is", learning_rates=[])
@@ -813,5 +978,8 @@ def test_sgd_probe_refuses_what_has_no_answer() -> None:
 
 
 def test_linear_eval_stands_alone() -> None:
-    code = "import sys, linear_eval; sys.exit(any(name.split('.')[0] in ('ssl_emp', 'faiss') for name in sys.modules))"
+    code = (
+        "import sys, linear_eval; sys.exit(any(name.split('.')[0] in ('ssl_emp', 'faiss') for name "
+        "in sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

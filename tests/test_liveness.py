@@ -65,7 +65,9 @@ def test_a_process_and_a_main_thread_that_hang_are_lost(silent: str) -> None:
     first._round()
     lost = find(first, 0)
     assert lost is not None and lost.ranks == {1} and lost.code == 3
-    assert ("it has not moved for 91 s" if silent == "main thread" else "no sign of life for 91 s") in lost.why
+    assert (
+        "it has not moved for 91 s" if silent == "main thread" else "no sign of life for 91 s"
+    ) in lost.why
     assert lost.why.startswith("rank 1 is lost")
 
 
@@ -102,7 +104,9 @@ def test_all_are_watched_by_the_first_and_the_first_by_all() -> None:
     assert (lost := find(several[0], 91)) and lost.ranks == {1, 2, 3} and "rank 1, 2, 3 is lost" in lost.why
     assert (lost := find(several[2], 91)) and lost.ranks == {0}
     assert [several[rank].speaks({0, 3}) for rank in (1, 2)] == [True, False]
-    assert watched(2, store, 4, local_rank=0).speaks({0, 1}) and not watched(3, store, 4, local_rank=1).speaks({0, 1})
+    assert watched(2, store, 4, local_rank=0).speaks({0, 1}) and not watched(
+        3, store, 4, local_rank=1
+    ).speaks({0, 1})
 
 
 def test_a_store_that_does_not_answer_is_told_as_such() -> None:
@@ -113,7 +117,9 @@ def test_a_store_that_does_not_answer_is_told_as_such() -> None:
     assert lost is not None and lost.ranks == {0} and "nothing answers for it" in lost.why
 
 
-@pytest.mark.parametrize(("command", "said"), [("exit 7", "exit code 7"), ("kill -9 $$", "killed by SIGKILL"), ("exit 0", None)])
+@pytest.mark.parametrize(
+    ("command", "said"), [("exit 7", "exit code 7"), ("kill -9 $$", "killed by SIGKILL"), ("exit 0", None)]
+)
 def test_a_child_that_ends_is_noticed_at_once(command: str, said: str | None) -> None:
     child = subprocess.Popen(["/bin/sh", "-c", command])
     child.wait(60)
@@ -149,7 +155,8 @@ def test_a_stop_of_this_process_is_nobody_elses_silence() -> None:
         ([(signal.SIGTERM, 100.0)], 50.0, 100.0, 143),
         ([(signal.SIGTERM, 100.0)], 50.0, 0.0, None),  # the main thread works: it will hear it
         ([(signal.SIGINT, 100.0)], 50.0, 100.0, 130),
-        ([(signal.SIGTERM, 100.0), (signal.SIGTERM, 100.0)], 0.0, 100.0, 143),  # twice: whatever the others do
+        # twice: whatever the others do
+        ([(signal.SIGTERM, 100.0), (signal.SIGTERM, 100.0)], 0.0, 100.0, 143),
         ([(signal.SIGHUP, 0.1)], 50.0, 100.0, None),  # a moment ago
     ],
 )
@@ -203,7 +210,11 @@ def stopped_server() -> Iterator[Callable[[], dist.Store]]:
 
 def test_a_store_whose_server_is_stopped_blocks_nobody(stopped_server: Callable[[], dist.Store]) -> None:
     store = BoundedStore(stopped_server(), 0.3)
-    for operation in (lambda: store.check(["there"]), lambda: store.set("a", "b"), lambda: store.get("there")):
+    for operation in (
+        lambda: store.check(["there"]),
+        lambda: store.set("a", "b"),
+        lambda: store.get("there"),
+    ):
         with pytest.raises(StoreSilent, match="no answer within 0.3 s"):
             operation()
 
@@ -244,7 +255,9 @@ def in_c_code(path: Path, signs: Path, peer_lives: bool, ready: Any) -> None:
     signal.signal(signal.SIGTERM, lambda *_: None)  # Python's, which C code does not hear
     store = dist.FileStore(str(signs), -1)
     store.set("sign/1", "1 1")
-    alive = Liveness(store, 0, 2, 60.0 if peer_lives else 1.0, lambda lost, speaks: module.leave_at_once("", lost.code))
+    alive = Liveness(
+        store, 0, 2, 60.0 if peer_lives else 1.0, lambda lost, speaks: module.leave_at_once("", lost.code)
+    )
     alive.start()
     ready.put(1)
     while True:
@@ -297,7 +310,9 @@ def test_an_evaluation_does_not_wait_for_a_first_process_that_hangs(hangs: str, 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    first, second = [FORK.Process(target=in_group, args=(number, port, hangs), daemon=True) for number in (0, 1)]
+    first, second = [
+        FORK.Process(target=in_group, args=(number, port, hangs), daemon=True) for number in (0, 1)
+    ]
     first.start()
     second.start()
     try:
@@ -312,7 +327,9 @@ def test_an_evaluation_does_not_wait_for_a_first_process_that_hangs(hangs: str, 
     [{"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "1"}, {"RANK": "x", "WORLD_SIZE": "2"},
      {"RANK": "-1", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "0"}],
 )  # fmt: skip
-def test_numbers_of_processes_that_do_not_fit_are_a_line(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_of_processes_that_do_not_fit_are_a_line(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(EvalError, match="fix: start with torchrun") as error, process_group():

@@ -23,12 +23,20 @@ def algorithm_1(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
 
     def pair_loss(i: int, j: int) -> float:
         positive = math.exp(similarity(views[i], views[j]) / temperature)
-        return -math.log(positive / sum(math.exp(similarity(views[i], views[k]) / temperature) for k in range(len(views)) if k != i))
+        return -math.log(
+            positive
+            / sum(math.exp(similarity(views[i], views[k]) / temperature) for k in range(len(views)) if k != i)
+        )
 
-    return torch.tensor([(pair_loss(2 * k, 2 * k + 1) + pair_loss(2 * k + 1, 2 * k)) / 2 for k in range(len(z_a))], dtype=torch.float64)
+    return torch.tensor(
+        [(pair_loss(2 * k, 2 * k + 1) + pair_loss(2 * k + 1, 2 * k)) / 2 for k in range(len(z_a))],
+        dtype=torch.float64,
+    )
 
 
-def random_pair(count: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def random_pair(
+    count: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     z_a, z_b = (torch.randn(count, dim, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
     return z_a, z_b
@@ -38,7 +46,9 @@ def random_pair(count: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.
 @pytest.mark.parametrize("count", [2, 3, 17])
 def test_equals_algorithm_1(count: int, temperature: float) -> None:
     z_a, z_b = random_pair(count, 5, seed=count)
-    torch.testing.assert_close(nt_xent(z_a, z_b, temperature), algorithm_1(z_a, z_b, temperature), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        nt_xent(z_a, z_b, temperature), algorithm_1(z_a, z_b, temperature), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_gradient() -> None:
@@ -60,13 +70,19 @@ def test_mean_and_gradient_equal_lightlys() -> None:
 @pytest.mark.parametrize("count", [1, 2, 64])
 def test_identical_embeddings_cannot_be_told_apart(count: int) -> None:
     z = torch.ones(count, 8)
-    torch.testing.assert_close(nt_xent(z, z, 0.1), torch.full((count,), math.log(2 * count - 1)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        nt_xent(z, z, 0.1), torch.full((count,), math.log(2 * count - 1)), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("count", "temperature"), [(2, 0.5), (8, 0.5), (8, 0.1)])
-def test_a_perfect_pair_among_unrelated_negatives_has_the_share_that_is_stated(count: int, temperature: float) -> None:
+def test_a_perfect_pair_among_unrelated_negatives_has_the_share_that_is_stated(
+    count: int, temperature: float
+) -> None:
     z = torch.eye(count, dtype=torch.float64)
-    assert nt_xent(z, z, temperature).neg().exp().tolist() == pytest.approx([perfect_pair_share(count, temperature)] * count, rel=1e-12)
+    assert nt_xent(z, z, temperature).neg().exp().tolist() == pytest.approx(
+        [perfect_pair_share(count, temperature)] * count, rel=1e-12
+    )
 
 
 def test_is_per_sample_and_symmetric_in_the_views() -> None:
@@ -127,7 +143,9 @@ def test_blocks_of_rows_change_nothing(block: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(loss_module.BLOCK_ELEMENTS, "cpu", block)
     loss = nt_xent(z_a, z_b, 0.3)
     torch.testing.assert_close(loss, expected, rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(torch.autograd.grad(loss, (z_a, z_b), upstream), gradients, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, (z_a, z_b), upstream), gradients, rtol=1e-12, atol=1e-14
+    )
     assert torch.autograd.gradcheck(lambda a, b: nt_xent(a, b, 0.3), (z_a, z_b))
 
 

@@ -1,4 +1,6 @@
-"""Narrow networks, and the exported encoder: the same features by our loader and by timm's, and nothing half right."""
+"""Narrow networks, and the exported encoder: the same features by our loader and by timm's, and nothing half
+right.
+"""
 
 import hashlib
 import json
@@ -20,7 +22,11 @@ def encoder(arch: str = "resnet18", width: int = 8, stem: str = "auto", size: in
     torch.manual_seed(0)
     built = build_encoder(arch, width, stem, size, MEAN, STD)
     for module in built.modules():  # running statistics that matter
-        if isinstance(module, torch.nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
+        if (
+            isinstance(module, torch.nn.BatchNorm2d)
+            and module.running_mean is not None
+            and module.running_var is not None
+        ):
             module.running_mean.uniform_(-0.1, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     return built.eval()
@@ -39,7 +45,8 @@ def test_width_64_with_the_imagenet_stem_is_torchvisions(arch: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "width", "dim"), [("resnet18", 8, 64), ("resnet18", 16, 128), ("resnet34", 24, 192), ("resnet50", 16, 512)]
+    ("arch", "width", "dim"),
+    [("resnet18", 8, 64), ("resnet18", 16, 128), ("resnet34", 24, 192), ("resnet50", 16, 512)],
 )
 def test_narrow_networks(arch: str, width: int, dim: int) -> None:
     narrow = encoder(arch, width)
@@ -52,7 +59,9 @@ def test_stem_follows_the_image_size() -> None:
     activations: list[torch.Size] = []
     for stem in ("cifar", "imagenet"):
         net = encoder(stem=stem)
-        net.backbone.get_submodule("layer1").register_forward_hook(lambda module, args, output: activations.append(output.shape))
+        net.backbone.get_submodule("layer1").register_forward_hook(
+            lambda module, args, output: activations.append(output.shape)
+        )
         net(torch.rand(1, 3, 32, 32))
     assert [shape[-1] for shape in activations] == [32, 8]
 
@@ -67,7 +76,8 @@ def test_simclr_gives_features_before_and_projections_after_the_head() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "width", "stem", "size"), [("resnet18", 8, "cifar", 28), ("resnet18", 64, "imagenet", 96), ("resnet50", 8, "imagenet", 64)]
+    ("arch", "width", "stem", "size"),
+    [("resnet18", 8, "cifar", 28), ("resnet18", 64, "imagenet", 96), ("resnet50", 8, "imagenet", 64)],
 )
 def test_export_gives_the_same_features(tmp_path: Path, arch: str, width: int, stem: str, size: int) -> None:
     trained = encoder(arch, width, stem, size)
@@ -75,9 +85,16 @@ def test_export_gives_the_same_features(tmp_path: Path, arch: str, width: int, s
     images = torch.rand(2, 3, size, size)
     for path in (tmp_path, tmp_path / "encoder", str(tmp_path)):
         loaded = load_encoder(path)
-        assert loaded(images).equal(trained(images)) and not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+        assert (
+            loaded(images).equal(trained(images))
+            and not loaded.training
+            and not any(p.requires_grad for p in loaded.parameters())
+        )
         assert (loaded.feature_dim, loaded.image_size) == (trained.feature_dim, size)
-    assert sorted(path.name for path in (tmp_path / "encoder").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "encoder").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
@@ -95,7 +112,10 @@ def test_timm_loads_the_plain_stem(tmp_path: Path, arch: str) -> None:
 
 
 def _spoil(folder: Path, how: str) -> None:
-    weights, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    weights, config = (
+        load_file(folder / "model.safetensors"),
+        json.loads((folder / "config.json").read_text()),
+    )
     if how == "missing key":
         del weights["layer1.0.bn1.running_mean"]
     elif how == "extra key":
@@ -112,7 +132,9 @@ def _spoil(folder: Path, how: str) -> None:
         (folder / "model.safetensors").unlink()
 
 
-@pytest.mark.parametrize("how", ["missing key", "extra key", "other width", "no ssl_emp", "broken json", "truncated", "no weights"])
+@pytest.mark.parametrize(
+    "how", ["missing key", "extra key", "other width", "no ssl_emp", "broken json", "truncated", "no weights"]
+)
 def test_a_spoilt_export_is_refused(tmp_path: Path, how: str) -> None:
     save_encoder(encoder(), tmp_path)
     _spoil(tmp_path, how)

@@ -1,4 +1,6 @@
-"""What is measured during a run stays a small part of it, after the same epochs in every attempt, and is said."""
+"""What is measured during a run stays a small part of it, after the same epochs in every attempt, and is
+said.
+"""
 
 import json
 from pathlib import Path
@@ -6,10 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import Pretrain
 
+from ssl_emp.commands.job import Job, prepare
+from ssl_emp.commands.monitoring import FORWARDS_MEASURED, SHARE, epochs_between, schedule, schedule_line
 from ssl_emp.config import load_config
-from ssl_emp.job import Job, prepare
-from ssl_emp.monitoring import FORWARDS_MEASURED, SHARE, epochs_between, schedule, schedule_line
-from ssl_emp.report import Report
+from ssl_emp.run.report import Report
 
 AUTO = ("monitor.knn_every=null", "monitor.reliability_every=null", "monitor.knn_images=100")
 
@@ -21,7 +23,10 @@ def job_of(config: Path, *overrides: str) -> Job:
 def measured_views(job: Job) -> tuple[float, float]:
     """Views that the run's schedule measures, by walking through its epochs; views that it trains, times 3."""
     found, views = schedule(job), 2 if job.config.objective == "simclr" else 1
-    batches = min(-(-job.config.monitor.reliability_images // job.config.batch_size), job.num_samples // job.config.batch_size)
+    batches = min(
+        -(-job.config.monitor.reliability_images // job.config.batch_size),
+        job.num_samples // job.config.batch_size,
+    )
     total = 0.0
     for epoch in range(len(job.steps)):
         total += found.measures_knn(epoch) * min(job.config.monitor.knn_images, job.num_samples)
@@ -60,7 +65,9 @@ def test_as_often_as_can_be_afforded() -> None:
             expected = fitting[0] if fitting and work >= 1 else 0
             found = epochs_between(work, 1.0, epochs)
             assert (found == 0) == (expected == 0)
-            assert found == 0 or (epochs // found <= work and found - expected <= epochs / int(min(work, epochs)) / 2)
+            assert found == 0 or (
+                epochs // found <= work and found - expected <= epochs / int(min(work, epochs)) / 2
+            )
 
 
 def test_a_number_is_kept_to(tiny_config: Path) -> None:
@@ -72,20 +79,27 @@ def test_a_number_is_kept_to(tiny_config: Path) -> None:
 
 def test_what_cannot_be_measured_takes_nothing_from_the_rest(tiny_config: Path) -> None:
     both, without_labels, without_ranking = (
-        schedule(job_of(tiny_config, *AUTO, "epochs=300", *more)) for more in ((), ("data.labels=none",), ("prune.policy=random",))
+        schedule(job_of(tiny_config, *AUTO, "epochs=300", *more))
+        for more in ((), ("data.labels=none",), ("prune.policy=random",))
     )
     assert without_labels.knn_every == without_ranking.reliability_every == 0
     assert 0 < without_labels.reliability_every < both.reliability_every
     assert 0 < without_ranking.knn_every < both.knn_every
 
 
-def test_the_end_of_a_run_says_what_measuring_cost_and_pruning_saved(pretrain_run: Pretrain, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_end_of_a_run_says_what_measuring_cost_and_pruning_saved(
+    pretrain_run: Pretrain, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = pretrain_run("run", "monitor.knn_every=null")
     said = capsys.readouterr().out
     assert "kNN never (monitor.knn_every=1 asks for it): at most 5% of the time" in said
-    assert not any("knn_train_split" in json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    assert not any(
+        "knn_train_split" in json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
+    )
     row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    share = row["monitoring_seconds"] / sum(row[f"{part}_seconds"] for part in ("training", "scoring", "monitoring"))
+    share = row["monitoring_seconds"] / sum(
+        row[f"{part}_seconds"] for part in ("training", "scoring", "monitoring")
+    )
     assert f", {share:.1%} of the time" in said
     left_out = 1 - row["real_share"]
     assert f"of training, {left_out:.0%} of that without pruning" in said

@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_emp.optim import Lars, build_optimizer, gradient_norm, lr_at, one_cycle_lr, one_cycle_momentum, set_lr, set_momentum
+from ssl_emp.optim import (
+    Lars,
+    build_optimizer,
+    gradient_norm,
+    lr_at,
+    one_cycle_lr,
+    one_cycle_momentum,
+    set_lr,
+    set_momentum,
+)
 
 
 def small_model(seed: int = 0) -> nn.Sequential:
@@ -22,7 +31,9 @@ def backward(model: nn.Module, step: int) -> None:
 
 
 def test_lars_equals_a_plain_loop() -> None:
-    """You et al., Algorithm 1: local rate trust * |w| / |g + wd w|, momentum on the scaled step; none of it for 1-d tensors."""
+    """You et al., Algorithm 1: local rate trust * |w| / |g + wd w|, momentum on the scaled step; none of it
+    for 1-d tensors.
+    """
     ours, reference = small_model(), small_model()
     optimizer = build_optimizer(ours, "lars", 0.3, 0.9, 0.01)
     velocity = [torch.zeros_like(p) for p in reference.parameters()]
@@ -37,7 +48,9 @@ def test_lars_equals_a_plain_loop() -> None:
                 update = p.grad.clone()
                 if p.dim() > 1:
                     update += 0.01 * p
-                    update *= 0.001 * math.sqrt(p.square().sum().item()) / math.sqrt(update.square().sum().item())
+                    update *= (
+                        0.001 * math.sqrt(p.square().sum().item()) / math.sqrt(update.square().sum().item())
+                    )
                 v.mul_(0.9).add_(update)
                 p.sub_(v, alpha=0.3 / (step + 1))
         for p, q in zip(ours.parameters(), reference.parameters(), strict=True):
@@ -77,10 +90,15 @@ def test_biases_and_norms_do_not_decay_and_state_survives(name: str) -> None:
 
 def test_the_gradient_norm_is_that_of_all_gradients() -> None:
     torch.manual_seed(0)
-    params = [nn.Parameter(torch.randn(shape)) for shape in [(3, 4), (5,), ()]] + [nn.Parameter(torch.ones(2))]  # the last: unused
+    # the last: unused
+    params = [nn.Parameter(torch.randn(shape)) for shape in [(3, 4), (5,), ()]] + [
+        nn.Parameter(torch.ones(2))
+    ]
     sum((p.square() * torch.rand_like(p)).sum() for p in params[:3]).backward()  # type: ignore[union-attr]  # of tensors
     squares = [float(g) ** 2 for p in params[:3] if p.grad is not None for g in p.grad.flatten()]
-    assert len(squares) == 18 and float(gradient_norm(params)) == pytest.approx(math.sqrt(sum(squares)), rel=1e-6)
+    assert len(squares) == 18 and float(gradient_norm(params)) == pytest.approx(
+        math.sqrt(sum(squares)), rel=1e-6
+    )
 
 
 def test_curve() -> None:
@@ -93,7 +111,9 @@ def test_curve() -> None:
 
 
 @pytest.mark.parametrize("total_steps", [1, 3, 4, 5, 7, 100, 1001])
-@pytest.mark.parametrize("pct_start, div, final_div", [(0.3, 25.0, 1e4), (0.5, 10.0, 1.0), (0.0, 25.0, 1e4), (0.9, 2.0, 100.0)])
+@pytest.mark.parametrize(
+    "pct_start, div, final_div", [(0.3, 25.0, 1e4), (0.5, 10.0, 1.0), (0.0, 25.0, 1e4), (0.9, 2.0, 100.0)]
+)
 def test_one_cycle_is_torchs(total_steps: int, pct_start: float, div: float, final_div: float) -> None:
     weight = nn.Parameter(torch.zeros(1))
     weight.grad = torch.zeros(1)
@@ -103,8 +123,12 @@ def test_one_cycle_is_torchs(total_steps: int, pct_start: float, div: float, fin
     )
     for step in range(total_steps):
         (group,) = optimizer.param_groups
-        assert one_cycle_lr(step, total_steps, 0.05, pct_start, div, final_div) == pytest.approx(group["lr"], rel=1e-12, abs=0)
-        assert one_cycle_momentum(step, total_steps, pct_start) == pytest.approx(group["momentum"], rel=1e-12, abs=0)
+        assert one_cycle_lr(step, total_steps, 0.05, pct_start, div, final_div) == pytest.approx(
+            group["lr"], rel=1e-12, abs=0
+        )
+        assert one_cycle_momentum(step, total_steps, pct_start) == pytest.approx(
+            group["momentum"], rel=1e-12, abs=0
+        )
         optimizer.step()
         if step < total_steps - 1:
             scheduler.step()
@@ -112,7 +136,11 @@ def test_one_cycle_is_torchs(total_steps: int, pct_start: float, div: float, fin
 
 def test_one_cycle_by_its_figures() -> None:
     curve = [one_cycle_lr(step, 100, 0.05) for step in range(100)]
-    assert curve[0] == pytest.approx(0.002) and curve[29] == 0.05 == max(curve) and curve[99] == pytest.approx(2e-7)
+    assert (
+        curve[0] == pytest.approx(0.002)
+        and curve[29] == 0.05 == max(curve)
+        and curve[99] == pytest.approx(2e-7)
+    )
     assert one_cycle_lr(0, 10, 1.0, pct_start=0.1) == 1.0  # nothing rises: torch divides by zero here
     assert [one_cycle_momentum(step, 100) for step in (0, 29, 99)] == pytest.approx([0.95, 0.85, 0.95])
     for step in (-1, 100):

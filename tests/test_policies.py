@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ssl_emp.errors import UserError
-from ssl_emp.policies import RANKING, Rule, infobatch, load_indices, random_subset, scan, softened, top, ucb_score
+from ssl_emp.policies import (
+    RANKING,
+    Rule,
+    infobatch,
+    load_indices,
+    random_subset,
+    scan,
+    softened,
+    top,
+    ucb_score,
+)
 from ssl_emp.pruning import PrunePlan
 from ssl_emp.scores import ScoreState
 
@@ -20,13 +30,17 @@ CPU = torch.device("cpu")
 
 def scores(num_samples: int, seed: int, unscored: int = 0) -> Tensor:
     values = torch.randn(num_samples, generator=torch.Generator().manual_seed(seed))
-    values[torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed + 1))[:unscored]] = torch.inf
+    values[torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed + 1))[:unscored]] = (
+        torch.inf
+    )
     return values
 
 
 @given(data=st.data(), num_samples=st.integers(1, 300), seed=st.integers(0, 10**6), epoch=st.integers(0, 300))
 @settings(max_examples=60)
-def test_budgets_are_exact_and_draws_depend_on_the_key_only(data: st.DataObject, num_samples: int, seed: int, epoch: int) -> None:
+def test_budgets_are_exact_and_draws_depend_on_the_key_only(
+    data: st.DataObject, num_samples: int, seed: int, epoch: int
+) -> None:
     count = data.draw(st.integers(1, num_samples))
     score = scores(num_samples, seed, unscored=data.draw(st.integers(0, num_samples)))
     if data.draw(st.booleans()):
@@ -41,11 +55,15 @@ def test_budgets_are_exact_and_draws_depend_on_the_key_only(data: st.DataObject,
     )
     for number, rule in enumerate(rules):
         kept, again = rule(), rule()
-        assert kept.index.dtype == torch.int64 and len(kept.index) == count == len(set(kept.index.tolist())), number
+        assert kept.index.dtype == torch.int64 and len(kept.index) == count == len(
+            set(kept.index.tolist())
+        ), number
         assert 0 <= kept.index.min() and kept.index.max() < num_samples
         assert kept.index.equal(again.index) and (kept.weight is None) == (number != 2)
         if kept.weight is not None and count > 1:  # one sample cannot stand for two groups
-            assert kept.weight.shape == (count,) and kept.weight.sum().item() == pytest.approx(num_samples, rel=1e-5)
+            assert kept.weight.shape == (count,) and kept.weight.sum().item() == pytest.approx(
+                num_samples, rel=1e-5
+            )
 
 
 @pytest.mark.parametrize("memory", ["raw", "normalized", "standardized"])
@@ -116,18 +134,24 @@ def test_infobatch_is_its_published_rule_where_the_budget_is_the_published_one()
     assert set(other.index.tolist()) != set(kept.index.tolist()), "drawn anew each epoch"
 
 
-@pytest.mark.parametrize("count", [750, 500, 300, 60], ids=["all hard ones fit", "just", "hard ones thinned", "tiny"])
+@pytest.mark.parametrize(
+    "count", [750, 500, 300, 60], ids=["all hard ones fit", "just", "hard ones thinned", "tiny"]
+)
 def test_infobatch_has_the_full_gradient_in_the_mean(count: int) -> None:
     """The mean over 2,000 draws of the weighted sum of per-sample gradients is the sum of all."""
     loss = scores(1000, 5).exp()
-    gradients = torch.randn(1000, 8, generator=torch.Generator().manual_seed(7)).double() + 0.3 * loss.double().unsqueeze(1)
+    gradients = torch.randn(
+        1000, 8, generator=torch.Generator().manual_seed(7)
+    ).double() + 0.3 * loss.double().unsqueeze(1)
 
     def sums(weigh: bool) -> Tensor:
         draws = []
         for epoch in range(2000):
             kept = infobatch(loss, count, seed=1, epoch=epoch)
             assert kept.weight is not None
-            weight = kept.weight.double() if weigh else torch.full((count,), 1000 / count, dtype=torch.float64)
+            weight = (
+                kept.weight.double() if weigh else torch.full((count,), 1000 / count, dtype=torch.float64)
+            )
             draws.append(weight @ gradients[kept.index])
         return torch.stack(draws)
 
@@ -155,11 +179,20 @@ def test_scan_does_not_drop_what_was_never_scored() -> None:
     assert set(range(10)) <= set(scan(loss, 50, seed=0, epoch=3).index.tolist())
 
 
-@given(num_samples=st.integers(2, 500), share=st.floats(0.05, 1), seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 500))
+@given(
+    num_samples=st.integers(2, 500),
+    share=st.floats(0.05, 1),
+    seed=st.integers(0, 2**31 - 1),
+    epoch=st.integers(0, 500),
+)
 @settings(max_examples=50)
-def test_random_sets_have_no_duplicate_and_change(num_samples: int, share: float, seed: int, epoch: int) -> None:
+def test_random_sets_have_no_duplicate_and_change(
+    num_samples: int, share: float, seed: int, epoch: int
+) -> None:
     count = max(1, int(share * num_samples))
-    kept, again, other = (random_subset(num_samples, count, seed, e, CPU).index for e in (epoch, epoch, epoch + 1))
+    kept, again, other = (
+        random_subset(num_samples, count, seed, e, CPU).index for e in (epoch, epoch, epoch + 1)
+    )
     assert len(set(kept.tolist())) == count and kept.max() < num_samples
     assert kept.equal(again)
     if 20 < count < num_samples - 20:
@@ -173,7 +206,9 @@ def test_a_random_set_stays_for_as_many_epochs_as_asked() -> None:
     redrawn = [set(often.choose(state, epoch, 20, seed=0).index.tolist()) for epoch in range(2, 10)]
     assert sets == [redrawn[0]] * 3 + [redrawn[3]] * 3 + [redrawn[6]] * 2
     assert len({frozenset(kept) for kept in redrawn}) == 8
-    assert sets[1] < set(seldom.choose(state, 3, 21, seed=0).index.tolist()), "an epoch with a batch more adds to the others"
+    assert sets[1] < set(seldom.choose(state, 3, 21, seed=0).index.tolist()), (
+        "an epoch with a batch more adds to the others"
+    )
 
 
 def test_random_sets_are_uniform() -> None:
@@ -235,25 +270,39 @@ def test_policies_that_rank_differ_in_the_score_only() -> None:
     for policy, score in expected.items():
         kept = Rule(policy, plan).choose(state, 1, 20, seed=0)
         assert set(kept.index.tolist()) == set(score.argsort(descending=True)[:20].tolist()), policy
-        assert len(Rule(policy, plan).choose(state, 0, 20, seed=0).index) == 50, "the first epoch is a full one"
+        assert len(Rule(policy, plan).choose(state, 0, 20, seed=0).index) == 50, (
+            "the first epoch is a full one"
+        )
     easy = Rule("emp", plan, beta=0.0, loss_weight=-1.0).choose(state, 1, 20, seed=0)
     assert set(easy.index.tolist()) == set(loss.argsort()[:20].tolist())
 
 
 @pytest.mark.parametrize("policy", ["random", "loss", "emp", "scan"])
 def test_rescaled_the_kept_stand_for_all(policy: str) -> None:
-    """Weights sum to N where the epoch is pruned; which samples are kept does not change, nor do InfoBatch's own weights."""
+    """Weights sum to N where the epoch is pruned; which samples are kept does not change, nor do InfoBatch's
+    own weights.
+    """
     state, plan = observed(scores(50, 1).exp(), scores(50, 2).exp()), PrunePlan(10, 0.5)
-    plain, rescaled = (Rule(policy, plan, rescale=rescale).choose(state, 1, 20, seed=0) for rescale in (False, True))
+    plain, rescaled = (
+        Rule(policy, plan, rescale=rescale).choose(state, 1, 20, seed=0) for rescale in (False, True)
+    )
     assert plain.weight is None and rescaled.weight is not None and rescaled.index.equal(plain.index)
     assert rescaled.weight.tolist() == [2.5] * 20
-    assert Rule(policy, plan, rescale=True).choose(state, 0, 20, seed=0).weight is None, "the first epoch is a full one"
-    own, same = (Rule("infobatch", plan, rescale=rescale).choose(state, 1, 20, seed=0).weight for rescale in (False, True))
+    assert Rule(policy, plan, rescale=True).choose(state, 0, 20, seed=0).weight is None, (
+        "the first epoch is a full one"
+    )
+    own, same = (
+        Rule("infobatch", plan, rescale=rescale).choose(state, 1, 20, seed=0).weight
+        for rescale in (False, True)
+    )
     assert own is not None and same is not None and own.equal(same)
 
 
 def test_random_rescaled_has_the_full_gradient_in_the_mean() -> None:
-    state, rule = observed(scores(1000, 1), scores(1000, 2)), Rule("random", PrunePlan(4000, 0.7), rescale=True)
+    state, rule = (
+        observed(scores(1000, 1), scores(1000, 2)),
+        Rule("random", PrunePlan(4000, 0.7), rescale=True),
+    )
     gradients = torch.randn(1000, 8, generator=torch.Generator().manual_seed(7)).double() + 0.3
     draws = []
     for epoch in range(1, 2001):
@@ -261,10 +310,18 @@ def test_random_rescaled_has_the_full_gradient_in_the_mean() -> None:
         assert kept.weight is not None
         draws.append(kept.weight.double() @ gradients[kept.index])
     summed = torch.stack(draws)
-    assert ((summed.mean(0) - gradients.sum(0)) / (summed.std(0) / 2000**0.5)).abs().max() < 4.5, "standard errors"
+    assert ((summed.mean(0) - gradients.sum(0)) / (summed.std(0) / 2000**0.5)).abs().max() < 4.5, (
+        "standard errors"
+    )
 
 
 def test_weights_run_in_a_straight_line_over_the_pruned_epochs() -> None:
-    rule = Rule("emp", PrunePlan(8, 0.5, warmup_epochs=2, anneal_fraction=0.125), beta=1.0, beta_end=3.0, loss_weight=-1.0)
+    rule = Rule(
+        "emp",
+        PrunePlan(8, 0.5, warmup_epochs=2, anneal_fraction=0.125),
+        beta=1.0,
+        beta_end=3.0,
+        loss_weight=-1.0,
+    )
     assert [rule.beta_at(epoch) for epoch in range(8)] == [1, 1, 1, 1.5, 2, 2.5, 3, 3]
     assert {rule.loss_weight_at(epoch) for epoch in range(8)} == {-1.0}

@@ -1,4 +1,6 @@
-"""A classifier that was kept, and what it says of images: as in evaluating, from a folder alone, and not from a changed one."""
+"""A classifier that was kept, and what it says of images: as in evaluating, from a folder alone, and not from
+a changed one.
+"""
 
 import csv
 import hashlib
@@ -20,10 +22,10 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torchvision import models
 
-import evaluate
 from ssl_emp import load_classifier
+from ssl_emp.commands import evaluate
+from ssl_emp.data.images import load_images
 from ssl_emp.errors import UserError, printable
-from ssl_emp.images import load_images
 from ssl_emp.model import build_encoder, save_encoder
 
 CLASSES = ("alder", "birch", "=SUM(A1)", "été\u200b [b]x")
@@ -56,7 +58,13 @@ def run_dir(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 KEPT = {
     "finetune": ("finetune", "finetune.epochs=3", "finetune.batch_size=16", "finetune.save=true"),
-    "bf16": ("finetune", "finetune.epochs=2", "finetune.batch_size=16", "finetune.bf16=true", "finetune.save=true"),
+    "bf16": (
+        "finetune",
+        "finetune.epochs=2",
+        "finetune.batch_size=16",
+        "finetune.bf16=true",
+        "finetune.save=true",
+    ),
     "lbfgs": ("linear", "linear.save=true"),
     "float64": ("linear", "linear.save=true", "linear.precision=float64"),
     "cached": ("linear", "linear.save=true", "linear.protocol=cached", "linear.epochs=5"),
@@ -98,22 +106,38 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return captured.err
 
 
-# ---- the same numbers ------------------------------------------------------------------------------------------------
+# ---- the same numbers
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", KEPT)
 def test_predictions_are_those_that_were_judged(
     name: str, kept: Kept, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The share of right ones among the CSV's rows is the row of the evaluation; the module gives the same classes as the command."""
+    """The share of right ones among the CSV's rows is the row of the evaluation; the module gives the same
+    classes as the command.
+    """
     row = json.loads((kept(name).parent / "row.json").read_text())
     rows = predicted(capsys, kept(name), data, "split=test", "top_k=2")
-    assert len(rows) == 42 and list(rows[0]) == ["name", "class", "probability", "class_2", "probability_2", "problem"]
-    right = sum(found["name"].split("/")[1] == found["class"] for found in csv_names(kept(name), data, tmp_path))
-    assert round(100 * right / 42, 2) == row["value"] and 25 < row["value"] < 100, "neither chance nor all: the count says something"
+    assert len(rows) == 42 and list(rows[0]) == [
+        "name",
+        "class",
+        "probability",
+        "class_2",
+        "probability_2",
+        "problem",
+    ]
+    right = sum(
+        found["name"].split("/")[1] == found["class"] for found in csv_names(kept(name), data, tmp_path)
+    )
+    assert round(100 * right / 42, 2) == row["value"] and 25 < row["value"] < 100, (
+        "neither chance nor all: the count says something"
+    )
 
     classifier = load_classifier(kept(name))
-    assert sorted(classifier.class_names) == sorted(CLASSES) and classifier.judged["protocol"] == row["protocol"]
+    assert (
+        sorted(classifier.class_names) == sorted(CLASSES) and classifier.judged["protocol"] == row["protocol"]
+    )
     test = load_images(str(data), "test", image_size=16)
     with torch.inference_mode():
         chances = classifier(test.pixels[:].float() / 255).double().softmax(1)
@@ -126,26 +150,39 @@ def test_predictions_are_those_that_were_judged(
 def csv_names(folder: Path, data: Path, tmp_path: Path) -> list[dict[str, str]]:
     """From a file, where names are as they are; standard output escapes what is not printable."""
     path = tmp_path / "deep" / "out.csv"
-    assert evaluate.main(["predict", str(folder), str(data), "split=test", "device=cpu", "--out", str(path)]) == 0
+    assert (
+        evaluate.main(["predict", str(folder), str(data), "split=test", "device=cpu", "--out", str(path)])
+        == 0
+    )
     assert [entry.name for entry in path.parent.iterdir()] == ["out.csv"]
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def test_batches_do_not_matter_and_a_kept_one_stays_after_its_run(kept: Kept, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_batches_do_not_matter_and_a_kept_one_stays_after_its_run(
+    kept: Kept, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     all_rows = predicted(capsys, kept("lbfgs"), data)
     assert len(all_rows) == 106
     ones = predicted(capsys, kept("lbfgs"), data, "batch_size=5")
     assert [row["name"] for row in ones] == [row["name"] for row in all_rows]
-    assert [float(row["probability"]) for row in ones] == pytest.approx([float(row["probability"]) for row in all_rows], abs=1e-4)
+    assert [float(row["probability"]) for row in ones] == pytest.approx(
+        [float(row["probability"]) for row in all_rows], abs=1e-4
+    )
     train, test = (predicted(capsys, kept("lbfgs"), data, f"split={split}") for split in ("train", "test"))
-    assert {row["name"] for row in train + test} == {row["name"] for row in all_rows} and (len(train), len(test)) == (64, 42)
+    assert {row["name"] for row in train + test} == {row["name"] for row in all_rows} and (
+        len(train),
+        len(test),
+    ) == (64, 42)
 
 
-# ---- images of all kinds ---------------------------------------------------------------------------------------------
+# ---- images of all kinds
+# ---------------------------------------------------------------------------------------------
 
 
-def test_images_without_labels_and_those_that_cannot_be_read(kept: Kept, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_without_labels_and_those_that_cannot_be_read(
+    kept: Kept, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     images, _ = striped_images(7, 24, seed=5)
     mixed = tmp_path / "mixed"
     (mixed / "deep" / "er").mkdir(parents=True)
@@ -158,30 +195,42 @@ def test_images_without_labels_and_those_that_cannot_be_read(kept: Kept, tmp_pat
     capsys.readouterr()
     assert evaluate.main(words) == 0
     captured = capsys.readouterr()
-    assert "\x1b" not in captured.out + captured.err and captured.err.startswith("2 of 10 images could not be read (broken.jpg: ")
+    assert "\x1b" not in captured.out + captured.err and captured.err.startswith(
+        "2 of 10 images could not be read (broken.jpg: "
+    )
     rows = {row["name"]: row for row in csv.DictReader(io.StringIO(captured.out))}
     assert len(rows) == 10 and "class_4" in rows["0.png"] and "class_5" not in rows["0.png"]
     for name in ("broken.jpg", "cut.png"):
         assert rows[name]["problem"] and not rows[name]["class"] and not rows[name]["probability_4"]
     for name, row in rows.items():
         if name not in ("broken.jpg", "cut.png"):
-            assert not row["problem"] and sum(float(row[f"probability{n}"]) for n in ("", "_2", "_3", "_4")) == pytest.approx(1, abs=1e-5)
+            assert not row["problem"] and sum(
+                float(row[f"probability{n}"]) for n in ("", "_2", "_3", "_4")
+            ) == pytest.approx(1, abs=1e-5)
 
     single = predicted(capsys, kept("finetune"), mixed / "0.png")
     assert [(row["name"], row["class"]) for row in single] == [(str(mixed / "0.png"), rows["0.png"]["class"])]
     table = write_parquet(tmp_path / "table.parquet", [*images, b"no image"], None)
     found = predicted(capsys, kept("finetune"), table)
-    assert [row["name"] for row in found] == [f"table.parquet#{number}" for number in range(8)] and found[7]["problem"]
+    assert [row["name"] for row in found] == [f"table.parquet#{number}" for number in range(8)] and found[7][
+        "problem"
+    ]
     assert found[0]["class"] == rows["0.png"]["class"] and found[1]["class"] == rows["deep/er/1.png"]["class"]
     several = predicted(capsys, kept("finetune"), table, mixed, mixed / "0.png")
-    assert len(several) == 19 and several[0]["name"] == f"{table}#0" and several[-1]["class"] == rows["0.png"]["class"]
+    assert (
+        len(several) == 19
+        and several[0]["name"] == f"{table}#0"
+        and several[-1]["class"] == rows["0.png"]["class"]
+    )
     assert "none of 10 images could be read (0.png: more pixels than max_pixels)" in refused(
         capsys, kept("finetune"), mixed, "max_pixels=575"
     )
 
 
 def test_from_python(kept: Kept, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file, a PIL image and an array, alone and together, as the command has them; what is no image in [0, 1] is refused."""
+    """A file, a PIL image and an array, alone and together, as the command has them; what is no image in [0,
+    1] is refused.
+    """
     files = sorted((data / "test" / "alder").iterdir())[:3]
     classifier = load_classifier(kept("cached"))
     second, third = (Image.open(io.BytesIO(file.read_bytes())) for file in files[1:])
@@ -190,7 +239,11 @@ def test_from_python(kept: Kept, data: Path, capsys: pytest.CaptureFixture[str])
     rows = predicted(capsys, kept("cached"), *files)
     assert [float(row["probability"]) for row in rows] == pytest.approx(chances.tolist(), abs=1e-6)
     assert torch.equal(classifier.preprocess(files[0]), images[0])
-    for wrong, message in ((images * 255, "divide by 255"), (images[0], "for one image"), (images - 2, "leave out Normalize")):
+    for wrong, message in (
+        (images * 255, "divide by 255"),
+        (images[0], "for one image"),
+        (images - 2, "leave out Normalize"),
+    ):
         with pytest.raises(ValueError, match=message):
             classifier(wrong)
     with pytest.raises(TypeError, match="floats in"):
@@ -198,14 +251,19 @@ def test_from_python(kept: Kept, data: Path, capsys: pytest.CaptureFixture[str])
     assert classifier(images[:0]).shape == (0, 4)
 
 
-# ---- what is no classifier -------------------------------------------------------------------------------------------
+# ---- what is no classifier
+# -------------------------------------------------------------------------------------------
 
 
 def edited(folder: Path, **changes: Any) -> None:
     """Other entries in config.json; None takes one out."""
     path = folder / "config.json"
     values = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None or key in ("mean", "std")}))
+    path.write_text(
+        json.dumps(
+            {key: value for key, value in values.items() if value is not None or key in ("mean", "std")}
+        )
+    )
 
 
 def reweighted(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], **changes: Any) -> None:
@@ -252,7 +310,10 @@ TAMPERED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an architecture of no library": (lambda f: edited(f, architecture="__import__"), "no architecture"),
     "code for an architecture": (lambda f: edited(f, architecture="os.system('true')"), "architecture"),
     "another library": (lambda f: edited(f, family="torchvision", architecture="alexnet"), "do not fit"),
-    "a name to fetch": (lambda f: edited(f, family="timm", architecture="hf-hub:someone/model"), "architecture"),
+    "a name to fetch": (
+        lambda f: edited(f, family="timm", architecture="hf-hub:someone/model"),
+        "architecture",
+    ),
     "an unknown name": (lambda f: edited(f, family="timm", architecture="no_such_net"), "has no model"),
     "no mean": (lambda f: edited(f, mean=None), "mean or std"),
     "an infinite mean": (lambda f: edited(f, mean=[float("inf")] * 3), "is not valid JSON"),
@@ -260,17 +321,25 @@ TAMPERED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no number of pixels": (lambda f: edited(f, image_size=10**9), "image_size"),
     "a key of the future": (lambda f: edited(f, code="print()"), "code"),
     "another format": (lambda f: edited(f, format=2), "format"),
-    "weights that are not finite": (lambda f: reweighted(f, lambda t: t["head.weight"].fill_(torch.nan)), "no usable numbers"),
+    "weights that are not finite": (
+        lambda f: reweighted(f, lambda t: t["head.weight"].fill_(torch.nan)),
+        "no usable numbers",
+    ),
     "a scale of zero": (lambda f: reweighted(f, lambda t: t["head.scale"].zero_()), "no usable numbers"),
     "a head of another width": (lambda f: with_tensor(f, "head.weight", torch.zeros(4, 9)), "do not fit"),
     "a tensor too many": (lambda f: with_tensor(f, "more", torch.zeros(1)), "do not fit"),
     "a tensor too few": (lambda f: reweighted(f, lambda t: t.pop("head.bias")), "do not fit"),
-    "a head of whole numbers": (lambda f: with_tensor(f, "head.bias", torch.zeros(4, dtype=torch.int64)), "do not fit"),
+    "a head of whole numbers": (
+        lambda f: with_tensor(f, "head.bias", torch.zeros(4, dtype=torch.int64)),
+        "do not fit",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", TAMPERED)
-def test_a_changed_folder_is_refused(name: str, kept: Kept, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_folder_is_refused(
+    name: str, kept: Kept, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(kept("lbfgs"), tmp_path / "it")
     change, message = TAMPERED[name]
     change(tmp_path / "it")
@@ -279,7 +348,9 @@ def test_a_changed_folder_is_refused(name: str, kept: Kept, data: Path, tmp_path
         load_classifier(tmp_path / "it")
 
 
-def test_what_is_no_classifier(kept: Kept, run_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_classifier(
+    kept: Kept, run_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "an encoder, which knows no classes" in refused(capsys, run_dir / "encoder", data)
     assert "no classifier in" in refused(capsys, tmp_path, data)
     shutil.copytree(kept("lbfgs"), tmp_path / "run/eval/classifier-linear")
@@ -292,29 +363,48 @@ def test_what_is_no_classifier(kept: Kept, run_dir: Path, data: Path, tmp_path: 
     assert "cannot write" in refused(capsys, kept("lbfgs"), data, "--out", tmp_path / "file" / "out.csv")
 
 
-# ---- keeping ---------------------------------------------------------------------------------------------------------
+# ---- keeping
+# ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_classifier_needs_a_place(run_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_classifier_needs_a_place(
+    run_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Nowhere to write is said before the training, in the way of the folder after the row."""
     words = [f"data.source={data}", "model.width=8", *SMALL]
     assert evaluate.main(["random", "finetune", "finetune.save=true", "finetune.epochs=1000", *words]) == 2
-    assert "finetune.save=true has no place to keep the classifier in. fix: judge a run, or give --out DIR" in capsys.readouterr().err
+    assert (
+        "finetune.save=true has no place to keep the classifier in. fix: judge a run, or give --out DIR"
+        in capsys.readouterr().err
+    )
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "classifier-linear").write_text("in the way")
-    assert evaluate.main([str(run_dir), "linear", "linear.save=true", *SMALL, "--out", str(tmp_path / "out")]) == 2
+    assert (
+        evaluate.main([str(run_dir), "linear", "linear.save=true", *SMALL, "--out", str(tmp_path / "out")])
+        == 2
+    )
     captured = capsys.readouterr()
     assert "cannot write" in captured.err and "| linear" in captured.out
     (tmp_path / "out" / "classifier-linear").unlink()
     (tmp_path / "home").mkdir()
     (tmp_path / "out" / "classifier-linear").symlink_to(tmp_path / "home")
-    assert evaluate.main([str(run_dir), "linear", "linear.save=true", *SMALL, "--out", str(tmp_path / "out")]) == 2
+    assert (
+        evaluate.main([str(run_dir), "linear", "linear.save=true", *SMALL, "--out", str(tmp_path / "out")])
+        == 2
+    )
     assert "is a link to another place" in capsys.readouterr().err and not list((tmp_path / "home").iterdir())
 
 
-@pytest.mark.parametrize("encoder", ["random", "pixels", "torchvision:shufflenet_v2_x0_5", "timm:test_resnet.r160_in1k"])
+@pytest.mark.parametrize(
+    "encoder", ["random", "pixels", "torchvision:shufflenet_v2_x0_5", "timm:test_resnet.r160_in1k"]
+)
 def test_other_encoders_are_kept_too(
-    encoder: str, run_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    encoder: str,
+    run_dir: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """With the weights that they were judged with, which are nowhere else."""
     torch.manual_seed(5)
@@ -322,11 +412,15 @@ def test_other_encoders_are_kept_too(
         timm = pytest.importorskip("timm")
         real = timm.create_model
         monkeypatch.setattr(
-            timm, "create_model", lambda name, pretrained, num_classes: real(name, pretrained=False, num_classes=num_classes)
+            timm,
+            "create_model",
+            lambda name, pretrained, num_classes: real(name, pretrained=False, num_classes=num_classes),
         )
     if encoder.startswith("torchvision"):
         weights = models.shufflenet_v2_x0_5(weights=None).state_dict()
-        monkeypatch.setattr(models.ShuffleNet_V2_X0_5_Weights, "get_state_dict", lambda self, **given: weights)
+        monkeypatch.setattr(
+            models.ShuffleNet_V2_X0_5_Weights, "get_state_dict", lambda self, **given: weights
+        )
     words = [f"data.source={data}", "data.image_size=32", "model.width=8", *SMALL, "--out", str(tmp_path)]
     assert evaluate.main([encoder, "linear", "linear.save=true", *words]) == 0
     (row,) = json.loads((tmp_path / "linear.json").read_text())
@@ -337,24 +431,39 @@ def test_other_encoders_are_kept_too(
     assert round(100 * right / 42, 2) == row["value"]
 
 
-def test_classes_without_names_are_called_by_their_numbers(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_classes_without_names_are_called_by_their_numbers(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for split, seed in (("train", 0), ("test", 1)):
         content, labels = striped_images(32, seed=seed)
-        write_parquet(tmp_path / f"data/{split}.parquet", content, [(7, 40, 41, 99)[label] for label in labels])
+        write_parquet(
+            tmp_path / f"data/{split}.parquet", content, [(7, 40, 41, 99)[label] for label in labels]
+        )
     words = [f"data.source={tmp_path / 'data'}", "linear.save=true", *SMALL, "--out", str(tmp_path)]
     assert evaluate.main([str(run_dir), "linear", *words]) == 0
     assert load_classifier(tmp_path / "classifier-linear").class_names == ["7", "40", "41", "99"]
     rows = predicted(capsys, tmp_path / "classifier-linear", tmp_path / "data", "split=test")
     (row,) = json.loads((tmp_path / "linear.json").read_text())
-    assert row["value"] == 100 * sum(found["class"] == ("7", "40", "41", "99")[number % 4] for number, found in enumerate(rows)) / 32
+    assert (
+        row["value"]
+        == 100
+        * sum(found["class"] == ("7", "40", "41", "99")[number % 4] for number, found in enumerate(rows))
+        / 32
+    )
 
 
 def test_keeping_again_replaces(kept: Kept, run_dir: Path, tmp_path: Path) -> None:
     words = ["linear", "linear.save=true", "linear.protocol=cached", *SMALL, "--out", str(tmp_path)]
     first, second = (
-        (evaluate.main([str(run_dir), *words, f"linear.epochs={epochs}"]), load_classifier(tmp_path / "classifier-linear"))[1]
+        (
+            evaluate.main([str(run_dir), *words, f"linear.epochs={epochs}"]),
+            load_classifier(tmp_path / "classifier-linear"),
+        )[1]
         for epochs in (1, 4)
     )
     assert "1 epochs" in first.judged["protocol"] and "4 epochs" in second.judged["protocol"]
     assert not torch.equal(first.head.weight, second.head.weight)
-    assert sorted(path.name for path in (tmp_path / "classifier-linear").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "classifier-linear").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]

@@ -8,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_emp.pruning import PrunePlan, combine_terms, emp_score, feature_distance, select_kept, shuffled_batches
+from ssl_emp.pruning import (
+    PrunePlan,
+    combine_terms,
+    emp_score,
+    feature_distance,
+    select_kept,
+    shuffled_batches,
+)
 
 plans = st.builds(
     PrunePlan,
@@ -31,7 +38,8 @@ def test_emp_score_is_the_formula(beta: float) -> None:
     h_a, h_b = features(0)
     loss = torch.linspace(0.5, 3, 6)
     expected = [
-        loss[i].item() - beta * math.sqrt(sum((x - y) ** 2 for x, y in zip(h_a[i].tolist(), h_b[i].tolist(), strict=True)))
+        loss[i].item()
+        - beta * math.sqrt(sum((x - y) ** 2 for x, y in zip(h_a[i].tolist(), h_b[i].tolist(), strict=True)))
         for i in range(6)
     ]
     torch.testing.assert_close(emp_score(loss, h_a, h_b, beta), torch.tensor(expected))
@@ -46,7 +54,9 @@ def test_emp_score_is_float32_from_half_precision() -> None:
 
 def test_normalized_distance_ignores_the_features_scale() -> None:
     h_a, h_b = features(2)
-    torch.testing.assert_close(feature_distance(7 * h_a, 0.1 * h_b, "normalized"), feature_distance(h_a, h_b, "normalized"))
+    torch.testing.assert_close(
+        feature_distance(7 * h_a, 0.1 * h_b, "normalized"), feature_distance(h_a, h_b, "normalized")
+    )
     assert feature_distance(h_a, -h_a, "normalized").allclose(torch.tensor(2.0))
     assert feature_distance(torch.zeros(3, 4), torch.zeros(3, 4), "normalized").eq(0).all()
 
@@ -68,18 +78,27 @@ def test_standardized_terms_have_equal_influence_whatever_their_scale() -> None:
     distance = feature_distance(h_a, h_b)
     scores = combine_terms(torch.stack([loss, distance]), 1.0, "standardized")
     torch.testing.assert_close(
-        combine_terms(torch.stack([1000 * loss + 3, 0.01 * distance - 7]), 1.0, "standardized"), scores, rtol=1e-3, atol=1e-3
+        combine_terms(torch.stack([1000 * loss + 3, 0.01 * distance - 7]), 1.0, "standardized"),
+        scores,
+        rtol=1e-3,
+        atol=1e-3,
     )
-    expected = (loss - loss.mean()) / loss.std(correction=0) - (distance - distance.mean()) / distance.std(correction=0)
+    expected = (loss - loss.mean()) / loss.std(correction=0) - (distance - distance.mean()) / distance.std(
+        correction=0
+    )
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
 
 @given(plan=plans, num_samples=st.integers(64, 3000), batch_size=st.integers(2, 64))
-def test_every_step_is_known_in_advance_and_the_budget_is_met(plan: PrunePlan, num_samples: int, batch_size: int) -> None:
+def test_every_step_is_known_in_advance_and_the_budget_is_met(
+    plan: PrunePlan, num_samples: int, batch_size: int
+) -> None:
     full = num_samples // batch_size
     steps = plan.epoch_steps(num_samples, batch_size)
     assert plan.total_steps(num_samples, batch_size) == sum(steps) and min(steps, default=0) >= 0
-    assert abs(sum(steps) - plan.asked_share() * full * plan.epochs) <= 0.5 + 1e-6, "half a batch in the whole run"
+    assert abs(sum(steps) - plan.asked_share() * full * plan.epochs) <= 0.5 + 1e-6, (
+        "half a batch in the whole run"
+    )
     if plan.shorter:
         assert steps[:-1] == [full] * (len(steps) - 1) and (not steps or 0 < steps[-1] <= full)
         return
@@ -87,7 +106,10 @@ def test_every_step_is_known_in_advance_and_the_budget_is_met(plan: PrunePlan, n
     for epoch, count in enumerate(steps):
         if plan.is_pruned(epoch):
             assert abs(count - (1 - plan.prune_fraction) * full) < 1 + 1e-6
-            assert abs(plan.kept_count(epoch, num_samples) - (1 - plan.prune_fraction) * num_samples) <= 0.5 + 1e-6
+            assert (
+                abs(plan.kept_count(epoch, num_samples) - (1 - plan.prune_fraction) * num_samples)
+                <= 0.5 + 1e-6
+            )
         else:
             assert count == full and plan.kept_count(epoch, num_samples) == num_samples
 
@@ -101,7 +123,9 @@ def test_shorter_costs_what_pruning_costs(plan: PrunePlan, num_samples: int, bat
 def test_what_is_rounded_off_in_one_epoch_is_made_up_for_in_the_next() -> None:
     """100 samples are 12 batches of 8; 70 % of them are 8.4: the total is kept, epoch by epoch."""
     assert PrunePlan(7, 0.3).epoch_steps(100, 8) == [12, 8, 9, 8, 9, 8, 8]
-    assert PrunePlan(6, 0.5, anneal_fraction=0.3).epoch_steps(78, 2) == [39, 20, 19, 20, 39, 39], "a full epoch is full, also at a half"
+    assert PrunePlan(6, 0.5, anneal_fraction=0.3).epoch_steps(78, 2) == [39, 20, 19, 20, 39, 39], (
+        "a full epoch is full, also at a half"
+    )
 
 
 @given(plan=plans)
@@ -120,7 +144,11 @@ def test_first_and_last_epochs_train_on_everything(plan: PrunePlan) -> None:
 @given(data=st.data(), num_samples=st.integers(1, 400))
 def test_the_highest_scores_are_kept(data: st.DataObject, num_samples: int) -> None:
     count = data.draw(st.integers(1, num_samples))
-    values = data.draw(st.lists(st.floats(-1e6, 1e6, width=32) | st.just(math.inf), min_size=num_samples, max_size=num_samples))
+    values = data.draw(
+        st.lists(
+            st.floats(-1e6, 1e6, width=32) | st.just(math.inf), min_size=num_samples, max_size=num_samples
+        )
+    )
     scores = torch.tensor(values)
     kept = select_kept(scores, count)
     assert kept.dtype == torch.int64 and len(kept) == count == len(set(kept.tolist()))
@@ -132,8 +160,15 @@ def test_a_sick_score_does_not_shorten_the_epoch_unnoticed() -> None:
         select_kept(torch.tensor([1.0, math.nan, 3.0, 2.0]), 2)
 
 
-@given(num_samples=st.integers(2, 300), batch_size=st.integers(1, 40), seed=st.integers(0, 1000), epoch=st.integers(0, 300))
-def test_batches_are_whole_shuffled_and_without_duplicate(num_samples: int, batch_size: int, seed: int, epoch: int) -> None:
+@given(
+    num_samples=st.integers(2, 300),
+    batch_size=st.integers(1, 40),
+    seed=st.integers(0, 1000),
+    epoch=st.integers(0, 300),
+)
+def test_batches_are_whole_shuffled_and_without_duplicate(
+    num_samples: int, batch_size: int, seed: int, epoch: int
+) -> None:
     kept = torch.arange(1000, 1000 + num_samples)
     batches = shuffled_batches(kept, batch_size, seed, epoch)
     assert batches.shape == (num_samples // batch_size, batch_size)

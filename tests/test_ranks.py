@@ -1,4 +1,6 @@
-"""Several processes do what one does: loss, gradients, BatchNorm, scores, kept lists, files; and all of them end when one does."""
+"""Several processes do what one does: loss, gradients, BatchNorm, scores, kept lists, files; and all of them
+end when one does.
+"""
 
 import multiprocessing
 import os
@@ -18,12 +20,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from linear_eval.liveness import BoundedStore, Liveness
-from ssl_emp import ranks as ranks_module
 from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.loss import nt_xent
 from ssl_emp.loss import nt_xent as nt_xent_alone
 from ssl_emp.model import SimCLR, build_encoder
-from ssl_emp.ranks import ALONE, Failed, NoPlace, Ranks, SharedBatchNorm, join_ranks, share_batch_norm, started_by_srun
+from ssl_emp.run import ranks as ranks_module
+from ssl_emp.run.ranks import (
+    ALONE,
+    Failed,
+    NoPlace,
+    Ranks,
+    SharedBatchNorm,
+    join_ranks,
+    share_batch_norm,
+    started_by_srun,
+)
 
 
 def free_port() -> int:
@@ -32,8 +43,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _as_rank(work: Callable[[Ranks], Any], rank: int, world_size: int, port: int, answers: Any, all_answered: Any) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+def _as_rank(
+    work: Callable[[Ranks], Any], rank: int, world_size: int, port: int, answers: Any, all_answered: Any
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+    }
     os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     try:
         answers.put((rank, work(join_ranks(1, 30.0, needs_gpu=False))))
@@ -45,14 +63,16 @@ def _as_rank(work: Callable[[Ranks], Any], rank: int, world_size: int, port: int
 def on_ranks(world_size: int, work: Callable[[Ranks], Any], backward: bool = False) -> list[Any]:
     """What `work(ranks)` gives in each of `world_size` forked processes that talk by gloo.
 
-    They are forked from this one, where torch is imported already. A backward pass may not run in the child of a process whose
-    autograd has threads, and another test may have given it some: `backward` forks from a process that has only imported this module.
+    They are forked from this one, where torch is imported already. A backward pass may not run in the child
+    of a process whose autograd has threads, and another test may have given it some: `backward` forks from a
+    process that has only imported this module.
     """
     context: Any = multiprocessing.get_context("forkserver" if backward else "fork")
     if backward:
         context.set_forkserver_preload([__name__])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where it finds this module; it starts once
+            # where it finds this module; it starts once
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
             forkserver.ensure_running()
     answers, all_answered, port = context.Queue(), context.Event(), free_port()
     shared = (world_size, port, answers, all_answered)
@@ -71,11 +91,17 @@ def on_ranks(world_size: int, work: Callable[[Ranks], Any], backward: bool = Fal
 
 
 def step(ranks: Ranks) -> dict[str, list[float]]:
-    """Loss, gradients and BatchNorm buffers of one training step on twelve images in float64, and the features in eval mode after it."""
+    """Loss, gradients and BatchNorm buffers of one training step on twelve images in float64, and the
+    features in eval mode after it.
+    """
     torch.manual_seed(0)
     encoder = build_encoder("resnet18", 8, "cifar", 8, [0.5] * 3, [0.5] * 3)
     model = SimCLR(encoder, 16, 8).double()
-    view_a, view_b, weight = torch.randn(12, 3, 8, 8).double(), torch.randn(12, 3, 8, 8).double(), torch.rand(12).double()
+    view_a, view_b, weight = (
+        torch.randn(12, 3, 8, 8).double(),
+        torch.randn(12, 3, 8, 8).double(),
+        torch.rand(12).double(),
+    )
     index = ranks.part(torch.arange(12))
     share_batch_norm(model, ranks)
     trained = ranks.share_gradients(model)
@@ -96,7 +122,13 @@ def step(ranks: Ranks) -> dict[str, list[float]]:
 
 def differ(found: dict[str, list[float]], wanted: dict[str, list[float]]) -> dict[str, float]:
     """Largest difference of each, over the largest value."""
-    pairs = {name: (torch.tensor(found[name], dtype=torch.float64), torch.tensor(wanted[name], dtype=torch.float64)) for name in wanted}
+    pairs = {
+        name: (
+            torch.tensor(found[name], dtype=torch.float64),
+            torch.tensor(wanted[name], dtype=torch.float64),
+        )
+        for name in wanted
+    }
     return {name: float((a - b).abs().max() / b.abs().max()) for name, (a, b) in pairs.items()}
 
 
@@ -110,7 +142,11 @@ def test_a_step_of_several_ranks_is_the_step_of_one(world_size: int) -> None:
 
 def step_without_gather(ranks: Ranks) -> dict[str, list[float]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[__name__], "nt_xent", lambda z_a, z_b, temperature, ranks: nt_xent_alone(z_a, z_b, temperature))
+        patch.setattr(
+            sys.modules[__name__],
+            "nt_xent",
+            lambda z_a, z_b, temperature, ranks: nt_xent_alone(z_a, z_b, temperature),
+        )
         return step(ranks)
 
 
@@ -128,9 +164,13 @@ def step_without_sum(ranks: Ranks) -> dict[str, list[float]]:
 
 @pytest.mark.whole
 def test_the_controls_fail() -> None:
-    """Without the gathered negatives, without shared statistics or without summed gradients it is another step."""
+    """Without the gathered negatives, without shared statistics or without summed gradients it is another
+    step.
+    """
     wanted, controls = step(ALONE), (step_without_gather, step_without_statistics, step_without_sum)
-    without_gather, without_statistics, without_sum = (differ(on_ranks(2, work, backward=True)[0], wanted) for work in controls)
+    without_gather, without_statistics, without_sum = (
+        differ(on_ranks(2, work, backward=True)[0], wanted) for work in controls
+    )
     assert without_gather["loss"] > 1e-3 and without_gather["gradients"] > 1e-3
     assert without_statistics["buffers"] > 1e-3 and without_statistics["loss"] > 1e-3
     assert without_sum["gradients"] > 1e-3 and without_sum["loss"] < 1e-10
@@ -149,7 +189,9 @@ def test_shared_batch_norm_of_one_rank_is_batch_norm() -> None:
     torch.testing.assert_close(found, wanted)
     for buffer, before in zip(shared.buffers(), buffers, strict=True):
         torch.testing.assert_close(buffer, before)
-    assert shared.eval()(x).equal(F.batch_norm(x, shared.running_mean, shared.running_var, shared.weight, shared.bias))
+    assert shared.eval()(x).equal(
+        F.batch_norm(x, shared.running_mean, shared.running_var, shared.weight, shared.bias)
+    )
     shared.train().track_running_stats = False  # as a scoring pass does
     shared(x)
     torch.testing.assert_close(list(shared.buffers()), list(shared.eval().buffers()))
@@ -159,7 +201,11 @@ def test_parts_and_gathering_are_each_others_inverse() -> None:
     def work(ranks: Ranks) -> Any:
         table = torch.arange(24).view(2, 12)
         parts = ranks.part(table)
-        return parts.shape, [ranks.gather(row).tolist() for row in parts], ranks.highest(ranks.rank, -ranks.rank)
+        return (
+            parts.shape,
+            [ranks.gather(row).tolist() for row in parts],
+            ranks.highest(ranks.rank, -ranks.rank),
+        )
 
     for shape, rows, highest in on_ranks(3, work):
         assert shape == (2, 4) and rows == [list(range(12)), list(range(12, 24))] and highest == [2, 0]
@@ -230,7 +276,11 @@ def test_a_confession_reaches_who_waits() -> None:
         return "nothing heard"
 
     found = on_ranks(3, work)
-    assert found[0] == ("rank 1: the file a.jpg is bad", 2, True) and found[2] == ("rank 1: the file a.jpg is bad", 2, False)
+    assert found[0] == ("rank 1: the file a.jpg is bad", 2, True) and found[2] == (
+        "rank 1: the file a.jpg is bad",
+        2,
+        False,
+    )
 
 
 LAUNCHERS = (
@@ -248,7 +298,10 @@ LAUNCHERS = (
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Sets what a launcher would; nothing else of any launcher is there."""
-    for name in (*LAUNCHERS, *(name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI_", "MV2_")))):
+    for name in (
+        *LAUNCHERS,
+        *(name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI_", "MV2_"))),
+    ):
         monkeypatch.setenv(name, "")  # so that it is taken away again, whoever sets it
         monkeypatch.delenv(name)
 
@@ -279,7 +332,16 @@ HERE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
         ({"RANK": "0", "WORLD_SIZE": "2.0", "LOCAL_RANK": "0", **HERE}, "WORLD_SIZE is 2.0"),
         ({"RANK": "0", "WORLD_SIZE": "9" * 30, "LOCAL_RANK": "0", **HERE}, "WORLD_SIZE is 999"),
         ({"RANK": "\u0663", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **HERE}, "RANK is"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"}, "MASTER_PORT is 70000"),
+        (
+            {
+                "RANK": "0",
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": "0",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": "70000",
+            },
+            "MASTER_PORT is 70000",
+        ),
     ],
 )
 def test_an_environment_that_is_not_complete_is_a_line(
@@ -292,7 +354,13 @@ def test_an_environment_that_is_not_complete_is_a_line(
     assert "\n" not in str(error.value) and "fix: " in str(error.value)
 
 
-SBATCH = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURM_NNODES": "1"}
+SBATCH = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NTASKS": "4",
+    "SLURM_NNODES": "1",
+}
 
 
 @pytest.mark.parametrize(
@@ -304,10 +372,15 @@ SBATCH = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLUR
         SBATCH | {"SLURM_JOB_NAME": "bash"},
     ],
 )
-def test_python_in_a_batch_script_names_srun(environment: Callable[..., None], variables: dict[str, str]) -> None:
+def test_python_in_a_batch_script_names_srun(
+    environment: Callable[..., None], variables: dict[str, str]
+) -> None:
     environment(**variables)
     began = time.monotonic()
-    with pytest.raises(NoPlace, match=f"has {variables['SLURM_NTASKS']} tasks, and python was started without srun.*fix: start `srun"):
+    with pytest.raises(
+        NoPlace,
+        match=f"has {variables['SLURM_NTASKS']} tasks, and python was started without srun.*fix: start `srun",
+    ):
         join_ranks(1, 2.0, needs_gpu=False)
     assert time.monotonic() - began < 30  # and not when nobody else has come
 
@@ -329,7 +402,9 @@ def test_mpirun_is_named(environment: Callable[..., None], name: str) -> None:
         {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **HERE},
         SBATCH | {"SLURM_NTASKS": "1"},
         {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4", "SLURM_NNODES": "1"},  # salloc's shell
-        SBATCH | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_NAME": "interactive"},  # its newer kind
+        # its newer kind
+        SBATCH
+        | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_NAME": "interactive"},
         SBATCH | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"},  # srun --pty bash
         {"OMPI_COMM_WORLD_SIZE": "1"},
         {"PMI_SIZE": "many"},
@@ -342,7 +417,9 @@ def test_one_process_runs_alone(environment: Callable[..., None], variables: dic
 
 
 @pytest.mark.parametrize("variables", [{}, SBATCH, {"OMPI_COMM_WORLD_SIZE": "4"}])
-def test_devices_starts_them_whatever_the_job_has(environment: Callable[..., None], variables: dict[str, str]) -> None:
+def test_devices_starts_them_whatever_the_job_has(
+    environment: Callable[..., None], variables: dict[str, str]
+) -> None:
     environment(**variables)
     assert not started_by_srun(4)
     environment(**(SBATCH | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}))
@@ -364,15 +441,24 @@ def test_a_task_count_that_is_no_number_is_a_line(environment: Callable[..., Non
 )  # fmt: skip
 def test_what_is_no_confession_ends_with_one_line(said: bytes) -> None:
     failed = Failed.parse(said)
-    assert (failed.rank, failed.code) == (0, 3) and "none of them wrote" in failed.line and failed.line.isprintable()
+    assert (
+        (failed.rank, failed.code) == (0, 3)
+        and "none of them wrote" in failed.line
+        and failed.line.isprintable()
+    )
 
 
 def test_a_confession_is_text() -> None:
     assert Failed.parse(b"2\x0017\x00a\x1b[31mb\nc\x00d") == Failed(2, 17, "a\\x1b[31mb\\nc\\x00d")
 
 
-@pytest.mark.parametrize(("command", "said"), [("exit 7", "exit code 7"), ("kill -9 $$", "killed by SIGKILL"), ("exit 0", "exit code 0")])
-def test_a_rank_that_ends_while_starting_is_named_at_once(command: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [("exit 7", "exit code 7"), ("kill -9 $$", "killed by SIGKILL"), ("exit 0", "exit code 0")],
+)
+def test_a_rank_that_ends_while_starting_is_named_at_once(
+    command: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(ranks_module.STARTED, 2, subprocess.Popen(["/bin/sh", "-c", command]))
     store = BoundedStore(torch.distributed.HashStore())
     store.set("here/1", "yes")
@@ -385,8 +471,14 @@ def test_a_rank_that_ends_while_starting_is_named_at_once(command: str, said: st
 
 def listening() -> list[str]:
     """Addresses, in hexadecimal, on which this process listens."""
-    sockets = {os.readlink(path) for path in map(str, Path("/proc/self/fd").iterdir()) if os.path.lexists(path)}
-    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]]
+    sockets = {
+        os.readlink(path) for path in map(str, Path("/proc/self/fd").iterdir()) if os.path.lexists(path)
+    }
+    rows = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]
+    ]
     return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
 
 

@@ -17,20 +17,22 @@ from conftest import striped_images, write_parquet
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import pretrain
 from ssl_emp import load_encoder
-from ssl_emp.checkpoint import load_checkpoint, save_checkpoint
+from ssl_emp.commands import pretrain
+from ssl_emp.commands.job import short_run_lines
 from ssl_emp.config import load_config
+from ssl_emp.data.images import sampled_fingerprint
 from ssl_emp.errors import UserError
-from ssl_emp.images import sampled_fingerprint
-from ssl_emp.job import short_run_lines
 from ssl_emp.pruning import PrunePlan
-from ssl_emp.report import Report
+from ssl_emp.run.checkpoint import load_checkpoint, save_checkpoint
+from ssl_emp.run.report import Report
 from ssl_emp.safe_files import as_json
 
 
 class AtStep(pretrain.Stop):
-    """Stands in for `pretrain.Stop`: `act` happens within step `step`, and a signal comes in the step where `stop` says so."""
+    """Stands in for `pretrain.Stop`: `act` happens within step `step`, and a signal comes in the step where
+    `stop` says so.
+    """
 
     step, stop = 0, 0
     act: Callable[[], None] | None = None
@@ -56,16 +58,28 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> type[AtStep]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
-# ---- the run's own directory -----------------------------------------------------------------------------------------
+# ---- the run's own directory
+# -----------------------------------------------------------------------------------------
 
 
 def stranger(out: Path) -> None:
     """Another run's directory under the name `out`."""
     (out / "checkpoints").mkdir(parents=True)
-    for name in ("config.yaml", ".lock", "metrics.jsonl", "train.log", "checkpoints/step_00000002.pt", "checkpoints/manifest.json"):
+    for name in (
+        "config.yaml",
+        ".lock",
+        "metrics.jsonl",
+        "train.log",
+        "checkpoints/step_00000002.pt",
+        "checkpoints/manifest.json",
+    ):
         (out / name).write_text(f"{name} of another\n")
 
 
@@ -95,9 +109,16 @@ def taken_over(out: Path) -> None:
     (out / ".lock").write_text("process 1 on elsewhere\n")
 
 
-@pytest.mark.parametrize(("change", "step"), [(moved, 8), (replaced, 3), (replaced_by_a_link, 4), (emptied, 13), (taken_over, 3)])
+@pytest.mark.parametrize(
+    ("change", "step"), [(moved, 8), (replaced, 3), (replaced_by_a_link, 4), (emptied, 13), (taken_over, 3)]
+)
 def test_a_directory_that_is_another_gets_nothing(
-    change: Callable[[Path], None], step: int, tiny_config: Path, tmp_path: Path, at_step: type[AtStep], capsys: pytest.CaptureFixture[str]
+    change: Callable[[Path], None],
+    step: int,
+    tiny_config: Path,
+    tmp_path: Path,
+    at_step: type[AtStep],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, after = tmp_path / "run", {}
 
@@ -106,7 +127,10 @@ def test_a_directory_that_is_another_gets_nothing(
         after.update(content(out) if out.exists() else {})
 
     at_step.step, at_step.act = step, act
-    assert pretrain.main(["--config", str(tiny_config), f"out={out}", "epochs=2", "checkpoint.every_steps=2"]) == 3
+    assert (
+        pretrain.main(["--config", str(tiny_config), f"out={out}", "epochs=2", "checkpoint.every_steps=2"])
+        == 3
+    )
     (line,) = capsys.readouterr().err.splitlines()
     assert str(out) in line and "another is in its place" in line and "fix: " in line
     assert (content(out) if out.exists() else {}) == after, "the other's files are as they were"
@@ -120,13 +144,20 @@ def test_a_directory_that_is_another_gets_nothing(
         assert pretrain.main(["--resume", str(now)]) == 0, "it goes on where it went"
 
 
-def test_a_lock_that_was_only_removed_ends_no_run(tiny_config: Path, tmp_path: Path, at_step: type[AtStep]) -> None:
+def test_a_lock_that_was_only_removed_ends_no_run(
+    tiny_config: Path, tmp_path: Path, at_step: type[AtStep]
+) -> None:
     out = tmp_path / "run"
     at_step.step, at_step.act = 3, (out / ".lock").unlink
-    assert pretrain.main(["--config", str(tiny_config), f"out={out}", "epochs=2", "checkpoint.every_steps=2"]) == 0
+    assert (
+        pretrain.main(["--config", str(tiny_config), f"out={out}", "epochs=2", "checkpoint.every_steps=2"])
+        == 0
+    )
 
 
-def test_a_directory_moved_while_images_are_read_is_noticed(tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_moved_while_images_are_read_is_noticed(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "run"
     prepare = pretrain.prepare
 
@@ -136,10 +167,13 @@ def test_a_directory_moved_while_images_are_read_is_noticed(tiny_config: Path, t
 
     monkeypatch.setattr(pretrain, "prepare", slow)
     assert pretrain.main(["--config", str(tiny_config), f"out={out}"]) == 3
-    assert (out / "config.yaml").read_text() == "config.yaml of another\n" and (out / ".lock").read_text() == ".lock of another\n"
+    assert (out / "config.yaml").read_text() == "config.yaml of another\n" and (
+        out / ".lock"
+    ).read_text() == ".lock of another\n"
 
 
-# ---- a finished run --------------------------------------------------------------------------------------------------
+# ---- a finished run
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +182,12 @@ def finished_runs(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -
     runs = {}
     for objective in ("simclr", "supervised"):
         runs[objective] = tmp_path_factory.mktemp("finished") / objective
-        words = [f"out={runs[objective]}", f"objective={objective}", "epochs=2", "monitor.reliability_every=0"]
+        words = [
+            f"out={runs[objective]}",
+            f"objective={objective}",
+            "epochs=2",
+            "monitor.reliability_every=0",
+        ]
         assert pretrain.main(["--config", str(tiny_config), *words]) == 0
     return runs
 
@@ -159,7 +198,9 @@ def cut(path: Path) -> None:
 
 def other_weights(path: Path) -> None:
     weights = load_file(path)
-    save_file({name: value + 1 if value.is_floating_point() else value for name, value in weights.items()}, path)
+    save_file(
+        {name: value + 1 if value.is_floating_point() else value for name, value in weights.items()}, path
+    )
 
 
 def fewer_rows(path: Path) -> None:
@@ -168,7 +209,12 @@ def fewer_rows(path: Path) -> None:
 
 def other_scores(path: Path) -> None:
     table = pq.read_table(path)
-    pq.write_table(table.set_column(table.schema.names.index("loss"), "loss", pa.array([0.5] * len(table), pa.float32())), path)
+    pq.write_table(
+        table.set_column(
+            table.schema.names.index("loss"), "loss", pa.array([0.5] * len(table), pa.float32())
+        ),
+        path,
+    )
 
 
 def emptied_file(path: Path) -> None:
@@ -205,13 +251,17 @@ DAMAGES: list[tuple[str, str, Callable[[Path], None]]] = [
 ]
 
 
-@pytest.mark.parametrize(("objective", "name", "damage"), DAMAGES, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    ("objective", "name", "damage"), DAMAGES, ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_a_finished_run_is_made_whole_again_with_the_same_bits(
     objective: str, name: str, damage: Callable[[Path], None], finished_runs: dict[str, Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     out = shutil.copytree(finished_runs[objective], tmp_path / "run")
-    (out / "config.yaml").write_text((out / "config.yaml").read_text().replace(str(finished_runs[objective]), str(out)))
+    (out / "config.yaml").write_text(
+        (out / "config.yaml").read_text().replace(str(finished_runs[objective]), str(out))
+    )
     before = content(out)
     damage(out / name)
     capsys.readouterr()
@@ -245,7 +295,11 @@ def test_rows_that_only_training_could_write_are_told(
 
 
 def test_an_encoder_comes_back_when_the_images_are_gone(
-    finished_runs: dict[str, Path], tiny_data: Path, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished_runs: dict[str, Path],
+    tiny_data: Path,
+    tiny_config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     data, out = shutil.copytree(tiny_data, tmp_path / "data"), tmp_path / "run"
     assert pretrain.main(["--config", str(tiny_config), f"out={out}", "epochs=2", f"data.source={data}"]) == 0
@@ -260,7 +314,9 @@ def test_an_encoder_comes_back_when_the_images_are_gone(
     assert f"--resume {out} data.source=NEW" in capsys.readouterr().err
     assert pretrain.main(["--resume", str(out), f"data.source={tmp_path / 'elsewhere'}"]) == 0
     assert (out / "pruning" / "samples.parquet").is_file()
-    assert yaml.safe_load((out / "config.yaml").read_text())["data"]["source"] == str(tmp_path / "elsewhere"), "for evaluate.py"
+    assert yaml.safe_load((out / "config.yaml").read_text())["data"]["source"] == str(
+        tmp_path / "elsewhere"
+    ), "for evaluate.py"
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, cut, emptied_file])
@@ -271,10 +327,13 @@ def test_whoever_loads_a_missing_encoder_is_told_how_to_get_it(
     damage(out / "encoder" / "model.safetensors")
     with pytest.raises(UserError) as caught:
         load_encoder(out)
-    assert f"fix: write it again from the run's last checkpoint: python pretrain.py --resume '{out}'" in str(caught.value)
+    assert f"fix: write it again from the run's last checkpoint: python pretrain.py --resume '{out}'" in str(
+        caught.value
+    )
 
 
-# ---- settings and images ---------------------------------------------------------------------------------------------
+# ---- settings and images
+# ---------------------------------------------------------------------------------------------
 
 
 def write_folder(root: Path, images: list[bytes], labels: list[int]) -> Path:
@@ -348,9 +407,16 @@ CHANGES: list[tuple[str, Callable[[Path], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "change", "named"), CHANGES, ids=lambda value: getattr(value, "__name__", None))
+@pytest.mark.parametrize(
+    ("kind", "change", "named"), CHANGES, ids=lambda value: getattr(value, "__name__", None)
+)
 def test_what_was_changed_under_a_run_is_one_line(
-    kind: str, change: Callable[[Path], None], named: str, stopped_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str,
+    change: Callable[[Path], None],
+    named: str,
+    stopped_runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     root = shutil.copytree(stopped_runs, tmp_path / "all")
     change(root / "data")
@@ -369,7 +435,12 @@ def test_labels_of_a_table_changed_under_a_supervised_run_only(
     write_parquet(tmp_path / "data" / "train.parquet", images, labels)
     at_step.stop = 3
     for objective in ("simclr", "supervised"):
-        words = [f"out={tmp_path / objective}", f"data.source={tmp_path / 'data'}", f"objective={objective}", "epochs=2"]
+        words = [
+            f"out={tmp_path / objective}",
+            f"data.source={tmp_path / 'data'}",
+            f"objective={objective}",
+            "epochs=2",
+        ]
         assert pretrain.main(["--config", str(tiny_config), *words]) == 143
     at_step.stop = 0
     labels[17] = (labels[17] + 1) % 4
@@ -381,12 +452,18 @@ def test_labels_of_a_table_changed_under_a_supervised_run_only(
 
 
 @pytest.mark.parametrize("kind", ["simclr", "supervised", "indices"])
-def test_images_that_moved_are_no_change(kind: str, stopped_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_that_moved_are_no_change(
+    kind: str, stopped_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root, still = (shutil.copytree(stopped_runs, tmp_path / name) for name in ("all", "still"))
     moved = (root / "data").rename(root / "job 2")
     (root / "subset.txt").rename(root / "of job 2.txt")
     capsys.readouterr()
-    words = [f"data.source={moved}", "data.kind=folder", *([f"prune.indices={root / 'of job 2.txt'}"] if kind == "indices" else [])]
+    words = [
+        f"data.source={moved}",
+        "data.kind=folder",
+        *([f"prune.indices={root / 'of job 2.txt'}"] if kind == "indices" else []),
+    ]
     assert pretrain.main(["--resume", str(root / kind), *words]) == 0
     assert pretrain.main(["--resume", str(still / kind)]) == 0, "the same run where the images are"
     exported = Path("encoder", "model.safetensors")
@@ -400,7 +477,9 @@ def test_a_checkpoint_that_knows_a_sample_of_its_images_goes_on(
 ) -> None:
     """As written before all images were looked at: the same images go on, others are refused."""
     root = shutil.copytree(stopped_runs, tmp_path / "all")
-    job = pretrain.prepare(load_config(root / "simclr" / "config.yaml", [f"data.source={root / 'data'}"]), Report())
+    job = pretrain.prepare(
+        load_config(root / "simclr" / "config.yaml", [f"data.source={root / 'data'}"]), Report()
+    )
     for digest, code in (("0" * 64, 2), (sampled_fingerprint(job.images), 0)):
         state, _ = load_checkpoint(root / "simclr" / "checkpoints")
         assert state is not None
@@ -424,7 +503,10 @@ def test_a_config_file_changed_under_auto_resume_is_refused(
         "epochs: 5\n": ("epochs: 4\n", "epochs was 5 and is now 4"),
         "lr: 0.05": ("lr: 0.1", "optimizer.lr was 0.05 and is now 0.1"),
         "fraction: 0.4": ("fraction: 0.3", "prune.fraction was 0.4 and is now 0.3"),
-        "crop_scale: [0.5, 1.0]": ("crop_scale: [0.4, 1.0]", "augment.crop_scale was [0.5, 1.0] and is now [0.4, 1.0]"),
+        "crop_scale: [0.5, 1.0]": (
+            "crop_scale: [0.4, 1.0]",
+            "augment.crop_scale was [0.5, 1.0] and is now [0.4, 1.0]",
+        ),
         "width: 8, ": ("", "model.width was 8 and is now 64"),
     }
     for old, (new, said) in changes.items():
@@ -443,13 +525,17 @@ def test_a_config_file_changed_under_auto_resume_is_refused(
     assert pretrain.main(start) == 0 and "nothing to do" in capsys.readouterr().out
 
 
-# ---- trained longer --------------------------------------------------------------------------------------------------
+# ---- trained longer
+# --------------------------------------------------------------------------------------------------
 
 
 def figures(out: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     left_out = ("seconds", "per_second", "reliability", "share")
-    return [{key: value for key, value in row.items() if not any(part in key for part in left_out)} for row in rows]
+    return [
+        {key: value for key, value in row.items() if not any(part in key for part in left_out)}
+        for row in rows
+    ]
 
 
 LONGER = {
@@ -463,7 +549,9 @@ LONGER = {
 def test_a_run_trained_longer_is_the_run_of_its_own_settings(
     kind: str, tiny_config: Path, tmp_path: Path, at_step: type[AtStep], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """3 epochs, then 5 of them, then 6, stopped within: bit for bit the run that is given the final config.yaml from the start."""
+    """3 epochs, then 5 of them, then 6, stopped within: bit for bit the run that is given the final
+    config.yaml from the start.
+    """
     words = ["epochs=3", "monitor.reliability_every=0", "monitor.knn_every=0", *LONGER[kind]]
     out = tmp_path / "longer"
     assert pretrain.main(["--config", str(tiny_config), f"out={out}", *words]) == 0
@@ -492,13 +580,19 @@ def test_a_run_trained_longer_is_the_run_of_its_own_settings(
 
 
 def test_the_plan_of_what_was_trained_stays_and_the_rest_is_laid_anew() -> None:
-    """By hand: 100 images in batches of 10, half of them pruned; 4 epochs with one of annealing, then 8 with two."""
+    """By hand: 100 images in batches of 10, half of them pruned; 4 epochs with one of annealing, then 8 with
+    two.
+    """
     plan = PrunePlan(8, 0.5, 1, 0.25, earlier=((4, 4),))
     assert plan.epoch_steps(100, 10) == [10, 5, 5, 10, 5, 5, 10, 10]
     assert [plan.at(epoch).epochs for epoch in range(8)] == [4] * 4 + [8] * 4
     within = PrunePlan(8, 0.5, 1, 0.25, earlier=((4, 2), (6, 3)))
-    assert within.epoch_steps(100, 10) == [10, 5, 5, 5, 5, 5, 10, 10] and [within.at(epoch).epochs for epoch in (1, 2, 3)] == [4, 6, 8]
-    assert PrunePlan(8, 0.5, 1, 0.25, earlier=((4, 0),)).epoch_steps(100, 10) == PrunePlan(8, 0.5, 1, 0.25).epoch_steps(100, 10)
+    assert within.epoch_steps(100, 10) == [10, 5, 5, 5, 5, 5, 10, 10] and [
+        within.at(epoch).epochs for epoch in (1, 2, 3)
+    ] == [4, 6, 8]
+    assert PrunePlan(8, 0.5, 1, 0.25, earlier=((4, 0),)).epoch_steps(100, 10) == PrunePlan(
+        8, 0.5, 1, 0.25
+    ).epoch_steps(100, 10)
 
 
 def test_the_learning_rate_of_a_longer_run(tiny_config: Path) -> None:
@@ -525,7 +619,11 @@ def test_the_learning_rate_of_a_longer_run(tiny_config: Path) -> None:
     ],
 )
 def test_what_is_no_longer_run_is_refused(
-    overrides: list[str], said: list[str], finished_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    overrides: list[str],
+    said: list[str],
+    finished_runs: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = shutil.copytree(finished_runs["simclr"], tmp_path / "run")
     before = content(out)
@@ -535,9 +633,13 @@ def test_what_is_no_longer_run_is_refused(
     assert content(out) == before
 
 
-def test_a_longer_run_killed_at_any_file_goes_on(finished_runs: dict[str, Path], tmp_path: Path, at_step: type[AtStep]) -> None:
+def test_a_longer_run_killed_at_any_file_goes_on(
+    finished_runs: dict[str, Path], tmp_path: Path, at_step: type[AtStep]
+) -> None:
     """Its config.yaml says 4 while its newest checkpoint is one of 2; and its checkpoints of 4 are damaged."""
-    out, reference = (shutil.copytree(finished_runs["simclr"], tmp_path / name) for name in ("run", "reference"))
+    out, reference = (
+        shutil.copytree(finished_runs["simclr"], tmp_path / name) for name in ("run", "reference")
+    )
     assert pretrain.main(["--resume", str(reference), "epochs=4"]) == 0
     shutil.copy(reference / "config.yaml", out / "config.yaml")
     assert pretrain.main(["--resume", str(out)]) == 0
@@ -547,22 +649,37 @@ def test_a_longer_run_killed_at_any_file_goes_on(finished_runs: dict[str, Path],
     assert content(out)["encoder/model.safetensors"] == content(reference)["encoder/model.safetensors"]
 
 
-# ---- what is shown and written ---------------------------------------------------------------------------------------
+# ---- what is shown and written
+# ---------------------------------------------------------------------------------------
 
 
 def points(out: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = EventAccumulator(str(out), purge_orphaned_data=False)  # as the files are, whatever a reader would leave out
+    # as the files are, whatever a reader would leave out
+    found = EventAccumulator(str(out), purge_orphaned_data=False)
     found.Reload()
-    return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]
+    }
 
 
 @pytest.mark.parametrize("fault", ["none", "events lost", "metrics lost", "off and on", "events damaged"])
-def test_tensorboard_shows_what_metrics_hold(fault: str, tiny_config: Path, tmp_path: Path, at_step: type[AtStep]) -> None:
-    """Stopped within the second and the third epoch, gone back behind a checkpoint: each epoch once, with the numbers of metrics.jsonl."""
+def test_tensorboard_shows_what_metrics_hold(
+    fault: str, tiny_config: Path, tmp_path: Path, at_step: type[AtStep]
+) -> None:
+    """Stopped within the second and the third epoch, gone back behind a checkpoint: each epoch once, with the
+    numbers of metrics.jsonl.
+    """
     out = tmp_path / "run"
-    start = ["--config", str(tiny_config), f"out={out}", "epochs=4", "checkpoint.every_steps=1", "monitor.tensorboard=true"]
+    start = [
+        "--config",
+        str(tiny_config),
+        f"out={out}",
+        "epochs=4",
+        "checkpoint.every_steps=1",
+        "monitor.tensorboard=true",
+    ]
     at_step.stop = 20
     assert pretrain.main(start) == 143
     for path in sorted((out / "checkpoints").glob("step_*.pt")):
@@ -590,36 +707,58 @@ def test_tensorboard_shows_what_metrics_hold(fault: str, tiny_config: Path, tmp_
     assert {tag: sorted(found[tag]) == wanted[tag] for tag in wanted} == dict.fromkeys(wanted, True)
 
 
-@pytest.mark.parametrize("out", ["runs/mine/", "runs/mine", "runs/mine//", "here/data/run", "here/data/c0/", "./x/../runs/mine/"])
+@pytest.mark.parametrize(
+    "out", ["runs/mine/", "runs/mine", "runs/mine//", "here/data/run", "here/data/c0/", "./x/../runs/mine/"]
+)
 def test_a_dry_run_is_in_nobodys_way(
-    out: str, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    out: str,
+    tiny_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_folder(tmp_path / "here" / "data", *striped_images(40))
     (tmp_path / "x").mkdir()
     monkeypatch.chdir(tmp_path)
     out = f"{out}run/" if out.endswith("c0/") else out
-    start = ["--config", str(tiny_config), f"out={out}", "data.source=here/data/train", "epochs=1", "monitor.knn_every=0"]
+    start = [
+        "--config",
+        str(tiny_config),
+        f"out={out}",
+        "data.source=here/data/train",
+        "epochs=1",
+        "monitor.knn_every=0",
+    ]
     assert pretrain.main([*start, "--dry-run"]) == 0
     dry = capsys.readouterr().out
-    picture = Path(next(line for line in dry.splitlines() if line.startswith("views ")).removeprefix("views").strip())
+    picture = Path(
+        next(line for line in dry.splitlines() if line.startswith("views ")).removeprefix("views").strip()
+    )
     with Image.open(picture) as image:
         assert image.size[0] > 100
     assert pretrain.main(start) == 0
-    counted = [next(line for line in said.splitlines() if line.startswith("images")) for said in (dry, capsys.readouterr().out)]
+    counted = [
+        next(line for line in said.splitlines() if line.startswith("images"))
+        for said in (dry, capsys.readouterr().out)
+    ]
     assert counted[0] == counted[1]
 
 
-def test_a_dry_run_that_cannot_write_says_so(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_that_cannot_write_says_so(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     assert pretrain.main(["--config", str(tiny_config), f"out={tmp_path / 'file' / 'run'}", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "views     cannot be written to " in said and "give out=DIR" in said and "nothing was trained" in said
+    assert (
+        "views     cannot be written to " in said and "give out=DIR" in said and "nothing was trained" in said
+    )
 
 
 def test_json_has_no_word_for_what_is_not_finite(tiny_config: Path, tmp_path: Path) -> None:
-    assert as_json({"a": float("nan"), "b": [1.5, float("inf"), (float("-inf"), None)], "c": {"d": True}}) == (
-        '{"a": null, "b": [1.5, null, [null, null]], "c": {"d": true}}'
-    )
+    assert as_json(
+        {"a": float("nan"), "b": [1.5, float("inf"), (float("-inf"), None)], "c": {"d": True}}
+    ) == ('{"a": null, "b": [1.5, null, [null, null]], "c": {"d": true}}')
     report = Report()
     report.attach(tmp_path, tensorboard=True)
     report.metrics({"epoch": 1, "loss": float("nan"), "x": float("inf"), "y": 2.0})
@@ -631,12 +770,18 @@ def test_json_has_no_word_for_what_is_not_finite(tiny_config: Path, tmp_path: Pa
 def test_figures_of_what_is_constant_or_was_skipped_are_numbers() -> None:
     loss, alike = torch.tensor([0.5, 1.0, 2.0]), torch.ones(3)
     assert pretrain.describe_terms(torch.stack([loss, alike]), 5.0, "standardized")["std_beta_memory"] == 0
-    assert set(pretrain.describe_terms(torch.stack([alike, alike]), 5.0, "standardized").values()) <= {0.0, 1.0}
+    assert set(pretrain.describe_terms(torch.stack([alike, alike]), 5.0, "standardized").values()) <= {
+        0.0,
+        1.0,
+    }
     unseen = torch.cat([torch.stack([loss, loss]), torch.full((2, 2), torch.inf)], 1)
-    assert pretrain.describe_terms(unseen, 5.0, "raw") == pretrain.describe_terms(torch.stack([loss, loss]), 5.0, "raw")
+    assert pretrain.describe_terms(unseen, 5.0, "raw") == pretrain.describe_terms(
+        torch.stack([loss, loss]), 5.0, "raw"
+    )
 
 
-# ---- advice ----------------------------------------------------------------------------------------------------------
+# ---- advice
+# ----------------------------------------------------------------------------------------------------------
 
 
 def advised(config: Path, words: list[str]) -> int:
@@ -655,24 +800,39 @@ def advised(config: Path, words: list[str]) -> int:
 
 
 @pytest.mark.parametrize("policy", ["emp", "random", "none", "shorter", "infobatch"])
-@pytest.mark.parametrize(("batch", "fraction"), [(69, 0.0), (64, 0.5), (40, 0.9), (68, 0.3), (34, 0.51), (30, 0.66)])
-def test_a_batch_size_that_is_advised_can_be_trained(policy: str, batch: int, fraction: float, tiny_config: Path) -> None:
-    assert advised(tiny_config, [f"batch_size={batch}", f"prune.fraction={fraction}", f"prune.policy={policy}"]) <= 1
+@pytest.mark.parametrize(
+    ("batch", "fraction"), [(69, 0.0), (64, 0.5), (40, 0.9), (68, 0.3), (34, 0.51), (30, 0.66)]
+)
+def test_a_batch_size_that_is_advised_can_be_trained(
+    policy: str, batch: int, fraction: float, tiny_config: Path
+) -> None:
+    assert (
+        advised(tiny_config, [f"batch_size={batch}", f"prune.fraction={fraction}", f"prune.policy={policy}"])
+        <= 1
+    )
 
 
 @pytest.mark.parametrize("named", [8, 9, 17, 31, 39])
-@pytest.mark.parametrize("words", [[], ["prune.fraction=0.05"], ["epochs=200"], ["prune.anneal_fraction=0.0", "epochs=3"]])
+@pytest.mark.parametrize(
+    "words", [[], ["prune.fraction=0.05"], ["epochs=200"], ["prune.anneal_fraction=0.0", "epochs=3"]]
+)
 def test_a_fraction_that_is_advised_for_a_few_samples_can_be_trained(
     named: int, words: list[str], tiny_config: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "few.txt").write_text("".join(f"{number}\n" for number in range(named)))
-    assert advised(tiny_config, ["prune.policy=indices", f"prune.indices={tmp_path / 'few.txt'}", *words]) == 1
+    assert (
+        advised(tiny_config, ["prune.policy=indices", f"prune.indices={tmp_path / 'few.txt'}", *words]) == 1
+    )
 
 
 @pytest.mark.parametrize("fraction", [0.4, 0.9, 0.994])
 def test_one_sample_is_too_few_for_any_fraction(fraction: float, tiny_config: Path, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("7\n")
-    words = ["prune.policy=indices", f"prune.indices={tmp_path / 'one.txt'}", f"prune.fraction={min(fraction, 0.87)}"]
+    words = [
+        "prune.policy=indices",
+        f"prune.indices={tmp_path / 'one.txt'}",
+        f"prune.fraction={min(fraction, 0.87)}",
+    ]
     with pytest.raises(UserError, match=r"fix: name at least the 8 samples of a batch"):
         pretrain.prepare(load_config(tiny_config, words), Report())
 
@@ -703,5 +863,11 @@ def test_what_a_run_is_too_short_for_is_told(words: list[str], said: str, tiny_c
     assert any(said in line for line in lines) if said else not lines, lines
     for line in lines:
         keys = re.findall(r"; (?:try|set) (\S+=\S+)", line)
-        again = short_run_lines(pretrain.prepare(load_config(tiny_config, [*words, *keys]), Report())) if keys else []
-        assert line not in again and not any("nothing is pruned" in other for other in again if "nothing is pruned" in line)
+        again = (
+            short_run_lines(pretrain.prepare(load_config(tiny_config, [*words, *keys]), Report()))
+            if keys
+            else []
+        )
+        assert line not in again and not any(
+            "nothing is pruned" in other for other in again if "nothing is pruned" in line
+        )

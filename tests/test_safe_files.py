@@ -1,4 +1,6 @@
-"""A run directory may be somebody else's: nothing is written through a link in it, and what is read is looked at first."""
+"""A run directory may be somebody else's: nothing is written through a link in it, and what is read is looked
+at first.
+"""
 
 import json
 import os
@@ -15,13 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import evaluate
-import pretrain
-from ssl_emp.checkpoint import load_checkpoint, save_checkpoint
+from ssl_emp.commands import evaluate, pretrain
 from ssl_emp.errors import UserError
-from ssl_emp.lock import sole_writer
 from ssl_emp.model import build_encoder, load_encoder, save_encoder
-from ssl_emp.report import Report, write_samples
+from ssl_emp.run.checkpoint import load_checkpoint, save_checkpoint
+from ssl_emp.run.lock import sole_writer
+from ssl_emp.run.report import Report, write_samples
 from ssl_emp.safe_files import check_own, inner_folder, open_own, read_bytes, read_json, read_text, replacing
 
 APPENDED = ["train.log", "metrics.jsonl"]
@@ -72,7 +73,9 @@ KINDS = ["link", "link to nothing", "link to itself", "pipe", "device", "socket"
 
 @pytest.mark.parametrize("kind", [*KINDS, "second name"])
 @pytest.mark.parametrize("name", [".lock", *APPENDED, *WRITTEN])
-def test_a_strange_file_is_refused_before_anything_is_written(tmp_path: Path, victim: Path, name: str, kind: str) -> None:
+def test_a_strange_file_is_refused_before_anything_is_written(
+    tmp_path: Path, victim: Path, name: str, kind: str
+) -> None:
     out = tmp_path / "run"
     strange(out / name, kind, victim)
     before = sorted(path.name for path in out.rglob("*"))
@@ -116,7 +119,9 @@ def test_a_folder_that_is_a_link_is_refused_and_nothing_there_is_removed(tmp_pat
         pass
     writes = {
         "checkpoints": lambda: save_checkpoint(out / "checkpoints", {"a": 1}, 1),
-        "pruning": lambda: write_samples(out / "pruning" / "samples.parquet", ["a"], {"score": torch.zeros(1)}),
+        "pruning": lambda: write_samples(
+            out / "pruning" / "samples.parquet", ["a"], {"score": torch.zeros(1)}
+        ),
         "encoder": lambda: inner_folder(out, "encoder"),
     }
     with pytest.raises(UserError, match=f"{part} is a link to another place"):
@@ -141,7 +146,10 @@ def test_a_file_that_became_strange_meanwhile_is_not_written(tmp_path: Path, vic
     """The look at the start is not the only one."""
     report = Report()
     report.attach(tmp_path, tensorboard=False)
-    for name, write in (("train.log", lambda: report.say("x")), ("metrics.jsonl", lambda: report.metrics({"epoch": 1}))):
+    for name, write in (
+        ("train.log", lambda: report.say("x")),
+        ("metrics.jsonl", lambda: report.metrics({"epoch": 1})),
+    ):
         (tmp_path / name).unlink(missing_ok=True)
         strange(tmp_path / name, kind, victim)
         with pytest.raises(UserError, match=name):
@@ -168,13 +176,20 @@ def test_the_temporary_sibling_is_made_anew(tmp_path: Path, victim: Path, kind: 
     strange(tmp_path / "x", kind, victim)
     with replacing(tmp_path / "x") as file:
         file.write(b"new")
-    assert (tmp_path / "x").read_bytes() == b"new" and not (tmp_path / "x").is_symlink() and not (tmp_path / ".x.tmp").exists()
+    assert (
+        (tmp_path / "x").read_bytes() == b"new"
+        and not (tmp_path / "x").is_symlink()
+        and not (tmp_path / ".x.tmp").exists()
+    )
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
+# ---- reading
+# ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["pipe", "device", "socket", "link to nothing", "link to itself", "folder", "missing"])
+@pytest.mark.parametrize(
+    "kind", ["pipe", "device", "socket", "link to nothing", "link to itself", "folder", "missing"]
+)
 def test_only_regular_files_are_read(tmp_path: Path, victim: Path, kind: str) -> None:
     path = tmp_path / "x"
     if kind == "folder":
@@ -199,7 +214,9 @@ def test_a_terabyte_is_not_read(tmp_path: Path) -> None:
         read_bytes("/dev/zero")
 
 
-@pytest.mark.parametrize("text", ["[NaN]", '{"a": -Infinity}', "[" * 100_000, "", "{", b"\xff\xfe", "9" * 10_000 + "x"])
+@pytest.mark.parametrize(
+    "text", ["[NaN]", '{"a": -Infinity}', "[" * 100_000, "", "{", b"\xff\xfe", "9" * 10_000 + "x"]
+)
 def test_what_is_no_json_is_one_error(tmp_path: Path, text: str | bytes) -> None:
     (tmp_path / "x").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match="x is not"):
@@ -232,7 +249,9 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"std": None},
     ],
 )
-def test_an_encoder_is_built_once_its_description_was_looked_at(encoder_folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_an_encoder_is_built_once_its_description_was_looked_at(
+    encoder_folder: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
     values = json.loads((encoder_folder / "config.json").read_text())
     values["ssl_emp"] |= changes
     (tmp_path / "model.safetensors").write_bytes((encoder_folder / "model.safetensors").read_bytes())
@@ -244,8 +263,13 @@ def test_an_encoder_is_built_once_its_description_was_looked_at(encoder_folder: 
 
 
 @pytest.mark.parametrize("damage", ["shape", "kind", "name", "header", "pipe", "config list", "config text"])
-def test_weights_are_compared_with_the_network_before_they_are_read(encoder_folder: Path, tmp_path: Path, damage: str) -> None:
-    weights, values = load_file(encoder_folder / "model.safetensors"), json.loads((encoder_folder / "config.json").read_text())
+def test_weights_are_compared_with_the_network_before_they_are_read(
+    encoder_folder: Path, tmp_path: Path, damage: str
+) -> None:
+    weights, values = (
+        load_file(encoder_folder / "model.safetensors"),
+        json.loads((encoder_folder / "config.json").read_text()),
+    )
     if damage == "shape":
         weights["conv1.weight"] = torch.zeros(8, 3, 5, 5)
     elif damage == "kind":
@@ -266,11 +290,26 @@ def test_weights_are_compared_with_the_network_before_they_are_read(encoder_fold
 
 
 @pytest.mark.parametrize(
-    "kind", ["good", "number names", "text scores", "lists", "no times", "nulls", "twice", "long name", "many rows", "no table"]
+    "kind",
+    [
+        "good",
+        "number names",
+        "text scores",
+        "lists",
+        "no times",
+        "nulls",
+        "twice",
+        "long name",
+        "many rows",
+        "no table",
+    ],
 )
 def test_a_table_of_samples_is_what_a_run_writes(tmp_path: Path, kind: str) -> None:
     path, count = tmp_path / "samples.parquet", 50
-    columns: dict[str, Any] = {"name": [f"a/{number}" for number in range(count)], "score": pa.array([0.5] * count, pa.float32())}
+    columns: dict[str, Any] = {
+        "name": [f"a/{number}" for number in range(count)],
+        "score": pa.array([0.5] * count, pa.float32()),
+    }
     columns["times_trained"] = pa.array([3] * count, pa.int32())
     match kind:
         case "number names":
@@ -286,7 +325,10 @@ def test_a_table_of_samples_is_what_a_run_writes(tmp_path: Path, kind: str) -> N
         case "long name":
             columns["name"] = ["x" * 100_000] * count
         case "many rows":
-            columns = {name: pa.chunked_array([pa.array([values[0]] * 400_000, pa.array(values).type)]) for name, values in columns.items()}
+            columns = {
+                name: pa.chunked_array([pa.array([values[0]] * 400_000, pa.array(values).type)])
+                for name, values in columns.items()
+            }
     table = pa.table(columns)
     if kind == "twice":
         table = table.append_column("score", table["score"])
@@ -300,7 +342,8 @@ def test_a_table_of_samples_is_what_a_run_writes(tmp_path: Path, kind: str) -> N
         evaluate.read_samples(path)
 
 
-# ---- an evaluation of a stranger's run -------------------------------------------------------------------------------
+# ---- an evaluation of a stranger's run
+# -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +364,9 @@ KNN = ["knn", "knn.num_neighbors=3", "cache_dir=null", "device=cpu"]
 
 
 @pytest.mark.parametrize("which", ["eval", "eval/.rows.lock", "eval/random", "eval/knn.json"])
-def test_an_evaluation_writes_through_no_link(stranger: Path, victim: Path, which: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_writes_through_no_link(
+    stranger: Path, victim: Path, which: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     elsewhere = victim.parent / "elsewhere"
     elsewhere.mkdir()
     is_file = which.rpartition("/")[2] in (".rows.lock", "knn.json")
@@ -335,7 +380,9 @@ def test_an_evaluation_writes_through_no_link(stranger: Path, victim: Path, whic
     assert code == 2 and "is a link to another place" in said, said
 
 
-def test_a_resume_touches_nothing_outside(stranger: Path, victim: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_resume_touches_nothing_outside(
+    stranger: Path, victim: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (stranger / "train.log").unlink()
     (stranger / "train.log").symlink_to(victim)
     assert pretrain.main([f"--resume={stranger}"]) == 2

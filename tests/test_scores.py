@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ssl_emp.augment import Recipe, draw_params
-from ssl_emp.report import rank_correlation
+from ssl_emp.run.report import rank_correlation
 from ssl_emp.scores import NUM_DRAW_FEATURES, ScoreState, draw_features
 
 CPU = torch.device("cpu")
@@ -19,12 +19,20 @@ def test_the_last_score_is_kept_to_the_bit_where_ema_is_1() -> None:
         state.observe(torch.tensor([1, 4]), terms, None, epoch)
         assert state.terms[:, [1, 4]].equal(terms) and state.last[:, [1, 4]].equal(terms)
     assert state.terms[:, [0, 2, 3]].isinf().all()
-    assert state.scored_epoch.tolist() == [-1, 2, -1, -1, 2] and state.times_scored.tolist() == [0, 3, 0, 0, 3]
+    assert state.scored_epoch.tolist() == [-1, 2, -1, -1, 2] and state.times_scored.tolist() == [
+        0,
+        3,
+        0,
+        0,
+        3,
+    ]
 
 
 @pytest.mark.parametrize("ema", [0.2, 0.7])
 def test_the_running_mean_is_the_weighted_mean_of_what_was_seen(ema: float) -> None:
-    """Weights (1 - ema)^age, made to sum to one; the variance as UCB's published recursion has it, from the mean before."""
+    """Weights (1 - ema)^age, made to sum to one; the variance as UCB's published recursion has it, from the
+    mean before.
+    """
     values = torch.randn(6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     state = ScoreState(3, ema=ema, adjust=False, device=CPU)
     mean, variance = 0.0, 0.0
@@ -48,7 +56,9 @@ def test_training_is_counted() -> None:
 
 
 def noisy_world(seed: int, num_samples: int, level: float) -> tuple[Tensor, Tensor, Tensor]:
-    """A hidden value a sample, and one observation of it: + what the draw adds + the network's level + a little noise."""
+    """A hidden value a sample, and one observation of it: + what the draw adds + the network's level + a
+    little noise.
+    """
     fixed, drawn = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
     truth = torch.randn(num_samples, generator=fixed)
     effect = torch.randn(NUM_DRAW_FEATURES, 2, generator=fixed)
@@ -70,7 +80,9 @@ def test_adjusting_finds_the_sample_behind_the_draw(adjust: bool) -> None:
 
 
 def test_an_adjusted_score_stays_comparable_while_the_level_moves_and_only_easy_samples_are_seen() -> None:
-    """Ten epochs on the lower half only, the level falling: the halves keep their distance, in mean, as they had it."""
+    """Ten epochs on the lower half only, the level falling: the halves keep their distance, in mean, as they
+    had it.
+    """
     state = ScoreState(512, ema=0.5, adjust=True, device=CPU)
     truth, terms, draw = noisy_world(1, 512, level=5.0)
     everyone, easy = torch.arange(512), truth.argsort()[:256]
@@ -80,7 +92,9 @@ def test_an_adjusted_score_stays_comparable_while_the_level_moves_and_only_easy_
     for epoch in range(1, 11):
         _, terms, draw = noisy_world(epoch + 1, 512, level=5.0 - epoch)
         state.observe(easy, terms[:, easy], draw[easy], epoch)
-    assert (state.terms[0, hard].mean() - state.terms[0, easy].mean()).item() == pytest.approx(apart, abs=0.02)
+    assert (state.terms[0, hard].mean() - state.terms[0, easy].mean()).item() == pytest.approx(
+        apart, abs=0.02
+    )
 
 
 def test_draw_features_against_boxes_counted_pixel_by_pixel() -> None:
@@ -92,12 +106,16 @@ def test_draw_features_against_boxes_counted_pixel_by_pixel() -> None:
     for i in range(50):
         masks = torch.zeros(2, 20, 20, dtype=torch.bool)
         for mask, p in zip(masks, (params_a, params_b), strict=True):
-            mask[int(p.top[i]) : int(p.top[i] + p.height[i]), int(p.left[i]) : int(p.left[i] + p.width[i])] = True
+            mask[
+                int(p.top[i]) : int(p.top[i] + p.height[i]), int(p.left[i]) : int(p.left[i] + p.width[i])
+            ] = True
         both, either = (masks[0] & masks[1]).sum().item(), (masks[0] | masks[1]).sum().item()
         areas = [mask.sum().item() for mask in masks]
         assert features[i, 2].item() == pytest.approx(both / either, rel=1e-5)
         assert features[i, 4].item() == pytest.approx(both / min(areas), rel=1e-5)
-        assert features[i, 0].item() == pytest.approx(torch.tensor(areas).float().div(400).log().sum().item(), rel=1e-4, abs=1e-5)
+        assert features[i, 0].item() == pytest.approx(
+            torch.tensor(areas).float().div(400).log().sum().item(), rel=1e-4, abs=1e-5
+        )
         bright = [float(p.brightness[i]) if p.jitter[i] else 1.0 for p in (params_a, params_b)]
         assert features[i, 5].item() == pytest.approx(abs(bright[0] - bright[1]), abs=1e-6)
         assert features[i, 9].item() == float(bool(params_a.gray[i]) != bool(params_b.gray[i]))
@@ -120,31 +138,41 @@ def test_state_survives_a_checkpoint() -> None:
 
 
 def test_what_a_draw_will_add_is_foreseen() -> None:
-    """The regression, learnt on some draws, tells what another one adds: the truth and the expected addition make up the terms."""
+    """The regression, learnt on some draws, tells what another one adds: the truth and the expected addition
+    make up the terms.
+    """
     state = ScoreState(512, ema=1.0, adjust=True, device=CPU)
     truth, terms, draw = noisy_world(1, 512, level=3.0)
     state.observe(torch.arange(512), terms, draw, 0)
     _, terms, draw = noisy_world(2, 512, level=2.0)
     expected = state.terms + state.explained(draw)
     assert rank_correlation(expected[0], terms[0]).item() > 0.98
-    assert rank_correlation(state.terms[0], terms[0]).item() < 0.6, "the sample alone says little about this draw"
+    assert rank_correlation(state.terms[0], terms[0]).item() < 0.6, (
+        "the sample alone says little about this draw"
+    )
 
 
 def choose_and_observe(state: ScoreState, noise: float, epochs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Epochs on the better half by what is expected; the truth has variance 1, a sight of it `noise` more. -> last truth, terms, draws."""
+    """Epochs on the better half by what is expected; the truth has variance 1, a sight of it `noise` more. ->
+    last truth, terms, draws.
+    """
     everyone = torch.arange(len(state.last[0]))
     for epoch in range(epochs):
         truth, terms, draw = noisy_world(epoch + 1, len(everyone), level=5.0 - epoch)
         terms = terms + noise * torch.randn(terms.shape, generator=torch.Generator().manual_seed(100 + epoch))
         kept = everyone if epoch == 0 else state.expected(everyone, draw)[0].topk(len(everyone) // 2).indices
-        for batch in kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(epoch))].view(-1, 64):
+        for batch in kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(epoch))].view(
+            -1, 64
+        ):
             state.observe(batch, terms[:, batch], draw[batch], epoch)
     return truth, terms, draw
 
 
 @pytest.mark.parametrize("noise", [0.5, 2.0])
 def test_what_is_remembered_counts_for_as_much_as_it_tells(noise: float) -> None:
-    """The slope is the reliability of a single sight, 1 / (1 + noise²), though only those with the highest expectation are seen again."""
+    """The slope is the reliability of a single sight, 1 / (1 + noise²), though only those with the highest
+    expectation are seen again.
+    """
     state = ScoreState(4096, ema=1.0, adjust=True, device=CPU, shrink=True)
     choose_and_observe(state, noise, epochs=4)
     covariance, variance = state.recall
@@ -161,11 +189,16 @@ def test_nothing_is_remembered_until_a_sample_was_seen_twice() -> None:
 
 
 def test_shrinking_foresees_better_and_brings_more_samples_back() -> None:
-    """Where a sight is mostly noise: what is expected of a new draw comes closer to what is seen, and fewer samples stay out."""
+    """Where a sight is mostly noise: what is expected of a new draw comes closer to what is seen, and fewer
+    samples stay out.
+    """
     found = {}
     for shrink in (False, True):
         state = ScoreState(4096, ema=0.3, adjust=True, device=CPU, shrink=shrink)
         _, terms, draw = choose_and_observe(state, noise=5.0, epochs=12)
         expected = state.expected(torch.arange(4096), draw)
-        found[shrink] = rank_correlation(expected[0], terms[0]).item(), (state.scored_epoch < 6).float().mean().item()
+        found[shrink] = (
+            rank_correlation(expected[0], terms[0]).item(),
+            (state.scored_epoch < 6).float().mean().item(),
+        )
     assert found[True][0] > found[False][0] + 0.03 and found[True][1] < 0.2 * found[False][1], found

@@ -1,4 +1,6 @@
-"""A checkpoint whose hash is right may still hold anything: every entry is of the type, shape and range that a save could give it."""
+"""A checkpoint whose hash is right may still hold anything: every entry is of the type, shape and range that
+a save could give it.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import pretrain
-from ssl_emp.checkpoint import load_checkpoint, save_checkpoint
+from ssl_emp.commands import pretrain
+from ssl_emp.commands.job import prepare
 from ssl_emp.config import load_config
 from ssl_emp.errors import UserError
-from ssl_emp.job import prepare
 from ssl_emp.optim import build_optimizer
-from ssl_emp.report import Report
-from ssl_emp.state_check import check_plain, check_state
+from ssl_emp.run.checkpoint import load_checkpoint, save_checkpoint
+from ssl_emp.run.report import Report
+from ssl_emp.run.state_check import check_plain, check_state
 
 Place = tuple[Any, ...]
 Stopped = tuple[Path, dict[str, Any], Callable[[dict[str, Any]], None]]
@@ -24,11 +26,26 @@ FREE = ("config", "fingerprint", "bf16")  # compared with the run's by others; h
 
 
 @pytest.fixture(scope="module", params=["sgd", "adamw"])
-def stopped(request: pytest.FixtureRequest, tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
-    """A run that goes on within a pruned epoch whose samples have weights: its directory, job, checkpoint, and the check of another."""
+def stopped(
+    request: pytest.FixtureRequest, tiny_config: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Stopped:
+    """A run that goes on within a pruned epoch whose samples have weights: its directory, job, checkpoint,
+    and the check of another.
+    """
     out = tmp_path_factory.mktemp("stopped") / "run"
-    keys = [f"out={out}", "epochs=3", "prune.anneal_fraction=0", "prune.rescale=true", "checkpoint.every_steps=4"]
-    keys += [f"optimizer.name={request.param}", "prune.ema=0.5", "monitor.knn_every=0", "monitor.reliability_every=0"]
+    keys = [
+        f"out={out}",
+        "epochs=3",
+        "prune.anneal_fraction=0",
+        "prune.rescale=true",
+        "checkpoint.every_steps=4",
+    ]
+    keys += [
+        f"optimizer.name={request.param}",
+        "prune.ema=0.5",
+        "monitor.knn_every=0",
+        "monitor.reliability_every=0",
+    ]
     assert pretrain.main(["--config", str(tiny_config), *keys]) == 0
     max((out / "checkpoints").glob("step_*.pt")).unlink()  # of its end
     state, _ = load_checkpoint(out / "checkpoints")
@@ -66,7 +83,9 @@ def with_value(state: dict[str, Any], place: Place, value: Any) -> dict[str, Any
             return value
         if isinstance(tree, dict):
             return tree | {rest[0]: put(tree[rest[0]], rest[1:])}
-        return type(tree)(put(part, rest[1:]) if number == rest[0] else part for number, part in enumerate(tree))
+        return type(tree)(
+            put(part, rest[1:]) if number == rest[0] else part for number, part in enumerate(tree)
+        )
 
     changed: dict[str, Any] = put(state, place)
     return changed
@@ -76,9 +95,19 @@ def wrong_values(value: Any, place: Place) -> Iterator[Any]:
     """What a stranger may put in the place of a value."""
     yield object
     if isinstance(value, Tensor):
-        yield from ("text", 7, {}, value.unsqueeze(0), value.to(torch.complex64), value.to_sparse() if value.dim() else "none")
+        yield from (
+            "text",
+            7,
+            {},
+            value.unsqueeze(0),
+            value.to(torch.complex64),
+            value.to_sparse() if value.dim() else "none",
+        )
         if value.numel() > 1:
-            yield from (value.flatten()[:-1], value.flatten()[0].expand(value.shape) if place == ("norms",) else "none")
+            yield from (
+                value.flatten()[:-1],
+                value.flatten()[0].expand(value.shape) if place == ("norms",) else "none",
+            )
         if value.is_floating_point():
             yield from (value * torch.nan, value - torch.inf, value.double())
         else:
@@ -95,7 +124,9 @@ def wrong_values(value: Any, place: Place) -> Iterator[Any]:
         yield from ("x", None, [1], torch.nan, torch.inf)
         if place[0] not in FREE:
             yield from (-5, -(2**70)) if place[0] != "said" else ()
-            yield from (value + 10**6, value + 0.5) if isinstance(value, int) and place[0] != "optimizer" else ()
+            yield from (
+                (value + 10**6, value + 0.5) if isinstance(value, int) and place[0] != "optimizer" else ()
+            )
     elif isinstance(value, str):
         yield from (7, b"bytes", ["a"])
     elif isinstance(value, dict):
@@ -113,13 +144,17 @@ def test_every_entry_is_looked_at_before_the_first_is_used(stopped: Stopped) -> 
     _, state, check = stopped
     accepted, tried = [], 0
     is_adamw = "exp_avg" in state["optimizer"]["state"][0]  # the rest is alike
-    many = {("model", name) for name in list(state["model"])[6:]} | {("optimizer", "state", number) for number in range(2, 1000)}
+    many = {("model", name) for name in list(state["model"])[6:]} | {
+        ("optimizer", "state", number) for number in range(2, 1000)
+    }
     for place in places(state):  # of the tensors of one kind the first ones
         if place[:2] in many or place[:3] in many or (is_adamw and place[0] != "optimizer"):
             continue
         value = at(state, place)
         if place[0] == "config":
-            values: Iterator[Any] = iter([object, torch.ones(3), {"a": {"b": {"c": {"d": 1}}}}, float("nan"), {1: 2}])
+            values: Iterator[Any] = iter(
+                [object, torch.ones(3), {"a": {"b": {"c": {"d": 1}}}}, float("nan"), {1: 2}]
+            )
         elif place[:2] == ("optimizer", "param_groups") and len(place) > 3:
             values = iter(["x", object])
         else:
@@ -166,7 +201,9 @@ def test_entries_that_disagree_are_refused(stopped: Stopped, changes: dict[str, 
 
 def test_a_resume_says_it_in_one_line(stopped: Stopped, capfd: pytest.CaptureFixture[str]) -> None:
     out, state, _ = stopped
-    save_checkpoint(out / "checkpoints", state | {"epoch": "x\ny", "config": state["config"]}, state["step"] + 1)
+    save_checkpoint(
+        out / "checkpoints", state | {"epoch": "x\ny", "config": state["config"]}, state["step"] + 1
+    )
     assert pretrain.main([f"--resume={out}"]) == 2
     said = capfd.readouterr().err
     assert said.count("\n") == 1 and "epoch is of type str" in said

@@ -1,4 +1,6 @@
-"""The three stores give the same images; files of JPEGs are resumed, found again, and never half-done; batches from all of them."""
+"""The three stores give the same images; files of JPEGs are resumed, found again, and never half-done;
+batches from all of them.
+"""
 
 import fcntl
 import io
@@ -17,10 +19,18 @@ import pytest
 import torch
 from PIL import Image, JpegImagePlugin
 
-from ssl_emp import decode, stores
-from ssl_emp import images as module
+from ssl_emp.data import decode, stores
+from ssl_emp.data import images as module
+from ssl_emp.data.images import (
+    DeviceImages,
+    EncodedPixels,
+    HostImages,
+    ImageSet,
+    fingerprint,
+    load_images,
+    place_images,
+)
 from ssl_emp.errors import UserError
-from ssl_emp.images import DeviceImages, EncodedPixels, HostImages, ImageSet, fingerprint, load_images, place_images
 
 SIZE = 24
 
@@ -28,8 +38,12 @@ SIZE = 24
 def photo(seed: int, size: int = SIZE) -> Image.Image:
     """Smooth colours and some noise."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-    return Image.fromarray((np.asarray(coarse) + rng.normal(0, 8, (size, size, 3))).clip(0, 255).astype(np.uint8))
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize(
+        (size, size), Image.Resampling.BICUBIC
+    )
+    return Image.fromarray(
+        (np.asarray(coarse) + rng.normal(0, 8, (size, size, 3))).clip(0, 255).astype(np.uint8)
+    )
 
 
 def jpeg(image: Image.Image, **options: Any) -> bytes:
@@ -48,7 +62,9 @@ VERBATIM: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 JPEGs that are stored as they are (a_*), 5 images that are not (b_*), 2 that are left out (c_*, and a_07)."""
+    """40 JPEGs that are stored as they are (a_*), 5 images that are not (b_*), 2 that are left out (c_*, and
+    a_07).
+    """
     root = tmp_path_factory.mktemp("photos")
     for i in range(40):
         (root / f"a_{i:02}.jpg").write_bytes(jpeg(photo(i), **VERBATIM[i % len(VERBATIM)]))
@@ -98,7 +114,18 @@ def test_encoded_pixels_are_what_pillow_decodes_from_the_stored_bytes(folder: Pa
     assert pixels.shape == expected.shape == (44, 3, SIZE, SIZE) and len(pixels) == len(images.names) == 44
     assert pixels.nbytes == finished(tmp_path).stat().st_size and pixels.dtype == torch.uint8
     some = torch.tensor([43, 0, 7, 7, -2])
-    for index in (slice(None), slice(5, 30, 3), slice(40, 99), slice(0, 0), 0, 43, -1, some, some.view(5, 1), torch.tensor(3)):
+    for index in (
+        slice(None),
+        slice(5, 30, 3),
+        slice(40, 99),
+        slice(0, 0),
+        0,
+        43,
+        -1,
+        some,
+        some.view(5, 1),
+        torch.tensor(3),
+    ):
         assert torch.equal(pixels[index], expected[index])
     assert all(torch.equal(image, other) for image, other in zip(pixels, expected, strict=True))  # type: ignore[call-overload]  # by __getitem__
     for beyond in (44, torch.tensor([0, 44])):
@@ -109,7 +136,9 @@ def test_encoded_pixels_are_what_pillow_decodes_from_the_stored_bytes(folder: Pa
 def test_records_are_verbatim_or_jpegs_of_the_memory_stores_pixels(folder: Path, tmp_path: Path) -> None:
     encoded, memory = load(folder, tmp_path, jpeg_quality=80), load(folder, tmp_path, "memory")
     assert encoded.names == memory.names and encoded.skipped == memory.skipped and len(memory.skipped) == 2
-    stored = dict(zip(sorted(path.name for path in folder.iterdir()), records(finished(tmp_path), 46), strict=True))
+    stored = dict(
+        zip(sorted(path.name for path in folder.iterdir()), records(finished(tmp_path), 46), strict=True)
+    )
     for name, image in zip(memory.names, memory.pixels[:], strict=True):
         if name.startswith("a_"):
             assert stored[name] == (folder / name).read_bytes()
@@ -118,7 +147,10 @@ def test_records_are_verbatim_or_jpegs_of_the_memory_stores_pixels(folder: Path,
             assert stored[name] == jpeg(expected, quality=80, subsampling=0)
             assert JpegImagePlugin.get_sampling(Image.open(io.BytesIO(stored[name]))) == 0  # 4:4:4
     verbatim = [row for row, name in enumerate(memory.names) if name.startswith("a_")]
-    assert torch.equal(encoded.pixels[torch.tensor(verbatim)], memory.pixels[torch.tensor(verbatim)]) and len(verbatim) == 39
+    assert (
+        torch.equal(encoded.pixels[torch.tensor(verbatim)], memory.pixels[torch.tensor(verbatim)])
+        and len(verbatim) == 39
+    )
     assert (encoded.pixels[:].float() - memory.pixels[:].float()).abs().mean() < 4
 
 
@@ -131,7 +163,9 @@ def test_a_jpeg_that_decoders_see_differently_is_encoded_anew(monkeypatch: pytes
     content = jpeg(photo(0))
     assert decode.to_jpeg(content, SIZE, 10**6, 90) == content
     monkeypatch.setattr(decode, "decode_jpeg", lambda record: np.zeros((3, SIZE, SIZE), np.uint8))
-    assert decode.to_jpeg(content, SIZE, 10**6, 90) == jpeg(Image.open(io.BytesIO(content)), quality=90, subsampling=0)
+    assert decode.to_jpeg(content, SIZE, 10**6, 90) == jpeg(
+        Image.open(io.BytesIO(content)), quality=90, subsampling=0
+    )
 
 
 @pytest.mark.parametrize("options", [*VERBATIM, {"quality": 90, "subsampling": 0}])
@@ -144,12 +178,18 @@ def test_both_decoders_agree(options: dict[str, Any], size: int) -> None:
         assert np.array_equal(decode._decode_with_pillow(record), pillow(content))
 
 
-def test_finished_file_is_found_again_with_its_reasons(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_file_is_found_again_with_its_reasons(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = load(folder, tmp_path)
     monkeypatch.setattr(stores, "to_jpeg", None)
     calls: list[tuple[int, int]] = []
     again = load(folder, tmp_path, progress=lambda done, total: calls.append((done, total)))
-    assert again.skipped == first.skipped == [("a_07.jpg", "empty file"), ("c_half.jpg", dict(first.skipped)["c_half.jpg"])]
+    assert (
+        again.skipped
+        == first.skipped
+        == [("a_07.jpg", "empty file"), ("c_half.jpg", dict(first.skipped)["c_half.jpg"])]
+    )
     assert again.names == first.names and fingerprint(again) == fingerprint(first) and calls == [(46, 46)]
     assert "Truncated" in dict(again.skipped)["c_half.jpg"]
 
@@ -181,7 +221,9 @@ def encodings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("stop_at", [4, 20, 46])
-def test_interrupted_build_goes_on_where_it_was(folder: Path, tmp_path: Path, whole: Path, encodings: list[str], stop_at: int) -> None:
+def test_interrupted_build_goes_on_where_it_was(
+    folder: Path, tmp_path: Path, whole: Path, encodings: list[str], stop_at: int
+) -> None:
     def interrupt(done: int, total: int) -> None:
         if done == stop_at:
             raise KeyboardInterrupt
@@ -223,7 +265,9 @@ def test_torn_files_of_a_killed_build_are_cut_to_the_last_whole_record(
     data_bytes: int | None,
     log_bytes: int | None,
 ) -> None:
-    """What lies on the disk in the middle of a build is what SIGKILL leaves; a power cut leaves less or more of either file."""
+    """What lies on the disk in the middle of a build is what SIGKILL leaves; a power cut leaves less or more
+    of either file.
+    """
     killed = tmp_path / "killed"
     monkeypatch.setattr(stores, "SAVE_BYTES", 0)
 
@@ -237,7 +281,9 @@ def test_torn_files_of_a_killed_build_are_cut_to_the_last_whole_record(
         (path,) = killed.glob(pattern)
         content = path.read_bytes()
         tail = (b"\x7f" if change == 8 else b"\0") * (change or 0)  # some file systems leave zeros
-        path.write_bytes(content if change is None else content + tail if change > 0 else content[: change or 0])
+        path.write_bytes(
+            content if change is None else content + tail if change > 0 else content[: change or 0]
+        )
         sizes.append(path.stat().st_size)
     ends = np.cumsum([len(record) for record in records(whole, 46)[:24]])
     kept = sum(end <= sizes[0] and 8 * (row + 1) <= sizes[1] for row, end in enumerate(ends))
@@ -268,7 +314,9 @@ def test_full_disk_is_one_line_and_a_second_start_goes_on(
     assert len(encodings) == 46 - 3 * 4 and finished(tmp_path).read_bytes() == whole.read_bytes()
 
 
-def test_really_full_disk_leaves_nothing_that_looks_complete(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_really_full_disk_leaves_nothing_that_looks_complete(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     resource = pytest.importorskip("resource")
     signal = pytest.importorskip("signal")
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -282,12 +330,23 @@ def test_really_full_disk_leaves_nothing_that_looks_complete(folder: Path, tmp_p
     assert not list(tmp_path.glob("*.jpegs")) and load(folder, tmp_path).skipped and finished(tmp_path)
 
 
-def test_two_builders_share_one_build(folder: Path, tmp_path: Path, whole: Path, encodings: list[str]) -> None:
+def test_two_builders_share_one_build(
+    folder: Path, tmp_path: Path, whole: Path, encodings: list[str]
+) -> None:
     found = [str(path) for path in sorted(folder.iterdir())]
 
     def build() -> None:
         results.append(
-            stores.encoded_pixels(tmp_path, "key", SIZE, lambda rows: (found[row] for row in rows), np.arange(46), 10**6, 90, None)
+            stores.encoded_pixels(
+                tmp_path,
+                "key",
+                SIZE,
+                lambda rows: (found[row] for row in rows),
+                np.arange(46),
+                10**6,
+                90,
+                None,
+            )
         )
 
     results: list[Any] = []
@@ -296,17 +355,35 @@ def test_two_builders_share_one_build(folder: Path, tmp_path: Path, whole: Path,
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(results) == 3 and len(encodings) == 46 and finished(tmp_path).read_bytes() == whole.read_bytes()
-    assert all(torch.equal(pixels[:], results[0][0][:]) and failed == results[0][1] for pixels, failed in results)
+    assert (
+        len(results) == 3 and len(encodings) == 46 and finished(tmp_path).read_bytes() == whole.read_bytes()
+    )
+    assert all(
+        torch.equal(pixels[:], results[0][0][:]) and failed == results[0][1] for pixels, failed in results
+    )
 
 
 # --- damage
 
 
 @pytest.mark.parametrize(
-    "where", [-1, -33, -40, -32 - 8 * 46, -32 - 8 * 20 + 3, "cut", "cut in front", "cut to nothing", "longer", "zeros"]
+    "where",
+    [
+        -1,
+        -33,
+        -40,
+        -32 - 8 * 46,
+        -32 - 8 * 20 + 3,
+        "cut",
+        "cut in front",
+        "cut to nothing",
+        "longer",
+        "zeros",
+    ],
 )
-def test_damaged_table_of_contents_says_delete_it(folder: Path, tmp_path: Path, whole: Path, where: int | str) -> None:
+def test_damaged_table_of_contents_says_delete_it(
+    folder: Path, tmp_path: Path, whole: Path, where: int | str
+) -> None:
     content = whole.read_bytes()
     changes = {
         "cut": content[:-100],
@@ -321,7 +398,9 @@ def test_damaged_table_of_contents_says_delete_it(folder: Path, tmp_path: Path, 
         with open(damaged, "r+b") as file:
             file.seek(where, os.SEEK_END)
             file.write(bytes([content[where] ^ 1]))
-    with pytest.raises(UserError, match=rf"{re.escape(str(damaged))} is damaged \(.*\)\. fix: delete it") as caught:
+    with pytest.raises(
+        UserError, match=rf"{re.escape(str(damaged))} is damaged \(.*\)\. fix: delete it"
+    ) as caught:
         load(folder, tmp_path)
     assert "\n" not in str(caught.value)
     damaged.unlink()
@@ -337,7 +416,9 @@ def test_shortened_raw_file_says_delete_it(folder: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("replacement", [bytes(100), jpeg(photo(0, 8))])
-def test_damaged_record_reaches_the_consumer_as_one_line(folder: Path, tmp_path: Path, whole: Path, replacement: bytes) -> None:
+def test_damaged_record_reaches_the_consumer_as_one_line(
+    folder: Path, tmp_path: Path, whole: Path, replacement: bytes
+) -> None:
     content = bytearray(whole.read_bytes())
     begin = sum(len(record) for record in records(whole, 46)[:5])
     content[begin : begin + len(replacement)] = replacement
@@ -372,7 +453,12 @@ def test_damaged_record_reaches_the_consumer_as_one_line(folder: Path, tmp_path:
     ],
 )
 def test_store_is_chosen_by_the_available_memory(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, options: dict[str, Any], expected: str
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    share: float,
+    options: dict[str, Any],
+    expected: str,
 ) -> None:
     monkeypatch.setattr(module, "available_memory", lambda: int(share * 46 * 3 * SIZE * SIZE))
     images = load(folder, tmp_path, **{"store": "auto"} | options)
@@ -383,7 +469,9 @@ def test_store_is_chosen_by_the_available_memory(
     assert images.stored == f"{where} ({size / 2**20:.1f} MiB)"
 
 
-def test_auto_stays_with_the_file_that_is_there(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_stays_with_the_file_that_is_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else a resumed run could meet other pixels because another program took memory."""
     needed = 46 * 3 * SIZE * SIZE
     for first, share in (("raw", 0.1), ("encoded", 1.5)):
@@ -392,7 +480,9 @@ def test_auto_stays_with_the_file_that_is_there(folder: Path, tmp_path: Path, mo
         assert load(folder, tmp_path / first, "auto").store == first
 
 
-def test_stale_part_of_a_dead_build_is_removed_and_that_of_a_live_one_is_not(folder: Path, tmp_path: Path) -> None:
+def test_stale_part_of_a_dead_build_is_removed_and_that_of_a_live_one_is_not(
+    folder: Path, tmp_path: Path
+) -> None:
     for name in ("dead.u8.part", "live.u8.part", "dead.jpegs.part", "dead.ends.part"):
         (tmp_path / name).write_bytes(b"x")
     with open(tmp_path / "live.u8.part", "rb") as held:
@@ -416,7 +506,7 @@ def test_runs_on_the_three_stores_are_the_same_bit_for_bit(
 ) -> None:
     from safetensors.torch import load_file
 
-    import evaluate
+    from ssl_emp.commands import evaluate
 
     for split, count in (("train", 68), ("test", 20)):
         for i in range(count):
@@ -425,7 +515,11 @@ def test_runs_on_the_three_stores_are_the_same_bit_for_bit(
             path.write_bytes(jpeg(photo(1000 * (split == "test") + i, 16), **VERBATIM[i % len(VERBATIM)]))
     results = []
     for store, where in (("memory", "in memory"), ("raw", "raw in a file"), ("encoded", "as JPEG in a file")):
-        data = f"data.source={tmp_path / 'data'}", f"data.store={store}", f"data.cache_dir={tmp_path / 'cache' / store}"
+        data = (
+            f"data.source={tmp_path / 'data'}",
+            f"data.store={store}",
+            f"data.cache_dir={tmp_path / 'cache' / store}",
+        )
         run = pretrain_run(store, *data, "prune.scoring=pruned", "epochs=3")
         assert re.search(rf"images +68 of 16x16 from .*, {where} \(.* MiB\), ", capsys.readouterr().out)
         weights = load_file(next((run / "encoder").glob("*.safetensors")))
@@ -433,10 +527,13 @@ def test_runs_on_the_three_stores_are_the_same_bit_for_bit(
         rows = json.loads((run / "eval" / "knn.json").read_text())
         results.append((weights, (run / "pruning" / "samples.parquet").read_bytes(), rows))
     for weights, samples, rows in results:
-        assert weights.keys() == results[0][0].keys() and all(torch.equal(weights[name], results[0][0][name]) for name in weights)
+        assert weights.keys() == results[0][0].keys() and all(
+            torch.equal(weights[name], results[0][0][name]) for name in weights
+        )
         assert samples == results[0][1]
         assert [row["value"] for row in rows] == [row["value"] for row in results[0][2]] and len(rows) == 2
-    assert sorted(path.suffix for path in (tmp_path / "cache/encoded").iterdir()) == [".jpegs", ".jpegs"]  # train and test
+    # train and test
+    assert sorted(path.suffix for path in (tmp_path / "cache/encoded").iterdir()) == [".jpegs", ".jpegs"]
 
 
 # --- digests
@@ -464,7 +561,9 @@ def test_every_image_is_part_of_the_fingerprint_and_where_it_lies_is_not(
 
 
 def test_a_fingerprint_holds_names_order_labels_and_class_names() -> None:
-    pixels = torch.randint(0, 256, (6, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(
+        0, 256, (6, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     labels, names, classes = torch.tensor([0, 1, 2, 0, 1, 2]), [f"{i}.png" for i in range(6)], ["a", "b", "c"]
     whole = ImageSet(pixels, labels, names, classes, [])
     swapped = pixels[[1, 0, 2, 3, 4, 5]]
@@ -479,11 +578,15 @@ def test_a_fingerprint_holds_names_order_labels_and_class_names() -> None:
         ImageSet(pixels.view(6, 3, 2, 8), labels, names, classes, []),
     ]
     assert len({fingerprint(images) for images in [whole, *others]}) == len(others) + 1
-    assert fingerprint(ImageSet(pixels.clone(), labels.clone(), list(names), list(classes), [("x", "empty")])) == fingerprint(whole)
+    assert fingerprint(
+        ImageSet(pixels.clone(), labels.clone(), list(names), list(classes), [("x", "empty")])
+    ) == fingerprint(whole)
 
 
 @pytest.mark.parametrize("store", ["raw", "encoded"])
-def test_a_large_file_is_hashed_once(store: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_file_is_hashed_once(
+    store: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = load(folder, tmp_path, store)
     wanted = fingerprint(plain)
     monkeypatch.setattr(stores, "NOTED_BYTES", 0)
@@ -494,12 +597,20 @@ def test_a_large_file_is_hashed_once(store: str, folder: Path, tmp_path: Path, m
     note.write_text(json.dumps(kept | {"digest": kept["digest"] | {"blake2b": "from the note"}}))
     again = load(folder, tmp_path, store)
     assert again.content["pixels"] == "from the note" and again.skipped == plain.skipped
-    for damage in ("[]", "{", '{"digest": 3}', '{"digest": {"of": [0, 0], "blake2b": "00"}}', '{"digest": {"blake2b": "00"}}'):
+    for damage in (
+        "[]",
+        "{",
+        '{"digest": 3}',
+        '{"digest": {"of": [0, 0], "blake2b": "00"}}',
+        '{"digest": {"blake2b": "00"}}',
+    ):
         note.write_text(damage)
         assert fingerprint(replace(again)) == wanted, damage
 
 
-def test_a_file_changed_in_place_is_hashed_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_changed_in_place_is_hashed_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stores, "NOTED_BYTES", 0)
     plain = fingerprint(load(folder, tmp_path, "raw"))
     (path,) = tmp_path.glob("*.u8")
@@ -511,8 +622,12 @@ def test_a_file_changed_in_place_is_hashed_again(folder: Path, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("store", ["raw", "encoded"])
-def test_a_cache_that_is_only_readable_is_read(store: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mapped for reading alone: root may write into files that are read-only, so the kernel's list of mappings is looked at."""
+def test_a_cache_that_is_only_readable_is_read(
+    store: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mapped for reading alone: root may write into files that are read-only, so the kernel's list of
+    mappings is looked at.
+    """
     monkeypatch.setattr(stores, "NOTED_BYTES", 0)
     plain = load(folder, tmp_path, store)
     wanted = fingerprint(plain)
@@ -520,7 +635,9 @@ def test_a_cache_that_is_only_readable_is_read(store: str, folder: Path, tmp_pat
         path.chmod(0o555 if path.is_dir() else 0o444)
     again = load(folder, tmp_path, store)
     assert fingerprint(again) == wanted and torch.equal(again.pixels[:], plain.pixels[:])
-    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    maps = [
+        line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line
+    ]
     assert maps and all(fields[1] == "r--s" for fields in maps)
     tmp_path.chmod(0o755)
 
@@ -540,12 +657,17 @@ def test_both_stores_give_the_same_batches(device: str) -> None:
     pixels = torch.randint(0, 256, (60, 3, 5, 5), dtype=torch.uint8, generator=generator)
     batches = torch.randint(0, 60, (9, 7), generator=generator).to(device)
     stores = DeviceImages(pixels, device), HostImages(pixels, device)
-    for index_expected, (index_a, a), (index_b, b) in zip(batches.cpu(), *(store.stream(batches) for store in stores), strict=True):
+    for index_expected, (index_a, a), (index_b, b) in zip(
+        batches.cpu(), *(store.stream(batches) for store in stores), strict=True
+    ):
         expected = torch.stack([pixels[i] for i in index_expected.tolist()])
         for index, images in ((index_a, a), (index_b, b)):
             assert index.device.type == images.device.type == device and images.dtype == torch.uint8
             assert torch.equal(index.cpu(), index_expected) and torch.equal(images.cpu(), expected)
-    assert [len(store) for store in stores] == [60, 60] and [store.pixels.shape[-1] for store in stores] == [5, 5]
+    assert [len(store) for store in stores] == [60, 60] and [store.pixels.shape[-1] for store in stores] == [
+        5,
+        5,
+    ]
     assert gather_threads() == []
 
 
@@ -562,7 +684,9 @@ def test_device_stream_never_waits_for_the_gpu() -> None:
 
 @pytest.mark.parametrize("taken", [0, 1, 5])
 def test_leaving_a_host_stream_early_ends_its_thread(taken: int) -> None:
-    stream = HostImages(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), "cpu").stream(torch.zeros(50, 2, dtype=torch.int64))
+    stream = HostImages(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), "cpu").stream(
+        torch.zeros(50, 2, dtype=torch.int64)
+    )
     for _ in range(taken):
         next(stream)
     assert len(gather_threads()) == (1 if taken else 0)
@@ -589,7 +713,9 @@ def test_host_stream_reads_ahead_a_bounded_number_of_batches(monkeypatch: pytest
         return original(*args, **kwargs)
 
     monkeypatch.setattr(torch, "index_select", counting)
-    stream = HostImages(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), "cpu").stream(torch.zeros(50, 2, dtype=torch.int64))
+    stream = HostImages(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), "cpu").stream(
+        torch.zeros(50, 2, dtype=torch.int64)
+    )
     next(stream)
     for _ in range(20):
         threading.Event().wait(0.005)  # time for a thread without a bound to run away
@@ -636,7 +762,9 @@ def test_encoded_stream_holds_a_bounded_number_of_batches(
         return original(self, index, out)
 
     monkeypatch.setattr(EncodedPixels, "gather", counting)
-    stream = HostImages(load(folder, tmp_path).pixels, "cpu", prefetch_batches).stream(torch.zeros(50, 2, dtype=torch.int64))
+    stream = HostImages(load(folder, tmp_path).pixels, "cpu", prefetch_batches).stream(
+        torch.zeros(50, 2, dtype=torch.int64)
+    )
     for taken in (1, 2, 3):
         next(stream)
         for _ in range(20):
@@ -647,7 +775,9 @@ def test_encoded_stream_holds_a_bounded_number_of_batches(
 
 
 @pytest.mark.gpu
-def test_encoded_images_are_decoded_onto_a_gpu_that_has_room(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoded_images_are_decoded_onto_a_gpu_that_has_room(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pixels = load(folder, tmp_path).pixels
     batches = torch.arange(44).view(11, 4)
     resident, streamed = place_images(pixels, "cuda"), HostImages(pixels, "cuda")

@@ -10,7 +10,9 @@ from ssl_emp.model import build_encoder
 from ssl_emp.supervised import Classifier, cross_entropy, emp_supervised_score, prediction_entropy
 
 
-def random_logits(count: int, classes: int, scale: float = 3.0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def random_logits(
+    count: int, classes: int, scale: float = 3.0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(count)
     logits = scale * torch.randn(count, classes, generator=generator, dtype=torch.float64)
     return logits.to(dtype), torch.randint(0, classes, (count,), generator=generator)
@@ -86,7 +88,11 @@ def test_extreme_logits_stay_finite(dtype: torch.dtype, scale: float) -> None:
 def test_a_sick_network_is_not_hidden() -> None:
     logits, labels = random_logits(3, 4)
     logits[1, 2] = math.nan
-    for values in (cross_entropy(logits, labels, 0.1), prediction_entropy(logits), emp_supervised_score(torch.zeros(3), logits, 5.0)):
+    for values in (
+        cross_entropy(logits, labels, 0.1),
+        prediction_entropy(logits),
+        emp_supervised_score(torch.zeros(3), logits, 5.0),
+    ):
         assert values.isnan().tolist() == [False, True, False]
 
 
@@ -101,7 +107,9 @@ def test_half_precision_is_computed_in_float32() -> None:
 
 
 def test_memory_lowers_a_wrong_label_below_an_open_question() -> None:
-    """A sample whose label the network confidently contradicts has the higher loss, one it is unsure of the higher score."""
+    """A sample whose label the network confidently contradicts has the higher loss, one it is unsure of the
+    higher score.
+    """
     logits, labels = torch.tensor([[6.0, 0.0, 0.0], [0.1, 0.0, 0.0]]), torch.tensor([1, 1])
     loss = cross_entropy(logits, labels, 0.0)
     score = emp_supervised_score(loss, logits, 5.0)
@@ -118,4 +126,5 @@ def test_classifier_gives_features_and_logits() -> None:
     assert h.equal(f.backbone(views)) and logits.shape == (4, 7)
     torch.testing.assert_close(logits, h @ model.head.weight.T + model.head.bias)
     logits.sum().backward()
-    assert model.backbone is f.backbone and all(p.grad is not None for p in f.backbone.parameters())  # what is exported is what trains
+    # what is exported is what trains
+    assert model.backbone is f.backbone and all(p.grad is not None for p in f.backbone.parameters())

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pretrain
+from ssl_emp.commands import pretrain
+from ssl_emp.commands.eval_config import EvalConfig, check
 from ssl_emp.config import check_config, flatten
 from ssl_emp.errors import UserError
-from ssl_emp.eval_config import EvalConfig, check
 from ssl_emp.text import decodable, home, printable, quoted, shorten
 
-# rich's markup and emoji, escape sequences of 7 and 8 bits, what forges a line, what turns a line about or hides in it
+# rich's markup and emoji, escape sequences of 7 and 8 bits, what forges a line, what turns a line about or
+# hides in it
 HOSTILE = [
     "[bold]x[/bold]",
     "a[/b]",
@@ -40,7 +41,10 @@ def test_printable_text_is_one_line_that_moves_nothing(text: str) -> None:
     assert len(shorten(text, 20)) <= 20 and shorten(text, 20).isprintable()
 
 
-@pytest.mark.parametrize("name", [*HOSTILE, "a b", "it's", '"q"', "$HOME", "`id`", "-rf", "!!", "~", "#x", "*", "é😀", "\\n", "a;b|c&d>e"])
+@pytest.mark.parametrize(
+    "name",
+    [*HOSTILE, "a b", "it's", '"q"', "$HOME", "`id`", "-rf", "!!", "~", "#x", "*", "é😀", "\\n", "a;b|c&d>e"],
+)
 def test_a_quoted_path_copied_to_a_shell_is_that_path(name: str) -> None:
     name = name.replace("\x00", "")
     word = quoted(name)
@@ -64,7 +68,15 @@ PATHS = ("out", "data.source", "data.test_source", "data.download_dir", "data.ca
 
 @pytest.mark.parametrize(
     ("written", "meant"),
-    [("~/x", "{home}/x"), ("~", "{home}"), ("./~/x", "./~/x"), ("a/~", "a/~"), ("~root/x", "{root}/x"), ("/a~/x", "/a~/x"), ("x~", "x~")],
+    [
+        ("~/x", "{home}/x"),
+        ("~", "{home}"),
+        ("./~/x", "./~/x"),
+        ("a/~", "a/~"),
+        ("~root/x", "{root}/x"),
+        ("/a~/x", "/a~/x"),
+        ("x~", "x~"),
+    ],
 )
 def test_a_tilde_is_the_home_folder_in_every_path(written: str, meant: str, own_home: str) -> None:
     meant = meant.format(home=own_home, root=os.path.expanduser("~root"))
@@ -75,7 +87,11 @@ def test_a_tilde_is_the_home_folder_in_every_path(written: str, meant: str, own_
         if key == "prune.indices":
             given["prune"]["policy"] = "indices"  # type: ignore[index]
         assert flatten(check_config(given, "here").model_dump())[key] == meant, key
-    values = {"data": {"source": written}, "transfer": {"suite": written, "root": written}, "cache_dir": written}
+    values = {
+        "data": {"source": written},
+        "transfer": {"suite": written, "root": written},
+        "cache_dir": written,
+    }
     config = check(EvalConfig, values, "here")
     assert {config.data.source, config.transfer.suite, config.transfer.root, config.cache_dir} == {meant}
 
@@ -84,7 +100,11 @@ def test_every_text_of_the_settings_that_is_a_path_is_one() -> None:
     """A key added later, of a plain string, is either no path or named here."""
     no_paths = {"device", "data.kind", "optimizer.name"}
     for config in (check_config({}, "here"), EvalConfig()):
-        for key in [key for key, value in flatten(config.model_dump()).items() if isinstance(value, str) and key not in no_paths]:
+        for key in [
+            key
+            for key, value in flatten(config.model_dump()).items()
+            if isinstance(value, str) and key not in no_paths
+        ]:
             section, _, name = key.rpartition(".")
             given = {section: {name: "~/x"}} if section else {name: "~/x"}
             try:

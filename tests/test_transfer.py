@@ -1,4 +1,6 @@
-"""linear_eval.transfer against scipy's ranks and arithmetic by hand; linear_eval.targets on small copies of each data set's layout."""
+"""linear_eval.transfer against scipy's ranks and arithmetic by hand; linear_eval.targets on small copies of
+each data set's layout.
+"""
 
 import csv
 import hashlib
@@ -53,22 +55,37 @@ def table_of(values: dict[str, list[float | None]]) -> Transfer:
     for encoder, row in values.items():
         for column, value in enumerate(row):
             measured = None if value is None else Measured(value, value - 0.05, value + 0.05, 100)
-            cells.append(Cell(encoder, Target(name=f"d{column}", source="x"), "lbfgs", measured, "" if measured else "no such folder"))
+            cells.append(
+                Cell(
+                    encoder,
+                    Target(name=f"d{column}", source="x"),
+                    "lbfgs",
+                    measured,
+                    "" if measured else "no such folder",
+                )
+            )
     return tabulate("test", cells)
 
 
-# ---- suites ----------------------------------------------------------------------------------------------------------
+# ---- suites
+# ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "suites").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "suites").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_shipped_suites_are_valid_and_say_their_command(path: Path) -> None:
     suite = parse_suite(yaml.safe_load(path.read_text()), str(path))
     assert suite.name == path.stem
-    assert path.read_text().startswith("#") and f"transfer.suite=configs/suites/{path.name}" in path.read_text()
+    assert (
+        path.read_text().startswith("#") and f"transfer.suite=configs/suites/{path.name}" in path.read_text()
+    )
 
 
 def test_the_simclr_suite_has_the_papers_metrics_and_validation_splits() -> None:
-    """Chen et al. 2020, appendix B.8.1: "we report top-1 accuracy for ..."; "We used the validation sets specified ..."."""
+    """Chen et al. 2020, appendix B.8.1: "we report top-1 accuracy for ..."; "We used the validation sets
+    specified ...".
+    """
     suite = parse_suite(yaml.safe_load((ROOT / "configs/suites/simclr.yaml").read_text()), "simclr.yaml")
     by_metric: dict[str, set[str]] = {}
     for target in suite.targets:
@@ -79,7 +96,12 @@ def test_the_simclr_suite_has_the_papers_metrics_and_validation_splits() -> None
         "mean_per_class": {"aircraft", "pets", "caltech101", "flowers102"},
         "voc_map": {"voc2007"},
     }
-    assert {target.source for target in suite.targets if target.val_split} == {"aircraft", "voc2007", "dtd", "flowers102"}
+    assert {target.source for target in suite.targets if target.val_split} == {
+        "aircraft",
+        "voc2007",
+        "dtd",
+        "flowers102",
+    }
     assert {target.source for target in suite.targets} == set(TARGETS)
 
 
@@ -97,16 +119,43 @@ def test_defaults_fill_what_a_target_leaves_out() -> None:
         ({"name": "a", "targets": []}, "targets: .*at least 1 item"),
         ({"name": "a", "targets": [{"name": "x"}]}, r"targets.0.source: Field required"),
         ({"name": "a", "targets": [{"name": "x", "source": "f", "metrics": "top1"}]}, "did you mean metric"),
-        ({"name": "a", "targets": [{"name": "x", "source": "f", "metric": "top5"}]}, "targets.0.metric: .*'top1'"),
+        (
+            {"name": "a", "targets": [{"name": "x", "source": "f", "metric": "top5"}]},
+            "targets.0.metric: .*'top1'",
+        ),
         ({"name": "a", "targets": [{"name": "x", "source": "f", "image_size": 0}]}, "image_size"),
-        ({"name": "a", "targets": [{"name": "x", "source": "f"}, {"name": "x", "source": "g"}]}, "two targets named x"),
-        ({"name": "a", "targets": [{"name": "x", "source": "f", "test_split": "train"}]}, "not three different splits"),
-        ({"name": "a", "targets": [{"name": "x", "source": "pets", "val_split": "val"}]}, "pets has no split val, only train, test"),
-        ({"name": "a", "targets": [{"name": "x", "source": "voc2007"}]}, "top1 does not fit the labels of voc2007"),
-        ({"name": "a", "targets": [{"name": "x", "source": "voc2007", "metric": "voc_map", "protocol": "knn"}]}, "which protocol knn does"),
-        ({"name": "a", "targets": [{"name": "x", "source": "f", "metric": "map", "protocol": "linear"}]}, "which protocol linear does"),
+        (
+            {"name": "a", "targets": [{"name": "x", "source": "f"}, {"name": "x", "source": "g"}]},
+            "two targets named x",
+        ),
+        (
+            {"name": "a", "targets": [{"name": "x", "source": "f", "test_split": "train"}]},
+            "not three different splits",
+        ),
+        (
+            {"name": "a", "targets": [{"name": "x", "source": "pets", "val_split": "val"}]},
+            "pets has no split val, only train, test",
+        ),
+        (
+            {"name": "a", "targets": [{"name": "x", "source": "voc2007"}]},
+            "top1 does not fit the labels of voc2007",
+        ),
+        (
+            {
+                "name": "a",
+                "targets": [{"name": "x", "source": "voc2007", "metric": "voc_map", "protocol": "knn"}],
+            },
+            "which protocol knn does",
+        ),
+        (
+            {"name": "a", "targets": [{"name": "x", "source": "f", "metric": "map", "protocol": "linear"}]},
+            "which protocol linear does",
+        ),
         ({"name": "a", "target": [], "targets": [{"name": "x", "source": "f"}]}, "did you mean targets"),
-        ({"name": "a", "defaults": 3, "targets": [{"name": "x", "source": "f"}]}, "defaults in suite.yaml is 3"),
+        (
+            {"name": "a", "defaults": 3, "targets": [{"name": "x", "source": "f"}]},
+            "defaults in suite.yaml is 3",
+        ),
     ],
 )
 def test_a_bad_suite_is_one_clear_line(values: Any, message: str) -> None:
@@ -115,12 +164,15 @@ def test_a_bad_suite_is_one_clear_line(values: Any, message: str) -> None:
     assert "\n" not in str(caught.value) and ". fix: " in str(caught.value)
 
 
-# ---- running and the table -------------------------------------------------------------------------------------------
+# ---- running and the table
+# -------------------------------------------------------------------------------------------
 
 
 def test_a_suite_runs_and_a_missing_data_set_is_a_line() -> None:
     suite = suite_of(
-        {"name": "easy", "source": "f"}, {"name": "gone", "source": "g"}, {"name": "hard", "source": "h", "metric": "mean_per_class"}
+        {"name": "easy", "source": "f"},
+        {"name": "gone", "source": "g"},
+        {"name": "hard", "source": "h", "metric": "mean_per_class"},
     )
     calls = []
 
@@ -139,7 +191,9 @@ def test_a_suite_runs_and_a_missing_data_set_is_a_line() -> None:
             measure(*predictions(share), "top1", num_draws=100, seed=3),
             measure(*predictions(share - 0.3), "mean_per_class", num_draws=100, seed=3),
         ]
-        assert [transfer.cell(encoder, target).measured for target in (suite.targets[0], suite.targets[2])] == expected
+        assert [
+            transfer.cell(encoder, target).measured for target in (suite.targets[0], suite.targets[2])
+        ] == expected
         assert transfer.macro[encoder] == pytest.approx((expected[0].value + expected[1].value) / 2)
     assert to_markdown(transfer).count("not judged") == 1
     assert "not judged: gone: no folder g. fix: get it" in to_markdown(transfer)
@@ -186,8 +240,14 @@ def test_rows_csv_and_markdown_tell_the_same(tmp_path: Path) -> None:
     }  # fmt: skip
     assert rows[1]["value"] is None and rows[1]["rank"] is None and rows[1]["reason"] == "no such folder"
     read = list(csv.DictReader(io.StringIO(to_csv(transfer))))
-    assert [{key: str(value) if value is not None else "" for key, value in row.items()} for row in rows] == read
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in to_markdown(transfer).splitlines() if line.startswith("|")]
+    assert [
+        {key: str(value) if value is not None else "" for key, value in row.items()} for row in rows
+    ] == read
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in to_markdown(transfer).splitlines()
+        if line.startswith("|")
+    ]
     assert lines[0] == ["data", "metric", "n_test", "a", "b, c"]
     assert lines[2] == ["d0", "top1 %", "100", "91.23 [86.2, 96.2] (1)", "70.00 [65.0, 75.0] (2)"]
     assert lines[3][3:] == ["-", "25.00 [20.0, 30.0] (1)"]
@@ -208,7 +268,8 @@ def test_bars_are_drawn_and_matplotlib_is_an_extra(tmp_path: Path, monkeypatch: 
     assert [item.name for item in tmp_path.iterdir()] == ["bars.png"]
 
 
-# ---- data sets on disk -----------------------------------------------------------------------------------------------
+# ---- data sets on disk
+# -----------------------------------------------------------------------------------------------
 
 
 def put_image(path: Path, shade: int) -> Path:
@@ -252,7 +313,9 @@ def fake_aircraft(root: Path) -> None:
 def fake_pets(root: Path) -> None:
     for split, number in (("trainval", 1), ("test", 2)):
         names = [f"Abyssinian_{number}", f"american_bulldog_{number}"]
-        put_lines(root / "oxford-iiit-pet/annotations" / f"{split}.txt", f"{names[0]} 1 1 1", f"{names[1]} 2 2 1")
+        put_lines(
+            root / "oxford-iiit-pet/annotations" / f"{split}.txt", f"{names[0]} 1 1 1", f"{names[1]} 2 2 1"
+        )
         for name in names:
             put_image(root / "oxford-iiit-pet/images" / f"{name}.jpg", number)
 
@@ -282,7 +345,10 @@ def fake_voc2007(root: Path) -> None:
         put_lines(folder / "ImageSets/Main" / f"{split}.txt", *ids)
         for name in VOC_CLASSES:
             marks = {"cat": (1, -1, 0), "dog": (1, 1, -1)}.get(name, (-1, -1, -1))
-            put_lines(folder / "ImageSets/Main" / f"{name}_{split}.txt", *(f"{i} {mark:2d}" for i, mark in zip(ids, marks, strict=True)))
+            put_lines(
+                folder / "ImageSets/Main" / f"{name}_{split}.txt",
+                *(f"{i} {mark:2d}" for i, mark in zip(ids, marks, strict=True)),
+            )
         for image in ids:
             put_image(folder / "JPEGImages" / f"{image}.jpg", first)
 
@@ -303,12 +369,18 @@ def fake_cars(root: Path) -> None:
 
     folder = root / "stanford_cars"
     kind = [("class", "O"), ("fname", "O")]
-    for split, path in (("train", folder / "devkit/cars_train_annos.mat"), ("test", folder / "cars_test_annos_withlabels.mat")):
+    for split, path in (
+        ("train", folder / "devkit/cars_train_annos.mat"),
+        ("test", folder / "cars_test_annos_withlabels.mat"),
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         savemat(path, {"annotations": np.array([(2, "1.jpg"), (1, "2.jpg")], dtype=kind)})
         for name in ("1.jpg", "2.jpg"):
             put_image(folder / f"cars_{split}" / name, 9)
-    savemat(folder / "devkit/cars_meta.mat", {"class_names": np.array(["AM General Hummer", "Acura RL"], dtype="O")})
+    savemat(
+        folder / "devkit/cars_meta.mat",
+        {"class_names": np.array(["AM General Hummer", "Acura RL"], dtype="O")},
+    )
 
 
 FAKES = {
@@ -346,9 +418,16 @@ def test_caltech_trains_on_30_of_each_of_102_folders_and_tests_on_the_rest(tmp_p
     assert train.class_names == test.class_names == ["BACKGROUND_Google", "ant", "crab"]
     assert train.labels.bincount().tolist() == [30, 30, 30] and test.labels.bincount().tolist() == [5, 3, 1]
     assert not set(map(str, train.sources)) & set(map(str, test.sources)) and len(train) + len(test) == 99
-    names = sorted(Path(str(path)).name for path, label in zip(train.sources, train.labels.tolist(), strict=True) if label == 2)
-    left_out = max(range(1, 32), key=lambda number: hashlib.sha256(f"crab/image_{number:04d}.jpg".encode()).hexdigest())
-    assert names == [f"image_{number:04d}.jpg" for number in range(1, 32) if number != left_out]  # on any machine
+    names = sorted(
+        Path(str(path)).name
+        for path, label in zip(train.sources, train.labels.tolist(), strict=True)
+        if label == 2
+    )
+    left_out = max(
+        range(1, 32), key=lambda number: hashlib.sha256(f"crab/image_{number:04d}.jpg".encode()).hexdigest()
+    )
+    # on any machine
+    assert names == [f"image_{number:04d}.jpg" for number in range(1, 32) if number != left_out]
 
 
 def test_voc_has_a_column_for_each_class_and_difficult_ones_do_not_count(tmp_path: Path) -> None:
@@ -365,7 +444,7 @@ def test_voc_is_judged_by_a_regression_for_each_class(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From the files of the challenge to its row: shades tell two classes apart, the third is a coin."""
-    import evaluate
+    from ssl_emp.commands import evaluate
 
     monkeypatch.setattr("linear_eval.targets.VOC_CLASSES", ("bird", "cat", "dog"))
     rng, folder = np.random.default_rng(0), tmp_path / "VOCdevkit/VOC2007"
@@ -374,23 +453,44 @@ def test_voc_is_judged_by_a_regression_for_each_class(
         shades = rng.integers(0, 256, count)
         ids = [f"00{first}{number:03d}" for number in range(count)]
         put_lines(folder / "ImageSets/Main" / f"{split}.txt", *ids)
-        marks = {"bird": 2 * (shades > 100) - 1, "cat": 2 * (shades > 180) - 1, "dog": 2 * rng.integers(0, 2, count) - 1}
+        marks = {
+            "bird": 2 * (shades > 100) - 1,
+            "cat": 2 * (shades > 180) - 1,
+            "dog": 2 * rng.integers(0, 2, count) - 1,
+        }
         marks["bird"][::9] = 0  # difficult: shades of both kinds
         for name, column in marks.items():
-            put_lines(folder / "ImageSets/Main" / f"{name}_{split}.txt", *(f"{i} {m:2d}" for i, m in zip(ids, column, strict=True)))
+            put_lines(
+                folder / "ImageSets/Main" / f"{name}_{split}.txt",
+                *(f"{i} {m:2d}" for i, m in zip(ids, column, strict=True)),
+            )
         for image, shade in zip(ids, shades, strict=True):
             path = folder / "JPEGImages" / f"{image}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.clip(shade + rng.integers(-3, 4, (8, 8, 3)), 0, 255).astype(np.uint8)).save(path)
+            Image.fromarray(np.clip(shade + rng.integers(-3, 4, (8, 8, 3)), 0, 255).astype(np.uint8)).save(
+                path
+            )
         counted[split] = int(sum((column != 0).sum() for column in marks.values()))
     suite = tmp_path / "suite.yaml"
-    suite.write_text("name: one\ntargets: [{name: VOC, source: voc2007, metric: voc_map, val_split: val, image_size: 8}]\n")
-    words = ["transfer", f"transfer.suite={suite}", f"transfer.root={tmp_path}", "transfer.num_draws=100", "device=cpu", "cache_dir=null"]
+    suite.write_text(
+        "name: one\ntargets: [{name: VOC, source: voc2007, metric: voc_map, val_split: val, image_size: 8}]\n"
+    )
+    words = [
+        "transfer",
+        f"transfer.suite={suite}",
+        f"transfer.root={tmp_path}",
+        "transfer.num_draws=100",
+        "device=cpu",
+        "cache_dir=null",
+    ]
     assert evaluate.main(["pixels", *words, "--out", str(tmp_path / "out")]) == 0
     assert "not judged" not in capsys.readouterr().out
     (row, _) = json.loads((tmp_path / "out/transfer.json").read_text())
     assert row["metric"] == "VOC07 mAP %" and row["n_test"] == 60 and row["low"] <= row["high"]
-    assert "11-point AP of VOC2007 on val (40), refit on train+val, difficult objects not counted" in row["protocol"]
+    assert (
+        "11-point AP of VOC2007 on val (40), refit on train+val, difficult objects not counted"
+        in row["protocol"]
+    )
     assert 75 < row["value"] < 95, "two classes near 100, one near the share of its positives"
     assert counted["train"] == 3 * 40 - 5
 
@@ -418,7 +518,16 @@ def test_an_incomplete_data_set_and_wrong_names_are_clear(tmp_path: Path) -> Non
 
 
 def test_torchvision_has_the_classes_that_are_used() -> None:
-    for name in ("Food101", "CIFAR10", "CIFAR100", "SUN397", "StanfordCars", "FGVCAircraft", "VOCDetection", "DTD"):
+    for name in (
+        "Food101",
+        "CIFAR10",
+        "CIFAR100",
+        "SUN397",
+        "StanfordCars",
+        "FGVCAircraft",
+        "VOCDetection",
+        "DTD",
+    ):
         assert hasattr(torchvision.datasets, name)
     for name in ("OxfordIIITPet", "Caltech101", "Flowers102"):
         assert hasattr(torchvision.datasets, name)
@@ -440,6 +549,7 @@ def test_flowers_labels_start_at_zero(tmp_path: Path, monkeypatch: pytest.Monkey
         put_image(folder / "jpg" / f"image_{number:05d}.jpg", number)
     savemat(folder / "setid.mat", {"trnid": [1, 3], "valid": [2], "tstid": [2]})
     savemat(folder / "imagelabels.mat", {"labels": [5, 102, 1]})
-    monkeypatch.setattr(torchvision.datasets.Flowers102, "_check_integrity", lambda self: True)  # it compares checksums
+    # it compares checksums
+    monkeypatch.setattr(torchvision.datasets.Flowers102, "_check_integrity", lambda self: True)
     found = torchvision_target("flowers102", tmp_path, "train")
     assert found.labels.tolist() == [4, 0] and len(found.class_names) == 102

@@ -1,21 +1,26 @@
 """The real pretrain.py with faults put into it from outside: nothing in the product knows of this file.
 
     FAULT="after_step:3:kill" RECORD=steps.jsonl python tests/faults/inject.py --config c.yaml out=runs/x
-    python tests/faults/inject.py --serve       # imports torch once and forks a process for every request on standard input
+    python tests/faults/inject.py --serve       # imports torch once and forks a process for every request on
+    standard input
 
-FAULT is `point:count:kind`, several joined by `;`: at the count-th visit of the point (0: at every one), the kind happens.
+FAULT is `point:count:kind`, several joined by `;`: at the count-th visit of the point (0: at every one), the
+kind happens.
 
 points: forward, backward, step, observe, choose, save with `before_` or `after_`; and what the process
-    does to files below the run directory: io (before any of the following), open, write (between its two halves), fsync,
-    replace, unlink, mkdir, and the same with `_checkpoint`, `_log` or `_events` for checkpoints, train.log, TensorBoard;
-    data (a batch of images is there), gather (the decoding thread fetches one).
-kinds: kill (SIGKILL to itself), term, int, hup, usr1 (real signals to itself), twice (SIGTERM two times), enospc, eio, eacces
-    (OSError), nan, inf (the loss, at forward points), raise (RuntimeError), oom (torch's message), sleep (for an hour), clear
-    (remove the run directory), fill (a file beside the run directory takes the rest of the disk).
+    does to files below the run directory: io (before any of the following), open, write (between its two
+    halves), fsync, replace, unlink, mkdir, and the same with `_checkpoint`, `_log` or `_events` for
+    checkpoints, train.log, TensorBoard; data (a batch of images is there), gather (the decoding thread
+    fetches one).
+kinds: kill (SIGKILL to itself), term, int, hup, usr1 (real signals to itself), twice (SIGTERM two times),
+enospc, eio, eacces
+    (OSError), nan, inf (the loss, at forward points), raise (RuntimeError), oom (torch's message), sleep (for
+    an hour), clear (remove the run directory), fill (a file beside the run directory takes the rest of the
+    disk).
 
-RECORD gets a line per optimizer step: its number, the loss in hex, the sorted indices of its batch. FAULT_NOTE gets a line for
-every visit of an I/O point, so that a run without faults tells how many there are. FAULT_AT gets the time of the last fault.
-CORES is the number of cores that the decoding threads believe in.
+RECORD gets a line per optimizer step: its number, the loss in hex, the sorted indices of its batch.
+FAULT_NOTE gets a line for every visit of an I/O point, so that a run without faults tells how many there are.
+FAULT_AT gets the time of the last fault. CORES is the number of cores that the decoding threads believe in.
 """
 
 import builtins
@@ -41,9 +46,13 @@ sys.path.insert(0, os.environ.get("FAULTS_ROOT", str(Path(__file__).resolve().pa
 import torch  # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook  # noqa: E402
 
-import pretrain  # noqa: E402
-import ssl_emp.stores  # noqa: E402
-from ssl_emp import decode, policies, resume, scores  # noqa: E402
+import ssl_emp.data.stores  # noqa: E402
+from ssl_emp import policies, scores  # noqa: E402
+from ssl_emp.commands import (
+    pretrain,  # noqa: E402
+    resume,  # noqa: E402
+)
+from ssl_emp.data import decode  # noqa: E402
 
 SIGNALS = {
     "kill": signal.SIGKILL,
@@ -60,7 +69,10 @@ class Faults:
     """What shall happen where, and how often each point was visited."""
 
     def __init__(self, text: str, out: str | None, note: str | None) -> None:
-        self.plan = [(point, int(count), kind) for point, count, kind in (part.split(":") for part in text.split(";") if part)]
+        self.plan = [
+            (point, int(count), kind)
+            for point, count, kind in (part.split(":") for part in text.split(";") if part)
+        ]
         self.seen: Counter[str] = Counter()
         self.out = None if out is None else os.path.abspath(out)
         self.note = None if note is None else os.open(note, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -93,7 +105,8 @@ class Faults:
             raise RuntimeError(f"injected at {point}")
         elif kind == "oom":
             raise RuntimeError(
-                "[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+                "[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate "
+                "memory: you tried to allocate"
             )
         elif kind == "sleep":
             time.sleep(3600)
@@ -109,7 +122,8 @@ class Faults:
         """A visit of an I/O point, for paths below the run directory only."""
         if self.busy or not self.inside(path):
             return
-        if name == "write":  # torch.save writes hundreds of pieces: the 1st, 2nd, 4th, 8th, ... of a file will do
+        # torch.save writes hundreds of pieces: the 1st, 2nd, 4th, 8th, ... of a file will do
+        if name == "write":
             self.writes[os.fspath(path)] += 1
             number = self.writes[os.fspath(path)]
             if number & (number - 1):
@@ -167,7 +181,9 @@ class HalfWay:
         return getattr(self.file, name)
 
 
-def around(function: Callable[..., Any], before: Callable[..., Any], after: Callable[..., Any]) -> Callable[..., Any]:
+def around(
+    function: Callable[..., Any], before: Callable[..., Any], after: Callable[..., Any]
+) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         before(*args)
@@ -180,7 +196,11 @@ def around(function: Callable[..., Any], before: Callable[..., Any], after: Call
 
 def replace_everywhere(function: Any, other: Any) -> None:
     """In every module that has it under any name: `from x import f` binds f there."""
-    for module in [module for name, module in sys.modules.items() if name.partition(".")[0] in ("ssl_emp", "linear_eval", "pretrain")]:
+    for module in [
+        module
+        for name, module in sys.modules.items()
+        if name.partition(".")[0] in ("ssl_emp", "linear_eval", "pretrain")
+    ]:
         for name, value in list(vars(module).items()):
             if value is function:
                 setattr(module, name, other)
@@ -258,10 +278,12 @@ def patch_training(faults: Faults, recorder: Recorder) -> None:
     register_optimizer_step_pre_hook(before_step)
     register_optimizer_step_post_hook(after_step)
 
-    for store in (ssl_emp.stores.DeviceImages, ssl_emp.stores.HostImages):
+    for store in (ssl_emp.data.stores.DeviceImages, ssl_emp.data.stores.HostImages):
         stream: Any = store.stream
 
-        def streamed(self: Any, batches: Any, *args: Any, stream: Any = stream, **kwargs: Any) -> Iterator[Any]:
+        def streamed(
+            self: Any, batches: Any, *args: Any, stream: Any = stream, **kwargs: Any
+        ) -> Iterator[Any]:
             for index, images in stream(self, batches, *args, **kwargs):
                 recorder.index = sorted(index.tolist())
                 faults.visit("data")
@@ -269,18 +291,26 @@ def patch_training(faults: Faults, recorder: Recorder) -> None:
 
         store.stream = streamed  # type: ignore[assignment,method-assign]
 
-    visits = {"observe": (scores.ScoreState, "observe"), "choose": (policies.Rule, "choose"), "save": (pretrain, "save_checkpoint")}
+    visits = {
+        "observe": (scores.ScoreState, "observe"),
+        "choose": (policies.Rule, "choose"),
+        "save": (pretrain, "save_checkpoint"),
+    }
     for point, (owner, name) in visits.items():
         before = functools.partial(visit, faults, f"before_{point}")
-        setattr(owner, name, around(getattr(owner, name), before, functools.partial(visit, faults, f"after_{point}")))
+        setattr(
+            owner,
+            name,
+            around(getattr(owner, name), before, functools.partial(visit, faults, f"after_{point}")),
+        )
 
-    gather = ssl_emp.stores.EncodedPixels.gather
+    gather = ssl_emp.data.stores.EncodedPixels.gather
 
     def gathered(*args: Any) -> Any:
         faults.visit("gather")
         return gather(*args)
 
-    ssl_emp.stores.EncodedPixels.gather = gathered  # type: ignore[assignment,method-assign]
+    ssl_emp.data.stores.EncodedPixels.gather = gathered  # type: ignore[assignment,method-assign]
     if "CORES" in os.environ:
         replace_everywhere(decode.cores, lambda: int(os.environ["CORES"]))
 
@@ -313,11 +343,14 @@ def run(argv: list[str]) -> int:
     return pretrain.main(argv)
 
 
-# ------------------------------------------------------------------------------------------------------------ forkserver
+# ------------------------------------------------------------------------------------------------------------
+# forkserver
 
 
 def child(request: dict[str, Any]) -> None:
-    """The forked process: its own session, files for its output, its own environment; then as if it had been started so."""
+    """The forked process: its own session, files for its output, its own environment; then as if it had been
+    started so.
+    """
     code = 1
     try:
         os.setpgid(0, 0)
@@ -335,8 +368,11 @@ def child(request: dict[str, Any]) -> None:
             for name, value in request["limits"].items():
                 resource.setrlimit(getattr(resource, name), (value, value))
         if "RLIMIT_FSIZE" in request["limits"]:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does at its start: the write fails instead
-        sys.stdout, sys.stderr = (io.TextIOWrapper(open(number, "wb", closefd=False), encoding="utf-8") for number in (1, 2))
+            # as Python does at its start: the write fails instead
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        sys.stdout, sys.stderr = (
+            io.TextIOWrapper(open(number, "wb", closefd=False), encoding="utf-8") for number in (1, 2)
+        )
         if request["user"]:
             os.setgroups([])
             os.setgid(request["user"])
@@ -359,9 +395,17 @@ def child(request: dict[str, Any]) -> None:
 
 def serve() -> None:
     """Requests as JSON lines in, {"id", "pid"} and {"id", "rc"} out."""
-    for name in ("lightly.models.modules", "linear_eval.knn", "pyarrow.parquet", "PIL.Image", "encodings.utf_8_sig"):
-        importlib.import_module(name)  # what pretrain.py imports when it needs it: once here, not a second in every process
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is for pytest, which ends this process by closing its input
+    for name in (
+        "lightly.models.modules",
+        "linear_eval.knn",
+        "pyarrow.parquet",
+        "PIL.Image",
+        "encodings.utf_8_sig",
+    ):
+        # what pretrain.py imports when it needs it: once here, not a second in every process
+        importlib.import_module(name)
+    # ctrl-C is for pytest, which ends this process by closing its input
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     running: dict[int, int] = {}
     buffer = b""
 

@@ -1,7 +1,9 @@
-"""pretrain.py with something wrong on one rank: `python one_rank.py WHAT RANK ARGUMENTS…`. The product itself has no such hooks.
+"""pretrain.py with something wrong on one rank: `python one_rank.py WHAT RANK ARGUMENTS…`. The product itself
+has no such hooks.
 
-nan: the loss of the sixth batch. scores: one score is nudged after the second epoch. file: the images cannot be read.
-raise: the tenth batch raises. double: nothing is wrong, but the network computes in float64 on every rank.
+nan: the loss of the sixth batch. scores: one score is nudged after the second epoch. file: the images cannot
+be read. raise: the tenth batch raises. double: nothing is wrong, but the network computes in float64 on every
+rank.
 """
 
 import os
@@ -14,16 +16,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-import pretrain  # noqa: E402
-from ssl_emp import job as job_module  # noqa: E402
 from ssl_emp import passes  # noqa: E402
 from ssl_emp.augment import cut_views  # noqa: E402
+from ssl_emp.commands import job as job_module  # noqa: E402
+from ssl_emp.commands import pretrain  # noqa: E402
+from ssl_emp.commands.job import Job  # noqa: E402
+from ssl_emp.data.images import ImageSet  # noqa: E402
 from ssl_emp.errors import UserError  # noqa: E402
-from ssl_emp.images import ImageSet  # noqa: E402
-from ssl_emp.job import Job  # noqa: E402
 from ssl_emp.loss import nt_xent  # noqa: E402
-from ssl_emp.ranks import Ranks  # noqa: E402
-from ssl_emp.report import Report  # noqa: E402
+from ssl_emp.run.ranks import Ranks  # noqa: E402
+from ssl_emp.run.report import Report  # noqa: E402
 
 what, where = sys.argv.pop(1), sys.argv.pop(1)
 calls = 0

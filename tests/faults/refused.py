@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-import pretrain
+from ssl_emp.commands import pretrain
 from ssl_emp.errors import UserError
 
 

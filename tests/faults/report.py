@@ -1,4 +1,5 @@
-"""Run the whole fault matrix and write docs/faults.md: each row with the fault, what is expected, and what was seen.
+"""Run the whole fault matrix and write docs/faults.md: each row with the fault, what is expected, and what
+was seen.
 
 python tests/faults/report.py                  # make faults
 python tests/faults/report.py --from results.xml   # only write the page, from an earlier run
@@ -46,12 +47,15 @@ NOT_PROVEN = """## What this does not prove
 * **A forged end.** A JPEG that is cut and closed again with an end marker can pass for whole.
 * **Everything else.** A row shows what was injected, no more.
 """
-SPREAD = ("seconds", "steps lost", "megabytes")  # figures of which the median and the maximum are told; of others the sum
+# figures of which the median and the maximum are told; of others the sum
+SPREAD = ("seconds", "steps lost", "megabytes")
 
 
 @dataclass
 class Row:
-    """Tests that share a docstring's first line. outcomes: passed, failed or skipped; figures: values by name."""
+    """Tests that share a docstring's first line. outcomes: passed, failed or skipped; figures: values by
+    name.
+    """
 
     name: str
     injected: str
@@ -63,7 +67,9 @@ class Row:
     @property
     def outcome(self) -> str:
         """failed where one did, passed where one did and none failed, else skipped."""
-        return next((outcome for outcome in ("failed", "passed", "skipped") if outcome in self.outcomes), "not run")
+        return next(
+            (outcome for outcome in ("failed", "passed", "skipped") if outcome in self.outcomes), "not run"
+        )
 
 
 def read_rows() -> dict[tuple[str, str], Row]:
@@ -86,7 +92,9 @@ def add_results(rows: dict[tuple[str, str], Row], junit: Path) -> None:
         if row is None:
             continue
         broken = [*case.findall("failure"), *case.findall("error")]
-        row.outcomes.append("failed" if broken else "skipped" if case.find("skipped") is not None else "passed")
+        row.outcomes.append(
+            "failed" if broken else "skipped" if case.find("skipped") is not None else "passed"
+        )
         row.failures += [part.get("message", "") for part in broken]
         for value in case.iter("property"):
             row.figures[value.get("name", "")].append(value.get("value", ""))
@@ -117,26 +125,46 @@ def page(rows: list[Row], seconds: float) -> str:
     lines = [
         "# Faults",
         "",
-        "What happens when a run is killed, a disk is full, a file is damaged, a setting is wrong. Each row is a test in `tests/faults/`:",
-        "a real run, a fault put into it from outside (the product has no hooks for it), and what was seen. Written by `make faults`",
+        (
+            "What happens when a run is killed, a disk is full, a file is damaged, a setting is "
+            "wrong. Each row is a test in `tests/faults/`:"
+        ),
+        (
+            "a real run, a fault put into it from outside (the product has no hooks for it), and "
+            "what was seen. Written by `make faults`"
+        ),
         f"({seconds / 60:.0f} minutes, {os.cpu_count()} cores); a part of it runs in `make test-whole`.",
         "",
-        '"Bit-identical" means: SHA-256 over every tensor of the final checkpoint, the exported encoder, the table of samples and the',
-        "metrics, and the loss in hex and the sorted samples of every step, equal those of the run that was never interrupted.",
+        (
+            '"Bit-identical" means: SHA-256 over every tensor of the final checkpoint, the exported '
+            "encoder, the table of samples and the"
+        ),
+        (
+            "metrics, and the loss in hex and the sorted samples of every step, equal those of the "
+            "run that was never interrupted."
+        ),
         "",
         "## Figures",
         "",
         "| figure | seen |",
         "| --- | --- |",
         f"| rows passed | {passed}/{len(run)} |",
-        f"| tests passed | {sum(row.outcomes.count('passed') for row in rows)}/{sum(len(row.outcomes) for row in run)} |",
+        (
+            "| tests passed | "
+            f"{sum(row.outcomes.count('passed') for row in rows)}/{sum(len(row.outcomes) for row in run)} "
+            "|"
+        ),
         f"| hangs | {sum('hung' in text for row in rows for text in row.failures)} |",
     ]
     figures: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         for name, values in row.figures.items():
             figures[name] += values
-    lines += [f"| {name} | {together(name, figures[name])} |" for name in sorted(figures) if not name.startswith("megabytes")]
+    lines += [
+        f"| {name} | {together(name, figures[name])} |"
+        for name in sorted(figures)
+        if not name.startswith("megabytes")
+    ]
     for letter, title in GROUPS.items():
         if groups[letter]:
             lines += [
@@ -146,19 +174,39 @@ def page(rows: list[Row], seconds: float) -> str:
                 "| row | injected | expected | seen |",
                 "| --- | --- | --- | --- |",
             ]
-            lines += [line_of(row) for row in sorted(groups[letter], key=lambda row: int(row.name[1:]) if row.name[1:].isdigit() else 0)]
+            lines += [
+                line_of(row)
+                for row in sorted(
+                    groups[letter], key=lambda row: int(row.name[1:]) if row.name[1:].isdigit() else 0
+                )
+            ]
     return "\n".join([*lines, "", NOT_PROVEN])
 
 
 def line_of(row: Row) -> str:
     many = f" ({row.outcomes.count('passed')}/{len(row.outcomes)} cases)" if len(row.outcomes) > 1 else ""
-    seen = "; ".join([f"{row.outcome}{many}", *(f"{name} {together(name, values)}" for name, values in row.figures.items())])
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in (row.name, row.injected, row.expected, seen)) + " |"
+    seen = "; ".join(
+        [
+            f"{row.outcome}{many}",
+            *(f"{name} {together(name, values)}" for name, values in row.figures.items()),
+        ]
+    )
+    return (
+        "| "
+        + " | ".join(cell.replace("|", "\\|") for cell in (row.name, row.injected, row.expected, seen))
+        + " |"
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--from", dest="results", type=Path, metavar="XML", help="results of an earlier run (pytest --junitxml)")
+    parser.add_argument(
+        "--from",
+        dest="results",
+        type=Path,
+        metavar="XML",
+        help="results of an earlier run (pytest --junitxml)",
+    )
     parser.add_argument("--out", type=Path, default=PAGE, help="the page to write")
     arguments = parser.parse_args()
     began, code = time.monotonic(), 0
@@ -179,14 +227,20 @@ def main() -> int:
                 "-o",
                 "junit_family=xunit1",
             ]
-            code = subprocess.run([*command, f"--junitxml={results}", str(FOLDER)], cwd=ROOT, check=False).returncode
+            code = subprocess.run(
+                [*command, f"--junitxml={results}", str(FOLDER)], cwd=ROOT, check=False
+            ).returncode
         rows = read_rows()
         add_results(rows, results)
-        seconds = float(next(ElementTree.parse(results).getroot().iter("testsuite")).get("time", time.monotonic() - began))
+        seconds = float(
+            next(ElementTree.parse(results).getroot().iter("testsuite")).get("time", time.monotonic() - began)
+        )
     arguments.out.parent.mkdir(exist_ok=True)
     arguments.out.write_text(page(list(rows.values()), seconds), encoding="utf-8")
     failed = [row.name for row in rows.values() if row.outcome == "failed"]
-    print(f"{arguments.out}: {len(rows)} rows{', failed: ' + ', '.join(failed) if failed else ', none failed'}")
+    print(
+        f"{arguments.out}: {len(rows)} rows{', failed: ' + ', '.join(failed) if failed else ', none failed'}"
+    )
     return code
 
 

@@ -1,7 +1,7 @@
 """A tiny real run that can be broken on purpose: start it, hurt it, compare what it left bit for bit.
 
-64 images, batch 8, a network of width 8, 4 epochs, 26 steps, CPU. Every run is a process of its own, forked by a server that has
-imported torch (`inject.py --serve`): a SIGKILL is a real one, and a run takes a second.
+64 images, batch 8, a network of width 8, 4 epochs, 26 steps, CPU. Every run is a process of its own, forked
+by a server that has imported torch (`inject.py --serve`): a SIGKILL is a real one, and a run takes a second.
 """
 
 import atexit
@@ -24,7 +24,7 @@ import pytest
 from conftest import striped_images, write_parquet
 from torch import Tensor
 
-from ssl_emp.checkpoint import load_checkpoint
+from ssl_emp.run.checkpoint import load_checkpoint
 
 ROOT = Path(os.environ.get("FAULTS_ROOT", Path(__file__).parents[2]))
 INJECT = Path(__file__).with_name("inject.py")
@@ -47,7 +47,10 @@ NOT_COMPARED = ("/config", "/seconds", "/written_by", "/versions", "/world_size"
 def some(quick: list[Any], cases: list[Any]) -> list[Any]:
     """Parameters of a test of which only the quick ones are in `make test`; the others are for `make faults`."""
     parts = [case if isinstance(case, tuple) else (case,) for case in cases]
-    return [case if case in quick else pytest.param(*part, marks=pytest.mark.faults) for case, part in zip(cases, parts, strict=True)]
+    return [
+        case if case in quick else pytest.param(*part, marks=pytest.mark.faults)
+        for case, part in zip(cases, parts, strict=True)
+    ]
 
 
 @functools.cache
@@ -74,7 +77,9 @@ class Server:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         command = [sys.executable, str(INJECT), "--serve"]
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         self.count = 0
         self.told: dict[int, dict[str, int]] = {}
         atexit.register(self.stop)
@@ -114,7 +119,9 @@ def server() -> Server:
 
 @dataclass
 class Result:
-    """What a process left. rc: exit code, minus the signal where one ended it; seconds: from the fault, else the start, to its end."""
+    """What a process left. rc: exit code, minus the signal where one ended it; seconds: from the fault, else
+    the start, to its end.
+    """
 
     rc: int
     stdout: str
@@ -172,10 +179,14 @@ def start(
     user: int = 0,
     env: dict[str, str] | None = None,
 ) -> Started:
-    """Start pretrain.py with `args` and a fault, see inject.py. `limits`: of the module resource; `user`: a number to become."""
+    """Start pretrain.py with `args` and a fault, see inject.py. `limits`: of the module resource; `user`: a
+    number to become.
+    """
     folder = Path(tempfile.mkdtemp(dir=scratch()))
     environment = (
-        {"FAULT": fault} | ({} if record is None else {"RECORD": str(record)}) | ({} if note is None else {"FAULT_NOTE": str(note)})
+        {"FAULT": fault}
+        | ({} if record is None else {"RECORD": str(record)})
+        | ({} if note is None else {"FAULT_NOTE": str(note)})
     )
     request: dict[str, Any] = {
         "argv": [str(part) for part in args],
@@ -230,19 +241,24 @@ def open_to_all(folder: Path) -> None:
             place.chmod(place.stat().st_mode | 0o055)
 
 
-# ------------------------------------------------------------------------------------------------------------- comparison
+# -------------------------------------------------------------------------------------------------------------
+# comparison
 
 
 def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Every leaf of a checkpoint by its path."""
     if isinstance(tree, dict | list | tuple):
         items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        return {path: leaf for key, branch in items for path, leaf in leaves(branch, f"{prefix}/{key}").items()}
+        return {
+            path: leaf for key, branch in items for path, leaf in leaves(branch, f"{prefix}/{key}").items()
+        }
     return {prefix: tree}
 
 
 def final_hash(out: Path) -> str:
-    """SHA-256 over all that the last checkpoint holds, the exported encoder, the table of samples and the metrics."""
+    """SHA-256 over all that the last checkpoint holds, the exported encoder, the table of samples and the
+    metrics.
+    """
     state, warnings = load_checkpoint(out / "checkpoints")
     assert state is not None and not warnings, warnings
     assert state["finished"]
@@ -250,18 +266,26 @@ def final_hash(out: Path) -> str:
     for path, leaf in leaves(state).items():
         if not path.startswith(NOT_COMPARED):
             digest.update(path.encode())
-            digest.update(leaf.contiguous().numpy().tobytes() if isinstance(leaf, Tensor) else repr(leaf).encode())
+            digest.update(
+                leaf.contiguous().numpy().tobytes() if isinstance(leaf, Tensor) else repr(leaf).encode()
+            )
     digest.update((out / "encoder" / "model.safetensors").read_bytes())
     digest.update(repr(pq.read_table(out / "pruning" / "samples.parquet").to_pydict()).encode())
     for line in (out / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        digest.update(repr({key: value for key, value in row.items() if not any(part in key for part in CLOCK)}).encode())
+        digest.update(
+            repr(
+                {key: value for key, value in row.items() if not any(part in key for part in CLOCK)}
+            ).encode()
+        )
     return digest.hexdigest()
 
 
 def steps_of(record: Path) -> list[tuple[int, str, tuple[int, ...]]]:
     """(step, loss in hex, sorted indices) of every optimizer step that happened, in the order they happened."""
-    return [(step, loss, tuple(index)) for step, loss, index in map(json.loads, record.read_text().splitlines())]
+    return [
+        (step, loss, tuple(index)) for step, loss, index in map(json.loads, record.read_text().splitlines())
+    ]
 
 
 @functools.cache
@@ -276,7 +300,9 @@ def reference(*overrides: str) -> tuple[str, dict[int, tuple[str, tuple[int, ...
 
 
 def assert_same(out: Path, record: Path, *overrides: str) -> int:
-    """The run in `out` is bit for bit the uninterrupted one: every step that ever happened, and all it left. -> steps done twice."""
+    """The run in `out` is bit for bit the uninterrupted one: every step that ever happened, and all it left.
+    -> steps done twice.
+    """
     expected, steps = reference(*overrides)
     done = steps_of(record)
     for step, loss, index in done:

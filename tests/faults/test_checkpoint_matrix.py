@@ -1,4 +1,5 @@
-"""Bad checkpoints: damaged ones are found and passed over, foreign ones refused in one line, and none of them runs code.
+"""Bad checkpoints: damaged ones are found and passed over, foreign ones refused in one line, and none of them
+runs code.
 
 The first line of a docstring is `row | injected fault | expected`.
 """
@@ -27,10 +28,10 @@ import rig
 import torch
 from conftest import striped_images
 
-import evaluate
-from ssl_emp.checkpoint import FORMAT, MANIFESTS, load_checkpoint, save_checkpoint
+from ssl_emp.commands import evaluate
 from ssl_emp.errors import UserError
-from ssl_emp.state_check import check_state
+from ssl_emp.run.checkpoint import FORMAT, MANIFESTS, load_checkpoint, save_checkpoint
+from ssl_emp.run.state_check import check_state
 
 Record = Callable[[str, Any], None]
 long = pytest.mark.faults
@@ -47,7 +48,14 @@ def two_saves(folder: Path) -> Path:
 def stopped() -> Path:
     """A tiny run that was stopped at step 10, with checkpoints of steps 9 and 10, and all labels in place."""
     out = rig.scratch() / "stopped"
-    assert rig.run(rig.fresh(out, "checkpoint.every_steps=9"), "after_step:10:term", record=rig.scratch() / "stopped record").rc == 143
+    assert (
+        rig.run(
+            rig.fresh(out, "checkpoint.every_steps=9"),
+            "after_step:10:term",
+            record=rig.scratch() / "stopped record",
+        ).rc
+        == 143
+    )
     return out
 
 
@@ -63,7 +71,9 @@ def sign(path: Path) -> None:
     for name in MANIFESTS:
         manifest = path.with_name(name)
         digests = json.loads(manifest.read_text()) if manifest.exists() else {}
-        manifest.write_text(json.dumps(digests | {path.name: [hashlib.sha256(path.read_bytes()).hexdigest()]}))
+        manifest.write_text(
+            json.dumps(digests | {path.name: [hashlib.sha256(path.read_bytes()).hexdigest()]})
+        )
 
 
 SHARES = [0, 0.01, 0.5, 0.99, 0.9999]
@@ -71,14 +81,21 @@ SHARES = [0, 0.01, 0.5, 0.99, 0.9999]
 
 @pytest.mark.parametrize("share", SHARES)
 def test_B1_truncated(share: float, tmp_path: Path, record_property: Record) -> None:
-    """B1 | the newest checkpoint is cut at 0, 1, 50, 99 and 99.99 % of its length; then the other one too | the one before is used with one warning; with none left, one line and exit code 2"""
+    """B1 | the newest checkpoint is cut at 0, 1, 50, 99 and 99.99 % of its length; then the other one too |
+    the one before is used with one warning; with none left, one line and exit code 2
+    """
     newest = two_saves(tmp_path)
     for path, step in ((newest, 1), (tmp_path / "step_00000001.pt", None)):
         data = path.read_bytes()
         path.write_bytes(data[: int(len(data) * share)])
         if step:
             state, warnings = load_checkpoint(tmp_path)
-            assert state is not None and state["step"] == step and len(warnings) == 1 and path.name in warnings[0]
+            assert (
+                state is not None
+                and state["step"] == step
+                and len(warnings) == 1
+                and path.name in warnings[0]
+            )
     with pytest.raises(UserError, match="no usable checkpoint among 2"):
         load_checkpoint(tmp_path)
     record_property("truncations found", "2/2")
@@ -86,18 +103,27 @@ def test_B1_truncated(share: float, tmp_path: Path, record_property: Record) -> 
 
 @long
 def test_B1_truncated_in_a_run(tmp_path: Path) -> None:
-    """B1 | a stopped run whose newest checkpoint is cut to a half | --resume goes on from the one before with one warning line, bit-identical"""
+    """B1 | a stopped run whose newest checkpoint is cut to a half | --resume goes on from the one before with
+    one warning line, bit-identical
+    """
     out, record = copy_of_stopped(tmp_path)
     newest = out / "checkpoints" / "step_00000010.pt"
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     result = rig.run(rig.go_on(out), record=record)
-    assert result.rc == 0 and not result.stderr and result.stdout.count("warning:") == 1 and newest.name in result.stdout
+    assert (
+        result.rc == 0
+        and not result.stderr
+        and result.stdout.count("warning:") == 1
+        and newest.name in result.stdout
+    )
     assert rig.assert_same(out, record) == 1, "step 10 once more"
 
 
 @long
 def test_B2_flipped_bytes(tmp_path: Path, record_property: Record) -> None:
-    """B2 | one byte of a real checkpoint is changed, at 200 random places, each time anew | found 200 times of 200, the one before is used with one warning"""
+    """B2 | one byte of a real checkpoint is changed, at 200 random places, each time anew | found 200 times
+    of 200, the one before is used with one warning
+    """
     out, _ = copy_of_stopped(tmp_path)
     path = out / "checkpoints" / "step_00000010.pt"
     data, rng, found = bytearray(path.read_bytes()), random.Random(0), 0
@@ -117,7 +143,9 @@ def test_B2_flipped_bytes(tmp_path: Path, record_property: Record) -> None:
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_B2_flipped_bytes_of_a_manifest(name: str, tmp_path: Path, record_property: Record) -> None:
-    """B2 | one bit of every byte of a manifest is changed, each time anew; or the manifest is gone, empty, or no dictionary | the newest checkpoint still loads: the other copy knows it"""
+    """B2 | one bit of every byte of a manifest is changed, each time anew; or the manifest is gone, empty, or
+    no dictionary | the newest checkpoint still loads: the other copy knows it
+    """
     two_saves(tmp_path)
     path = tmp_path / name
     data, survived = path.read_bytes(), 0
@@ -173,11 +201,24 @@ def evil(kind: str, path: Path, marker: Path) -> None:
     torch.save({**good, **parts.get(kind, {"model": call})}, path)
 
 
-KINDS = ["os.system", "eval", "exec", "subprocess", "open", "shutil.copy", "plain pickle", "in the optimizer", "in the scores", "as a key"]
+KINDS = [
+    "os.system",
+    "eval",
+    "exec",
+    "subprocess",
+    "open",
+    "shutil.copy",
+    "plain pickle",
+    "in the optimizer",
+    "in the scores",
+    "as a key",
+]
 
 
 def test_B3_pickles_that_run_code(tmp_path: Path, record_property: Record) -> None:
-    """B3 | ten kinds of checkpoint that run code when they are unpickled, with the right hash in the manifest | none of them is run, none is used"""
+    """B3 | ten kinds of checkpoint that run code when they are unpickled, with the right hash in the manifest
+    | none of them is run, none is used
+    """
     executed = refused = works = 0
     for number, kind in enumerate(KINDS):
         folder, marker = tmp_path / str(number), tmp_path / f"executed {number}"
@@ -210,16 +251,30 @@ def runs_where_it_may(path: Path, marker: Path) -> bool:
 
 
 @long
-def test_B3_pickles_under_other_names(tmp_path: Path, capsys: pytest.CaptureFixture[str], record_property: Record) -> None:
-    """B3 | the same as prune.indices=x.npy of pretrain.py, and as encoder/model.safetensors of a run for evaluate.py | none is run, one line, exit code 2"""
+def test_B3_pickles_under_other_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], record_property: Record
+) -> None:
+    """B3 | the same as prune.indices=x.npy of pretrain.py, and as encoder/model.safetensors of a run for
+    evaluate.py | none is run, one line, exit code 2
+    """
     marker = tmp_path / "executed"
-    np.save(tmp_path / "x.npy", np.array([Call(os.system, f"touch '{marker}'")], dtype=object), allow_pickle=True)
-    result = rig.run(rig.fresh(tmp_path / "run", "prune.policy=indices", f"prune.indices={tmp_path / 'x.npy'}"))
+    np.save(
+        tmp_path / "x.npy", np.array([Call(os.system, f"touch '{marker}'")], dtype=object), allow_pickle=True
+    )
+    result = rig.run(
+        rig.fresh(tmp_path / "run", "prune.policy=indices", f"prune.indices={tmp_path / 'x.npy'}")
+    )
     rig.assert_one_line(result, 2, "x.npy")
     encoder = tmp_path / "other" / "encoder"
     encoder.mkdir(parents=True)
     (encoder / "config.json").write_text(
-        json.dumps({"ssl_emp": dict(arch="resnet18", width=8, stem="cifar", image_size=16, mean=[0] * 3, std=[1] * 3)})
+        json.dumps(
+            {
+                "ssl_emp": dict(
+                    arch="resnet18", width=8, stem="cifar", image_size=16, mean=[0] * 3, std=[1] * 3
+                )
+            }
+        )
     )
     evil("os.system", encoder / "model.safetensors", marker)
     assert_evaluate_refuses(str(tmp_path / "other"), capsys)
@@ -236,7 +291,9 @@ def assert_evaluate_refuses(path: str, capsys: pytest.CaptureFixture[str]) -> fl
     return time.monotonic() - began
 
 
-def rewritten(source: Path, target: Path, change: Callable[[str, bytes], bytes], method: int = zipfile.ZIP_STORED) -> None:
+def rewritten(
+    source: Path, target: Path, change: Callable[[str, bytes], bytes], method: int = zipfile.ZIP_STORED
+) -> None:
     """The archive `source` with its parts changed, as `target`."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", method) as new:
         for part in old.infolist():
@@ -244,17 +301,28 @@ def rewritten(source: Path, target: Path, change: Callable[[str, bytes], bytes],
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param("zip bomb", marks=long), "a billion numbers declared", "one storage, a billion views of it", "parts that overlap"]
+    "kind",
+    [
+        pytest.param("zip bomb", marks=long),
+        "a billion numbers declared",
+        "one storage, a billion views of it",
+        "parts that overlap",
+    ],
 )
 def test_B4_bombs(kind: str, tmp_path: Path, record_property: Record) -> None:
-    """B4 | a zip bomb of 1 GB, a tensor of a billion numbers that are not there, a billion numbers from one, overlapping parts; hashes right | refused in one line, less than 500 MB of memory"""
+    """B4 | a zip bomb of 1 GB, a tensor of a billion numbers that are not there, a billion numbers from one,
+    overlapping parts; hashes right | refused in one line, less than 500 MB of memory
+    """
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     save_checkpoint(folder, {"step": 1, "weights": torch.ones(16)}, 1)
     path = folder / "step_00000001.pt"
     source = Path(shutil.copy(path, tmp_path / "source.pt"))
     if kind == "zip bomb":
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new, zipfile.ZipFile(source) as old:
+        with (
+            zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new,
+            zipfile.ZipFile(source) as old,
+        ):
             for part in old.infolist():
                 info = zipfile.ZipInfo(part.filename)
                 info.compress_type = zipfile.ZIP_DEFLATED
@@ -266,7 +334,11 @@ def test_B4_bombs(kind: str, tmp_path: Path, record_property: Record) -> None:
     elif kind == "a billion numbers declared":
         number = 10**9  # where the pickle says 16: of the storage, and of the size
         rewritten(
-            source, path, lambda name, data: data.replace(b"K\x10", b"J" + number.to_bytes(4, "little")) if name.endswith(".pkl") else data
+            source,
+            path,
+            lambda name, data: (
+                data.replace(b"K\x10", b"J" + number.to_bytes(4, "little")) if name.endswith(".pkl") else data
+            ),
         )
     elif kind == "one storage, a billion views of it":
         save_checkpoint(folder, {**MINIMAL, "model": {"w": torch.ones(1).expand(10**9)}}, 1)
@@ -274,8 +346,10 @@ def test_B4_bombs(kind: str, tmp_path: Path, record_property: Record) -> None:
         data = bytearray(path.read_bytes())
         names = [part for part in zipfile.ZipFile(path).infolist()]
         first, second = names[0], next(part for part in names if part.filename.endswith("data/0"))
-        where = data.rindex(second.filename.encode()) - 46  # its entry in the table at the end: the same place as another part's
-        data[where + 20 : where + 28] = (2**31).to_bytes(4, "little") * 2  # compressed and plain size: two gigabytes
+        # its entry in the table at the end: the same place as another part's
+        where = data.rindex(second.filename.encode()) - 46
+        # compressed and plain size: two gigabytes
+        data[where + 20 : where + 28] = (2**31).to_bytes(4, "little") * 2
         data[where + 42 : where + 46] = first.header_offset.to_bytes(4, "little")
         path.write_bytes(data)
     sign(path)
@@ -311,7 +385,11 @@ def in_a_child(function: Callable[[], tuple[str, str]]) -> list[str]:
     return said
 
 
-MINIMAL: dict[str, Any] = {"step": 1, "scores": {}, "optimizer": {"state": {}, "param_groups": [{"params": [0, 1]}]}}
+MINIMAL: dict[str, Any] = {
+    "step": 1,
+    "scores": {},
+    "optimizer": {"state": {}, "param_groups": [{"params": [0, 1]}]},
+}
 
 OTHER_CONFIGS = {
     "model.width=16": ("model.width", "8", "16"),
@@ -326,7 +404,9 @@ OTHER_CONFIGS = {
 @long
 @pytest.mark.parametrize("override", list(OTHER_CONFIGS))
 def test_B5_another_config(override: str, tmp_path: Path) -> None:
-    """B5 | --resume with another width, projection, temperature, batch, pruned share or data set | one line that names the key and both values, exit code 2, nothing changed"""
+    """B5 | --resume with another width, projection, temperature, batch, pruned share or data set | one line
+    that names the key and both values, exit code 2, nothing changed
+    """
     out, _ = copy_of_stopped(tmp_path)
     before = rig.tree_hash(out)
     result = rig.run(["--resume", str(out), override])
@@ -337,7 +417,9 @@ def test_B5_another_config(override: str, tmp_path: Path) -> None:
 @long
 @pytest.mark.parametrize("change", ["one more", "one less", "renamed"])
 def test_B6_other_images(change: str, tmp_path: Path) -> None:
-    """B6 | --resume after an image came, went or was renamed: scores belong to positions | one line, exit code 2, nothing changed; with the images as they were, bit-identical"""
+    """B6 | --resume after an image came, went or was renamed: scores belong to positions | one line, exit
+    code 2, nothing changed; with the images as they were, bit-identical
+    """
     images, record, out = tmp_path / "images", tmp_path / "record", tmp_path / "run"
     images.mkdir()
     for number, data in enumerate(striped_images(64)[0]):
@@ -392,7 +474,10 @@ EDITS: dict[str, tuple[Callable[[Any], None], str]] = {
     "one more weight": (put(torch.ones(3), "model", "more"), "model.more"),
     "scores too long": (put(torch.ones(2, 65), "scores", "last"), "scores.last"),
     "scores of another type": (put(torch.ones(64), "scores", "times_trained"), "scores.times_trained"),
-    "optimizer of another shape": (put(torch.ones(5), "optimizer", "state", 0, "momentum_buffer"), "momentum_buffer"),
+    "optimizer of another shape": (
+        put(torch.ones(5), "optimizer", "state", 0, "momentum_buffer"),
+        "momentum_buffer",
+    ),
     "weights not a number": (sick, "not finite"),
     "model is a list": (put([1, 2], "model"), "model"),
 }
@@ -400,7 +485,9 @@ EDITS: dict[str, tuple[Callable[[Any], None], str]] = {
 
 @pytest.mark.parametrize("edit", rig.some(["scores too long"], list(EDITS)))
 def test_B8_a_checkpoint_that_does_not_fit(edit: str, tmp_path: Path) -> None:
-    """B8 | a checkpoint with a missing or additional entry, a wrong shape, length or type, weights that are not numbers; hash right | one line that names the entry, exit code 2, nothing changed"""
+    """B8 | a checkpoint with a missing or additional entry, a wrong shape, length or type, weights that are
+    not numbers; hash right | one line that names the entry, exit code 2, nothing changed
+    """
     out, _ = copy_of_stopped(tmp_path)
     path = out / "checkpoints" / "step_00000010.pt"
     state = torch.load(path, weights_only=True)
@@ -417,7 +504,9 @@ def test_B8_a_checkpoint_that_does_not_fit(edit: str, tmp_path: Path) -> None:
 @long
 @pytest.mark.parametrize("version", [FORMAT - 1, FORMAT + 1, None])
 def test_B9_another_format(version: int | None, tmp_path: Path) -> None:
-    """B9 | a checkpoint of an older format, of a newer one, of none | one line with both versions, exit code 2, nothing changed"""
+    """B9 | a checkpoint of an older format, of a newer one, of none | one line with both versions, exit code
+    2, nothing changed
+    """
     out, _ = copy_of_stopped(tmp_path)
     path = out / "checkpoints" / "step_00000010.pt"
     state = torch.load(path, weights_only=True)
@@ -458,8 +547,12 @@ STRANGE = ["missing", "empty directory", "text file", "optimizer only", "symlink
 
 
 @pytest.mark.parametrize("kind", rig.some(["pipe"], STRANGE))
-def test_B10_paths_that_are_no_run(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], record_property: Record) -> None:
-    """B10 | evaluate.py and --resume given a directory, a text file, an optimizer alone, a link to /dev/zero, a pipe | one line, exit code 2, in less than 5 seconds"""
+def test_B10_paths_that_are_no_run(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], record_property: Record
+) -> None:
+    """B10 | evaluate.py and --resume given a directory, a text file, an optimizer alone, a link to /dev/zero,
+    a pipe | one line, exit code 2, in less than 5 seconds
+    """
     path = strange(kind, tmp_path / "x")
     seconds = assert_evaluate_refuses(str(path), capsys)
     result = rig.run(["--resume", str(path)], timeout=10)
@@ -471,13 +564,18 @@ def test_B10_paths_that_are_no_run(kind: str, tmp_path: Path, capsys: pytest.Cap
 @long
 @pytest.mark.parametrize("kind", ["pipe", "symlink to /dev/zero", "empty directory"])
 def test_B10_checkpoints_that_are_no_files(kind: str, tmp_path: Path) -> None:
-    """B10 | a pipe, a link to /dev/zero, a directory in the place of the newest checkpoint of a stopped run | passed over with one warning, bit-identical; no endless read"""
+    """B10 | a pipe, a link to /dev/zero, a directory in the place of the newest checkpoint of a stopped run |
+    passed over with one warning, bit-identical; no endless read
+    """
     out, record = copy_of_stopped(tmp_path)
     path = out / "checkpoints" / "step_00000010.pt"
     path.unlink()
     strange(kind, path)
     result = rig.run(rig.go_on(out), record=record, timeout=30)
-    assert not result.hung and result.rc == 0 and result.stdout.count("warning:") == 1, (result.rc, result.stderr)
+    assert not result.hung and result.rc == 0 and result.stdout.count("warning:") == 1, (
+        result.rc,
+        result.stderr,
+    )
     if path.is_dir():
         path.rmdir()
     rig.assert_same(out, record)

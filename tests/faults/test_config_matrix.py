@@ -1,4 +1,6 @@
-"""Fault matrix, pruning and configuration: rows G1 to G10, YAML bombs, good inputs. A row's docstring is `row | fault | expected`."""
+"""Fault matrix, pruning and configuration: rows G1 to G10, YAML bombs, good inputs. A row's docstring is `row
+| fault | expected`.
+"""
 
 import hashlib
 import json
@@ -18,11 +20,11 @@ from conftest import Pretrain, striped_images, write_parquet
 from PIL import Image
 from refused import main_refuses, refusal
 
-import pretrain
 from ssl_emp import config as module
+from ssl_emp.commands import pretrain
 from ssl_emp.config import PretrainConfig, load_config
+from ssl_emp.data.images import load_images
 from ssl_emp.errors import UserError
-from ssl_emp.images import load_images
 from ssl_emp.policies import Rule
 from ssl_emp.pruning import PrunePlan, shuffled_batches
 from ssl_emp.scores import ScoreState
@@ -40,25 +42,43 @@ def encoder_hash(run: Path) -> str:
 
 def test_G1_fraction_0(pretrain_run: Pretrain) -> None:
     """G1 | prune.fraction=0 | the unpruned run bit for bit"""
-    runs = [pretrain_run(name, "epochs=3", option) for name, option in (("a", "prune.policy=none"), ("b", "prune.fraction=0"))]
+    runs = [
+        pretrain_run(name, "epochs=3", option)
+        for name, option in (("a", "prune.policy=none"), ("b", "prune.fraction=0"))
+    ]
     assert encoder_hash(runs[0]) == encoder_hash(runs[1])
 
 
 def test_G2_fraction_near_1(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """G2 | prune.fraction=0.99 with 64 images; 0.01 to 0.99 with 6,400 | refused, or at least one batch and the share asked for"""
-    line = main_refuses(capsys, "--config", str(tiny_config), f"out={tmp_path / 'out'}", "data.max_images=64", "prune.fraction=0.99")
+    """G2 | prune.fraction=0.99 with 64 images; 0.01 to 0.99 with 6,400 | refused, or at least one batch and
+    the share asked for
+    """
+    line = main_refuses(
+        capsys,
+        "--config",
+        str(tiny_config),
+        f"out={tmp_path / 'out'}",
+        "data.max_images=64",
+        "prune.fraction=0.99",
+    )
     assert "keeps 1 of the 64 images" in line and not (tmp_path / "out").exists()
     for hundredths in range(1, 100):
         plan = PrunePlan(50, hundredths / 100, 1, 0.125)
         steps = plan.epoch_steps(6400, 8)
         pruned = [count for epoch, count in enumerate(steps) if plan.is_pruned(epoch)]
-        assert abs(sum(pruned) / len(pruned) - 800 * (1 - hundredths / 100)) < 0.5, "half a batch in the whole run, at most one an epoch"
+        assert abs(sum(pruned) / len(pruned) - 800 * (1 - hundredths / 100)) < 0.5, (
+            "half a batch in the whole run, at most one an epoch"
+        )
         assert min(pruned) >= math.floor(800 * (1 - hundredths / 100))
 
 
-@pytest.mark.parametrize("value", ["1.0", "1.5", "-0.1", ".nan", ".inf", '"0.5"', "null", "half", "[0.5]", "true"])
+@pytest.mark.parametrize(
+    "value", ["1.0", "1.5", "-0.1", ".nan", ".inf", '"0.5"', "null", "half", "[0.5]", "true"]
+)
 def test_G3_fraction_out_of_range(value: str) -> None:
-    """G3 | prune.fraction 1.0, 1.5, -0.1, nan, inf, "0.5", null, a word, a list, true | refused with the allowed range"""
+    """G3 | prune.fraction 1.0, 1.5, -0.1, nan, inf, "0.5", null, a word, a list, true | refused with the
+    allowed range
+    """
     message = refusal(lambda: load_config(None, [f"prune.fraction={value}"]))
     assert message.startswith("prune.fraction: should be ") and "allowed: 0 <= value < 1" in message
 
@@ -67,15 +87,23 @@ def test_G3_fraction_out_of_range(value: str) -> None:
 def test_G4_fewer_kept_than_a_batch(
     tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], batch_size: int, largest: int
 ) -> None:
-    """G4 | a pruned epoch keeps fewer samples than a batch | refused at the start with the batch size that fits, which then works"""
+    """G4 | a pruned epoch keeps fewer samples than a batch | refused at the start with the batch size that
+    fits, which then works
+    """
     base = ["--config", str(tiny_config), f"out={tmp_path / 'out'}"]
     line = main_refuses(capsys, *base, f"batch_size={batch_size}")
-    assert "41 of the 68 images" in line and f"set batch_size={largest} or less" in line and not (tmp_path / "out").exists()
+    assert (
+        "41 of the 68 images" in line
+        and f"set batch_size={largest} or less" in line
+        and not (tmp_path / "out").exists()
+    )
     assert pretrain.main([*base, f"batch_size={largest}"]) == 0
 
 
 def test_G5_schedules(record_property: Record) -> None:
-    """G5 | epochs 1..40 x anneal 0, .5, .875, 1 x warm-up 1, 5, 50 | no weights and all samples in every unpruned epoch"""
+    """G5 | epochs 1..40 x anneal 0, .5, .875, 1 x warm-up 1, 5, 50 | no weights and all samples in every
+    unpruned epoch
+    """
     loss = torch.rand(40, generator=torch.Generator().manual_seed(0))
     state = ScoreState(40, 1.0, False, CPU)
     state.observe(torch.arange(40), torch.stack([loss, loss]), None, 0)
@@ -84,10 +112,16 @@ def test_G5_schedules(record_property: Record) -> None:
         for anneal in (0.0, 0.5, 0.875, 1.0):
             for warmup in (1, 5, 50):
                 plan = PrunePlan(epochs, 0.5, warmup, anneal)
-                full = {epoch for epoch in range(epochs) if epoch < warmup or epoch >= epochs - round(anneal * epochs)}
+                full = {
+                    epoch
+                    for epoch in range(epochs)
+                    if epoch < warmup or epoch >= epochs - round(anneal * epochs)
+                }
                 assert full == {epoch for epoch in range(epochs) if not plan.is_pruned(epoch)}
                 steps = plan.epoch_steps(40, 4)
-                assert len(steps) == epochs and all(count == 10 for epoch, count in enumerate(steps) if epoch in full)
+                assert len(steps) == epochs and all(
+                    count == 10 for epoch, count in enumerate(steps) if epoch in full
+                )
                 rule = Rule("infobatch", plan)
                 for epoch in {0, epochs - 1, epochs // 2}:
                     kept = rule.choose(state, epoch, 4 * steps[epoch], seed=0)
@@ -99,19 +133,28 @@ def test_G5_schedules(record_property: Record) -> None:
 
 
 def test_G6_permuted_labels(pretrain_run: Pretrain, tmp_path: Path) -> None:
-    """G6 | the labels permuted, and removed | the same samples are trained equally often, the same encoder bit for bit"""
+    """G6 | the labels permuted, and removed | the same samples are trained equally often, the same encoder
+    bit for bit
+    """
     images, labels = striped_images(68)
     permuted = np.random.default_rng(0).permutation(labels).tolist()
     seen = []
     for name, some in (("true", labels), ("permuted", permuted), ("none", None)):
         write_parquet(tmp_path / name / "train.parquet", images, some)
         run = pretrain_run(f"run {name}", f"data.source={tmp_path / name}", "epochs=4")
-        seen.append((encoder_hash(run), pq.read_table(run / "pruning" / "samples.parquet")["times_trained"].to_pylist()))
+        seen.append(
+            (
+                encoder_hash(run),
+                pq.read_table(run / "pruning" / "samples.parquet")["times_trained"].to_pylist(),
+            )
+        )
     assert seen[0] == seen[1] == seen[2] and len(set(seen[0][1])) > 1
 
 
 def test_G7_starvation(record_property: Record) -> None:
-    """G7 | what no score favours: remainders, random halves, the same losers in all epochs | nobody is left out for good"""
+    """G7 | what no score favours: remainders, random halves, the same losers in all epochs | nobody is left
+    out for good
+    """
 
     def longest_gap(sets: list[torch.Tensor]) -> int:
         last, longest = torch.full((67,), -1), torch.zeros(67, dtype=torch.int64)
@@ -133,11 +176,14 @@ def test_G7_starvation(record_property: Record) -> None:
         for epoch, steps in enumerate(plan.epoch_steps(67, 8)):
             kept = rule.choose(state, epoch, 8 * steps, seed=0)
             index = shuffled_batches(kept.index, 8, 0, epoch)[:steps].flatten()
-            state.observe(index, torch.stack([index.float(), index.float()]), None, epoch)  # high numbers win each time
+            # high numbers win each time
+            state.observe(index, torch.stack([index.float(), index.float()]), None, epoch)
             sets.append(index)
         gap = longest_gap(sets)
         record_property(f"longest gap in 40 epochs, {policy}", gap)
-        assert gap <= {"random": 20, "emp": 36}[policy], "the worst case for emp: from the warm-up to the annealing"
+        assert gap <= {"random": 20, "emp": 36}[policy], (
+            "the worst case for emp: from the warm-up to the annealing"
+        )
 
 
 # --- G8: files that are no config
@@ -171,8 +217,14 @@ BROKEN: dict[str, tuple[str | bytes, str]] = {
     "depth": ("[" * 200_000, "line 1: sections or lists nested more than"),
     "depth of sections": ("{a: " * 9_000, "line 1: sections or lists nested more than"),
     "closed depth": ("a: " + "[" * 9_000 + "]" * 9_000, "line 1: sections or lists nested more than"),
-    "call": ("x: !!python/object/apply:os.system [touch executed]", "line 1: could not determine a constructor"),
-    "new object": ("x: !!python/object/new:os.system [touch executed]", "line 1: could not determine a constructor"),
+    "call": (
+        "x: !!python/object/apply:os.system [touch executed]",
+        "line 1: could not determine a constructor",
+    ),
+    "new object": (
+        "x: !!python/object/new:os.system [touch executed]",
+        "line 1: could not determine a constructor",
+    ),
     "name": ("x: !!python/name:os.system", "line 1: could not determine a constructor"),
     "_target_": ("_target_: os.system\n_args_: [touch executed]", "unknown key _target_"),
     "list": ("- 1", "holds a list"),
@@ -190,7 +242,9 @@ BROKEN: dict[str, tuple[str | bytes, str]] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_G8_broken_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """G8 | 35 broken files: typo, type, duplicate, YAML 1.1 traps, binary, 10 MB, bombs, calls | one line with key or line number"""
+    """G8 | 35 broken files: typo, type, duplicate, YAML 1.1 traps, binary, 10 MB, bombs, calls | one line
+    with key or line number
+    """
     monkeypatch.chdir(tmp_path)
     content, said = BROKEN[name]
     path = write(tmp_path, content)
@@ -201,15 +255,23 @@ def test_G8_broken_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: 
 
 
 def test_G8_readable_oddities(tmp_path: Path) -> None:
-    """G8 | empty file, byte order mark, 1e-3, a date as a folder's name, comments only, Windows line ends | read as meant"""
-    assert load_config(write(tmp_path, ""), ["out=x"]) == load_config(write(tmp_path, "# nothing\n"), ["out=x"]) == PretrainConfig(out="x")
+    """G8 | empty file, byte order mark, 1e-3, a date as a folder's name, comments only, Windows line ends |
+    read as meant
+    """
+    assert (
+        load_config(write(tmp_path, ""), ["out=x"])
+        == load_config(write(tmp_path, "# nothing\n"), ["out=x"])
+        == PretrainConfig(out="x")
+    )
     assert load_config(write(tmp_path, "\ufeffepochs: 3"), []).epochs == 3
     assert load_config(write(tmp_path, "optimizer: {lr: 1e-3}\r\nepochs: 3\r\n"), []).optimizer.lr == 0.001
     assert load_config(write(tmp_path, "data: {source: 2024-05-31}"), []).data.source == "2024-05-31"
 
 
 def test_G8_paths_that_are_no_files(tmp_path: Path) -> None:
-    """G8 | --config of a folder, a missing file, /dev/zero, a file without permission to read | one line with the path"""
+    """G8 | --config of a folder, a missing file, /dev/zero, a file without permission to read | one line with
+    the path
+    """
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for path in (tmp_path, tmp_path / "none.yaml", Path("/dev/zero"), tmp_path / "loop"):
         assert str(path) in refusal(lambda path=path: load_config(path, []))  # type: ignore[misc]
@@ -243,13 +305,19 @@ def numeric_keys() -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 def values_for(node: dict[str, Any]) -> Iterator[tuple[str, bool]]:
-    """(a value as YAML, whether the schema allows it): bounds, one step beside them, and what is no number of use."""
+    """(a value as YAML, whether the schema allows it): bounds, one step beside them, and what is no number of
+    use.
+    """
     step = node.get("multipleOf", 1) if node["type"] == "integer" else 1e-3
 
     def allowed(value: float) -> bool:
         above = value >= node.get("minimum", -math.inf) and value > node.get("exclusiveMinimum", -math.inf)
         below = value <= node.get("maximum", math.inf) and value < node.get("exclusiveMaximum", math.inf)
-        return above and below and value % node.get("multipleOf", 1) == 0 if node["type"] == "integer" else above and below
+        return (
+            above and below and value % node.get("multipleOf", 1) == 0
+            if node["type"] == "integer"
+            else above and below
+        )
 
     for name in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"):
         if name in node:
@@ -257,7 +325,9 @@ def values_for(node: dict[str, Any]) -> Iterator[tuple[str, bool]]:
                 yield (str(int(value)) if node["type"] == "integer" else repr(float(value))), allowed(value)
     if node["type"] == "integer":
         yield from ((text, False) for text in ("1.5", "1e3", str(2**63), str(-(2**63) - 1), "1" + "0" * 400))
-    yield from ((text, False) for text in (".nan", ".inf", "-.inf", "1e400", "1" + "0" * 400, "1" + "0" * 5000))
+    yield from (
+        (text, False) for text in (".nan", ".inf", "-.inf", "1e400", "1" + "0" * 400, "1" + "0" * 5000)
+    )
     yield from ((text, False) for text in ('"1"', "word", "true", "{a: 1}", '""'))
 
 
@@ -265,13 +335,19 @@ def is_refused(message: str, key: str, node: dict[str, Any], text: str) -> bool:
     """One line that names the key and what is allowed there."""
     if len(text) > 4000:  # not even read as a number: the text itself is named
         return key in message and "cannot be read" in message
-    bounds = [node[name] for name in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum") if name in node]
+    bounds = [
+        node[name] for name in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum") if name in node
+    ]
     return key in message and "allowed: " in message and all(f"{bound:.10g}" in message for bound in bounds)
 
 
-@pytest.mark.parametrize(("key", "node", "form"), [pytest.param(*item, id=item[0]) for item in numeric_keys()])
+@pytest.mark.parametrize(
+    ("key", "node", "form"), [pytest.param(*item, id=item[0]) for item in numeric_keys()]
+)
 def test_G9_every_number(key: str, node: dict[str, Any], form: str, record_property: Record) -> None:
-    """G9 | every number of the schema at and beside its bounds, nan, inf, 10^400, wrong types | as the schema says, else key and range"""
+    """G9 | every number of the schema at and beside its bounds, nan, inf, 10^400, wrong types | as the schema
+    says, else key and range
+    """
     accepted = refused = 0
     for text, fine in values_for(node):
         override = f"{key}={form.format(*[text] * form.count('{}'))}"
@@ -289,13 +365,17 @@ def test_G9_every_number(key: str, node: dict[str, Any], form: str, record_prope
             assert fine, override[:80]
             accepted += 1
     typo = key[:-1] + ("x" if key[-1] != "x" else "y")
-    assert f"unknown key {typo}, did you mean {key.rpartition('.')[0]}" in refusal(lambda: load_config(None, [f"{typo}=1"]))
+    assert f"unknown key {typo}, did you mean {key.rpartition('.')[0]}" in refusal(
+        lambda: load_config(None, [f"{typo}=1"])
+    )
     record_property("accepted", accepted)
     record_property("refused", refused + 1)
 
 
 def test_G9_every_other_key(record_property: Record) -> None:
-    """G9 | every other key with a number, a list, a section, a typo | as the schema says, else the key is named"""
+    """G9 | every other key with a number, a list, a section, a typo | as the schema says, else the key is
+    named
+    """
     refused = 0
     numbers = {key for key, _, _ in numeric_keys()}
     for key, value in module.flatten(PretrainConfig().model_dump()).items():
@@ -336,9 +416,17 @@ EXTREME = {
     ("key", "value"),
     [pytest.param(key, value) for key, values in EXTREME.items() for value in values],
 )
-def test_G9_extremes_that_are_allowed(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: str) -> None:
+def test_G9_extremes_that_are_allowed(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: str
+) -> None:
     """G9 | a run with the largest and smallest numbers allowed for 15 keys | trains, or stops with one line"""
-    quick = ["epochs=2", "data.max_images=24", "augment.blur_prob=1", "prune.anneal_fraction=0", "prune.scoring=all"]
+    quick = [
+        "epochs=2",
+        "data.max_images=24",
+        "augment.blur_prob=1",
+        "prune.anneal_fraction=0",
+        "prune.scoring=all",
+    ]
     code = pretrain.main(["--config", str(tiny_config), f"out={tmp_path / 'out'}", *quick, f"{key}={value}"])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert code in (0, 3) and len(lines) == (code == 3), lines
@@ -349,7 +437,9 @@ def test_G9_extremes_that_are_allowed(tiny_config: Path, tmp_path: Path, capsys:
 
 
 def test_G10_command_line(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """G10 | unknown flag, half an override, unknown key, no config, --resume with --config | one line, exit code 2, nothing written"""
+    """G10 | unknown flag, half an override, unknown key, no config, --resume with --config | one line, exit
+    code 2, nothing written
+    """
     base = ["--config", str(tiny_config), f"out={tmp_path / 'out'}"]
     for arguments, said in (
         ([*base, "--fast"], "--fast"),
@@ -370,7 +460,9 @@ def test_G10_command_line(tiny_config: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_G10_precedence(tmp_path: Path) -> None:
-    """G10 | the same key in the file, and twice on the command line | the command line wins, its last word counts"""
+    """G10 | the same key in the file, and twice on the command line | the command line wins, its last word
+    counts
+    """
     path = write(tmp_path, "epochs: 3\nprune: {fraction: 0.1}")
     config = load_config(path, ["epochs=4", "prune.fraction=0.2", "epochs=5"])
     assert (config.epochs, config.prune.fraction) == (5, 0.2)
@@ -398,11 +490,25 @@ def good_inputs(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     def pixels(width: int = 16, height: int = 16, mode: str = "RGB") -> Image.Image:
         return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
 
-    for mode, ending in (("RGB", "png"), ("L", "png"), ("P", "png"), ("RGBA", "png"), ("LA", "png"), ("1", "png"), ("CMYK", "jpg")):
+    for mode, ending in (
+        ("RGB", "png"),
+        ("L", "png"),
+        ("P", "png"),
+        ("RGBA", "png"),
+        ("LA", "png"),
+        ("1", "png"),
+        ("CMYK", "jpg"),
+    ):
         yield f"mode {mode}", folder(f"mode {mode}", {f"{i}.{ending}": pixels(mode=mode) for i in range(2)})
     for ending in ("JPG", "jpeg", "webp", "bmp", "gif", "tiff", "ppm"):
         yield f".{ending}", folder(ending, {f"a.{ending}": pixels()})
-    yield "all sizes", folder("sizes", {f"{w}x{h}.png": pixels(w, h) for w, h in ((1, 1), (1, 200), (200, 1), (640, 480), (33, 77))})
+    yield (
+        "all sizes",
+        folder(
+            "sizes",
+            {f"{w}x{h}.png": pixels(w, h) for w, h in ((1, 1), (1, 200), (200, 1), (640, 480), (33, 77))},
+        ),
+    )
     yield "flat", folder("flat", {"a.png": pixels(), "b.png": pixels()})
     yield "classes", folder("classes", {f"{c}/{i}.png": pixels() for c in "abc" for i in range(2)})
     yield "train and val", folder("splits", {f"train/{c}/0.png": pixels() for c in "ab"})
@@ -416,7 +522,9 @@ def good_inputs(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         write_parquet(root / "parts" / f"train-0000{part}-of-00002.parquet", images, labels)
     yield "parquet folder", lambda: check(load_images(str(root / "parts")), 24)
     yield "parquet glob", lambda: check(load_images(str(root / "parts/*.parquet")), 24)
-    pq.write_table(pa.table({"id": list(range(12)), "img": pa.array(images, pa.large_binary())}), root / "plain.parquet")
+    pq.write_table(
+        pa.table({"id": list(range(12)), "img": pa.array(images, pa.large_binary())}), root / "plain.parquet"
+    )
     yield "parquet of plain bytes", lambda: check(load_images(str(root / "plain.parquet")), 12)
 
     for name, text in {
@@ -432,12 +540,18 @@ def good_inputs(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     (root / "resolved.yaml").write_text(resolved)
     yield (
         "a resolved config and overrides",
-        lambda: same(load_config(root / "resolved.yaml", ["prune.fraction=0.5", "prune.policy=random", "data.source=x=y z"])),
+        lambda: same(
+            load_config(
+                root / "resolved.yaml", ["prune.fraction=0.5", "prune.policy=random", "data.source=x=y z"]
+            )
+        ),
     )
 
 
 def test_GOOD_inputs(tmp_path: Path, record_property: Record) -> None:
-    """GOOD | 30 good inputs: image modes, formats, sizes, folder, parquet and config layouts | all accepted, 0 false refusals"""
+    """GOOD | 30 good inputs: image modes, formats, sizes, folder, parquet and config layouts | all accepted,
+    0 false refusals
+    """
     tried, refused = 0, []
     for name, call in good_inputs(tmp_path):
         tried += 1

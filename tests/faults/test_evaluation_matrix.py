@@ -1,7 +1,9 @@
-"""Faults of an evaluation: what it is given, what its libraries do, what its data hold. Each ends in the right number or in one line.
+"""Faults of an evaluation: what it is given, what its libraries do, what its data hold. Each ends in the
+right number or in one line.
 
-`evaluate.main` runs in this process, where a fault is quick to put in; in processes of its own where a hang is to be feared or where
-several share the work. The first line of a docstring is `row | injected fault | expected`.
+`evaluate.main` runs in this process, where a fault is quick to put in; in processes of its own where a hang
+is to be feared or where several share the work. The first line of a docstring is `row | injected fault |
+expected`.
 """
 
 import json
@@ -26,26 +28,37 @@ from conftest import png, striped_images, write_parquet
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import evaluate
 import linear_eval.knn
 from linear_eval import EvalError, Features, knn_accuracies
 from linear_eval.finetune import state_hash
 from linear_eval.knn import import_faiss, knn_predictions
-from ssl_emp import load_encoder, subjects
+from ssl_emp import load_encoder
+from ssl_emp.commands import evaluate, subjects
 from ssl_emp.model import build_encoder, save_encoder
 
 ROOT = Path(__file__).resolve().parents[2]
-BACKENDS = ["torch", pytest.param("faiss", marks=pytest.mark.skipif(import_faiss() is None, reason="no faiss"))]
+BACKENDS = [
+    "torch",
+    pytest.param("faiss", marks=pytest.mark.skipif(import_faiss() is None, reason="no faiss")),
+]
 PLAIN = ("knn.num_neighbors=5", "device=cpu", "cache_dir=null")
 EVERY = ("knn", "linear", "fewshot", "finetune", "diagnose")
-QUICK = ("fewshot.per_class=[2]", "fewshot.fractions=[]", "fewshot.num_draws=3", "finetune.epochs=1", "linear.max_iter=20")
+QUICK = (
+    "fewshot.per_class=[2]",
+    "fewshot.fractions=[]",
+    "fewshot.num_draws=3",
+    "finetune.epochs=1",
+    "linear.max_iter=20",
+)
 Ended = SimpleNamespace  # code, out, err, rows, errors, notes
 Run = Callable[..., Ended]
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`evaluate.main` on words -> its exit code, the rows of its table, its lines on standard error: mistakes, and others."""
+    """`evaluate.main` on words -> its exit code, the rows of its table, its lines on standard error:
+    mistakes, and others.
+    """
 
     def call(*words: object) -> Ended:
         capsys.readouterr()
@@ -55,15 +68,28 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         notes = [line for line in captured.err.splitlines() if not line.startswith("error: ")]
         assert code in (0, 2) and len(errors) == (code == 2) and "Traceback" not in captured.err
         assert all(". fix: " in line for line in errors)
-        return Ended(code=code, out=captured.out, err=captured.err, rows=table(captured.out), errors=errors, notes=notes)
+        return Ended(
+            code=code,
+            out=captured.out,
+            err=captured.err,
+            rows=table(captured.out),
+            errors=errors,
+            notes=notes,
+        )
 
     return call
 
 
 def table(text: str) -> list[dict[str, str]]:
     """The rows of the first Markdown table in a text."""
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-    return [dict(zip_longest(lines[0], line, fillvalue="")) for line in lines[2:] if len(line) <= len(lines[0])]
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+    return [
+        dict(zip_longest(lines[0], line, fillvalue="")) for line in lines[2:] if len(line) <= len(lines[0])
+    ]
 
 
 def refused(ended: Ended, message: str) -> None:
@@ -75,7 +101,10 @@ def run_dir(tmp_path: Path, tiny_data: Path) -> Path:
     """What pretrain.py leaves behind, with untrained weights."""
     torch.manual_seed(0)
     (tmp_path / "run").mkdir()
-    save_encoder(build_encoder("resnet18", 8, "imagenet", 16, [0.5] * 3, [0.25] * 3).eval(), tmp_path / "run" / "encoder")
+    save_encoder(
+        build_encoder("resnet18", 8, "imagenet", 16, [0.5] * 3, [0.25] * 3).eval(),
+        tmp_path / "run" / "encoder",
+    )
     (tmp_path / "run/config.yaml").write_text(yaml.safe_dump({"data": {"source": str(tiny_data)}, "seed": 0}))
     return tmp_path / "run"
 
@@ -94,13 +123,16 @@ def data_of(folder: Path, train: list[int], test: list[int], *, images: list[byt
     return folder
 
 
-# ---- what is no encoder ----------------------------------------------------------------------------------------------
+# ---- what is no encoder
+# ----------------------------------------------------------------------------------------------
 
 
 def test_B10_no_encoder(tmp_path: Path, run_dir: Path) -> None:
-    """B10 | a directory, a text file, an optimizer's file, a link to /dev/zero, a FIFO as encoder | one line, exit code 2, under 5 s
+    """B10 | a directory, a text file, an optimizer's file, a link to /dev/zero, a FIFO as encoder | one line,
+    exit code 2, under 5 s
 
-    Also in the place of an encoder's files, and as a suite. One process tries them all under a wall limit, and times each.
+    Also in the place of an encoder's files, and as a suite. One process tries them all under a wall limit,
+    and times each.
     """
     (tmp_path / "folder").mkdir()
     (tmp_path / "notes.txt").write_text("weights are elsewhere")
@@ -136,35 +168,52 @@ def test_B10_no_encoder(tmp_path: Path, run_dir: Path) -> None:
     found = [json.loads(line) for line in ended.stdout.splitlines()]
     assert [words for words, *_ in found] == commands, ended.stderr
     for words, rc, said, seconds in found:
-        assert rc == 2 and said.startswith("error: ") and said.count("\n") == 1 and ". fix: " in said, (words, rc, said)
+        assert rc == 2 and said.startswith("error: ") and said.count("\n") == 1 and ". fix: " in said, (
+            words,
+            rc,
+            said,
+        )
         assert seconds < 5, (words, seconds)
 
 
-# ---- kNN -------------------------------------------------------------------------------------------------------------
+# ---- kNN
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["missing", "broken library", "built for another numpy"])
-def test_H1_faiss_that_cannot_be_imported(how: str, run: Run, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """H1 | faiss is missing, or its import fails | torch gives the same numbers, one line says so; asked for by name, what to install"""
+def test_H1_faiss_that_cannot_be_imported(
+    how: str, run: Run, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """H1 | faiss is missing, or its import fails | torch gives the same numbers, one line says so; asked for
+    by name, what to install
+    """
     words = (run_dir, "knn", "knn.num_neighbors=[1,5,20]", "device=cpu", "cache_dir=null")
     usual = run(*words)
     if how == "missing":
         monkeypatch.setitem(sys.modules, "faiss", None)
     else:
-        error = "OSError('libfaiss.so: cannot open shared object file')" if how == "broken library" else "AttributeError('_ARRAY_API')"
+        error = (
+            "OSError('libfaiss.so: cannot open shared object file')"
+            if how == "broken library"
+            else "AttributeError('_ARRAY_API')"
+        )
         (tmp_path / "broken").mkdir()
         (tmp_path / "broken/faiss.py").write_text(f"raise {error}\n")
         monkeypatch.syspath_prepend(tmp_path / "broken")
         monkeypatch.delitem(sys.modules, "faiss", raising=False)
     found = run(*words)
     assert found.code == 0 and found.rows == usual.rows
-    assert [line for line in found.notes if line not in usual.notes] == [line for line in found.notes if "faiss" in line]
+    assert [line for line in found.notes if line not in usual.notes] == [
+        line for line in found.notes if "faiss" in line
+    ]
     assert sum("pip install faiss" in line for line in found.notes) == 1
     refused(run(*words, "knn.backend=faiss"), "pip install faiss")
 
 
 def test_H2_k_above_n(run: Run, run_dir: Path, tmp_path: Path) -> None:
-    """H2 | k > n, k = 0, k = 1, k = n, an empty bank, no queries | one line, or an answer from the bank: never index -1"""
+    """H2 | k > n, k = 0, k = 1, k = n, an empty bank, no queries | one line, or an answer from the bank:
+    never index -1
+    """
     words = (run_dir, "knn", "device=cpu", "cache_dir=null")
     refused(run(*words, "knn.num_neighbors=69"), "num_neighbors is 69, the train split has 68 images")
     refused(run(*words, "knn.num_neighbors=[1,69]"), "num_neighbors is 69")
@@ -187,17 +236,24 @@ def test_H2_k_above_n(run: Run, run_dir: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_H3_weights_that_are_not_finite(value: float, run: Run, run_dir: Path) -> None:
-    """H3 | one weight of the encoder is NaN or infinite | one line that counts the features, by every evaluator"""
+    """H3 | one weight of the encoder is NaN or infinite | one line that counts the features, by every
+    evaluator
+    """
     path = run_dir / "encoder/model.safetensors"
     weights = load_file(path)
     weights["bn1.bias"][0] = value
     save_file(weights, path)
     for evaluator in EVERY:
-        refused(run(run_dir, evaluator, *PLAIN, *QUICK), "68 of 68 extracted features are not finite. fix: use another checkpoint")
+        refused(
+            run(run_dir, evaluator, *PLAIN, *QUICK),
+            "68 of 68 extracted features are not finite. fix: use another checkpoint",
+        )
 
 
 def test_H3_images_that_are_black(run: Run, tmp_path: Path) -> None:
-    """H3 | all-zero features: black images as pixels | one line that counts them; a diagnosis says so and goes on"""
+    """H3 | all-zero features: black images as pixels | one line that counts them; a diagnosis says so and
+    goes on
+    """
     black = [png(np.zeros((16, 16, 3), np.uint8))] * 2 + striped_images(30)[0]
     source = data_of(tmp_path / "data", [0, 1] * 8, [0, 1] * 8, images=black)
     refused(run("pixels", "knn", f"data.source={source}", *PLAIN), "2 of 16 train features are all zero")
@@ -206,7 +262,9 @@ def test_H3_images_that_are_black(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_H3_features_that_are_all_equal(backend: Any, run: Run, tmp_path: Path) -> None:
-    """H3 | every image is the same one | equal neighbours enter in the order of their rows, for both back ends, and no evaluator breaks"""
+    """H3 | every image is the same one | equal neighbours enter in the order of their rows, for both back
+    ends, and no evaluator breaks
+    """
     same = [png(np.full((16, 16, 3), 90, np.uint8))] * 40
     source = data_of(tmp_path / "data", [3, 1, 1, 2] * 6, [1, 1, 2, 3] * 4, images=same)
     found = run(
@@ -218,26 +276,40 @@ def test_H3_features_that_are_all_equal(backend: Any, run: Run, tmp_path: Path) 
         f"knn.backend={backend}",
         "device=cpu",
     )
-    assert [row["value"] for row in found.rows] == ["25.00", "50.00", "50.00"], "the first image's label, then the most frequent"
-    bank, query = Features(torch.ones(24, 8), torch.tensor([3, 1, 1, 2] * 6)), Features(torch.ones(1, 8), torch.tensor([0]))
+    assert [row["value"] for row in found.rows] == ["25.00", "50.00", "50.00"], (
+        "the first image's label, then the most frequent"
+    )
+    bank, query = (
+        Features(torch.ones(24, 8), torch.tensor([3, 1, 1, 2] * 6)),
+        Features(torch.ones(1, 8), torch.tensor([0])),
+    )
     answers = knn_predictions(bank, query, num_neighbors=[1, 2, 3, 24], temperature=None, backend=backend)
-    assert {k: labels.item() for k, labels in answers.items()} == {1: 3, 2: 1, 3: 1, 24: 1}  # k = 2: one vote each, the lowest class
+    # k = 2: one vote each, the lowest class
+    assert {k: labels.item() for k, labels in answers.items()} == {1: 3, 2: 1, 3: 1, 24: 1}
     for evaluator in EVERY[1:]:
-        assert run("random", evaluator, f"data.source={source}", "model.width=8", *PLAIN, *QUICK).code == 0, evaluator
+        assert run("random", evaluator, f"data.source={source}", "model.width=8", *PLAIN, *QUICK).code == 0, (
+            evaluator
+        )
 
 
 def neighbours(bank: Features, queries: Features, k: int) -> np.ndarray:
     """Numpy, float64: (Q, k) rows by cosine, equal ones lowest row first."""
-    unit = [part.x.double().numpy() / np.linalg.norm(part.x.double().numpy(), axis=1, keepdims=True) for part in (bank, queries)]
+    unit = [
+        part.x.double().numpy() / np.linalg.norm(part.x.double().numpy(), axis=1, keepdims=True)
+        for part in (bank, queries)
+    ]
     return np.argsort(-(unit[1] @ unit[0].T).round(9), axis=1, kind="stable")[:, :k]
 
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_H4_faiss_torch_and_numpy_agree(ties: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """H4 | faiss, torch and numpy in float64, without and with many equal distances | the same neighbours, accuracy equal to 1e-12"""
+    """H4 | faiss, torch and numpy in float64, without and with many equal distances | the same neighbours,
+    accuracy equal to 1e-12
+    """
     bank, queries = random_features(300, 1), random_features(100, 2)
     if ties:
-        for part in (bank, queries):  # four of eight are 1 or -1: of length 2, so that float32 holds every cosine
+        # four of eight are 1 or -1: of length 2, so that float32 holds every cosine
+        for part in (bank, queries):
             part.x.copy_(part.x.sign() * (part.x.argsort(1).argsort(1) < 4))
     chosen: dict[str, list[Tensor]] = {}
     settle = linear_eval.knn._settle
@@ -263,7 +335,9 @@ def test_H4_faiss_torch_and_numpy_agree(ties: bool, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("error", [RuntimeError("Error in cudaMalloc: out of memory"), MemoryError()])
 @pytest.mark.parametrize("when", ["made", "filled", "searched"])
 def test_H5_a_full_gpu(error: Exception, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """H5 | faiss runs out of GPU memory: when its index is made, filled, searched | the CPU answers, with the same numbers"""
+    """H5 | faiss runs out of GPU memory: when its index is made, filled, searched | the CPU answers, with the
+    same numbers
+    """
     import faiss
 
     class Index:
@@ -286,14 +360,17 @@ def test_H5_a_full_gpu(error: Exception, when: str, monkeypatch: pytest.MonkeyPa
     given: dict[str, Any] = {"num_neighbors": [1, 7], "temperature": 0.1}
     expected = knn_predictions(bank, queries, **given, backend="torch")
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
-    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: SimpleNamespace(setTempMemory=lambda size: None), raising=False)
+    monkeypatch.setattr(
+        faiss, "StandardGpuResources", lambda: SimpleNamespace(setTempMemory=lambda size: None), raising=False
+    )
     monkeypatch.setattr(faiss, "GpuIndexFlatConfig", SimpleNamespace, raising=False)
     monkeypatch.setattr(faiss, "GpuIndexFlatIP", Index, raising=False)
     found = knn_predictions(bank, queries, **given, backend="faiss", device="cuda:0")
     assert seen[-1] == when and all(torch.equal(found[k], expected[k]) for k in expected)
 
 
-# ---- labels ----------------------------------------------------------------------------------------------------------
+# ---- labels
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_H6_a_test_class_that_train_lacks(run: Run, run_dir: Path, tmp_path: Path) -> None:
@@ -303,7 +380,14 @@ def test_H6_a_test_class_that_train_lacks(run: Run, run_dir: Path, tmp_path: Pat
     for evaluator in ("knn", "linear", "fewshot", "finetune"):
         assert float(run(run_dir, evaluator, *words).rows[0]["value"]) <= 50
     for protocol in ("cached", "augmented"):
-        assert float(run(run_dir, "linear", f"linear.protocol={protocol}", "linear.epochs=1", *words).rows[0]["value"]) <= 50
+        assert (
+            float(
+                run(run_dir, "linear", f"linear.protocol={protocol}", "linear.epochs=1", *words).rows[0][
+                    "value"
+                ]
+            )
+            <= 50
+        )
     assert run(run_dir, "diagnose", *words).code == 0
 
 
@@ -327,12 +411,13 @@ def test_H6_labels_that_are_missing(run: Run, run_dir: Path, tmp_path: Path) -> 
     refused(run(run_dir, "knn", f"data.source={source}", *PLAIN), "the test split of")
 
 
-# ---- several processes -----------------------------------------------------------------------------------------------
+# ---- several processes
+# -----------------------------------------------------------------------------------------------
 
 
 PAIR = """
 import contextlib, io, json, os, signal, sys
-import evaluate
+from ssl_emp.commands import evaluate
 from ssl_emp.errors import UserError
 
 def fails(*given, **options):
@@ -360,24 +445,53 @@ for name, port, words in json.loads(sys.argv[1]):
 
 @pytest.mark.slow
 def test_H7_two_processes(run: Run, run_dir: Path, tmp_path: Path, tiny_data: Path) -> None:
-    """H7 | two processes and 68 + 40 images in batches of 7; one cannot read, one is killed | what one process gives; one line each
+    """H7 | two processes and 68 + 40 images in batches of 7; one cannot read, one is killed | what one
+    process gives; one line each
 
-    The table, the files and the features are equal to the bit, and what the second process cannot do, the first one tells.
+    The table, the files and the features are equal to the bit, and what the second process cannot do, the
+    first one tells.
     """
     suite = tmp_path / "suite.yaml"
-    suite.write_text(yaml.safe_dump({"name": "tiny", "targets": [{"name": "a", "source": str(tiny_data)}, {"name": "b", "source": "x"}]}))
-    words = [str(run_dir), "random", "knn", "linear", "transfer", f"transfer.suite={suite}", "transfer.num_draws=100", "batch_size=7"]
+    suite.write_text(
+        yaml.safe_dump(
+            {
+                "name": "tiny",
+                "targets": [{"name": "a", "source": str(tiny_data)}, {"name": "b", "source": "x"}],
+            }
+        )
+    )
+    words = [
+        str(run_dir),
+        "random",
+        "knn",
+        "linear",
+        "transfer",
+        f"transfer.suite={suite}",
+        "transfer.num_draws=100",
+        "batch_size=7",
+    ]
     words += ["knn.num_neighbors=[1,9]", "device=cpu", "seed=1"]
     alone = run(*words, f"cache_dir={tmp_path / 'one'}", "--out", tmp_path / "alone")
     together = [*words, f"cache_dir={tmp_path / 'two'}", "--out", str(tmp_path / "together")]
-    judged = [("shares", together), ("again", together), ("fails", [str(run_dir), "knn", *PLAIN]), ("dies", [str(run_dir), "knn", *PLAIN])]
+    judged = [
+        ("shares", together),
+        ("again", together),
+        ("fails", [str(run_dir), "knn", *PLAIN]),
+        ("dies", [str(run_dir), "knn", *PLAIN]),
+    ]
     commands = [(name, free_port(), given) for name, given in judged]
     started = [
         subprocess.Popen(
             [sys.executable, "-c", PAIR, json.dumps(commands)],
             cwd=ROOT,
             env=os.environ
-            | {"WORLD_SIZE": "2", "RANK": str(number), "LOCAL_RANK": str(number), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"},
+            | {
+                "WORLD_SIZE": "2",
+                "RANK": str(number),
+                "LOCAL_RANK": str(number),
+                "MASTER_ADDR": "127.0.0.1",
+                "OMP_NUM_THREADS": "1",
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -386,19 +500,29 @@ def test_H7_two_processes(run: Run, run_dir: Path, tmp_path: Path, tiny_data: Pa
     ]
     outputs = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0, -signal.SIGKILL], outputs
-    first, second = ({(line := json.loads(text))[0]: line[1:] for text in out.splitlines()} for out, _ in outputs)
+    first, second = (
+        {(line := json.loads(text))[0]: line[1:] for text in out.splitlines()} for out, _ in outputs
+    )
     assert first["shares"] == [0, alone.out, alone.err] and alone.rows and "not judged: b" in alone.out
     assert first["again"] == [0, alone.out, alone.err], "from the cache, where there is nothing to share"
     for name in ("knn.json", "linear.json", "transfer.json"):
         assert (tmp_path / "together" / name).read_text() == (tmp_path / "alone" / name).read_text()
     files = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
-    assert len(files) == 4 and files == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}
+    assert len(files) == 4 and files == {
+        path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()
+    }
     code, out, err = first["fails"]
     assert (code, err) == (2, "error: process 1: an image is damaged. fix: fetch it again\n")
     assert [row["value"] for row in table(out)] == [""], "a row without a number"
     code, out, err = first["dies"]
-    assert (code, out) == (3, "") and err.startswith("error: another process ended or does not answer (") and err.count("\n") == 1
-    assert second == {"shares": [0, "", ""], "again": [0, "", ""], "fails": [2, "", ""]}, "only the first one speaks"
+    assert (
+        (code, out) == (3, "")
+        and err.startswith("error: another process ended or does not answer (")
+        and err.count("\n") == 1
+    )
+    assert second == {"shares": [0, "", ""], "again": [0, "", ""], "fails": [2, "", ""]}, (
+        "only the first one speaks"
+    )
 
 
 def free_port() -> int:
@@ -417,11 +541,14 @@ def test_H7_half_a_launch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(run("pixels", "knn"), "the processes do not find each other")
 
 
-# ---- the encoder and the splits --------------------------------------------------------------------------------------
+# ---- the encoder and the splits
+# --------------------------------------------------------------------------------------
 
 
 def test_H8_the_encoder_stays_as_it_was(run: Run, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """H8 | every evaluator on one encoder, training ones among them | its weights, BatchNorm buffers, modes and files are what they were"""
+    """H8 | every evaluator on one encoder, training ones among them | its weights, BatchNorm buffers, modes
+    and files are what they were
+    """
     files = {path: path.read_bytes() for path in (run_dir / "encoder").iterdir()}
     built: list[tuple[nn.Module, str]] = []
     build = evaluate.build
@@ -441,7 +568,9 @@ def test_H8_the_encoder_stays_as_it_was(run: Run, run_dir: Path, monkeypatch: py
     assert {path: path.read_bytes() for path in (run_dir / "encoder").iterdir()} == files
 
 
-def test_H8_an_encoder_that_changes_itself(run: Run, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_H8_an_encoder_that_changes_itself(
+    run: Run, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """H8 | an encoder that writes a buffer in eval mode | one line, no number"""
 
     class Counting(subjects.Pixels):
@@ -460,7 +589,9 @@ def test_H8_an_encoder_that_changes_itself(run: Run, tiny_data: Path, monkeypatc
 
 
 def test_H9_test_images_in_train(run: Run, run_dir: Path, tmp_path: Path) -> None:
-    """H9 | test images that also occur in train, or in val, among them one twice | a warning with the count, also for a suite's targets"""
+    """H9 | test images that also occur in train, or in val, among them one twice | a warning with the count,
+    also for a suite's targets
+    """
     data, _ = striped_images(60)
     train, test = data[:30], [data[0], data[7], data[7], *data[40:53]]
     source = data_of(tmp_path / "data", [0, 1] * 15, [0, 1] * 8, images=train + test)
@@ -475,7 +606,9 @@ def test_H9_test_images_in_train(run: Run, run_dir: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("how", ["batches of 1", "batches of 7", "2 threads"])
-def test_H4_features_do_not_depend_on_batches_or_threads(how: str, run_dir: Path, tmp_path: Path, tiny_data: Path) -> None:
+def test_H4_features_do_not_depend_on_batches_or_threads(
+    how: str, run_dir: Path, tmp_path: Path, tiny_data: Path
+) -> None:
     """H4 | another batch size, another number of threads | features within 1e-5, the same table"""
     torch.manual_seed(1)
     encoder = load_encoder(run_dir)

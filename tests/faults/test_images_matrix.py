@@ -1,4 +1,6 @@
-"""Fault matrix, images and folders: rows F1 to F13, paths (C6), malicious files (B3). A row's docstring is `row | fault | expected`."""
+"""Fault matrix, images and folders: rows F1 to F13, paths (C6), malicious files (B3). A row's docstring is
+`row | fault | expected`.
+"""
 
 import hashlib
 import io
@@ -26,14 +28,15 @@ from conftest import Pretrain, striped_images, write_parquet
 from PIL import Image, PngImagePlugin
 from refused import main_refuses, refusal
 
-import pretrain
 from linear_eval import Features
 from linear_eval.features import cached_features
-from ssl_emp import decode, load_encoder
-from ssl_emp.checkpoint import load_checkpoint
+from ssl_emp import load_encoder
+from ssl_emp.commands import pretrain
+from ssl_emp.data import decode
+from ssl_emp.data.images import DeviceImages, ImageSet, load_images
 from ssl_emp.errors import UserError
-from ssl_emp.images import DeviceImages, ImageSet, load_images
 from ssl_emp.policies import load_indices
+from ssl_emp.run.checkpoint import load_checkpoint
 
 Record = Callable[[str, object], None]
 RED = (200, 30, 40)
@@ -50,8 +53,12 @@ def encoded(image: Image.Image, fmt: str = "PNG", **options: Any) -> bytes:
 def photo(seed: int, size: int = SIZE) -> Image.Image:
     """Smooth colours and some noise."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-    return Image.fromarray((np.asarray(coarse) + rng.normal(0, 8, (size, size, 3))).clip(0, 255).astype(np.uint8))
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize(
+        (size, size), Image.Resampling.BICUBIC
+    )
+    return Image.fromarray(
+        (np.asarray(coarse) + rng.normal(0, 8, (size, size, 3))).clip(0, 255).astype(np.uint8)
+    )
 
 
 def fill(root: Path, files: dict[str, bytes]) -> Path:
@@ -69,9 +76,13 @@ def mean_color(images: ImageSet, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("store", ["memory", "raw", "encoded"])
-@pytest.mark.parametrize("places", [[0], [39], [31, 32, 33], [0, 39]], ids=["first", "last", "across a thread's run", "both ends"])
+@pytest.mark.parametrize(
+    "places", [[0], [39], [31, 32, 33], [0, 39]], ids=["first", "last", "across a thread's run", "both ends"]
+)
 def test_F1_no_image_at_all(tmp_path: Path, store: str, places: list[int]) -> None:
-    """F1 | 0 bytes or text named .jpg at the first, last, middle places | left out with name and reason, the others untouched"""
+    """F1 | 0 bytes or text named .jpg at the first, last, middle places | left out with name and reason, the
+    others untouched
+    """
     root = tmp_path / "in"
     for i in range(40):
         content = encoded(photo(i), "JPEG")
@@ -80,7 +91,8 @@ def test_F1_no_image_at_all(tmp_path: Path, store: str, places: list[int]) -> No
         fill(root, {f"{'ab'[i % 2]}/{i:02}.jpg": content})
     got = load_images(str(root), image_size=SIZE, store=store, cache_dir=str(tmp_path / "cache"))
     assert {name: reason.split(" (")[0] for name, reason in got.skipped} == {
-        f"{'ab'[i % 2]}/{i:02}.jpg": "empty file" if i % 2 else "not an image of a known format" for i in places
+        f"{'ab'[i % 2]}/{i:02}.jpg": "empty file" if i % 2 else "not an image of a known format"
+        for i in places
     }
     kept = [int(name[2:4]) for name in got.names]
     assert sorted(kept) == [i for i in range(40) if i not in places]
@@ -106,18 +118,28 @@ TRUNCATED: list[tuple[str, dict[str, Any]]] = [
 
 
 def test_F2_truncated(record_property: Record) -> None:
-    """F2 | 11 kinds of JPEG, PNG, GIF, WebP, BMP, TIFF, PPM, each cut at 60 places | left out, or whole: never grey"""
+    """F2 | 11 kinds of JPEG, PNG, GIF, WebP, BMP, TIFF, PPM, each cut at 60 places | left out, or whole:
+    never grey
+    """
     refused = whole = 0
     with decode.pillow_limits(MAX_PIXELS):
         for fmt, options in TRUNCATED:
             content = encoded(photo(1), fmt, **options)
             expected = decode.decode(content, SIZE, MAX_PIXELS)
-            places = {0, 1, len(content) - 1, len(content) - 2, *np.linspace(2, len(content) - 3, 56).round().astype(int).tolist()}
+            places = {
+                0,
+                1,
+                len(content) - 1,
+                len(content) - 2,
+                *np.linspace(2, len(content) - 3, 56).round().astype(int).tolist(),
+            }
             for place in places:
                 for reader in ("decode", "to_jpeg"):
                     try:
                         if reader == "to_jpeg":
-                            pixels = np.asarray(Image.open(io.BytesIO(decode.to_jpeg(content[:place], SIZE, MAX_PIXELS, 90))))
+                            pixels = np.asarray(
+                                Image.open(io.BytesIO(decode.to_jpeg(content[:place], SIZE, MAX_PIXELS, 90)))
+                            )
                             pixels, tolerance = pixels.transpose(2, 0, 1), 40  # JPEG's own loss
                         else:
                             pixels, tolerance = decode.decode(content[:place], SIZE, MAX_PIXELS), 0
@@ -126,7 +148,9 @@ def test_F2_truncated(record_property: Record) -> None:
                         refused += 1
                         continue
                     whole += 1
-                    assert np.abs(pixels.astype(int) - expected).max() <= tolerance, f"{fmt} {options} cut at {place} of {len(content)}"
+                    assert np.abs(pixels.astype(int) - expected).max() <= tolerance, (
+                        f"{fmt} {options} cut at {place} of {len(content)}"
+                    )
     record_property("cuts refused", refused)
     record_property("cuts behind the last pixel, read whole", whole)
     assert refused > 1200 and whole < 40
@@ -139,15 +163,19 @@ def test_F2_a_half_jpeg_passes_pillows_verify_and_not_ours(tmp_path: Path) -> No
     with Image.open(tmp_path / "half.jpg") as image:
         image.verify()
     got = load_images(str(tmp_path))
-    assert got.names == ["good.jpg"] and got.skipped[0][0] == "half.jpg" and "truncated" in got.skipped[0][1].lower()
+    assert (
+        got.names == ["good.jpg"]
+        and got.skipped[0][0] == "half.jpg"
+        and "truncated" in got.skipped[0][1].lower()
+    )
 
 
 def test_F1_nothing_but_bad_files(tmp_path: Path) -> None:
     """F1 | every file is bad | refused before training, with the first file's name and reason"""
     fill(tmp_path, {"a.jpg": b"", "b.png": encoded(photo(0))[:99]})
-    assert "none of the 2 images" in refusal(lambda: load_images(str(tmp_path))) and "a.jpg: empty file" in refusal(
+    assert "none of the 2 images" in refusal(
         lambda: load_images(str(tmp_path))
-    )
+    ) and "a.jpg: empty file" in refusal(lambda: load_images(str(tmp_path)))
 
 
 # --- F3, F4, F5: unusual kinds of pixels
@@ -160,11 +188,15 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def raw_png(width: int, height: int, depth: int, kind: int, rows: bytes, before: bytes = b"") -> bytes:
     """A PNG with any header over any data: kind 0 grey, 2 RGB; `before` the data."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + before + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + header + before + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
+    )
 
 
 def test_F3_unusual_modes(tmp_path: Path) -> None:
-    """F3 | CMYK, L, LA, P, 1-bit, RGBA, LAB, YCbCr, colours hidden by alpha 0 | the colour as shown over white"""
+    """F3 | CMYK, L, LA, P, 1-bit, RGBA, LAB, YCbCr, colours hidden by alpha 0 | the colour as shown over
+    white
+    """
     size = (16, 16)
     palette = Image.new("P", size, 1)
     palette.putpalette([0, 0, 0, *RED])
@@ -186,14 +218,18 @@ def test_F3_unusual_modes(tmp_path: Path) -> None:
         "ycbcr.jpg": (encoded(Image.new("RGB", size, RED), "JPEG"), RED, 3),
         "lab.tif": (encoded(Image.new("LAB", size, (255, 128, 128)), "TIFF"), white, 3),
     }
-    got = load_images(str(fill(tmp_path, {name: content for name, (content, _, _) in cases.items()})), image_size=16)
+    got = load_images(
+        str(fill(tmp_path, {name: content for name, (content, _, _) in cases.items()})), image_size=16
+    )
     assert not got.skipped
     for name, (_, expected, tolerance) in cases.items():
         assert mean_color(got, name) == pytest.approx(expected, abs=tolerance + 1e-3), name
 
 
 def test_F4_deep_pixels(tmp_path: Path) -> None:
-    """F4 | 16-bit grey and RGB PNG, TIFF, PGM; 32-bit TIFF | scaled to 8 bits; 32-bit left out: no known range"""
+    """F4 | 16-bit grey and RGB PNG, TIFF, PGM; 32-bit TIFF | scaled to 8 bits; 32-bit left out: no known
+    range
+    """
     grey = Image.fromarray(np.full((16, 16), 100 * 257, np.uint16))
     rows = (b"\0" + struct.pack(">HHH", *(value * 257 for value in RED)) * 16) * 16
     good = {
@@ -208,8 +244,12 @@ def test_F4_deep_pixels(tmp_path: Path) -> None:
         "float.tif": encoded(Image.fromarray(np.full((16, 16), 0.5, np.float32)), "TIFF"),
         "int.tif": encoded(Image.fromarray(np.full((16, 16), 70000, np.int32)), "TIFF"),
     }
-    got = load_images(str(fill(tmp_path, bad | {name: content for name, (content, _) in good.items()})), image_size=16)
-    assert {name for name, _ in got.skipped} == set(bad) and all("32-bit pixels" in reason for _, reason in got.skipped)
+    got = load_images(
+        str(fill(tmp_path, bad | {name: content for name, (content, _) in good.items()})), image_size=16
+    )
+    assert {name for name, _ in got.skipped} == set(bad) and all(
+        "32-bit pixels" in reason for _, reason in got.skipped
+    )
     for name, (_, expected) in good.items():
         assert mean_color(got, name) == pytest.approx(expected, abs=1), name
 
@@ -219,9 +259,14 @@ def test_F5_several_frames(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in (RED, (0, 0, 255), (0, 255, 0))]
     kinds = {"GIF": {}, "WEBP": {"lossless": True}, "PNG": {}, "TIFF": {}, "MPO": {}}
     names = {"GIF": "a.gif", "WEBP": "a.webp", "PNG": "a.png", "TIFF": "a.tif", "MPO": "a.jpg"}
-    files = {names[fmt]: encoded(frames[0], fmt, save_all=True, append_images=frames[1:], **options) for fmt, options in kinds.items()}
+    files = {
+        names[fmt]: encoded(frames[0], fmt, save_all=True, append_images=frames[1:], **options)
+        for fmt, options in kinds.items()
+    }
     got = load_images(str(fill(tmp_path, files)), image_size=16)
-    assert len(got.names) == 5 and all(mean_color(got, name) == pytest.approx(RED, abs=3) for name in got.names)
+    assert len(got.names) == 5 and all(
+        mean_color(got, name) == pytest.approx(RED, abs=3) for name in got.names
+    )
 
 
 # --- F6: bombs
@@ -229,7 +274,17 @@ def test_F5_several_frames(tmp_path: Path) -> None:
 
 def tiff(width: int, height: int) -> bytes:
     """Header of an uncompressed grey TIFF that holds 16 bytes."""
-    tags = [(256, width), (257, height), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, height), (279, 16)]
+    tags = [
+        (256, width),
+        (257, height),
+        (258, 8),
+        (259, 1),
+        (262, 1),
+        (273, 8),
+        (277, 1),
+        (278, height),
+        (279, 16),
+    ]
     listed = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     return b"II*\0" + struct.pack("<I", 24) + bytes(16) + struct.pack("<H", len(tags)) + listed + bytes(4)
 
@@ -256,7 +311,13 @@ def bombs() -> dict[str, bytes]:
         "header.bmp": patched("BMP", 18, struct.pack("<ii", 100_000, 100_000)),
         "header.ppm": b"P6 100000 100000 255\n" + bytes(64),
         "header.tif": tiff(100_000, 100_000),
-        "header.webp": b"RIFF" + struct.pack("<I", 32) + b"WEBPVP8L" + struct.pack("<I", 20) + b"\x2f" + b"\xff" * 4 + bytes(15),
+        "header.webp": b"RIFF"
+        + struct.pack("<I", 32)
+        + b"WEBPVP8L"
+        + struct.pack("<I", 20)
+        + b"\x2f"
+        + b"\xff" * 4
+        + bytes(15),
         "text.png": encoded(photo(0), pnginfo=info),
         "profile.png": encoded(photo(0))[:33] + profile + encoded(photo(0))[33:],
     }
@@ -273,7 +334,9 @@ def peak_reset() -> None:
 
 
 def test_F6_bombs(tmp_path: Path, record_property: Record) -> None:
-    """F6 | 12 bombs: 9 kinds of header of over 50 Mpx, 20 MB of text, of profile | left out before decoding, < 100 MB, < 1 s"""
+    """F6 | 12 bombs: 9 kinds of header of over 50 Mpx, 20 MB of text, of profile | left out before decoding,
+    < 100 MB, < 1 s
+    """
     root = fill(tmp_path, {**bombs(), "good.png": encoded(photo(0))})
     try:
         peak_reset()
@@ -288,7 +351,11 @@ def test_F6_bombs(tmp_path: Path, record_property: Record) -> None:
     record_property("seconds", round(took, 2))
     assert got.names == ["good.png"] and len(got.skipped) == 12, got.names
     reasons = dict(got.skipped)
-    assert all("more pixels than max_pixels" in reasons[name] for name in reasons if name not in ("header.webp", "text.png", "profile.png"))
+    assert all(
+        "more pixels than max_pixels" in reasons[name]
+        for name in reasons
+        if name not in ("header.webp", "text.png", "profile.png")
+    )
     assert after - before < 100e6 and took < 1
 
 
@@ -304,9 +371,13 @@ def test_F6_more_data_than_pixels(tmp_path: Path) -> None:
 
 
 def test_F6_own_cap_is_exact_and_counts_every_file(tmp_path: Path) -> None:
-    """F6 | max_pixels=400 with images of 400 and 401 pixels | 400 accepted, 401 left out, Pillow's limit restored"""
+    """F6 | max_pixels=400 with images of 400 and 401 pixels | 400 accepted, 401 left out, Pillow's limit
+    restored
+    """
     before = Image.MAX_IMAGE_PIXELS
-    fill(tmp_path, {"a.png": encoded(Image.new("RGB", (20, 20))), "b.png": encoded(Image.new("RGB", (401, 1)))})
+    fill(
+        tmp_path, {"a.png": encoded(Image.new("RGB", (20, 20))), "b.png": encoded(Image.new("RGB", (401, 1)))}
+    )
     got = load_images(str(tmp_path), max_pixels=400, image_size=8)
     assert got.names == ["a.png"] and got.skipped == [("b.png", "more pixels than max_pixels")]
     assert Image.MAX_IMAGE_PIXELS == before
@@ -319,7 +390,10 @@ def test_F7_extreme_shapes_train(pretrain_run: Pretrain, tmp_path: Path) -> None
     """F7 | images of 1x1, 1x3000, 3000x1 and 65535x1 pixels | loaded and trained on, finite losses"""
     shapes = [(1, 1), (1, 3000), (3000, 1), (65535, 1)]
     for i in range(16):
-        fill(tmp_path / "in", {f"{i:02}.png": encoded(Image.new("RGB", shapes[i % 4], (16 * i, 255 - 16 * i, 0)))})
+        fill(
+            tmp_path / "in",
+            {f"{i:02}.png": encoded(Image.new("RGB", shapes[i % 4], (16 * i, 255 - 16 * i, 0)))},
+        )
     run = pretrain_run("run", f"data.source={tmp_path / 'in'}", "data.image_size=16", "epochs=1")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 1 and np.isfinite(rows[0]["loss"])
@@ -334,13 +408,17 @@ def test_F8_exif_rotation(tmp_path: Path, orientation: int) -> None:
     exif[0x0112] = orientation
     Image.fromarray(stored).save(tmp_path / "0.jpg", exif=exif, quality=100)
     shown = load_images(str(tmp_path)).pixels[0].float().mean(0)  # (32, 32)
-    top, left = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1), 8: (1, 0)}[orientation]
+    top, left = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1), 8: (1, 0)}[
+        orientation
+    ]
     quarters = shown.reshape(2, 16, 2, 16).mean((1, 3))
     assert quarters.argmax().item() == 2 * top + left and quarters.max() > 250
 
 
 def test_F8_odd_metadata(tmp_path: Path) -> None:
-    """F8 | 5 MB of ICC profile, EXIF of random bytes, orientation 99, EXIF beyond its end | the pixels, metadata ignored"""
+    """F8 | 5 MB of ICC profile, EXIF of random bytes, orientation 99, EXIF beyond its end | the pixels,
+    metadata ignored
+    """
     beyond = Image.Exif()
     beyond[0x0112] = 99
     random = np.random.default_rng(0).bytes(5_000_000)
@@ -355,8 +433,12 @@ def test_F8_odd_metadata(tmp_path: Path) -> None:
     assert len(got.names) == 4 and all(np.array_equal(image.numpy(), plain) for image in got.pixels[:])
 
 
-def test_F8_formats_outside_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record) -> None:
-    """F8 | EPS, SVG, PSD, PDF, ICO, JPEG 2000, DDS, TGA, … named .png | left out, and no program (Ghostscript) is started"""
+def test_F8_formats_outside_the_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
+    """F8 | EPS, SVG, PSD, PDF, ICO, JPEG 2000, DDS, TGA, … named .png | left out, and no program
+    (Ghostscript) is started
+    """
     Image.init()
     files = {
         "eps.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\nshowpage\n%%EOF\n",
@@ -380,16 +462,25 @@ def test_F8_formats_outside_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_F9_folder_layouts(tmp_path: Path) -> None:
-    """F9 | empty class folder, flat, mixed, hidden files, .DS_Store, .JPEG, folder x.png | no classes, no labels; the rest passed over"""
+    """F9 | empty class folder, flat, mixed, hidden files, .DS_Store, .JPEG, folder x.png | no classes, no
+    labels; the rest passed over
+    """
     good = encoded(photo(0))
     (tmp_path / "empty_class/a").mkdir(parents=True)
     fill(tmp_path / "empty_class", {"b/0.png": good, "c/0.png": good})
     got = load_images(str(tmp_path / "empty_class"))
     assert got.class_names == ["b", "c"] and got.labels is not None and got.labels.tolist() == [0, 1]
-    for name, files in {"flat": ["0.png", "1.png"], "mixed": ["0.png", "a/1.png", "b/2.png"], "one": ["a/0.png"]}.items():
+    for name, files in {
+        "flat": ["0.png", "1.png"],
+        "mixed": ["0.png", "a/1.png", "b/2.png"],
+        "one": ["a/0.png"],
+    }.items():
         got = load_images(str(fill(tmp_path / name, dict.fromkeys(files, good))))
         assert got.labels is None and got.names == sorted(files)
-    hidden = fill(tmp_path / "hidden", {"UPPER.JPEG": good, ".DS_Store": b"x", ".a.png": good, ".b/0.png": good, "Thumbs.db": b"x"})
+    hidden = fill(
+        tmp_path / "hidden",
+        {"UPPER.JPEG": good, ".DS_Store": b"x", ".a.png": good, ".b/0.png": good, "Thumbs.db": b"x"},
+    )
     (hidden / "x.png").mkdir()
     got = load_images(str(hidden))
     assert got.names == ["UPPER.JPEG"] and not got.skipped
@@ -406,12 +497,23 @@ def test_F9_nothing_in_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_F10_too_few_images(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int) -> None:
+def test_F10_too_few_images(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int
+) -> None:
     """F10 | 0, 1 and 5 images with batch_size=8 | refused before training, with the numbers; no run directory"""
     root = fill(tmp_path / "in", {f"{i}.png": encoded(photo(i)) for i in range(count)})
     root.mkdir(exist_ok=True)
-    line = main_refuses(capsys, "--config", str(tiny_config), f"data.source={root}", f"out={tmp_path / 'out'}", "prune.policy=none")
-    assert {0: "no images", 1: "1 image", 5: "of the 5 images"}[count] in line and (count < 5 or "batch_size=8" in line)
+    line = main_refuses(
+        capsys,
+        "--config",
+        str(tiny_config),
+        f"data.source={root}",
+        f"out={tmp_path / 'out'}",
+        "prune.policy=none",
+    )
+    assert {0: "no images", 1: "1 image", 5: "of the 5 images"}[count] in line and (
+        count < 5 or "batch_size=8" in line
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -419,7 +521,9 @@ def test_F10_too_few_images(tiny_config: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_F11_links(tmp_path: Path, record_property: Record) -> None:
-    """F11 | links to file, folder, parent, each other (20 x 20), self, nothing, outside | every inode once, < 1 s"""
+    """F11 | links to file, folder, parent, each other (20 x 20), self, nothing, outside | every inode once, <
+    1 s
+    """
     root = tmp_path / "root"
     good = encoded(photo(0))
     for i in range(20):
@@ -456,7 +560,9 @@ def test_F11_pipes_and_devices(tmp_path: Path) -> None:
     (tmp_path / "pipe.npy").symlink_to(tmp_path / "pipe.parquet")
     for source in (tmp_path / "pipe.parquet", tmp_path / "*.parquet", Path("/dev/zero"), Path("/dev/null")):
         refusal(lambda source=source: load_images(str(source)))  # type: ignore[misc]
-    assert load_images(str(tmp_path)).names == ["good.png"], "a folder of images that holds a pipe called .parquet"
+    assert load_images(str(tmp_path)).names == ["good.png"], (
+        "a folder of images that holds a pipe called .parquet"
+    )
     for path in (tmp_path / "pipe.npy", tmp_path / "pipe.parquet", Path("/dev/zero")):
         assert "not a regular file" in refusal(lambda path=path: load_indices(path, 9))  # type: ignore[misc]
 
@@ -485,9 +591,14 @@ def encoder_hash(run: Path) -> str:
 
 
 def test_F12_source_removed_or_replaced(
-    pretrain_run: Pretrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pretrain_run: Pretrain,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """F12 | sources deleted during the run; one deleted or replaced before the resume | no effect; refused, once restored bit for bit"""
+    """F12 | sources deleted during the run; one deleted or replaced before the resume | no effect; refused,
+    once restored bit for bit
+    """
     source, kept = tmp_path / "in", tmp_path / "kept"
     for i, content in enumerate(striped_images(24)[0]):
         fill(source, {f"{i:02}.png": content})
@@ -505,7 +616,10 @@ def test_F12_source_removed_or_replaced(
         out = tmp_path / "stopped"
         arguments = ["--config", yaml_of(tmp_path, reference), f"out={out}"]
         assert pretrain.main(arguments) == 143
-    for change in (lambda: (source / "07.png").unlink(), lambda: (source / "07.png").write_bytes((source / "08.png").read_bytes())):
+    for change in (
+        lambda: (source / "07.png").unlink(),
+        lambda: (source / "07.png").write_bytes((source / "08.png").read_bytes()),
+    ):
         change()
         line = main_refuses(capsys, "--resume", str(out))
         assert "not those of the checkpoint" in line and str(source) in line
@@ -516,15 +630,24 @@ def test_F12_source_removed_or_replaced(
 
 def yaml_of(folder: Path, run: Path) -> str:
     """The config of a run as a file of its own, without its directory."""
-    text = "".join(line for line in (run / "config.yaml").read_text().splitlines(keepends=True) if not line.startswith("out:"))
+    text = "".join(
+        line
+        for line in (run / "config.yaml").read_text().splitlines(keepends=True)
+        if not line.startswith("out:")
+    )
     (folder / "again.yaml").write_text(text)
     return str(folder / "again.yaml")
 
 
 def test_F12_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """F12 | permission denied, vanished between scan and decoding, input/output error | left out with the reason"""
+    """F12 | permission denied, vanished between scan and decoding, input/output error | left out with the
+    reason
+    """
     fill(tmp_path, {f"{i}.png": encoded(photo(i)) for i in range(4)})
-    errors = {"1.png": PermissionError(13, "Permission denied"), "2.png": FileNotFoundError(2, "No such file or directory")}
+    errors = {
+        "1.png": PermissionError(13, "Permission denied"),
+        "2.png": FileNotFoundError(2, "No such file or directory"),
+    }
     errors["3.png"] = OSError(5, "Input/output error")
 
     def guarded(path: Any, *args: Any, **kwargs: Any) -> Any:  # chmod does not stop root
@@ -534,11 +657,15 @@ def test_F12_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(decode, "open", guarded, raising=False)
     got = load_images(str(tmp_path))
-    assert got.names == ["0.png"] and got.skipped == [(name, error.strerror) for name, error in errors.items()]
+    assert got.names == ["0.png"] and got.skipped == [
+        (name, error.strerror) for name, error in errors.items()
+    ]
 
 
 def test_F12_damaged_cache(tmp_path: Path) -> None:
-    """F12 | cached file of a large set shortened, its note lost or garbage | one line: delete it, it is built again"""
+    """F12 | cached file of a large set shortened, its note lost or garbage | one line: delete it, it is built
+    again
+    """
     fill(tmp_path / "in", {f"{i}.png": encoded(photo(i)) for i in range(4)})
 
     def load(store: str) -> ImageSet:
@@ -563,12 +690,18 @@ def test_F12_damaged_cache(tmp_path: Path) -> None:
 
 
 def test_F13_a_class_of_one(pretrain_run: Pretrain, tmp_path: Path) -> None:
-    """F13 | one class has one image, another only an unreadable one | trains, classes as found, the monitor runs"""
+    """F13 | one class has one image, another only an unreadable one | trains, classes as found, the monitor
+    runs
+    """
     for i, content in enumerate(striped_images(40)[0]):
         fill(tmp_path / "in", {f"{'many' if i else 'one'}/{i:02}.png": content})
     fill(tmp_path / "in", {"broken/0.png": b""})
     got = load_images(str(tmp_path / "in"))
-    assert got.class_names == ["broken", "many", "one"] and got.labels is not None and got.labels.bincount().tolist() == [0, 39, 1]
+    assert (
+        got.class_names == ["broken", "many", "one"]
+        and got.labels is not None
+        and got.labels.bincount().tolist() == [0, 39, 1]
+    )
     run = pretrain_run("run", f"data.source={tmp_path / 'in'}", "epochs=2")
     assert "knn_train_split" in (run / "metrics.jsonl").read_text()
 
@@ -602,13 +735,20 @@ def plain_hash(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> s
 
 
 def run_in(root: Path, config: Path, name: str) -> str:
-    """Train an epoch on data in `data/NAME` into `out/NAME`, cached in `cache/NAME`, resume it; the encoder's hash."""
+    """Train an epoch on data in `data/NAME` into `out/NAME`, cached in `cache/NAME`, resume it; the encoder's
+    hash.
+    """
     for i, content in enumerate(striped_images(24)[0]):
         fill(root / "data" / name, {f"{i:02}.png": content})
     before = os.getcwd()
     os.chdir(root)
     try:
-        where = [f"data.source=data/{name}", f"data.cache_dir=cache/{name}", "data.store=raw", f"out=out/{name}"]
+        where = [
+            f"data.source=data/{name}",
+            f"data.cache_dir=cache/{name}",
+            "data.store=raw",
+            f"out=out/{name}",
+        ]
         assert pretrain.main(["--config", str(config), "epochs=1", *where]) == 0
         assert pretrain.main(["--resume", f"out/{name}"]) == 0
         load_encoder(f"out/{name}")
@@ -625,14 +765,20 @@ def test_C6_odd_names_of_folders(tiny_config: Path, tmp_path: Path, plain_hash: 
 
 
 def test_C6_odd_names_of_files(tmp_path: Path) -> None:
-    """C6 | odd names of class folders and files, and bytes that are not UTF-8 | all loaded, names that any log can hold"""
+    """C6 | odd names of class folders and files, and bytes that are not UTF-8 | all loaded, names that any
+    log can hold
+    """
     names = [*(name for name in NAMES if len(name) < 250), "n" * 251]
     for name in names:
         fill(tmp_path / "in", {f"{name}/{name}.png": encoded(photo(0))})
     with open(os.fsencode(tmp_path / "in") + b"/~/\xff.png", "wb") as file:
         file.write(encoded(photo(0)))
     got = load_images(str(tmp_path / "in"))
-    assert len(got.names) == len(names) + 1 == len(set(got.names)) and got.class_names == sorted(names) and not got.skipped
+    assert (
+        len(got.names) == len(names) + 1 == len(set(got.names))
+        and got.class_names == sorted(names)
+        and not got.skipped
+    )
     json.dumps(got.names).encode("utf-8")
     for name in names:
         assert len(load_images(str(tmp_path / "in" / name)).names) == 1 + (name == "~")
@@ -647,8 +793,12 @@ def test_C6_bare_dashes(tiny_config: Path, tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "--help" / "encoder" / "model.safetensors").is_file()
 
 
-def test_C6_newline_in_a_message(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """C6 | a newline in the names of a missing source, a used output folder and a config file | the error is still one line"""
+def test_C6_newline_in_a_message(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """C6 | a newline in the names of a missing source, a used output folder and a config file | the error is
+    still one line
+    """
     (tmp_path / "a\nb").mkdir()
     (tmp_path / "a\nb" / "file").write_text("")
     base = ["--config", str(tiny_config)]
@@ -674,7 +824,9 @@ def test_F1_parquet_of_paths_reads_no_files(tmp_path: Path) -> None:
 
 
 def test_F1_damaged_parquet(tmp_path: Path, record_property: Record) -> None:
-    """F1 | parquet: 100 flipped bits, 50 cuts, odd labels and class names | loaded, left out or refused, never a traceback"""
+    """F1 | parquet: 100 flipped bits, 50 cuts, odd labels and class names | loaded, left out or refused,
+    never a traceback
+    """
     path = write_parquet(tmp_path / "x.parquet", striped_images(4)[0], [0, 1, 2, 3])
     content = path.read_bytes()
     rng = np.random.default_rng(0)
@@ -699,7 +851,9 @@ def test_F1_damaged_parquet(tmp_path: Path, record_property: Record) -> None:
     assert "no images in" in refusal(lambda: load_images(str(path)))
     write_parquet(path, striped_images(2)[0], [0, 10**12])
     assert load_images(str(path)).class_names == ["0", "1000000000000"], "two classes, not a million million"
-    good = pa.table({"image": pa.array([{"bytes": data} for data in striped_images(2)[0]]), "label": pa.array([0, 1])})
+    good = pa.table(
+        {"image": pa.array([{"bytes": data} for data in striped_images(2)[0]]), "label": pa.array([0, 1])}
+    )
     for names in (
         b"[",
         b"[" * 10**5,
@@ -734,7 +888,11 @@ def evil_objects(marker: Path) -> dict[str, Any]:
         "exec": Evil(exec, f"open({str(marker)!r}, 'w').close()"),
         "pathlib": Evil(Path.touch, marker),
         "nested call": Evil(getattr, Evil(eval, f"__import__('os').system({shell!r})"), "real"),
-        "in the optimizer": {"format": 2, "model": tensors, "optimizer": {"state": {0: {"momentum": Evil(os.system, shell)}}}},
+        "in the optimizer": {
+            "format": 2,
+            "model": tensors,
+            "optimizer": {"state": {0: {"momentum": Evil(os.system, shell)}}},
+        },
         "in the scores": {"format": 2, "model": tensors, "scores": {"last": Evil(os.system, shell)}},
         "as a key": {"format": 2, "model": {Holder(shell): 1}},
         "in a tensor's hook": {"weight": torch.zeros(2), "hooks": [Evil(os.mkdir, str(marker))]},
@@ -765,23 +923,39 @@ KINDS = list(evil_objects(Path("x")))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_B3_malicious_pickles(tmp_path: Path, pretrain_run: Pretrain, record_property: Record, kind: str) -> None:
-    """B3 | 10 malicious pickles in 3 forms as checkpoint, encoder, .npy, cache, image, parquet, config | refused, 0 executed"""
+def test_B3_malicious_pickles(
+    tmp_path: Path, pretrain_run: Pretrain, record_property: Record, kind: str
+) -> None:
+    """B3 | 10 malicious pickles in 3 forms as checkpoint, encoder, .npy, cache, image, parquet, config |
+    refused, 0 executed
+    """
     marker = tmp_path / "executed"
     value = evil_objects(marker)[kind]
     reads = 0
     for form, content in torch_files(value).items():
         folder = tmp_path / form / "checkpoints"
         fill(folder, {"step_00000003.pt": content})
-        (folder / "manifest.json").write_text(json.dumps({"step_00000003.pt": hashlib.sha256(content).hexdigest()}))
+        (folder / "manifest.json").write_text(
+            json.dumps({"step_00000003.pt": hashlib.sha256(content).hexdigest()})
+        )
         refusal(lambda folder=folder: load_checkpoint(folder))  # type: ignore[misc]
 
         encoder = fill(tmp_path / form / "run" / "encoder", {"model.safetensors": content})
-        spec = {"arch": "resnet18", "width": 8, "stem": "cifar", "image_size": 16, "mean": [0.5] * 3, "std": [0.2] * 3}
+        spec = {
+            "arch": "resnet18",
+            "width": 8,
+            "stem": "cifar",
+            "image_size": 16,
+            "mean": [0.5] * 3,
+            "std": [0.2] * 3,
+        }
         (encoder / "config.json").write_text(json.dumps({"ssl_emp": spec}))
         refusal(lambda encoder=encoder: load_encoder(encoder))  # type: ignore[misc]
 
-        fill(tmp_path / form, {"a.npy": content, "a.txt": content, "x.png": content, "x.parquet": content, "run.yaml": content})
+        fill(
+            tmp_path / form,
+            {"a.npy": content, "a.txt": content, "x.png": content, "x.parquet": content, "run.yaml": content},
+        )
         for name in ("a.npy", "a.txt"):
             refusal(lambda name=name, form=form: load_indices(tmp_path / form / name, 9))  # type: ignore[misc]
         (tmp_path / form / "cache.safetensors").write_bytes(content)
@@ -807,7 +981,9 @@ def test_B3_malicious_pickles(tmp_path: Path, pretrain_run: Pretrain, record_pro
 
 
 def test_B3_odd_index_files(tmp_path: Path) -> None:
-    """B3 | .npy declaring 10^12 numbers, empty, cut, archive; text that is binary, .gz | one line, no memory taken"""
+    """B3 | .npy declaring 10^12 numbers, empty, cut, archive; text that is binary, .gz | one line, no memory
+    taken
+    """
     np.save(tmp_path / "good.npy", np.arange(4))
     good = (tmp_path / "good.npy").read_bytes()
     huge = good.replace(b"(4,), }", b"(1000000000000,), }").replace(b" " * 12, b"", 1)
@@ -821,7 +997,13 @@ def test_B3_odd_index_files(tmp_path: Path) -> None:
         "head.npy": good[:20],
         "archive.npy": (tmp_path / "zip").read_bytes(),
     }
-    files |= {"binary.txt": bytes(range(256)), "words.txt": b"one\ntwo\n", "big.txt": b"9" * 400, "text.gz": b"1\n", "empty.txt": b""}
+    files |= {
+        "binary.txt": bytes(range(256)),
+        "words.txt": b"one\ntwo\n",
+        "big.txt": b"9" * 400,
+        "text.gz": b"1\n",
+        "empty.txt": b"",
+    }
     fill(tmp_path, files)
     np.save(tmp_path / "fields.npy", np.zeros(3, [("a", "i8"), ("b", "i8")]))
     with warnings.catch_warnings():
@@ -834,9 +1016,15 @@ def test_B3_odd_index_files(tmp_path: Path) -> None:
 
 
 def test_F15_a_directory_replaced_under_its_run(
-    pretrain_run: Pretrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pretrain_run: Pretrain,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """F15 | the run's directory is renamed in a step, and another run's is put in its place; the images move before the resume | exit code 3, one line, nothing written into the other's; by the new names bit-identical"""
+    """F15 | the run's directory is renamed in a step, and another run's is put in its place; the images move
+    before the resume | exit code 3, one line, nothing written into the other's; by the new names
+    bit-identical
+    """
     source, out, other = tmp_path / "in", tmp_path / "run", tmp_path / "moved"
     for i, content in enumerate(striped_images(24)[0]):
         fill(source, {f"{i:02}.png": content})
@@ -848,13 +1036,22 @@ def test_F15_a_directory_replaced_under_its_run(
 
     with monkeypatch.context() as patch:
         Interrupted(patch, 6, replace)
-        assert pretrain.main(["--config", yaml_of(tmp_path, reference), f"out={out}", "checkpoint.every_steps=1"]) == 3
+        assert (
+            pretrain.main(
+                ["--config", yaml_of(tmp_path, reference), f"out={out}", "checkpoint.every_steps=1"]
+            )
+            == 3
+        )
     assert "another is in its place" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == dict.fromkeys(("config.yaml", ".lock", "metrics.jsonl"), b"another")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == dict.fromkeys(
+        ("config.yaml", ".lock", "metrics.jsonl"), b"another"
+    )
     source.rename(tmp_path / "elsewhere")
     assert pretrain.main(["--resume", str(other), f"data.source={tmp_path / 'elsewhere'}"]) == 0
     assert encoder_hash(other) == encoder_hash(reference)
     (other / "pruning" / "samples.parquet").unlink()
     shutil.rmtree(other / "encoder")
     assert pretrain.main(["--resume", str(other)]) == 0
-    assert encoder_hash(other) == encoder_hash(reference) and (other / "pruning" / "samples.parquet").is_file()
+    assert (
+        encoder_hash(other) == encoder_hash(reference) and (other / "pruning" / "samples.parquet").is_file()
+    )

@@ -1,4 +1,6 @@
-"""Group E of the fault matrix: numbers that are none. A bad step is as if it had not been, and many of them end the run."""
+"""Group E of the fault matrix: numbers that are none. A bad step is as if it had not been, and many of them
+end the run.
+"""
 
 import json
 import math
@@ -10,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import pretrain
 from ssl_emp import passes
-from ssl_emp.checkpoint import load_checkpoint
+from ssl_emp.commands import pretrain
 from ssl_emp.loss import nt_xent
 from ssl_emp.optim import build_optimizer, gradient_norm, step_where
 from ssl_emp.policies import Rule
 from ssl_emp.pruning import PrunePlan
-from ssl_emp.ranks import Ranks
+from ssl_emp.run.checkpoint import load_checkpoint
+from ssl_emp.run.ranks import Ranks
 from ssl_emp.scores import ScoreState
 
 Pretrain = Callable[..., Path]
@@ -56,9 +58,19 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
-def test_E1_a_bad_step_changes_nothing(value: float, optimizer: str, pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
-    """E1 | NaN or inf in the loss of one sample, in the last step | nothing moves: weights, optimiser, BatchNorm, scores; logged"""
-    settings = [*SMALL, f"optimizer.name={optimizer}", "optimizer.lr=0.01", "epochs=1", "checkpoint.every_steps=1"]
+def test_E1_a_bad_step_changes_nothing(
+    value: float, optimizer: str, pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E1 | NaN or inf in the loss of one sample, in the last step | nothing moves: weights, optimiser,
+    BatchNorm, scores; logged
+    """
+    settings = [
+        *SMALL,
+        f"optimizer.name={optimizer}",
+        "optimizer.lr=0.01",
+        "epochs=1",
+        "checkpoint.every_steps=1",
+    ]
     monkeypatch.setattr(passes, "nt_xent", sick_at(range(8, 9), value))
     run = pretrain_run("sick", *settings)
     after, before = final(run), torch.load(run / "checkpoints" / "step_00000007.pt", weights_only=True)
@@ -70,29 +82,49 @@ def test_E1_a_bad_step_changes_nothing(value: float, optimizer: str, pretrain_ru
     for name, tensor in before["scores"].items():
         assert after["scores"][name].equal(tensor), name
     assert after["step"] == 8 and int(after["bad_in_a_row"]) == 1 and rows(run)[0]["skipped_steps"] == 1
-    assert rows(run)[0]["gradient_norm"] == pytest.approx(float(before["norms"][:7].mean()))  # of the steps that were made
+    # of the steps that were made
+    assert rows(run)[0]["gradient_norm"] == pytest.approx(float(before["norms"][:7].mean()))
     samples = before["batches"][7].tolist()
     assert f"the first is step 8, samples {', '.join(map(str, samples))}" in (run / "train.log").read_text()
     monkeypatch.undo()
     healthy = final(pretrain_run("healthy", *settings))  # the control: the last step does change something
-    assert not any(healthy["model"][name].equal(tensor) for name, tensor in before["model"].items() if "num_batches" in name)
+    assert not any(
+        healthy["model"][name].equal(tensor)
+        for name, tensor in before["model"].items()
+        if "num_batches" in name
+    )
     assert not healthy["scores"]["times_trained"].equal(before["scores"]["times_trained"])
 
 
 def test_E1_the_first_step_of_all(pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
-    """E1b | NaN in the very first step, when momentum is not there yet | the run trains as if it had begun with the second"""
+    """E1b | NaN in the very first step, when momentum is not there yet | the run trains as if it had begun
+    with the second
+    """
     monkeypatch.setattr(passes, "nt_xent", sick_at(range(1, 2), math.nan))
     state = final(pretrain_run("run", *SMALL, "epochs=2"))
     assert state["finished"] and all(tensor.isfinite().all() for tensor in state["model"].values())
-    assert all(tensor.isfinite().all() for values in state["optimizer"]["state"].values() for tensor in values.values())
+    assert all(
+        tensor.isfinite().all()
+        for values in state["optimizer"]["state"].values()
+        for tensor in values.values()
+    )
 
 
 def test_E1_a_row_of_them_ends_the_run(
     tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """E1c | 4 bad steps in a row with max_bad_steps=3 | code 3, one line with epoch, step and samples, the last checkpoint intact"""
+    """E1c | 4 bad steps in a row with max_bad_steps=3 | code 3, one line with epoch, step and samples, the
+    last checkpoint intact
+    """
     out = tmp_path / "run"
-    arguments = ["--config", str(tiny_config), f"out={out}", *SMALL, "max_bad_steps=3", "checkpoint.every_steps=1"]
+    arguments = [
+        "--config",
+        str(tiny_config),
+        f"out={out}",
+        *SMALL,
+        "max_bad_steps=3",
+        "checkpoint.every_steps=1",
+    ]
     monkeypatch.setattr(passes, "nt_xent", sick_at(range(5, 99), math.nan))
     assert pretrain.main(arguments) == 3
     (line,) = capsys.readouterr().err.splitlines()
@@ -102,11 +134,14 @@ def test_E1_a_row_of_them_ends_the_run(
     assert before["step"] == 7 and all(tensor.isfinite().all() for tensor in before["model"].values())
     monkeypatch.undo()
     assert before["bad_in_a_row"] == 3
-    assert pretrain.main(["--resume", str(out), "max_bad_steps=1"]) == 0  # whatever it was is mended, and is no row any more
+    # whatever it was is mended, and is no row any more
+    assert pretrain.main(["--resume", str(out), "max_bad_steps=1"]) == 0
     capsys.readouterr()
 
 
-def test_E1_rows_are_counted_over_a_resume(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_E1_rows_are_counted_over_a_resume(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """E1d | the same bad steps, not in a row | the run goes on"""
     bad, longest = torch.zeros(2, dtype=torch.int64), []
     for good in (True, False, False, True, False):
@@ -120,7 +155,9 @@ def test_E1_rows_are_counted_over_a_resume(tiny_config: Path, tmp_path: Path, ca
 
 @pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
 def test_E1_a_gradient_that_is_not_finite(name: str) -> None:
-    """E1e | a finite loss with a gradient of NaN or inf in one weight | no weight and no state of the optimiser moves"""
+    """E1e | a finite loss with a gradient of NaN or inf in one weight | no weight and no state of the
+    optimiser moves
+    """
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
     optimizer = build_optimizer(model, name, 0.1, 0.9, 1e-4)
@@ -153,7 +190,9 @@ def test_E2_a_score_that_is_not_finite(pretrain_run: Pretrain, monkeypatch: pyte
 
     monkeypatch.setattr(pretrain, "score_passes", sick)
     run = pretrain_run("run", *SMALL, "prune.scoring=pruned")
-    assert [row["kept_share"] for row in rows(run)] == [row["kept_share"] for row in rows(pretrain_run("plain", *SMALL))]
+    assert [row["kept_share"] for row in rows(run)] == [
+        row["kept_share"] for row in rows(pretrain_run("plain", *SMALL))
+    ]
     assert not final(run)["scores"]["last"].isnan().any()
 
 
@@ -176,18 +215,31 @@ def test_E5_a_batch_of_one(tiny_config: Path, tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_E6_a_learning_rate_that_explodes(
-    optimizer: str, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    optimizer: str,
+    tiny_config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """E6 | optimizer.lr=1e30 | code 3 within 20 steps, no checkpoint of sick weights"""
     out = tmp_path / "run"
-    arguments = ["--config", str(tiny_config), f"out={out}", *SMALL, "optimizer.lr=1e30", f"optimizer.name={optimizer}"]
+    arguments = [
+        "--config",
+        str(tiny_config),
+        f"out={out}",
+        *SMALL,
+        "optimizer.lr=1e30",
+        f"optimizer.name={optimizer}",
+    ]
     assert pretrain.main([*arguments, "max_bad_steps=5"]) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert "not finite" in line and "lower optimizer.lr" in line
     assert not list((out / "checkpoints").glob("*.pt"))
 
 
-def test_E8_images_that_are_all_alike(tmp_path: Path, tiny_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_E8_images_that_are_all_alike(
+    tmp_path: Path, tiny_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """E8 | 32 images of one colour | finite to the end"""
     from PIL import Image
 
@@ -197,4 +249,6 @@ def test_E8_images_that_are_all_alike(tmp_path: Path, tiny_config: Path, capsys:
         Image.new("RGB", (16, 16), (90, 90, 90)).save(folder / f"{number}.png")
     out = tmp_path / "run"
     assert pretrain.main(["--config", str(tiny_config), f"out={out}", f"data.source={folder}", *SMALL]) == 0
-    assert all(row["loss"] < 10 for row in rows(out)) and all(tensor.isfinite().all() for tensor in final(out)["model"].values())
+    assert all(row["loss"] < 10 for row in rows(out)) and all(
+        tensor.isfinite().all() for tensor in final(out)["model"].values()
+    )

@@ -1,4 +1,5 @@
-"""Storage that fails: full, slow to free, read-only, gone, or used by two at once. The last good checkpoint always survives.
+"""Storage that fails: full, slow to free, read-only, gone, or used by two at once. The last good checkpoint
+always survives.
 
 The first line of a docstring is `row | injected fault | expected`.
 """
@@ -22,10 +23,10 @@ import rig
 import torch
 from PIL import Image
 
-from ssl_emp.checkpoint import load_checkpoint
+from ssl_emp.data.images import fingerprint, load_images
 from ssl_emp.errors import UserError
-from ssl_emp.images import fingerprint, load_images
-from ssl_emp.lock import sole_writer
+from ssl_emp.run.checkpoint import load_checkpoint
+from ssl_emp.run.lock import sole_writer
 
 Record = Callable[[str, Any], None]
 long = pytest.mark.faults
@@ -39,7 +40,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
     mounted = (
-        os.geteuid() == 0 and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", place], capture_output=True).returncode == 0
+        os.geteuid() == 0
+        and subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=8m", "none", place], capture_output=True
+        ).returncode
+        == 0
     )
     if not mounted:
         pytest.skip("needs the right to mount a file system")
@@ -69,7 +74,10 @@ def finish(out: Path, record: Path) -> int:
 
 
 def test_C1_full_disk_in_a_save(small_disk: Path, tmp_path: Path, record_property: Record) -> None:
-    """C1 | the disk (8 MiB) is full when the second checkpoint is written | exit code 3, one line with what is needed and what is free, the checkpoint before loads, no temporary file; with room again bit-identical"""
+    """C1 | the disk (8 MiB) is full when the second checkpoint is written | exit code 3, one line with what
+    is needed and what is free, the checkpoint before loads, no temporary file; with room again
+    bit-identical
+    """
     out, record = small_disk / "run", tmp_path / "record"
     ballast = fill(small_disk, 2_400_000)
     result = rig.run(rig.fresh(out, EVERY), record=record)
@@ -85,7 +93,9 @@ def test_C1_full_disk_in_a_save(small_disk: Path, tmp_path: Path, record_propert
 @long
 @pytest.mark.parametrize("size", [20_000, 700_000, 1_500_000])
 def test_C1_a_limit_on_file_sizes(size: int, tmp_path: Path) -> None:
-    """C1 | no file may be larger than so many bytes (ulimit -f), which stops the next save near its begin, within and near its end | exit code 3, one line, no temporary file; without the limit bit-identical"""
+    """C1 | no file may be larger than so many bytes (ulimit -f), which stops the next save near its begin,
+    within and near its end | exit code 3, one line, no temporary file; without the limit bit-identical
+    """
     out, record = tmp_path / "run", tmp_path / "record"
     assert rig.run(rig.fresh(out), "after_step:3:term", record=record).rc == 143
     (out / "train.log").unlink()
@@ -98,7 +108,9 @@ def test_C1_a_limit_on_file_sizes(size: int, tmp_path: Path) -> None:
 
 @long
 def test_C1_full_at_every_write(small_disk: Path, tmp_path: Path, record_property: Record) -> None:
-    """C1 | the disk fills up at every point of a whole run: 0 to 7.5 MB are left, in steps of 500 kB | each time one line and exit code 2 or 3, or success; with room again bit-identical"""
+    """C1 | the disk fills up at every point of a whole run: 0 to 7.5 MB are left, in steps of 500 kB | each
+    time one line and exit code 2 or 3, or success; with room again bit-identical
+    """
     seen = []
     for number, leave in enumerate([*range(0, 8_000_000, 500_000), 10_000, 3_000]):
         out, record = small_disk / "run", tmp_path / f"record {number}"
@@ -120,10 +132,13 @@ def test_C1_full_at_every_write(small_disk: Path, tmp_path: Path, record_propert
 
 @long
 def test_C2_full_disk_in_the_logs(small_disk: Path, tmp_path: Path) -> None:
-    """C2 | the disk is full when log lines are written, a sibling has filled it | no half line in train.log or metrics.jsonl; exit code 3 at the first metrics that would be lost; with room again bit-identical"""
+    """C2 | the disk is full when log lines are written, a sibling has filled it | no half line in train.log
+    or metrics.jsonl; exit code 3 at the first metrics that would be lost; with room again bit-identical
+    """
     out, record = small_disk / "run", tmp_path / "record"
     assert rig.run(rig.fresh(out), "after_step:3:term", record=record).rc == 143
-    for name in ("train.log", "metrics.jsonl"):  # up to the last byte of a page: the next line begins in it and does not fit
+    # up to the last byte of a page: the next line begins in it and does not fit
+    for name in ("train.log", "metrics.jsonl"):
         path = out / name
         old = path.read_bytes() if path.exists() else b""
         line = json.dumps({"epoch": 0, "x": ""})
@@ -134,7 +149,9 @@ def test_C2_full_disk_in_the_logs(small_disk: Path, tmp_path: Path) -> None:
     result = rig.run(rig.go_on(out), "after_step:2:fill", record=record)
     rig.assert_one_line(result, 3, "metrics.jsonl", "No space left")
     assert (out / "metrics.jsonl").read_bytes() == before["metrics.jsonl"], "a half line"
-    assert (out / "train.log").read_bytes().startswith(before["train.log"]) and (out / "train.log").read_text().endswith("\n")
+    assert (out / "train.log").read_bytes().startswith(before["train.log"]) and (
+        out / "train.log"
+    ).read_text().endswith("\n")
     (small_disk / "ballast").unlink()
     result = rig.run(rig.go_on(out), record=record)
     assert result.rc == 0, result.stderr
@@ -147,11 +164,17 @@ def test_C2_full_disk_in_the_logs(small_disk: Path, tmp_path: Path) -> None:
 @long
 @pytest.mark.parametrize("events", [False, pytest.param(True, marks=long)])
 def test_C2_full_for_the_log_alone(events: bool, tmp_path: Path) -> None:
-    """C2 | every write to train.log fails with a full disk, then so does every TensorBoard event | the run goes on to its end, exit code 0"""
+    """C2 | every write to train.log fails with a full disk, then so does every TensorBoard event | the run
+    goes on to its end, exit code 0
+    """
     out, record = tmp_path / "run", tmp_path / "record"
     (out / "train.log").parent.mkdir()
     overrides = ["monitor.tensorboard=true"] if events else []
-    process = rig.start(rig.fresh(out, *overrides), "write_log:0:enospc" + (";write_events:0:enospc" if events else ""), record=record)
+    process = rig.start(
+        rig.fresh(out, *overrides),
+        "write_log:0:enospc" + (";write_events:0:enospc" if events else ""),
+        record=record,
+    )
     result = process.end()
     assert result.rc == 0 and not result.stderr, result.stderr
     rig.assert_same(out, record)
@@ -160,7 +183,9 @@ def test_C2_full_for_the_log_alone(events: bool, tmp_path: Path) -> None:
 @long
 @pytest.mark.parametrize("reader", ["gone", "full"])
 def test_C2_a_console_that_fails(reader: str, tmp_path: Path) -> None:
-    """C2 | the reader of the output leaves after one line (`| head -1`); the output goes to a full disk (/dev/full) | the run goes on to its end, exit code 0, train.log has every line"""
+    """C2 | the reader of the output leaves after one line (`| head -1`); the output goes to a full disk
+    (/dev/full) | the run goes on to its end, exit code 0, train.log has every line
+    """
     out = tmp_path / "run"
     command = [sys.executable, str(rig.INJECT), *rig.fresh(out, "epochs=2")]
     with open("/dev/full", "w") as full:
@@ -198,10 +223,15 @@ def no_place(kind: str, tmp_path: Path) -> tuple[Path, int]:
 
 
 @pytest.mark.parametrize(
-    "kind", rig.some(["not permitted"], ["on a file", "below a file", "not permitted", "read-only", "too long", "in use"])
+    "kind",
+    rig.some(
+        ["not permitted"], ["on a file", "below a file", "not permitted", "read-only", "too long", "in use"]
+    ),
 )
 def test_C3_no_place_to_write(kind: str, tmp_path: Path, record_property: Record) -> None:
-    """C3 | out is a file, below a file, not permitted, on a read-only file system, 300 letters long, or full of other things | one line and exit code 2 before the images are read, nothing changed"""
+    """C3 | out is a file, below a file, not permitted, on a read-only file system, 300 letters long, or full
+    of other things | one line and exit code 2 before the images are read, nothing changed
+    """
     out, user = no_place(kind, tmp_path)
     if user:
         rig.open_to_all(tmp_path)
@@ -215,7 +245,9 @@ def test_C3_no_place_to_write(kind: str, tmp_path: Path, record_property: Record
 
 @long
 def test_C3_a_parent_that_is_missing(tmp_path: Path) -> None:
-    """C3 | out lies in folders that are not there yet; and a mistake in the config comes with it | they are made; with the mistake, nothing is left of them"""
+    """C3 | out lies in folders that are not there yet; and a mistake in the config comes with it | they are
+    made; with the mistake, nothing is left of them
+    """
     out = tmp_path / "a" / "b" / "run"
     rig.assert_one_line(rig.run(rig.fresh(out, "data.source=/no/such/images")), 2, "/no/such/images")
     assert not (tmp_path / "a").exists()
@@ -223,10 +255,16 @@ def test_C3_a_parent_that_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "point", rig.some(["after_step:5"], ["after_step:5", "after_step:10", "after_choose:3", "before_save:2", "after_step:26"])
+    "point",
+    rig.some(
+        ["after_step:5"],
+        ["after_step:5", "after_step:10", "after_choose:3", "before_save:2", "after_step:26"],
+    ),
 )
 def test_C4_out_is_removed_during_the_run(point: str, tmp_path: Path, record_property: Record) -> None:
-    """C4 | the run directory is removed in a step, between epochs, before a save, after the last step | exit code 3, one line, no half directory comes back"""
+    """C4 | the run directory is removed in a step, between epochs, before a save, after the last step | exit
+    code 3, one line, no half directory comes back
+    """
     out = tmp_path / "run"
     result = rig.run(rig.fresh(out, EVERY), f"{point}:clear")
     rig.assert_one_line(result, 3, str(out))
@@ -237,7 +275,10 @@ def test_C4_out_is_removed_during_the_run(point: str, tmp_path: Path, record_pro
 @long
 @pytest.mark.parametrize("number", range(10))
 def test_C5_two_runs_in_one_directory(number: int, tmp_path: Path, record_property: Record) -> None:
-    """C5 | a second run is started in the same directory, at the same moment or up to 1 s later, new or with --resume, 10 times | it ends with one line that names the other's process, exit code 2; the first is bit-identical"""
+    """C5 | a second run is started in the same directory, at the same moment or up to 1 s later, new or with
+    --resume, 10 times | it ends with one line that names the other's process, exit code 2; the first is
+    bit-identical
+    """
     rig.reference()
     out = tmp_path / "run"
     records = [tmp_path / "record 0", tmp_path / "record 1"]
@@ -250,7 +291,8 @@ def test_C5_two_runs_in_one_directory(number: int, tmp_path: Path, record_proper
     second = rig.start(rig.go_on(out), record=records[1])
     results = [first.end(), second.end()]
     if results[0].rc == 0 and results[1].rc == 0:
-        assert "nothing to do" in results[1].stdout, "both wrote"  # the first was through before the second began
+        # the first was through before the second began
+        assert "nothing to do" in results[1].stdout, "both wrote"
     else:
         winner = 0 if results[0].rc == 0 else 1
         assert results[winner].rc == 0, [result.stderr for result in results]
@@ -259,12 +301,18 @@ def test_C5_two_runs_in_one_directory(number: int, tmp_path: Path, record_proper
         assert not records[1 - winner].exists() or not records[1 - winner].read_text(), "it took a step"
         records[0] = records[winner]
     rig.assert_same(out, records[0])
-    record_property("second runs " + ("refused" if any(result.rc == 2 for result in results) else "that found it finished"), 1)
+    record_property(
+        "second runs "
+        + ("refused" if any(result.rc == 2 for result in results) else "that found it finished"),
+        1,
+    )
 
 
 @long
 def test_C5_the_lock_of_a_dead_process(tmp_path: Path) -> None:
-    """C5 | the lock of a process that was killed lies there, with its number; so does one of a number that is in use again | taken over without a word, bit-identical"""
+    """C5 | the lock of a process that was killed lies there, with its number; so does one of a number that is
+    in use again | taken over without a word, bit-identical
+    """
     out, record = tmp_path / "run", tmp_path / "record"
     assert rig.run(rig.fresh(out, EVERY), "after_step:5:kill", record=record).rc == -signal.SIGKILL
     assert (out / ".lock").exists()
@@ -273,7 +321,9 @@ def test_C5_the_lock_of_a_dead_process(tmp_path: Path) -> None:
 
 
 def test_C5_one_of_many_gets_the_lock(tmp_path: Path) -> None:
-    """C5 | 4 threads, 200 turns each: the lock of a folder that comes and goes is asked for all the time | never two have it"""
+    """C5 | 4 threads, 200 turns each: the lock of a folder that comes and goes is asked for all the time |
+    never two have it
+    """
     inside, worst, taken = 0, 0, 0
 
     def ask() -> None:
@@ -299,8 +349,13 @@ def test_C5_one_of_many_gets_the_lock(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("point", "kind"), rig.some([], [
     (f"{operation}_checkpoint:2", kind) for operation in ("open", "fsync", "replace") for kind in ("eio", "enospc", "eacces", "erofs")
 ] + [("write_checkpoint:14", "eio"), ("write_checkpoint:14", "enospc")]))  # fmt: skip
-def test_C7_a_file_operation_of_a_save_fails(point: str, kind: str, tmp_path: Path, record_property: Record) -> None:
-    """C7 | open, write, fsync or rename of the second checkpoint fails with an I/O error, a full disk, no permission, a read-only disk | exit code 3, one line, the checkpoint before loads, no temporary file; later bit-identical"""
+def test_C7_a_file_operation_of_a_save_fails(
+    point: str, kind: str, tmp_path: Path, record_property: Record
+) -> None:
+    """C7 | open, write, fsync or rename of the second checkpoint fails with an I/O error, a full disk, no
+    permission, a read-only disk | exit code 3, one line, the checkpoint before loads, no temporary file;
+    later bit-identical
+    """
     out, record = tmp_path / "run", tmp_path / "record"
     result = rig.run(rig.fresh(out, EVERY), f"{point}:{kind}", record=record)
     rig.assert_one_line(result, 3, "cannot write", "step_00000006.pt", "intact")
@@ -311,12 +366,19 @@ def test_C7_a_file_operation_of_a_save_fails(point: str, kind: str, tmp_path: Pa
 
 @long
 @pytest.mark.parametrize("operation", ["open", "write", "fsync", "replace", "mkdir", "unlink"])
-def test_C7_every_file_operation_of_a_run_fails_once(operation: str, tmp_path: Path, record_property: Record) -> None:
-    """C7 | every open, write, fsync, rename, mkdir and unlink of a whole run fails once with an I/O error, each in a run of its own | exit code 0, 2 or 3, at most one line, never a traceback; later bit-identical"""
+def test_C7_every_file_operation_of_a_run_fails_once(
+    operation: str, tmp_path: Path, record_property: Record
+) -> None:
+    """C7 | every open, write, fsync, rename, mkdir and unlink of a whole run fails once with an I/O error,
+    each in a run of its own | exit code 0, 2 or 3, at most one line, never a traceback; later
+    bit-identical
+    """
     short = ("epochs=2", "batch_size=32", "prune.anneal_fraction=0", "checkpoint.every_steps=2")
     note, codes = tmp_path / "note", []
     assert rig.run(rig.fresh(tmp_path / "all", *short), note=note).rc == 0
-    for number in range(1, sum(line.startswith(operation + " ") for line in note.read_text().splitlines()) + 1):
+    for number in range(
+        1, sum(line.startswith(operation + " ") for line in note.read_text().splitlines()) + 1
+    ):
         out, record = tmp_path / f"run {number}", tmp_path / f"record {number}"
         result = rig.run(rig.fresh(out, *short), f"{operation}:{number}:eio", record=record)
         codes.append(result.rc)
@@ -336,23 +398,33 @@ def test_C7_every_file_operation_of_a_run_fails_once(operation: str, tmp_path: P
 
 @long
 def test_C8_temporary_files_are_siblings(tmp_path: Path) -> None:
-    """C8 | TMPDIR does not exist, the run directory is on another file system than /tmp | every renamed file was written in the folder where it ends; the run succeeds"""
+    """C8 | TMPDIR does not exist, the run directory is on another file system than /tmp | every renamed file
+    was written in the folder where it ends; the run succeeds
+    """
     shm = Path("/dev/shm")
     out = (shm if os.access(shm, os.W_OK) else tmp_path) / f"faults-{os.getpid()}" / "run"
     note = tmp_path / "note"
     try:
-        result = rig.run(rig.fresh(out, "epochs=2"), note=note, env={"TMPDIR": "/no/such/folder", "TMP": "/no/such/folder"})
+        result = rig.run(
+            rig.fresh(out, "epochs=2"), note=note, env={"TMPDIR": "/no/such/folder", "TMP": "/no/such/folder"}
+        )
         assert result.rc == 0, result.stderr
     finally:
         shutil.rmtree(out.parent, ignore_errors=True)
-    renamed = [line.removeprefix("replace ") for line in note.read_text().splitlines() if line.startswith("replace ")]
-    assert len(renamed) >= 8 and all(Path(name).name.startswith(".") and name.endswith(".tmp") for name in renamed), renamed
+    renamed = [
+        line.removeprefix("replace ") for line in note.read_text().splitlines() if line.startswith("replace ")
+    ]
+    assert len(renamed) >= 8 and all(
+        Path(name).name.startswith(".") and name.endswith(".tmp") for name in renamed
+    ), renamed
     assert {str(Path(name).parent) for name in renamed} == {".", "checkpoints", "encoder", "pruning"}
 
 
 @long
 def test_C8_a_hundred_thousand_files(tmp_path: Path, record_property: Record) -> None:
-    """C8 | 100,000 other files lie in the run directory's checkpoints | resumed, bit-identical, in less than 20 s"""
+    """C8 | 100,000 other files lie in the run directory's checkpoints | resumed, bit-identical, in less than
+    20 s
+    """
     out, record = tmp_path / "run", tmp_path / "record"
     assert rig.run(rig.fresh(out), "after_step:5:term", record=record).rc == 143
     for number in range(100_000):
@@ -366,7 +438,10 @@ def test_C8_a_hundred_thousand_files(tmp_path: Path, record_property: Record) ->
 
 @pytest.mark.parametrize("store", ["raw", "encoded"])
 def test_C9_a_cache_that_is_only_readable(store: str, small_disk: Path, tmp_path: Path) -> None:
-    """C9 | the file of pixels lies on a file system that has become read-only; then it is missing there | read, nothing opened for writing, same pixels and fingerprint; where it is missing, one line that names cache_dir"""
+    """C9 | the file of pixels lies on a file system that has become read-only; then it is missing there |
+    read, nothing opened for writing, same pixels and fingerprint; where it is missing, one line that names
+    cache_dir
+    """
     (tmp_path / "in").mkdir()
     for number in range(20):
         pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -376,7 +451,11 @@ def test_C9_a_cache_that_is_only_readable(store: str, small_disk: Path, tmp_path
     first = load_images(str(tmp_path / "in"), **options)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     again = load_images(str(tmp_path / "in"), **options)
-    assert torch.equal(again.pixels[:], first.pixels[:]) and again.names == first.names and fingerprint(again) == fingerprint(first)
+    assert (
+        torch.equal(again.pixels[:], first.pixels[:])
+        and again.names == first.names
+        and fingerprint(again) == fingerprint(first)
+    )
     assert again.skipped == first.skipped == [("bad.png", "empty file")]
     with pytest.raises(UserError, match="Read-only file system.*cache_dir"):
         load_images(str(tmp_path / "in"), image_size=15, **options)

@@ -1,4 +1,5 @@
-"""Run directories of strangers: what is in them writes nowhere else, forges no line and names no path of ours.
+"""Run directories of strangers: what is in them writes nowhere else, forges no line and names no path of
+ours.
 
 The first line of a docstring is `row | injected fault | expected`.
 """
@@ -13,8 +14,8 @@ import rig
 import torch
 from refused import main_refuses
 
-from ssl_emp.checkpoint import load_checkpoint, save_checkpoint
-from ssl_emp.report import Report
+from ssl_emp.run.checkpoint import load_checkpoint, save_checkpoint
+from ssl_emp.run.report import Report
 from ssl_emp.text import home
 
 OURS = "alias ls='ls --color'\n"
@@ -29,15 +30,21 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 APPENDED = ["train.log", ".lock", "metrics.jsonl"]
-REPLACED = ["config.yaml", "checkpoints/manifest.json", "environment.json"]  # whole: a second name keeps what it has
+# whole: a second name keeps what it has
+REPLACED = ["config.yaml", "checkpoints/manifest.json", "environment.json"]
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(name, kind) for name in APPENDED + REPLACED for kind in ("link", "pipe")] + [(name, "second name") for name in APPENDED],
+    [(name, kind) for name in APPENDED + REPLACED for kind in ("link", "pipe")]
+    + [(name, "second name") for name in APPENDED],
 )
-def test_links(packed: Path, name: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """I1 | a run directory of somebody else in which a file is a link, a second name of a file of ours, or a pipe; resumed | one line, exit 2, our file as it was"""
+def test_links(
+    packed: Path, name: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """I1 | a run directory of somebody else in which a file is a link, a second name of a file of ours, or a
+    pipe; resumed | one line, exit 2, our file as it was
+    """
     run, ours = tmp_path / "run", tmp_path / "bashrc"
     shutil.copytree(packed, run)
     ours.write_text(OURS)
@@ -54,7 +61,9 @@ def test_links(packed: Path, name: str, kind: str, tmp_path: Path, capsys: pytes
 
 @pytest.mark.parametrize("part", ["checkpoints", "encoder", "pruning"])
 def test_folders(packed: Path, part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """I2 | a folder of a run directory is a link to a folder of ours; resumed | one line, exit 2, nothing written or removed there"""
+    """I2 | a folder of a run directory is a link to a folder of ours; resumed | one line, exit 2, nothing
+    written or removed there
+    """
     run, ours = tmp_path / "run", tmp_path / "ours"
     shutil.copytree(packed, run)
     ours.mkdir()
@@ -77,8 +86,12 @@ def test_folders(packed: Path, part: str, tmp_path: Path, capsys: pytest.Capture
         {"config": {"a": {"b": {"c": {"d": {}}}}}},
     ],
 )
-def test_contents(packed: Path, changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """I3 | entries of a checkpoint that no save could have written, the hash is right; resumed | one line, exit 2"""
+def test_contents(
+    packed: Path, changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """I3 | entries of a checkpoint that no save could have written, the hash is right; resumed | one line,
+    exit 2
+    """
     run = tmp_path / "run"
     shutil.copytree(packed, run)
     state, _ = load_checkpoint(run / "checkpoints")
@@ -89,15 +102,28 @@ def test_contents(packed: Path, changes: dict[str, Any], tmp_path: Path, capsys:
 
 
 def test_forged_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """I4 | names with newlines, escape sequences, markup and letters that turn a line about | one line each on console and in train.log, escaped"""
+    """I4 | names with newlines, escape sequences, markup and letters that turn a line about | one line each
+    on console and in train.log, escaped
+    """
     report = Report()
     report.attach(tmp_path, tensorboard=False)
-    names = ["a\n2026-01-01 00:00:00 done", "\x1b[2J", "\x9b2J", "a\u202egnp.exe", "[/b]", ":apple:", "\r", "\u2028x"]
+    names = [
+        "a\n2026-01-01 00:00:00 done",
+        "\x1b[2J",
+        "\x9b2J",
+        "a\u202egnp.exe",
+        "[/b]",
+        ":apple:",
+        "\r",
+        "\u2028x",
+    ]
     for name in names:
         report.say(name)
     log = (tmp_path / "train.log").read_text(encoding="utf-8")
     for text in (log, capsys.readouterr().out):
-        assert text.count("\n") == len(names) == len(text.splitlines()) and "[/b]" in text and ":apple:" in text
+        assert (
+            text.count("\n") == len(names) == len(text.splitlines()) and "[/b]" in text and ":apple:" in text
+        )
         assert not any(act in text for act in ("\x1b", "\x9b", "\u202e", "\r"))
 
 

@@ -1,8 +1,10 @@
-"""Which files make a split: the words that the Hugging Face Hub reads in the names of folders and of parquet files.
+"""Which files make a split: the words that the Hugging Face Hub reads in the names of folders and of parquet
+files.
 
     train, training      valid, validation, val, dev      test, testing, eval, evaluation
 
-In any case, and between delimiters: `TRAIN`, `train2017`, `my-train-00000-of-00002.parquet`, but neither `trainer` nor `testimony`.
+In any case, and between delimiters: `TRAIN`, `train2017`, `my-train-00000-of-00002.parquet`, but neither
+`trainer` nor `testimony`.
 """
 
 import re
@@ -27,7 +29,8 @@ def split_named(name: str) -> str | None:
 
 
 def split_called(name: str) -> str | None:
-    """The same where `name` says nothing else: `train`, `Val2017`, `train_images`, but not `training_shoe`."""
+    """The same where `name` says nothing else: `train`, `Val2017`, `train_images`, but not `training_shoe`.
+    """
     words = [word for word in _words(name) if word not in NEUTRAL]
     return WORDS.get(words[0]) if len(words) == 1 else None
 
@@ -37,15 +40,17 @@ def _words(name: str) -> list[str]:
 
 
 def splits_of_folders(names: Iterable[str], *, more: bool) -> dict[str, str] | None:
-    """Folder name -> split, for those of the folders side by side that are a split; None where none of them is.
+    """Folder name -> split, for those of the folders side by side that are a split; None where none of them
+    is.
 
     Args:
         names: of the folders.
         more: whether there are images beside the folders.
 
-    Both sides must be there, in names that are the same but for the word (`train` and `val`, `flowers-train` and `flowers-test`), or
-    in the names of all folders. Otherwise only a folder that is called a test split is one, and what lies beside it is the train
-    split; a train folder beside others is one of them: `bus`, `car`, `train`.
+    Both sides must be there, in names that are the same but for the word (`train` and `val`, `flowers-train`
+    and `flowers-test`), or in the names of all folders. Otherwise only a folder that is called a test split
+    is one, and what lies beside it is the train split; a train folder beside others is one of them: `bus`,
+    `car`, `train`.
     """
     folders = list(names)
     named = {name: kind for name in folders if (kind := split_named(name))}
@@ -69,7 +74,9 @@ def both_sides(kinds: Iterable[str]) -> bool:
 
 
 def split_of_table(path: str) -> str | None:
-    """The split that a parquet file belongs to, by its own name, else by the nearest folder that says so; path below the source."""
+    """The split that a parquet file belongs to, by its own name, else by the nearest folder that says so;
+    path below the source.
+    """
     *folders, name = path.split("/")
     for part in (name.rpartition(".")[0], *reversed(folders)):
         if kind := split_named(part):
@@ -78,12 +85,14 @@ def split_of_table(path: str) -> str | None:
 
 
 def check_shards(paths: Sequence[str], where: str, *, complete: bool) -> None:
-    """Raise UserError where files of one split are sharded twice, or, if `complete` is asked for, where shards are missing.
+    """Raise UserError where files of one split are sharded twice, or, if `complete` is asked for, where
+    shards are missing.
 
     `train-00001-of-00003.parquet` is the second of three. Paths are those below `where`.
     """
     sets: dict[str, dict[int, dict[int, str]]] = {}  # what is sharded -> into how many -> number -> path
-    shown: dict[str, tuple[str, int, str]] = {}  # what is sharded -> how the name of a shard is written: start, digits, end
+    # what is sharded -> how the name of a shard is written: start, digits, end
+    shown: dict[str, tuple[str, int, str]] = {}
     whole = {path.rpartition(".")[0]: path for path in paths}
     for path in paths:
         folder, slash, name = path.rpartition("/")

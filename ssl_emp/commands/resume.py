@@ -1,4 +1,6 @@
-"""What a run directory holds against what is asked of it: the same settings, the same images, all files of a finished run."""
+"""What a run directory holds against what is asked of it: the same settings, the same images, all files of a
+finished run.
+"""
 
 import json
 import os
@@ -11,18 +13,19 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from ssl_emp.checkpoint import load_checkpoint
+from ssl_emp.commands.job import Job
 from ssl_emp.config import PretrainConfig, apply_override, check_config, flatten, load_config, read_values
+from ssl_emp.data.images import TORCHVISION, sampled_fingerprint
 from ssl_emp.errors import UserError
-from ssl_emp.images import TORCHVISION, sampled_fingerprint
-from ssl_emp.job import Job
 from ssl_emp.model import build_encoder, load_encoder, save_encoder
-from ssl_emp.report import Report
+from ssl_emp.run.checkpoint import load_checkpoint
+from ssl_emp.run.report import Report
+from ssl_emp.run.state_check import check_plain
 from ssl_emp.safe_files import LARGE, check_regular, read_bytes, read_json
-from ssl_emp.state_check import check_plain
 from ssl_emp.text import quoted
 
-# where the images and the chosen samples are: free, as what they are is compared, and kept in RUN/config.yaml for the next command
+# where the images and the chosen samples are: free, as what they are is compared, and kept in RUN/config.yaml
+# for the next command
 PLACES = (
     "data.source",
     "data.kind",
@@ -52,7 +55,8 @@ FREE_ON_RESUME = (
 NO_RUN = "give the directory that pretrain.py wrote"
 
 
-# ---- settings --------------------------------------------------------------------------------------------------------
+# ---- settings
+# --------------------------------------------------------------------------------------------------------
 
 
 def is_run(out: Path) -> bool:
@@ -61,7 +65,8 @@ def is_run(out: Path) -> bool:
 
 
 def read_run(out: Path, overrides: list[str]) -> tuple[PretrainConfig, bool]:
-    """The settings of the run in `out` with overrides, from its newest checkpoint where config.yaml is missing or no YAML.
+    """The settings of the run in `out` with overrides, from its newest checkpoint where config.yaml is
+    missing or no YAML.
 
     Returns:
         (settings, whether config.yaml is whole).
@@ -88,7 +93,8 @@ def read_run(out: Path, overrides: list[str]) -> tuple[PretrainConfig, bool]:
 
 def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
     """The first setting in which a checkpoint's config differs from the present one, in words."""
-    ours, theirs = flatten(ours), flatten(PretrainConfig().model_dump()) | flatten(theirs)  # a key younger than the checkpoint: its default
+    # a key younger than the checkpoint: its default
+    ours, theirs = flatten(ours), flatten(PretrainConfig().model_dump()) | flatten(theirs)
     for key in ours:
         if not key.startswith(FREE_ON_RESUME) and ours[key] != theirs.get(key):
             return f"{key} was {theirs.get(key)} and is now {ours[key]}"
@@ -114,10 +120,12 @@ def load_state(
     """The newest checkpoint of the run in `out`, held against what is asked.
 
     Args:
-        may_extend: more `epochs` than the run has mean that it is trained longer; otherwise they are a difference like any other.
+        may_extend: more `epochs` than the run has mean that it is trained longer; otherwise they are a
+            difference like any other.
 
     Returns:
-        (the settings to go on with, those of the run until now, state); state is None where there is no checkpoint yet.
+        (the settings to go on with, those of the run until now, state); state is None where there is no
+        checkpoint yet.
 
     Raises:
         UserError: the run or its checkpoint is of another config.
@@ -134,12 +142,16 @@ def load_state(
             what = f"the checkpoint in {out / 'checkpoints'} does not fit the run: its fingerprint is none"
             raise UserError(what, "start again with another out=DIR") from error
     if config.earlier_plans and config.earlier_plans != before.earlier_plans:
-        what = f"the run in {out} is of another config: earlier_plans was {before.earlier_plans} and is now {config.earlier_plans}"
+        what = (
+            f"the run in {out} is of another config: earlier_plans was {before.earlier_plans} and is "
+            f"now {config.earlier_plans}"
+        )
         raise UserError(what, f"leave it to python pretrain.py --resume {quoted(out)} epochs=N")
     if config.epochs > before.epochs and may_extend:
         if before.prune.policy == "shorter":
             what = (
-                f"the run in {out} has policy shorter, which spends the steps of a pruned run in fewer epochs: it cannot be trained longer"
+                f"the run in {out} has policy shorter, which spends the steps of a pruned run in "
+                "fewer epochs: it cannot be trained longer"
             )
             raise UserError(what, f"start a new run with epochs={config.epochs} and another out=DIR")
         begun = state["epoch"] + (state["step_in_epoch"] > 0) if state else 0
@@ -150,7 +162,9 @@ def load_state(
     for settings, source in ((before.model_dump(), "run"), (state["config"] if state else {}, "checkpoint")):
         if not settings:
             continue
-        if (settings.get("epochs"), settings.get("earlier_plans", [])) in config.plans() and (source == "checkpoint" or may_extend):
+        if (settings.get("epochs"), settings.get("earlier_plans", [])) in config.plans() and (
+            source == "checkpoint" or may_extend
+        ):
             settings = settings | {"epochs": config.epochs, "earlier_plans": config.earlier_plans}
         if difference := first_difference(config.model_dump(), settings):
             fix = "resume without that change, or start a new run with another out=DIR"
@@ -170,7 +184,8 @@ def plan_of(state: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def fingerprint_of(state: dict[str, Any]) -> dict[str, str | None] | None:
-    """What the run in a checkpoint is trained on, see `ssl_emp.job.what_is_trained_on`; None: it knows a sample of the images only.
+    """What the run in a checkpoint is trained on, see `ssl_emp.commands.job.what_is_trained_on`; None: it
+    knows a sample of the images only.
 
     Raises ValueError where the entry, a text, is neither.
     """
@@ -183,16 +198,22 @@ def fingerprint_of(state: dict[str, Any]) -> dict[str, str | None] | None:
     return dict(values)
 
 
-# ---- images ----------------------------------------------------------------------------------------------------------
+# ---- images
+# ----------------------------------------------------------------------------------------------------------
 
 
 def missing_source(config: PretrainConfig, out: Path, problem: UserError) -> UserError:
-    """The error for images that cannot be loaded on resume, with the way out where they are not where they were."""
+    """The error for images that cannot be loaded on resume, with the way out where they are not where they
+    were.
+    """
     source = config.data.source
     if source in (*TORCHVISION, "mnist5k") or os.path.lexists(os.path.expanduser(source)) or "*" in source:
         return problem
     what = f"the images of the run in {out} are not in data.source={source}"
-    return UserError(what, f"name the place that they have moved to: python pretrain.py --resume {quoted(out)} data.source=NEW")
+    return UserError(
+        what,
+        f"name the place that they have moved to: python pretrain.py --resume {quoted(out)} data.source=NEW",
+    )
 
 
 def check_same(job: Job, state: dict[str, Any], before: PretrainConfig, out: Path) -> None:
@@ -207,46 +228,82 @@ def check_same(job: Job, state: dict[str, Any], before: PretrainConfig, out: Pat
             changed = f"the images in {place} are not those of the checkpoint in {out}"
     else:
         now = job.fingerprint
-        differing = [name for name in now if name in known and known[name] is not None and known[name] != now[name]]
+        differing = [
+            name for name in now if name in known and known[name] is not None and known[name] != now[name]
+        ]
         kept_alike = "kept_as" not in differing
-        differing = [name for name in differing if name not in (("kept_as", "sample") if kept_alike else ("kept_as", "pixels"))]
+        differing = [
+            name
+            for name in differing
+            if name not in (("kept_as", "sample") if kept_alike else ("kept_as", "pixels"))
+        ]
         differing = ["pixels" if name == "sample" else name for name in differing]
         words = {
-            "shape": f"the images in {place} are not those of the checkpoint in {out}: {now['shape']}, and were {known.get('shape')}",
-            "names": f"the images in {place} are not those of the checkpoint in {out}: their names or their order differ",
-            "pixels": f"the images in {place} are not those of the checkpoint in {out}: pixels differ under the same names",
+            "shape": (
+                f"the images in {place} are not those of the checkpoint in {out}: {now['shape']}, and "
+                f"were {known.get('shape')}"
+            ),
+            "names": (
+                f"the images in {place} are not those of the checkpoint in {out}: their names or "
+                "their order differ"
+            ),
+            "pixels": (
+                f"the images in {place} are not those of the checkpoint in {out}: pixels differ under "
+                "the same names"
+            ),
             "labels": f"the labels in {place} are not those that the run in {out} trains on",
             "test": f"the test split in {config.data.test_source or place} is not that of the run in {out}",
-            "indices": f"prune.indices={config.prune.indices} does not hold the samples that the run in {out} was given",
+            "indices": (
+                f"prune.indices={config.prune.indices} does not hold the samples that the run in "
+                f"{out} was given"
+            ),
         }
         changed = next((line for name, line in words.items() if name in differing), None)
     if changed:
-        hint = f" (now: {job.images.stored}; was it another data.store?)" if "of the checkpoint" in changed else ""
+        hint = (
+            f" (now: {job.images.stored}; was it another data.store?)"
+            if "of the checkpoint" in changed
+            else ""
+        )
         raise UserError(changed, f"restore them{hint}, or start a new run with another out=DIR")
     if state["bf16"] != job.bf16:
         precision = "bf16" if state["bf16"] else "fp32"
-        raise UserError(f"the run in {out} trains in {precision}, this would go on in another", f"set precision={precision}")
+        raise UserError(
+            f"the run in {out} trains in {precision}, this would go on in another",
+            f"set precision={precision}",
+        )
 
 
-# ---- a finished run --------------------------------------------------------------------------------------------------
+# ---- a finished run
+# --------------------------------------------------------------------------------------------------
 
 
 def is_finished(state: dict[str, Any], config: PretrainConfig) -> bool:
-    """Whether `state` is that of the last step of the last epoch under the plan of now, with everything exported."""
+    """Whether `state` is that of the last step of the last epoch under the plan of now, with everything
+    exported.
+    """
     return bool(state["finished"] and state["step_in_epoch"] == 0 and plan_of(state) == config.plans()[-1])
 
 
 def image_size(config: PretrainConfig, state: dict[str, Any]) -> int | None:
     """Pixels a side that the encoder was trained on; None where only the images tell."""
     stored = ((fingerprint_of(state) or {}).get("shape") or "").rpartition("x")[2]
-    return config.augment.size or config.data.image_size or (int(stored) if stored.isascii() and stored.isdigit() else None)
+    return (
+        config.augment.size
+        or config.data.image_size
+        or (int(stored) if stored.isascii() and stored.isdigit() else None)
+    )
 
 
 def broken_files(out: Path, config: PretrainConfig, state: dict[str, Any]) -> dict[str, str]:
-    """Of a finished run, what its last checkpoint can restore: name -> why, of each file that is missing or not the checkpoint's."""
+    """Of a finished run, what its last checkpoint can restore: name -> why, of each file that is missing or
+    not the checkpoint's.
+    """
     checks: dict[str, Callable[[], str | None]] = {
         "config.yaml": lambda: None if read_run(out, [])[1] else "no settings can be read from it",
-        "environment.json": lambda: None if isinstance(read_json(out / "environment.json"), dict) else "it holds no dictionary",
+        "environment.json": lambda: (
+            None if isinstance(read_json(out / "environment.json"), dict) else "it holds no dictionary"
+        ),
         "encoder": lambda: _encoder_problem(out, config, state),
         "pruning/samples.parquet": lambda: _samples_problem(out / "pruning" / "samples.parquet", state),
     }
@@ -267,7 +324,11 @@ def broken_files(out: Path, config: PretrainConfig, state: dict[str, Any]) -> di
 
 
 def _backbone(state: dict[str, Any]) -> dict[str, Tensor]:
-    return {name.removeprefix("backbone."): value for name, value in state["model"].items() if name.startswith("backbone.")}
+    return {
+        name.removeprefix("backbone."): value
+        for name, value in state["model"].items()
+        if name.startswith("backbone.")
+    }
 
 
 def _encoder_problem(out: Path, config: PretrainConfig, state: dict[str, Any]) -> str | None:
@@ -276,34 +337,55 @@ def _encoder_problem(out: Path, config: PretrainConfig, state: dict[str, Any]) -
     if weights.keys() != expected.keys() or not all(weights[name].equal(expected[name]) for name in expected):
         return "its weights are not those of the last checkpoint"
     wanted = build_encoder(
-        config.model.arch, config.model.width, config.model.stem, size or encoder.image_size, config.augment.mean, config.augment.std
+        config.model.arch,
+        config.model.width,
+        config.model.stem,
+        size or encoder.image_size,
+        config.augment.mean,
+        config.augment.std,
     )
     same = wanted.spec == encoder.spec and wanted.image_size == encoder.image_size
-    same = same and torch.allclose(wanted.mean, encoder.mean, atol=1e-5) and torch.allclose(wanted.std, encoder.std, atol=1e-5)
+    same = (
+        same
+        and torch.allclose(wanted.mean, encoder.mean, atol=1e-5)
+        and torch.allclose(wanted.std, encoder.std, atol=1e-5)
+    )
     return None if same else "its config.json is not that of the run"
 
 
 def _samples_problem(path: Path, state: dict[str, Any]) -> str | None:
     check_regular(path)
     scores = state["scores"]
-    expected = {"loss": scores["last"][0], "times_trained": scores["times_trained"], "scored_epoch": scores["scored_epoch"]}
+    expected = {
+        "loss": scores["last"][0],
+        "times_trained": scores["times_trained"],
+        "scored_epoch": scores["scored_epoch"],
+    }
     table = pq.read_table(path, columns=["index", "name", "score", *expected])
     if table.num_rows != len(expected["loss"]):
         return f"it has {table.num_rows} rows of {len(expected['loss'])}"
-    same = all(np.array_equal(table[name].to_numpy(), values.cpu().numpy()) for name, values in expected.items())
+    same = all(
+        np.array_equal(table[name].to_numpy(), values.cpu().numpy()) for name, values in expected.items()
+    )
     return None if same else "its figures are not those of the last checkpoint"
 
 
 def _result_problem(path: Path, state: dict[str, Any]) -> str | None:
     found = read_json(path)
-    whole = isinstance(found, dict) and isinstance(found.get("test_accuracy"), int | float) and isinstance(found.get("test_images"), int)
+    whole = (
+        isinstance(found, dict)
+        and isinstance(found.get("test_accuracy"), int | float)
+        and isinstance(found.get("test_images"), int)
+    )
     if not whole:
         return "it holds no test accuracy"
     return None if found.get("epoch") == state["epoch"] else "it is of another epoch"
 
 
 def lost_epochs(out: Path, epochs: int) -> list[int]:
-    """Epochs, from 1 on, of which metrics.jsonl has no row: those are of the training, no checkpoint can restore them."""
+    """Epochs, from 1 on, of which metrics.jsonl has no row: those are of the training, no checkpoint can
+    restore them.
+    """
     found = set()
     try:
         for line in read_bytes(out / "metrics.jsonl", LARGE).decode("utf-8", "replace").splitlines():
@@ -317,12 +399,18 @@ def lost_epochs(out: Path, epochs: int) -> list[int]:
 
 
 def restore_encoder(out: Path, config: PretrainConfig, state: dict[str, Any], size: int) -> None:
-    """Write the encoder of a finished run again, from its last checkpoint alone. Raises UserError where that does not fit."""
+    """Write the encoder of a finished run again, from its last checkpoint alone. Raises UserError where that
+    does not fit.
+    """
     model = config.model
-    encoder = build_encoder(model.arch, model.width, model.stem, size, config.augment.mean, config.augment.std)
+    encoder = build_encoder(
+        model.arch, model.width, model.stem, size, config.augment.mean, config.augment.std
+    )
     try:
         encoder.backbone.load_state_dict(_backbone(state))
     except (RuntimeError, AttributeError, TypeError) as error:
         first = str(error).splitlines()[-1].strip()
-        raise UserError(f"the checkpoint in {out} does not fit the run: {first}", "start again with another out=DIR") from error
+        raise UserError(
+            f"the checkpoint in {out} does not fit the run: {first}", "start again with another out=DIR"
+        ) from error
     save_encoder(encoder, out / "encoder")

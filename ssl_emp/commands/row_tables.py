@@ -3,8 +3,8 @@
 import shutil
 
 from linear_eval.names import markdown_cell
+from ssl_emp.commands.rows import COLUMNS, Row
 from ssl_emp.errors import printable
-from ssl_emp.rows import COLUMNS, Row
 
 
 def shown(row: Row, name: str) -> str:
@@ -18,7 +18,9 @@ def shown(row: Row, name: str) -> str:
 
 
 def markdown_table(rows: list[Row]) -> str:
-    """A row without a value ends with the reason for that, in the column of protocols, and has no further cells."""
+    """A row without a value ends with the reason for that, in the column of protocols, and has no further
+    cells.
+    """
     reason = COLUMNS.index("protocol")
     cells = [[markdown_cell(shown(row, name)) for name in COLUMNS] for row in rows]
     widths = [len(name) for name in COLUMNS]
@@ -37,12 +39,17 @@ def terminal_table(rows: list[Row]) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    console, table = Console(highlight=False, force_terminal=True, width=shutil.get_terminal_size().columns), Table(*COLUMNS)
+    console, table = (
+        Console(highlight=False, force_terminal=True, width=shutil.get_terminal_size().columns),
+        Table(*COLUMNS),
+    )
     place = COLUMNS.index("protocol")
     cells = [[shown(row, name) for name in COLUMNS] for row in rows]
     protocols = list(dict.fromkeys(line[place] for line in cells))
     for line in cells:
-        table.add_row(*map(Text, [*line[:place], f"({protocols.index(line[place]) + 1})", *line[place + 1 :]]))
+        table.add_row(
+            *map(Text, [*line[:place], f"({protocols.index(line[place]) + 1})", *line[place + 1 :]])
+        )
     with console.capture() as captured:  # as text: what writes it then is the same for terminals and files
         console.print(table)
         for number, protocol in enumerate(protocols, 1):

@@ -1,4 +1,6 @@
-"""A folder of images -> a `Source`: which files are images, which of them make a split, what their classes are."""
+"""A folder of images -> a `Source`: which files are images, which of them make a split, what their classes
+are.
+"""
 
 import os
 import re
@@ -9,26 +11,30 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ssl_emp import decode
-from ssl_emp.decode import Encoded, reason
+from ssl_emp.data import decode
+from ssl_emp.data.decode import Encoded, reason
 from ssl_emp.errors import UserError
-from ssl_emp.sniff import HEAD_BYTES, image_format
-from ssl_emp.source import NoSplit, Source, Unused, counted, normal, some_of, sorted_classes, version_of
-from ssl_emp.splits import both_sides, split_called, split_named, splits_of_folders
+from ssl_emp.data.sniff import HEAD_BYTES, image_format
+from ssl_emp.data.source import NoSplit, Source, Unused, counted, normal, some_of, sorted_classes, version_of
+from ssl_emp.data.splits import both_sides, split_called, split_named, splits_of_folders
 from ssl_emp.text import decodable
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
-MODERN = {".avif": "AVIF", ".avifs": "AVIF", ".heic": "HEIF", ".heif": "HEIF", ".hif": "HEIF"}  # decoded where Pillow can
+# decoded where Pillow can
+MODERN = {".avif": "AVIF", ".avifs": "AVIF", ".heic": "HEIF", ".heif": "HEIF", ".hif": "HEIF"}
 NEEDS = {"AVIF": "of AVIF, which this Pillow cannot read", "HEIF": "of HEIC, which pip install pillow-heif makes readable"}
 TABLES = (".parquet", ".pq", ".parq")
 # that lie beside images in masses: not looked into any more after PROBES of a kind that held no image
 SIDECARS = (".txt", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".yaml", ".yml", ".npy", ".npz", ".pt", ".pth", ".pkl", ".mat", ".md")
 PROBES = 100
-MOSTLY = 0.9  # of all images: a folder with so many that holds the splits is looked for past what lies beside it
-# what storage devices, systems and archives leave behind; the thumbnails among them are copies of images that are there already
+# of all images: a folder with so many that holds the splits is looked for past what lies beside it
+MOSTLY = 0.9
+# what storage devices, systems and archives leave behind; the thumbnails among them are copies of images that
+# are there already
 SERVICE_FOLDERS = {"__macosx", "lost+found", "$recycle.bin", "recycler", "system volume information", "found.000", "__pycache__"}
 SERVICE_FOLDERS |= {"recycled", "~snapshot", "network trash folder", "temporary items"}
-RUN_FILES = {"config.yaml", "environment.json", "train.log"}  # what a run directory holds from its first step on
+# what a run directory holds from its first step on
+RUN_FILES = {"config.yaml", "environment.json", "train.log"}
 SERVICE_PREFIXES = ("@eadir", "@syno", "@__thumb", "@recycle", "@recently-snapshot", "@tmp", "@sharebin", "#recycle", "#snapshot")
 SERVICE_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 # containers of images that are not read, and how to come by something that is
@@ -47,17 +53,22 @@ CONTAINERS = {
 }
 
 
-# ---- which files there are -------------------------------------------------------------------------------------------
+# ---- which files there are
+# -------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Listing:
-    """What lies below a folder. Within each split a file or folder counts once, however many links lead to it."""
+    """What lies below a folder. Within each split a file or folder counts once, however many links lead to
+    it.
+    """
 
     root: str
-    files: list[tuple[str, list[int]]] = field(default_factory=list)  # images: (path from root, what tells a changed file), sorted
+    # images: (path from root, what tells a changed file), sorted
+    files: list[tuple[str, list[int]]] = field(default_factory=list)
     tables: list[tuple[str, list[int]]] = field(default_factory=list)  # parquet files, as above
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # (name, why it could not be looked at), sorted
+    # (name, why it could not be looked at), sorted
+    skipped: list[tuple[str, str]] = field(default_factory=list)
     unused: Unused = field(default_factory=Unused)
     links_between_splits: bool = False  # there may be some: there are links, and folders with words of splits
 
@@ -74,7 +85,8 @@ def list_folder(root: str, *, splits_apart: bool = True) -> Listing:
     found = Listing(root)
     met = _Met(root)
     probes: Counter[str] = Counter()  # suffix -> files without an image since the last one that is one
-    folders = [("", False, "")]  # (path below root, whether a link led there, its split): a stack, for Python's recursion has a limit
+    # (path below root, whether a link led there, its split): a stack, for Python's recursion has a limit
+    folders = [("", False, "")]
     while folders:
         folder, folder_linked, split = folders.pop()
         try:
@@ -128,8 +140,9 @@ def list_folder(root: str, *, splits_apart: bool = True) -> Listing:
 class _Met:
     """Which files and folders were met, so that no link makes them count twice.
 
-    Entries of one device and inode number are one and the same if a link led to one of them, or if it is a file with several names. Some
-    file systems give one number to all: where that shows, or where it is 0, real paths are compared.
+    Entries of one device and inode number are one and the same if a link led to one of them, or if it is a
+    file with several names. Some file systems give one number to all: where that shows, or where it is 0,
+    real paths are compared.
     """
 
     def __init__(self, root: str) -> None:
@@ -167,7 +180,8 @@ def _service(name: str) -> str:
 def _no_image(entry: os.DirEntry[str], probes: Counter[str]) -> str:
     """Why a file is neither image nor table, in words that follow a number; empty where it is one.
 
-    A file without a known suffix is looked into: browsers, phones and downloaders write .jfif, none at all, or `x.jpg?w=640`.
+    A file without a known suffix is looked into: browsers, phones and downloaders write .jfif, none at all,
+    or `x.jpg?w=640`.
     """
     suffix = _suffix(entry.name)
     if suffix in EXTENSIONS or suffix in TABLES:
@@ -194,7 +208,8 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-# ---- which files make a split ----------------------------------------------------------------------------------------
+# ---- which files make a split
+# ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -204,9 +219,9 @@ class Layout:
     Attributes:
         split: of the images of every folder, "" where they belong to none.
         class_folder: of every folder, the one on its path that names the class; None where there is none.
-        folders: split -> the folders that it is, as `train/`; empty where there are none, and all images are the train split.
-        level: words for the folders that name the classes.
-        rest_is_train: no folder is the train split, but one is another: what lies beside it is trained on.
+        folders: split -> the folders that it is, as `train/`; empty where there are none, and all images are
+        the train split. level: words for the folders that name the classes. rest_is_train: no folder is the
+        train split, but one is another: what lies beside it is trained on.
     """
 
     split: dict[str, str]
@@ -219,8 +234,8 @@ class Layout:
 def find_layout(counts: Mapping[str, int]) -> Layout:
     """The splits of a folder of images, by the names of the folders at the first level where these differ.
 
-    `train/CLASS/x.png` beside `test/CLASS/y.png`; also if one folder holds both, or both and nearly all other images; or
-    `CLASS/train/x.png` beside `CLASS/test/y.png`. See `splits_of_folders`.
+    `train/CLASS/x.png` beside `test/CLASS/y.png`; also if one folder holds both, or both and nearly all other
+    images; or `CLASS/train/x.png` beside `CLASS/test/y.png`. See `splits_of_folders`.
 
     Args:
         counts: images in every folder, by its path from the root; "" is the root.
@@ -240,7 +255,8 @@ def find_layout(counts: Mapping[str, int]) -> Layout:
         if found and without is None:
             return _by_level(parts, inside, found)
         if found and both_sides(found.values()):
-            # the same names in a folder that is left aside: classes with splits of their own, and one that lacks a part
+            # the same names in a folder that is left aside: classes with splits of their own, and one that
+            # lacks a part
             alike = any(part[depth] in found for part in parts.values() if len(part) > depth and part[:depth] != inside)
             return without if alike and without else _by_level(parts, inside, found)
         if without is None and (len(below) != 1 or loose >= sum(sizes.values())):
@@ -278,7 +294,9 @@ def _by_level(parts: dict[str, list[str]], inside: list[str], found: dict[str, s
 
 
 def _in_every_folder(parts: dict[str, list[str]], depth: int, below: dict[str, list[str]]) -> dict[str, str] | None:
-    """Folder name -> split, where each of the folders at `depth` holds a train folder, and one of them a test or val folder."""
+    """Folder name -> split, where each of the folders at `depth` holds a train folder, and one of them a test
+    or val folder.
+    """
     called: dict[str, str] = {}
     for folders in below.values():
         names = {parts[folder][depth + 1] for folder in folders if len(parts[folder]) > depth + 1}
@@ -289,11 +307,13 @@ def _in_every_folder(parts: dict[str, list[str]], depth: int, below: dict[str, l
     return called if set(called.values()) > {"train"} else None
 
 
-# ---- a split as a source ---------------------------------------------------------------------------------------------
+# ---- a split as a source
+# ---------------------------------------------------------------------------------------------
 
 
 def folder_source(listing: Listing, split: str, labels: str) -> Source:
-    """The images of a split, `train` or `test`. A test split without labels gives way to a val split that has some.
+    """The images of a split, `train` or `test`. A test split without labels gives way to a val split that has
+    some.
 
     Raises:
         NoSplit, or UserError where there are no images at all.
@@ -301,7 +321,8 @@ def folder_source(listing: Listing, split: str, labels: str) -> Source:
     if not listing.files:
         raise no_images(listing)
     folders, layout = _laid_out(listing)
-    if listing.links_between_splits and len(set(layout.split.values())) == 1:  # what was kept apart is one split
+    # what was kept apart is one split
+    if listing.links_between_splits and len(set(layout.split.values())) == 1:
         listing = list_folder(listing.root, splits_apart=False)
         folders, layout = _laid_out(listing)
     present = set(layout.split.values())
@@ -361,7 +382,9 @@ def _laid_out(listing: Listing) -> tuple[list[str], Layout]:
 
 @dataclass(frozen=True)
 class _Labelled:
-    """A split: the files that are used (rows of the listing), their labels, and the files that lie beside the class folders."""
+    """A split: the files that are used (rows of the listing), their labels, and the files that lie beside the
+    class folders.
+    """
 
     rows: list[int]
     labels: np.ndarray | None
@@ -371,10 +394,11 @@ class _Labelled:
 
 
 def _label(folders: list[str], layout: Layout, kind: str, labels: str, known: list[str] | None) -> _Labelled:
-    """Labels by folder; those of another split than train are numbered as in train (`known`), its further classes behind.
+    """Labels by folder; those of another split than train are numbered as in train (`known`), its further
+    classes behind.
 
-    A few images beside the class folders have no class and are left out; where they are no fewer than a class has on average, the
-    folders are taken for no classes, and every image is used.
+    A few images beside the class folders have no class and are left out; where they are no fewer than a class
+    has on average, the folders are taken for no classes, and every image is used.
     """
     rows = [row for row, folder in enumerate(folders) if layout.split[folder] == kind]
     if labels == "none":

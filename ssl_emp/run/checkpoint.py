@@ -22,16 +22,21 @@ from ssl_emp.safe_files import inner_folder, read_json, replacing, write_atomica
 
 FORMAT = 5
 KEPT = 2
-MANIFESTS = ("manifest.json", "manifest.copy.json")  # one damaged byte in the only one would cost every checkpoint
+# one damaged byte in the only one would cost every checkpoint
+MANIFESTS = ("manifest.json", "manifest.copy.json")
 
 
 def cannot_write(path: Path, error: Exception, needed: int | None = None) -> RunFailed:
     """The line for a file of the run that could not be written. `needed`: its bytes, where they are known."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__  # torch.save reports a full disk as "unexpected pos", on top of what it was
+        # torch.save reports a full disk as "unexpected pos", on top of what it was
+        cause = cause.__cause__ or cause.__context__
     number = cause.errno if isinstance(cause, OSError) else None
-    what = f"cannot write {path}: {cause.strerror if isinstance(cause, OSError) and cause.strerror else cause or error}"
+    what = (
+        f"cannot write {path}: "
+        f"{cause.strerror if isinstance(cause, OSError) and cause.strerror else cause or error}"
+    )
     fix = "see to the disk and its permissions, then --resume"
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         room = [] if needed is None else [f"it needs {needed / 1e6:.1f} MB"]
@@ -68,7 +73,9 @@ def _read_manifests(folder: Path) -> dict[str, list[str]]:
     for name in MANIFESTS:
         with suppress(UserError, TypeError, AttributeError):
             for file, digests in read_json(folder / name).items():
-                known.setdefault(str(file), []).extend([digests] if isinstance(digests, str) else map(str, digests))
+                known.setdefault(str(file), []).extend(
+                    [digests] if isinstance(digests, str) else map(str, digests)
+                )
     return known
 
 
@@ -81,7 +88,8 @@ def num_bytes(tree: Any) -> int:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], step: int) -> None:
-    """Write `state` as `step_XXXXXXXX.pt`: temporary sibling, fsync, hash, manifests, rename; older ones go last.
+    """Write `state` as `step_XXXXXXXX.pt`: temporary sibling, fsync, hash, manifests, rename; older ones go
+    last.
 
     The folder above `folder` must be there. Checkpoints of later steps go too: the run went back behind them.
 
@@ -96,11 +104,20 @@ def save_checkpoint(folder: Path, state: dict[str, Any], step: int) -> None:
             content = {"format": FORMAT, "written_by": f"ssl_emp {__version__}", **state}
             torch.save(content, hashed)  # type: ignore[arg-type]  # it only writes
             known = _read_manifests(folder)
-            kept = sorted([*(old for old in folder.glob("step_*.pt") if old.name in known and old.name < path.name), path])[-KEPT:]
-            digests = {old.name: sorted(set(known[old.name])) for old in kept[:-1]} | {path.name: [hashed.sha256.hexdigest()]}
-            if path.is_file():  # saved again at the same step: until the rename, what has the name is the one before
+            kept = sorted(
+                [
+                    *(old for old in folder.glob("step_*.pt") if old.name in known and old.name < path.name),
+                    path,
+                ]
+            )[-KEPT:]
+            digests = {old.name: sorted(set(known[old.name])) for old in kept[:-1]} | {
+                path.name: [hashed.sha256.hexdigest()]
+            }
+            # saved again at the same step: until the rename, what has the name is the one before
+            if path.is_file():
                 digests[path.name].append(_sha256(path))
-            # the hash is on disk before the file has its name: killed in between, the checkpoint before is still the newest
+            # the hash is on disk before the file has its name: killed in between, the checkpoint before is
+            # still the newest
             for name in MANIFESTS:
                 write_atomically(folder / name, json.dumps(digests, indent=1).encode())
     except (OSError, RuntimeError) as error:  # a full disk surfaces from torch.save as RuntimeError
@@ -112,15 +129,21 @@ def save_checkpoint(folder: Path, state: dict[str, Any], step: int) -> None:
 
 
 def _check_zip(path: Path) -> None:
-    """Raise ValueError where the archive would unpack to more than it is: torch.save neither compresses nor shares parts."""
+    """Raise ValueError where the archive would unpack to more than it is: torch.save neither compresses nor
+    shares parts.
+    """
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
-    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > path.stat().st_size:
+    if (
+        any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+        or sum(part.file_size for part in parts) > path.stat().st_size
+    ):
         raise ValueError("it is compressed")
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest checkpoint whose hash is right, on the CPU, and one warning line for each that was passed over.
+    """The newest checkpoint whose hash is right, on the CPU, and one warning line for each that was passed
+    over.
 
     Returns:
         (state, warnings); state is None where no checkpoint was ever written.
@@ -133,20 +156,30 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     warnings: list[str] = []
     for path in paths:
         try:
-            if not path.is_file() or _sha256(path) not in known.get(path.name, ()):  # reading a pipe would wait for ever
+            # reading a pipe would wait for ever
+            if not path.is_file() or _sha256(path) not in known.get(path.name, ()):
                 warnings.append(f"warning: {path} is damaged or incomplete, passed over")
                 continue
             _check_zip(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(state, dict):
                 raise TypeError
-        except Exception as error:  # torch.load raises pickle, zip, runtime and key errors; all mean: not a checkpoint of ours
+        # torch.load raises pickle, zip, runtime and key errors; all mean: not a checkpoint of ours
+        except Exception as error:
             warnings.append(f"warning: {path} cannot be loaded ({type(error).__name__}), passed over")
             continue
         if state.get("format") != FORMAT:
-            what = f"{path} was written by {state.get('written_by', 'another version')} in format {state.get('format')}"
-            raise UserError(f"{what}, this is ssl_emp {__version__} and reads format {FORMAT}", "resume with the version that wrote it")
+            what = (
+                f"{path} was written by {state.get('written_by', 'another version')} in format "
+                f"{state.get('format')}"
+            )
+            raise UserError(
+                f"{what}, this is ssl_emp {__version__} and reads format {FORMAT}",
+                "resume with the version that wrote it",
+            )
         return state, warnings
     if paths:
-        raise UserError(f"no usable checkpoint among {len(paths)} in {folder}", "start again with another out=DIR")
+        raise UserError(
+            f"no usable checkpoint among {len(paths)} in {folder}", "start again with another out=DIR"
+        )
     return None, warnings

@@ -1,7 +1,8 @@
 """Whether a loaded checkpoint fits the run that is to go on with it: every entry, before any of it is used.
 
-A hash says that a file is as it was written, not by whom. What a checkpoint holds is tensors and plain values; here each has the
-type, the shape and the range that a save of this run could have given it. Letters: N samples, B batch.
+A hash says that a file is as it was written, not by whom. What a checkpoint holds is tensors and plain
+values; here each has the type, the shape and the range that a save of this run could have given it. Letters:
+N samples, B batch.
 """
 
 import math
@@ -15,7 +16,15 @@ from torch import Tensor
 from ssl_emp.errors import UserError
 from ssl_emp.text import shorten
 
-PLAIN = {"epoch": int, "step_in_epoch": int, "step": int, "finished": bool, "fingerprint": str, "bf16": bool, "config": dict}
+PLAIN = {
+    "epoch": int,
+    "step_in_epoch": int,
+    "step": int,
+    "finished": bool,
+    "fingerprint": str,
+    "bf16": bool,
+    "config": dict,
+}
 MAY_BE_INFINITE = ("last", "terms", "score")  # +inf: never scored
 LOWEST = {
     "running_var": 0,
@@ -31,9 +40,13 @@ KEPT = {"SGD": {"momentum_buffer"}, "Lars": {"momentum_buffer"}, "AdamW": {"step
 
 
 def check_plain(state: dict[str, Any], folder: Path) -> None:
-    """Raise UserError unless the entries that a resume looks at first are there and of their types. `folder` is for the message."""
+    """Raise UserError unless the entries that a resume looks at first are there and of their types. `folder`
+    is for the message.
+    """
     for name, kind in PLAIN.items():
-        _raise_first(_of_type(state.get(name), kind, name) if name in state else iter([f"{name} is missing"]), folder)
+        _raise_first(
+            _of_type(state.get(name), kind, name) if name in state else iter([f"{name} is missing"]), folder
+        )
     _raise_first(_config(state["config"], "config", 3), folder)
 
 
@@ -45,14 +58,18 @@ def check_state(
     steps: Sequence[int] | None = None,
     batch_size: int = 0,
 ) -> None:
-    """Raise UserError with the first entry in which a loaded checkpoint does not fit the run, before any of it is used.
+    """Raise UserError with the first entry in which a loaded checkpoint does not fit the run, before any of
+    it is used.
 
     Args:
         state: from `load_checkpoint`.
-        like: what a save would write now. Its dicts "model" and "scores" are compared entry by entry, of the rest names and types.
-        optimizer: of the run, not loaded yet; what is kept for each parameter must be of the parameter's shape.
+        like: what a save would write now. Its dicts "model" and "scores" are compared entry by entry, of
+            the rest names and types.
+        optimizer: of the run, not loaded yet; what is kept for each parameter must be of the parameter's
+            shape.
         folder: for the message.
-        steps, batch_size: batches of every epoch, and samples of a batch; None: the position in the run is not looked at.
+        steps, batch_size: batches of every epoch, and samples of a batch; None: the position in the run
+            is not looked at.
     """
     _raise_first(_misfits(state, like, optimizer, steps, batch_size), folder)
 
@@ -60,13 +77,21 @@ def check_state(
 def _raise_first(problems: Iterator[str], folder: Path) -> None:
     problem = next(problems, None)
     if problem:
-        raise UserError(f"the checkpoint in {folder} does not fit the run: {problem}", "start again with another out=DIR")
+        raise UserError(
+            f"the checkpoint in {folder} does not fit the run: {problem}", "start again with another out=DIR"
+        )
 
 
 def _misfits(
-    state: dict[str, Any], like: dict[str, Any], optimizer: torch.optim.Optimizer, steps: Sequence[int] | None, batch_size: int
+    state: dict[str, Any],
+    like: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    steps: Sequence[int] | None,
+    batch_size: int,
 ) -> Iterator[str]:
-    yield from _names(like, {name: part for name, part in state.items() if name not in ("format", "written_by")}, "")
+    yield from _names(
+        like, {name: part for name, part in state.items() if name not in ("format", "written_by")}, ""
+    )
     for name, kind in PLAIN.items():
         if name in like:
             yield from _of_type(state[name], kind, name)
@@ -100,22 +125,35 @@ def _position(state: dict[str, Any], steps: Sequence[int]) -> Iterator[str]:
     if not 0 <= within <= most:
         yield f"step_in_epoch is {within} of {most}"
     if step != sum(steps[:epoch]) + within:
-        yield f"step is {step} and should be {sum(steps[:epoch]) + within} at step {within} of epoch {epoch + 1}"
+        yield (
+            f"step is {step} and should be {sum(steps[:epoch]) + within} at step {within} of epoch "
+            f"{epoch + 1}"
+        )
     if state["finished"] != (step == sum(steps)):
         yield f"finished is {state['finished']} at step {step} of {sum(steps)}"
 
 
-def _of_the_epoch(state: dict[str, Any], like: dict[str, Any], steps: Sequence[int], batch_size: int) -> Iterator[str]:
-    """What there is only within an epoch: its batches, their weights, norms and what the epoch's diagnosis compares with."""
+def _of_the_epoch(
+    state: dict[str, Any], like: dict[str, Any], steps: Sequence[int], batch_size: int
+) -> Iterator[str]:
+    """What there is only within an epoch: its batches, their weights, norms and what the epoch's diagnosis
+    compares with.
+    """
     scores = like["scores"]
     num_samples = scores["last"].shape[1]
     if not state["step_in_epoch"]:
-        yield from (f"{name} is there between epochs" for name in ("batches", "weight", "norms") if state[name] is not None)
+        yield from (
+            f"{name} is there between epochs"
+            for name in ("batches", "weight", "norms")
+            if state[name] is not None
+        )
         if state["before"] != {}:
             yield "before is there between epochs"
         return
     count = steps[state["epoch"]]
-    yield from _tensor(torch.empty(count, batch_size, dtype=torch.int64, device="meta"), state["batches"], "batches")
+    yield from _tensor(
+        torch.empty(count, batch_size, dtype=torch.int64, device="meta"), state["batches"], "batches"
+    )
     if state["batches"].min() < 0 or state["batches"].max() >= num_samples:
         yield f"batches name samples beyond 0 to {num_samples - 1}"
     if len(state["batches"].unique()) < state["batches"].numel():
@@ -129,7 +167,11 @@ def _of_the_epoch(state: dict[str, Any], like: dict[str, Any], steps: Sequence[i
         yield "norms share memory"  # they are written to one by one
     if not (state["norms"] >= 0).all():  # +inf: a step that was skipped
         yield "norms are below 0 or NaN"
-    known = {"trained_epoch": scores["trained_epoch"], "scored_epoch": scores["scored_epoch"], "score": scores["last"][0]}
+    known = {
+        "trained_epoch": scores["trained_epoch"],
+        "scored_epoch": scores["scored_epoch"],
+        "score": scores["last"][0],
+    }
     if not isinstance(state["before"], dict) or not set(state["before"]) <= set(known):
         yield f"before is {_shown(state['before'])}"
     if state["before"] and not {"trained_epoch", "scored_epoch"} <= set(state["before"]):
@@ -157,7 +199,12 @@ def _tensors(ours: dict[str, Any], theirs: Any, where: str) -> Iterator[str]:
 def _tensor(ours: Any, theirs: Any, name: str) -> Iterator[str]:
     if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
         yield f"{name} is of type {type(theirs).__name__}"
-    elif type(theirs) not in (Tensor, torch.nn.Parameter) or theirs.layout != torch.strided or theirs.is_quantized or theirs.is_meta:
+    elif (
+        type(theirs) not in (Tensor, torch.nn.Parameter)
+        or theirs.layout != torch.strided
+        or theirs.is_quantized
+        or theirs.is_meta
+    ):
         yield f"{name} is no plain tensor"
     elif (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
         yield f"{name} is {theirs.dtype} {tuple(theirs.shape)} and should be {ours.dtype} {tuple(ours.shape)}"
@@ -171,7 +218,11 @@ def _optimizer(optimizer: torch.optim.Optimizer, theirs: Any, step: Any) -> Iter
         yield "optimizer does not hold the groups of parameters that the run has"
     for place, (own, group) in enumerate(zip(own_groups, groups, strict=True)):
         where = f"optimizer.param_groups.{place}"
-        if not isinstance(group, dict) or group.get("params") != own["params"] or any(type(n) is not int for n in group["params"]):
+        if (
+            not isinstance(group, dict)
+            or group.get("params") != own["params"]
+            or any(type(n) is not int for n in group["params"])
+        ):
             yield f"{where} does not hold the parameters that the run has"
         for key, value in own.items():  # another torch has other keys; the run takes its own
             if key in ("lr", "momentum") and key in group:  # these move
@@ -203,17 +254,23 @@ def _said(said: Any) -> Iterator[str]:
     if not isinstance(said, dict):
         yield f"said is of type {type(said).__name__}"
     for kind, entry in said.items():
-        fits = isinstance(kind, str) and isinstance(entry, tuple) and len(entry) == 2 and type(entry[0]) is int
+        fits = (
+            isinstance(kind, str) and isinstance(entry, tuple) and len(entry) == 2 and type(entry[0]) is int
+        )
         if not fits or not isinstance(entry[1], float | int) or math.isnan(entry[1]):
             yield f"said.{_shown(kind)} is {_shown(entry)}"
 
 
 def _config(values: Any, where: str, depth: int) -> Iterator[str]:
-    """Settings as a run saves them: words and numbers in a few levels of sections. They are compared with the run's."""
+    """Settings as a run saves them: words and numbers in a few levels of sections. They are compared with the
+    run's.
+    """
     if isinstance(values, dict) and depth:
         for key, value in values.items():
             yield from (
-                _config(value, f"{where}.{shorten(key)}", depth - 1) if isinstance(key, str) else [f"{where} has a key {_shown(key)}"]
+                _config(value, f"{where}.{shorten(key)}", depth - 1)
+                if isinstance(key, str)
+                else [f"{where} has a key {_shown(key)}"]
             )
     elif isinstance(values, list) and depth:
         for value in values:
@@ -243,5 +300,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message, whatever it is: a tensor or a dict by its type, since printing it might take for ever."""
-    return shorten(repr(value)) if isinstance(value, str | int | float | bool | None) else type(value).__name__
+    """A value in a message, whatever it is: a tensor or a dict by its type, since printing it might take for
+    ever.
+    """
+    return (
+        shorten(repr(value)) if isinstance(value, str | int | float | bool | None) else type(value).__name__
+    )

@@ -13,7 +13,8 @@ _BRANDS = {
 
 
 def image_format(head: bytes) -> str | None:
-    """Pillow's name of the image format that a file or cell begins like: JPEG, PNG, GIF, WEBP, BMP, TIFF, PPM, AVIF or HEIF.
+    """Pillow's name of the image format that a file or cell begins like: JPEG, PNG, GIF, WEBP, BMP, TIFF,
+    PPM, AVIF or HEIF.
 
     Two letters are not enough: text that begins with `BM` or `P1` is text.
     """
@@ -32,7 +33,9 @@ def image_format(head: bytes) -> str | None:
     if _NETPBM.match(head):
         return "PPM"
     if head[4:8] == b"ftyp":
-        brands = [head[8:12], *(head[place : place + 4] for place in range(16, len(head), 4))]  # its own, then those it agrees with
+        # its own, then those it agrees with
+        brands = [head[8:12], *(head[place : place + 4] for place in range(16, len(head), 4))]
         found = [_BRANDS[brand] for brand in brands if brand in _BRANDS]
-        return "AVIF" if "AVIF" in found else next(iter(found), None)  # mif1, which stands for HEIF, is what both agree with
+        # mif1, which stands for HEIF, is what both agree with
+        return "AVIF" if "AVIF" in found else next(iter(found), None)
     return None

@@ -1,4 +1,6 @@
-"""What a person sees and what a run leaves behind: console, train.log, metrics.jsonl, TensorBoard, parquet, environment."""
+"""What a person sees and what a run leaves behind: console, train.log, metrics.jsonl, TensorBoard, parquet,
+environment.
+"""
 
 import errno
 import json
@@ -22,10 +24,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from ssl_emp.checkpoint import cannot_write
 from ssl_emp.device import describe_device
-from ssl_emp.lock import Held
-from ssl_emp.safe_files import LARGE, as_json, check_regular, inner_folder, open_own, read_bytes, replacing, write_atomically
+from ssl_emp.run.checkpoint import cannot_write
+from ssl_emp.run.lock import Held
+from ssl_emp.safe_files import (
+    LARGE,
+    as_json,
+    check_regular,
+    inner_folder,
+    open_own,
+    read_bytes,
+    replacing,
+    write_atomically,
+)
 from ssl_emp.text import printable
 
 Item = TypeVar("Item")
@@ -37,7 +48,8 @@ class _Console(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        with suppress(OSError, ValueError):  # else the interpreter complains of it at exit, with exit code 120
+        # else the interpreter complains of it at exit, with exit code 120
+        with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -55,10 +67,12 @@ class Report:
         self.folder: Path | None = None
         self.held: Held | None = None
         self.writer: Any = None
-        self.early: list[str] = []  # lines of train.log said before there was a folder, or while its disk was full
+        # lines of train.log said before there was a folder, or while its disk was full
+        self.early: list[str] = []
 
     def attach(self, folder: Path, tensorboard: bool, held: Held | None = None) -> None:
-        """From now on write train.log (with what was said so far), metrics.jsonl and TensorBoard events into `folder`.
+        """From now on write train.log (with what was said so far), metrics.jsonl and TensorBoard events into
+        `folder`.
 
         Where it is `held` and was moved or replaced, train.log stays as it is and `metrics` raises RunFailed.
         """
@@ -67,9 +81,12 @@ class Report:
         self.folder, self.held = folder, held
         self._log([])
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # half a second of import, so only where it is asked for
+            from torch.utils.tensorboard import (
+                SummaryWriter,  # half a second of import, so only where it is asked for
+            )
 
-            # the writer opens whatever has the name of its file: nobody can have put a link under one that nobody knows
+            # the writer opens whatever has the name of its file: nobody can have put a link under one that
+            # nobody knows
             self.writer = SummaryWriter(str(folder), filename_suffix=f".{secrets.token_hex(8)}")
 
     def say(self, line: str) -> None:
@@ -126,18 +143,23 @@ class Report:
             for line in read_bytes(path, LARGE).decode("utf-8", "replace").splitlines():
                 try:
                     rows += [line] if json.loads(line)["epoch"] < epoch else []
-                except (ValueError, KeyError, TypeError, RecursionError):  # cut off by a crash: its epoch runs again
+                # cut off by a crash: its epoch runs again
+                except (ValueError, KeyError, TypeError, RecursionError):
                     break
             write_atomically(path, "".join(f"{line}\n" for line in rows).encode())
         self._rewrite_events([json.loads(line) for line in rows], epoch)
 
     def _rewrite_events(self, rows: list[dict[str, Any]], epoch: int) -> None:
-        """Make TensorBoard's points those of metrics.jsonl: each once, none from `epoch` on, and what a crash swallowed again."""
+        """Make TensorBoard's points those of metrics.jsonl: each once, none from `epoch` on, and what a crash
+        swallowed again.
+        """
         assert self.folder is not None
         own = None if self.writer is None else Path(self.writer.file_writer.event_writer._file_name).name
         paths = [path for path in sorted(self.folder.glob("events.out.tfevents.*")) if path.name != own]
         try:
-            times = cut_events(paths, {row["epoch"]: row for row in rows} if self.writer is not None else {}, epoch)
+            times = cut_events(
+                paths, {row["epoch"]: row for row in rows} if self.writer is not None else {}, epoch
+            )
             for row in rows if self.writer is not None else ():
                 for name, value in scalars(row):
                     self.writer.add_scalar(name, value, row["epoch"], times.get(row["epoch"]))
@@ -159,11 +181,18 @@ class Report:
         self._log(lines)
 
     @contextmanager
-    def progress(self, items: Iterable[Item], total: int, label: str, start: int = 0) -> Iterator[Iterator[Item]]:
+    def progress(
+        self, items: Iterable[Item], total: int, label: str, start: int = 0
+    ) -> Iterator[Iterator[Item]]:
         """A bar on a terminal, now and then a plain line elsewhere. It counts steps and never reads a tensor."""
         label = printable(label)
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
             with Progress(*columns, console=self.console, transient=True, refresh_per_second=4) as bar:
                 yield iter(bar.track(items, total=total, completed=start, description=label))
         else:
@@ -210,7 +239,11 @@ def cut_events(paths: list[Path], again: dict[int, dict[str, Any]], epoch: int) 
         events = [Event.FromString(record) for record in RawEventFileLoader(str(path)).Load()]
         kept = []
         for event in events:
-            dropped = [value.tag for value in event.summary.value if event.step >= epoch or value.tag in again.get(event.step, ())]
+            dropped = [
+                value.tag
+                for value in event.summary.value
+                if event.step >= epoch or value.tag in again.get(event.step, ())
+            ]
             if dropped:
                 times.setdefault(event.step, event.wall_time)
             if not event.HasField("summary") or len(dropped) < len(event.summary.value):
@@ -226,7 +259,9 @@ def cut_events(paths: list[Path], again: dict[int, dict[str, Any]], epoch: int) 
 
 
 def _append(path: Path, lines: list[str]) -> None:
-    """Add whole lines to a file: all of them or, where the disk is full, none. A line that a crash cut off is ended first."""
+    """Add whole lines to a file: all of them or, where the disk is full, none. A line that a crash cut off is
+    ended first.
+    """
     if not lines:
         return
     data = "".join(lines).encode(errors="backslashreplace")  # names of files need not be text
@@ -252,7 +287,17 @@ def write_environment(path: Path, device: torch.device) -> None:
         except PackageNotFoundError:
             return None
 
-    packages = ("torch", "torchvision", "lightly", "numpy", "faiss-gpu", "faiss-cpu", "pyarrow", "pillow", "safetensors")
+    packages = (
+        "torch",
+        "torchvision",
+        "lightly",
+        "numpy",
+        "faiss-gpu",
+        "faiss-cpu",
+        "pyarrow",
+        "pillow",
+        "safetensors",
+    )
     environment = {
         "command": sys.argv,
         "device": describe_device(device),
@@ -277,7 +322,9 @@ def write_samples(path: Path, names: list[str], columns: dict[str, Tensor]) -> N
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's rank correlation of two (K,) tensors, a 0-d tensor on their device; 0 where one is constant or K is 0."""
+    """Spearman's rank correlation of two (K,) tensors, a 0-d tensor on their device; 0 where one is constant
+    or K is 0.
+    """
     if len(a) == 0:
         return a.new_zeros((), dtype=torch.float32)
     ranks = torch.stack([a.argsort().argsort(), b.argsort().argsort()]).float()
@@ -291,7 +338,9 @@ def show_progress(label: str) -> Callable[[int, int], None] | None:
     if not sys.stderr.isatty():
         return None
     label = printable(label)
-    return lambda done, total: print(f"\r{label} {done:,} of {total:,}", end="" if done < total else "\n", file=sys.stderr)
+    return lambda done, total: print(
+        f"\r{label} {done:,} of {total:,}", end="" if done < total else "\n", file=sys.stderr
+    )
 
 
 def duration(seconds: float) -> str:

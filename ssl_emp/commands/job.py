@@ -11,9 +11,7 @@ from torch import Tensor
 
 from ssl_emp.augment import Recipe
 from ssl_emp.config import PretrainConfig, PruneConfig
-from ssl_emp.device import describe_device, keep_freed_memory, pick_device
-from ssl_emp.errors import UserError
-from ssl_emp.images import (
+from ssl_emp.data.images import (
     DeviceImages,
     EncodedPixels,
     HostImages,
@@ -25,15 +23,17 @@ from ssl_emp.images import (
     place_images,
     sampled_fingerprint,
 )
-from ssl_emp.label_noise import noisy_labels
+from ssl_emp.data.label_noise import noisy_labels
+from ssl_emp.data.matching import match_labels
+from ssl_emp.device import describe_device, keep_freed_memory, pick_device
+from ssl_emp.errors import UserError
 from ssl_emp.loss import perfect_pair_share
-from ssl_emp.matching import match_labels
 from ssl_emp.model import Encoder, SimCLR, build_encoder
 from ssl_emp.optim import lr_at, one_cycle_lr
 from ssl_emp.policies import RANKING, SCORING, Rule, load_indices
 from ssl_emp.pruning import PrunePlan
-from ssl_emp.ranks import ALONE, Ranks, share_batch_norm
-from ssl_emp.report import Report, show_progress
+from ssl_emp.run.ranks import ALONE, Ranks, share_batch_norm
+from ssl_emp.run.report import Report, show_progress
 from ssl_emp.supervised import Classifier
 
 LEARNED_SHARE = 0.5  # of its softmax: what `learned_share` in metrics.jsonl counts from
@@ -55,10 +55,12 @@ class Job:
     encoder: Encoder
     model: SimCLR | Classifier
     bf16: bool
-    labels: Tensor | None  # (N,) on the device, noise included: what a supervised run trains on, simclr only looks at class balance
+    # (N,) on the device, noise included: what a supervised run trains on, simclr only looks at class balance
+    labels: Tensor | None
     is_noisy: Tensor | None  # (N,) on the device, where labels were made wrong
     test: ImageSet | None  # of a supervised run, for the accuracy of the last epoch
-    fingerprint: dict[str, str | None]  # of all that is trained on: scores belong to positions, so a resume needs the same set
+    # of all that is trained on: scores belong to positions, so a resume needs the same set
+    fingerprint: dict[str, str | None]
     ranks: Ranks = ALONE
 
     @property
@@ -77,8 +79,13 @@ class Job:
     @cached_property
     def curves(self) -> list[tuple[int, int]]:
         """Of each plan, the present one last: the first step that is not run under it, and all its steps."""
-        ends = [(end, self.plan.at(end - 1)) for _, end in self.plan.earlier if end] + [(len(self.steps), self.plan)]
-        return [(sum(self.steps[:end]), plan.total_steps(self.num_samples, self.config.batch_size)) for end, plan in ends]
+        ends = [(end, self.plan.at(end - 1)) for _, end in self.plan.earlier if end] + [
+            (len(self.steps), self.plan)
+        ]
+        return [
+            (sum(self.steps[:end]), plan.total_steps(self.num_samples, self.config.batch_size))
+            for end, plan in ends
+        ]
 
     def planned_steps(self, step: int) -> int:
         """Steps of the plan that `step` is run under: what its learning rate's curve is laid over."""
@@ -89,7 +96,12 @@ class Job:
         optimizer, total = self.config.optimizer, self.planned_steps(step)
         if optimizer.schedule == "onecycle":
             return one_cycle_lr(step, total, optimizer.lr)
-        return lr_at(step, total, round(optimizer.warmup_epochs * (self.num_samples // self.config.batch_size)), optimizer.lr)
+        return lr_at(
+            step,
+            total,
+            round(optimizer.warmup_epochs * (self.num_samples // self.config.batch_size)),
+            optimizer.lr,
+        )
 
     @property
     def full_steps(self) -> int:
@@ -129,7 +141,14 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
     prune = config.prune
     fraction = 0.0 if prune.policy == "none" else prune.fraction
     earlier = tuple((epochs, end) for epochs, end in config.earlier_plans)
-    plan = PrunePlan(config.epochs, fraction, prune.warmup_epochs, prune.anneal_fraction, prune.policy == "shorter", earlier)
+    plan = PrunePlan(
+        config.epochs,
+        fraction,
+        prune.warmup_epochs,
+        prune.anneal_fraction,
+        prune.policy == "shorter",
+        earlier,
+    )
     if num_samples < 2:
         raise UserError(f"{data.source} has {num_samples} image to train on", "give more images")
     steps = plan.epoch_steps(num_samples, config.batch_size)
@@ -137,13 +156,20 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
         fewest = min(plan.kept_count(epoch, num_samples) for epoch in range(config.epochs))
         largest = num_samples // math.ceil(1 / (1 - fraction))
         largest -= largest % ranks.world_size  # each process takes an equal part
-        what = f"an epoch keeps {fewest} of the {num_samples} images in {data.source}, too few for batch_size={config.batch_size}"
+        what = (
+            f"an epoch keeps {fewest} of the {num_samples} images in {data.source}, too few for "
+            f"batch_size={config.batch_size}"
+        )
         raise UserError(
             what,
-            f"set batch_size={largest} or less, or give more images" if largest > 1 else "give more images, or a smaller prune.fraction",
+            f"set batch_size={largest} or less, or give more images"
+            if largest > 1
+            else "give more images, or a smaller prune.fraction",
         )
     subset = load_indices(Path(prune.indices), num_samples) if prune.indices else None
-    needed = max((count * config.batch_size for epoch, count in enumerate(steps) if plan.is_pruned(epoch)), default=0)
+    needed = max(
+        (count * config.batch_size for epoch, count in enumerate(steps) if plan.is_pruned(epoch)), default=0
+    )
     if subset is not None and len(subset) < needed:
         what = f"{prune.indices} names {len(subset)} samples, and a pruned epoch needs {needed}"
         whole = len(subset) // config.batch_size  # batches that they fill, of those of a full epoch
@@ -158,21 +184,30 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
         | {"size": augment["size"] or stored_size}
     )
     if recipe.crop_padding and not recipe.crop_padding < recipe.size == stored_size:
-        what = f"augment.crop_padding={recipe.crop_padding} with images of {stored_size} and views of {recipe.size} pixels"
-        raise UserError(what, "give views the size of the images (data.image_size, augment.size), and less padding than that")
+        what = (
+            f"augment.crop_padding={recipe.crop_padding} with images of {stored_size} and views of "
+            f"{recipe.size} pixels"
+        )
+        raise UserError(
+            what,
+            "give views the size of the images (data.image_size, augment.size), and less padding than that",
+        )
     supervised = config.objective == "supervised"
-    clean = " data.label_noise=0 label_smoothing=0" if data.label_noise or config.label_smoothing else ""  # are for supervised alone
+    # are for supervised alone
+    clean = " data.label_noise=0 label_smoothing=0" if data.label_noise or config.label_smoothing else ""
     if supervised and images.labels is None:
         why = f" ({images.labels_from})" if images.labels_from else ""
         raise UserError(
-            f"objective supervised needs labels, and {data.source} has none{why}", f"label the images, or set objective=simclr{clean}"
+            f"objective supervised needs labels, and {data.source} has none{why}",
+            f"label the images, or set objective=simclr{clean}",
         )
     labels, is_noisy, num_classes = images.labels, None, 0
     if labels is not None:
         num_classes = count_classes(images)
         if supervised and num_classes < 2:
             raise UserError(
-                f"objective supervised needs two classes, {data.source} has {num_classes}", f"give more, or set objective=simclr{clean}"
+                f"objective supervised needs two classes, {data.source} has {num_classes}",
+                f"give more, or set objective=simclr{clean}",
             )
         if data.label_noise:
             labels, is_noisy = noisy_labels(labels, num_classes, data.label_noise, data.subset_seed)
@@ -184,7 +219,14 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
 
     torch.manual_seed(config.seed)
     model_config = config.model
-    encoder = build_encoder(model_config.arch, model_config.width, model_config.stem, recipe.size, config.augment.mean, config.augment.std)
+    encoder = build_encoder(
+        model_config.arch,
+        model_config.width,
+        model_config.stem,
+        recipe.size,
+        config.augment.mean,
+        config.augment.std,
+    )
     hidden = model_config.projection_hidden or encoder.feature_dim
     model: SimCLR | Classifier = SimCLR(encoder, hidden, model_config.projection_dim, tuple(prune.layers))
     if supervised:
@@ -193,7 +235,9 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs miss this form
     share_batch_norm(model, ranks)  # after the move: it depends on where a BatchNorm is
     bf16 = config.precision == "bf16" or (
-        config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        config.precision == "auto"
+        and device.type == "cuda"
+        and torch.cuda.is_bf16_supported(including_emulation=False)
     )
     store = place_images(images.pixels, device)
     rule = Rule(
@@ -230,11 +274,21 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
         ranks,
     )
 
-    where = f"{images.stored}, {'on the device' if isinstance(job.store, DeviceImages) else 'streamed from the host'}"
-    shared = f", {ranks.world_size} processes with {config.batch_size // ranks.world_size} of a batch each" if ranks.world_size > 1 else ""
+    where = (
+        f"{images.stored}, "
+        f"{'on the device' if isinstance(job.store, DeviceImages) else 'streamed from the host'}"
+    )
+    shared = (
+        f", {ranks.world_size} processes with {config.batch_size // ranks.world_size} of a batch each"
+        if ranks.world_size > 1
+        else ""
+    )
     report.say(f"device    {describe_device(device)}, {'bf16 autocast' if bf16 else 'fp32'}{shared}")
     about = [f"{num_samples:,} of {stored_size}x{stored_size} from {data.source}, {where}", images.labelled]
-    about += [f"{len(images.skipped)} unreadable", *([f"not used: {images.not_used}"] if images.unused else [])]
+    about += [
+        f"{len(images.skipped)} unreadable",
+        *([f"not used: {images.not_used}"] if images.unused else []),
+    ]
     report.say(f"images    {'; '.join(about)}")
     for name, reason in images.skipped[:10]:
         report.say(f"          left out: {name} ({reason})")
@@ -243,7 +297,10 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
     for line in (*images.notes, *([images.dim_line] if images.dim else [])):
         report.say(f"          {line}")
     spec = encoder.spec
-    report.say(f"encoder   {spec['arch']}, width {spec['width']}, {spec['stem']} stem, {encoder.feature_dim} features")
+    report.say(
+        f"encoder   {spec['arch']}, width {spec['width']}, {spec['stem']} stem, "
+        f"{encoder.feature_dim} features"
+    )
     kept = "every epoch keeps every sample"
     if plan.shorter and fraction:
         kept = f"every epoch keeps every sample, and there are {len(steps)} of them"
@@ -251,28 +308,47 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
         kept = f"a pruned epoch keeps {1 - fraction:.0%} of the samples by {prune.policy}"
     share = job.total_steps / job.full_steps
     report.say(f"plan      {config.epochs} epochs, batch {config.batch_size}; {kept}")
-    report.say(f"          {job.total_steps:,} steps against {job.full_steps:,} unpruned ({share:.1%}, asked {plan.asked_share():.1%})")
-    if job.total_steps < job.full_steps and rule.scores and not supervised and (said := hard_to_learn(config)):
+    report.say(
+        f"          {job.total_steps:,} steps against {job.full_steps:,} unpruned ({share:.1%}, "
+        f"asked {plan.asked_share():.1%})"
+    )
+    if (
+        job.total_steps < job.full_steps
+        and rule.scores
+        and not supervised
+        and (said := hard_to_learn(config))
+    ):
         report.say(f"note      {said}")
     for line in short_run_lines(job):
         report.say(f"note      {line}")
     if idle := idle_keys(prune):
-        report.say(f"note      without effect, with policy {prune.policy} and scoring {prune.scoring}: {', '.join(idle)}")
+        report.say(
+            f"note      without effect, with policy {prune.policy} and scoring {prune.scoring}: "
+            f"{', '.join(idle)}"
+        )
     return job
 
 
-def what_is_trained_on(images: ImageSet, test: ImageSet | None, subset: Tensor | None, supervised: bool) -> dict[str, str | None]:
-    """Digests (hex) of all that the bits of a run depend on besides its settings, by what a person would have changed.
+def what_is_trained_on(
+    images: ImageSet, test: ImageSet | None, subset: Tensor | None, supervised: bool
+) -> dict[str, str | None]:
+    """Digests (hex) of all that the bits of a run depend on besides its settings, by what a person would have
+    changed.
 
     Where the images lie is no part of it, nor are labels that nothing is trained on.
     """
     content = images.content
-    parts = {"shape": "x".join(map(str, images.pixels.shape)), "names": content["names"], "pixels": content["pixels"]}
+    parts = {
+        "shape": "x".join(map(str, images.pixels.shape)),
+        "names": content["names"],
+        "pixels": content["pixels"],
+    }
     chosen = None if subset is None else hashlib.sha256(subset.numpy().tobytes()).hexdigest()
     as_jpegs = isinstance(images.pixels, EncodedPixels)
     return parts | {
         "kept_as": "jpegs" if as_jpegs else "pixels",
-        "sample": sampled_fingerprint(images),  # compares a set kept as JPEGs with the same one kept as pixels
+        # compares a set kept as JPEGs with the same one kept as pixels
+        "sample": sampled_fingerprint(images),
         "labels": content["labels"] if supervised else None,
         "test": None if test is None else fingerprint(test),
         "indices": chosen,
@@ -285,36 +361,71 @@ def short_run_lines(job: "Job") -> list[str]:
     lines = []
     warmup = optimizer.warmup_epochs * (job.num_samples // config.batch_size)  # steps
     if optimizer.schedule == "cosine" and warmup >= job.total_steps:
-        what = f"optimizer.warmup_epochs={optimizer.warmup_epochs:g} is as long as the run, which ends before the learning rate's peak"
-        lines.append(f"{what}; try optimizer.warmup_epochs={job.total_steps / (job.num_samples // config.batch_size) / 10:.2g}")
+        what = (
+            f"optimizer.warmup_epochs={optimizer.warmup_epochs:g} is as long as the run, which ends "
+            "before the learning rate's peak"
+        )
+        lines.append(
+            f"{what}; try "
+            f"optimizer.warmup_epochs={job.total_steps / (job.num_samples // config.batch_size) / 10:.2g}"
+        )
     elif optimizer.schedule == "cosine" and warmup > job.total_steps / 2:
-        lines.append(f"the learning rate rises over {warmup / job.total_steps:.0%} of the run, by optimizer.warmup_epochs")
+        lines.append(
+            f"the learning rate rises over {warmup / job.total_steps:.0%} of the run, by "
+            "optimizer.warmup_epochs"
+        )
     if job.plan.prune_fraction and not job.plan.shorter and job.total_steps == job.full_steps:
         annealing = round(prune.anneal_fraction * epochs)
-        what = f"nothing is pruned: prune.warmup_epochs={prune.warmup_epochs} and prune.anneal_fraction={prune.anneal_fraction:g}"
-        enough = next((n for n in range(epochs + 1, 10**4) if prune.warmup_epochs < n - round(prune.anneal_fraction * n)), None)
+        what = (
+            f"nothing is pruned: prune.warmup_epochs={prune.warmup_epochs} and "
+            f"prune.anneal_fraction={prune.anneal_fraction:g}"
+        )
+        enough = next(
+            (
+                n
+                for n in range(epochs + 1, 10**4)
+                if prune.warmup_epochs < n - round(prune.anneal_fraction * n)
+            ),
+            None,
+        )
         turn = "lower prune.anneal_fraction" if enough is None else f"set epochs={enough} or more"
         if any(job.plan.is_pruned(epoch) for epoch in range(epochs)):
-            what, turn = f"nothing is pruned: prune.fraction={prune.fraction:g} of {job.steps[0]} batches is none", "raise prune.fraction"
+            what, turn = (
+                f"nothing is pruned: prune.fraction={prune.fraction:g} of {job.steps[0]} batches is none",
+                "raise prune.fraction",
+            )
         else:
-            what += f" ({'1 epoch' if annealing == 1 else f'{annealing} epochs'}) keep every sample in all {epochs}"
+            what += (
+                f" ({'1 epoch' if annealing == 1 else f'{annealing} epochs'}) keep every sample in "
+                f"all {epochs}"
+            )
         lines.append(f"{what}; {turn}")
     return lines
 
 
 def hard_to_learn(config: PretrainConfig) -> str:
-    """A line where temperature and batch let no pair be learned, so that a choice of samples has little to leave out; else empty."""
+    """A line where temperature and batch let no pair be learned, so that a choice of samples has little to
+    leave out; else empty.
+    """
     share = perfect_pair_share(config.batch_size, config.temperature)
     if share >= LEARNED_SHARE:
         return ""
     negatives = 2 * config.batch_size - 2
     low = 1 / math.log(negatives * EASILY_LEARNED / (1 - EASILY_LEARNED))
-    why = f"no pair is ever learned (a perfect one has {share:.0%} of its softmax), so a choice has little to leave out"
-    return f"at temperature {config.temperature:g} and batch {config.batch_size} {why}; try temperature={low:.2f}"
+    why = (
+        f"no pair is ever learned (a perfect one has {share:.0%} of its softmax), so a choice has "
+        "little to leave out"
+    )
+    return (
+        f"at temperature {config.temperature:g} and batch {config.batch_size} {why}; try "
+        f"temperature={low:.2f}"
+    )
 
 
 def idle_keys(prune: PruneConfig) -> list[str]:
-    """Keys of `prune` that were changed from their defaults and have no say in what a run with these settings keeps or weighs."""
+    """Keys of `prune` that were changed from their defaults and have no say in what a run with these settings
+    keeps or weighs.
+    """
     ranks, scores = prune.policy in RANKING, prune.policy in SCORING
     rescores = scores and prune.scoring != "stale"
     counts = {
@@ -328,11 +439,17 @@ def idle_keys(prune: PruneConfig) -> list[str]:
         "confidence": prune.policy == "ucb",
         "rescale": prune.policy not in ("infobatch", "shorter", "none"),
     }
-    return [f"prune.{key}" for key, heard in counts.items() if not heard and getattr(prune, key) != PruneConfig.model_fields[key].default]
+    return [
+        f"prune.{key}"
+        for key, heard in counts.items()
+        if not heard and getattr(prune, key) != PruneConfig.model_fields[key].default
+    ]
 
 
 def load_test(config: PretrainConfig, train: ImageSet, image_size: int, report: Report) -> ImageSet | None:
-    """The test split with labels numbered as in train, before the run and not after hours of it; None where there is none."""
+    """The test split with labels numbered as in train, before the run and not after hours of it; None where
+    there is none.
+    """
     data = config.data
     try:
         test = load_test_images(

@@ -1,4 +1,6 @@
-"""The command that comes after a run: one that works on the data of this run, whatever labels and splits it has."""
+"""The command that comes after a run: one that works on the data of this run, whatever labels and splits it
+has.
+"""
 
 import os
 from contextlib import suppress
@@ -7,19 +9,33 @@ from pathlib import Path
 import torch
 
 from ssl_emp.config import PretrainConfig
+from ssl_emp.data.holdout import held_out_rows
+from ssl_emp.data.images import ImageSet, NoSplit, find_split
+from ssl_emp.data.matching import match_labels
 from ssl_emp.errors import UserError
-from ssl_emp.holdout import held_out_rows
-from ssl_emp.images import ImageSet, NoSplit, find_split
-from ssl_emp.matching import match_labels
 from ssl_emp.text import quoted
 
 HOLDOUT = 0.2
 NEIGHBORS = 20  # the default of knn.num_neighbors
-WORDS = ("random", "pixels", "knn", "linear", "fewshot", "finetune", "diagnose", "embed", "transfer", "predict")  # of evaluate.py
+# of evaluate.py
+WORDS = (
+    "random",
+    "pixels",
+    "knn",
+    "linear",
+    "fewshot",
+    "finetune",
+    "diagnose",
+    "embed",
+    "transfer",
+    "predict",
+)
 
 
 def next_command(out: Path, config: PretrainConfig) -> str:
-    """`python evaluate.py RUN ...`: without labels what needs none, without a test split a part of the train images held out."""
+    """`python evaluate.py RUN ...`: without labels what needs none, without a test split a part of the train
+    images held out.
+    """
     words = "diagnose embed"
     with suppress(Exception):  # the images are gone, or damaged by now: what was trained is no worse for it
         words = _words(config) or words
@@ -43,7 +59,8 @@ def _words(config: PretrainConfig) -> str | None:
         match_labels(train, test)
     except NoSplit:
         held = held_out_rows(labels, train.names, HOLDOUT, config.data.subset_seed)
-        if config.objective == "supervised" or not held.any():  # it was trained with the labels of all of them
+        # it was trained with the labels of all of them
+        if config.objective == "supervised" or not held.any():
             return None
         labels, more = labels[~held], f" data.holdout={HOLDOUT:g}"
     except UserError:  # other classes than those of train

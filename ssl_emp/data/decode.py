@@ -1,4 +1,5 @@
-"""Encoded images -> RGB uint8 of one square size, in a thread a core; and back to JPEG for the encoded store."""
+"""Encoded images -> RGB uint8 of one square size, in a thread a core; and back to JPEG for the encoded store.
+"""
 
 import functools
 import io
@@ -31,7 +32,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *MORE)
 MAX_PIXELS = 50_000_000  # of an image, unless another limit is given: 200 MB in each thread that decodes
 RUN = 32  # images a thread takes at a time
 
-# how decoders turn an image that was stored in this EXIF orientation, and whether what was right, or below, is then left, or above
+# how decoders turn an image that was stored in this EXIF orientation, and whether what was right, or below,
+# is then left, or above
 EXIF_ORIENTATION = 0x0112
 TURNS = {
     2: (Image.Transpose.FLIP_LEFT_RIGHT, True, False),
@@ -43,13 +45,17 @@ TURNS = {
     8: (Image.Transpose.ROTATE_90, False, True),
 }
 
-# Bounds of work. What they leave out was made to keep a decoder busy: files of cameras and editors are far below them.
+# Bounds of work. What they leave out was made to keep a decoder busy: files of cameras and editors are far
+# below them.
 UNMETERED = 1 << 15  # bytes of a file that cannot make much work, whatever it holds
-FREE_READS = 20_000  # reads of any file, of a microsecond of Pillow's Python each; and one more for every READ_BYTES
+# reads of any file, of a microsecond of Pillow's Python each; and one more for every READ_BYTES
+FREE_READS = 20_000
 READ_BYTES = 256
 TIMES_READ = 8  # so often the bytes of a file may be read, all in all
-HEADER_BYTES = 1 << 24  # of a JPEG before its pixels; Pillow joins the parts of EXIF by copying what it has for each
-MOST_SCANS = 100  # of a JPEG: a progressive one has about ten, of CMYK 18, and each costs a pass over all pixels
+# of a JPEG before its pixels; Pillow joins the parts of EXIF by copying what it has for each
+HEADER_BYTES = 1 << 24
+# of a JPEG: a progressive one has about ten, of CMYK 18, and each costs a pass over all pixels
+MOST_SCANS = 100
 SCANS_AT_MOST_PIXELS = 24  # of one with max_pixels pixels; the smaller ones may have more, for the same work
 MOST_STRIPS = 1 << 18  # of a TIFF
 MOST_NUMBERS, MOST_BITS = 1 << 22, 1 << 24  # of a PNM written as text, which Pillow reads one by one
@@ -57,18 +63,22 @@ MOST_NUMBERS, MOST_BITS = 1 << 22, 1 << 24  # of a PNM written as text, which Pi
 PLANAR, SIGNED = 2, 2  # in a TIFF's tags PlanarConfiguration and SampleFormat
 TIFF_JPEG = (6, 7)  # in Compression
 WHITE_IS_ZERO, YCBCR = 0, 6  # in PhotometricInterpretation
-END_OF_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # a marker of a JPEG that has a length, or is the last
+# a marker of a JPEG that has a length, or is the last
+END_OF_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 
-Encoded = str | bytes | np.ndarray | None  # path, file content, (H, W) or (H, W, 3) uint8 pixels, or a null in a table
+# path, file content, (H, W) or (H, W, 3) uint8 pixels, or a null in a table
+Encoded = str | bytes | np.ndarray | None
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 T = TypeVar("T")
 
 
-# ---------------------------------------------------------------------------------------------------------- opening
+# ----------------------------------------------------------------------------------------------------------
+# opening
 
 
 class _Limits:
-    """The limits that threads have asked for and not given back; Pillow has only one, for the whole process."""
+    """The limits that threads have asked for and not given back; Pillow has only one, for the whole process.
+    """
 
     lock = threading.Lock()
     active: list[int] = []
@@ -78,9 +88,11 @@ class _Limits:
 
 @contextmanager
 def pillow_limits(max_pixels: int) -> Iterator[None]:
-    """Pillow's own bomb check (also of inner frames) at our limit, as an error; its chatter about odd files off.
+    """Pillow's own bomb check (also of inner frames) at our limit, as an error; its chatter about odd files
+    off.
 
-    Threads may be in it together; Pillow then has the largest of their limits. `opened` holds each to its own.
+    Threads may be in it together; Pillow then has the largest of their limits. `opened` holds each to its
+    own.
     """
     with _Limits.lock:
         if not _Limits.active:
@@ -101,7 +113,9 @@ def pillow_limits(max_pixels: int) -> Iterator[None]:
 
 
 class _Meter:
-    """What may still be read of a file. Pillow walks over chunks, markers, tags and frames in Python, as many as there are."""
+    """What may still be read of a file. Pillow walks over chunks, markers, tags and frames in Python, as many
+    as there are.
+    """
 
     def __init__(self, size: int, is_jpeg: bool) -> None:
         self.reads = FREE_READS + size // READ_BYTES
@@ -172,7 +186,9 @@ def opened(encoded: Encoded, max_pixels: int) -> Iterator[Image.Image]:
 
 
 def _stream(encoded: str | bytes) -> io.BufferedReader | io.BytesIO:
-    """Of a file or its content, to be read by Pillow; metered unless it is too small for any harm: that costs 40 microseconds."""
+    """Of a file or its content, to be read by Pillow; metered unless it is too small for any harm: that costs
+    40 microseconds.
+    """
     if isinstance(encoded, bytes):
         size = len(encoded)
         stream: io.BufferedReader | io.BytesIO = (_MeteredBytes if size > UNMETERED else io.BytesIO)(encoded)
@@ -188,7 +204,9 @@ def _stream(encoded: str | bytes) -> io.BufferedReader | io.BytesIO:
 
 
 def _check_strips(stream: io.BufferedReader | io.BytesIO) -> None:
-    """Raises ValueError where the first page of a TIFF lies in more pieces than an image has: Pillow lists all of them."""
+    """Raises ValueError where the first page of a TIFF lies in more pieces than an image has: Pillow lists
+    all of them.
+    """
     stream.seek(0)
     head = stream.read(16)
     order = "<" if head[:2] == b"II" else ">"
@@ -202,11 +220,13 @@ def _check_strips(stream: io.BufferedReader | io.BytesIO) -> None:
         entry = struct.Struct(order + ("HHQQ" if is_big else "HHII"))
         tags = stream.read(entry.size * min(num_tags, 1 << 16))
         for number, _, count, _ in entry.iter_unpack(tags[: len(tags) // entry.size * entry.size]):
-            if number in (273, 279, 324, 325) and count > MOST_STRIPS:  # where strips and tiles begin, and how long they are
+            # where strips and tiles begin, and how long they are
+            if number in (273, 279, 324, 325) and count > MOST_STRIPS:
                 raise ValueError(f"a TIFF in {count:,} strips or tiles, at most {MOST_STRIPS:,} are read")
 
 
-# --------------------------------------------------------------------------------------------------------- decoding
+# ---------------------------------------------------------------------------------------------------------
+# decoding
 
 
 def decode(encoded: Encoded, size: int, max_pixels: int, when_dim: Callable[[], None] | None = None) -> np.ndarray:
@@ -219,12 +239,15 @@ def decode(encoded: Encoded, size: int, max_pixels: int, when_dim: Callable[[], 
 
 
 def decode_any(image: Encoded | Image.Image, size: int, max_pixels: int) -> np.ndarray:
-    """`decode`, also of an image that Pillow has opened: the same pixels as of its file, unless it was decoded before."""
+    """`decode`, also of an image that Pillow has opened: the same pixels as of its file, unless it was
+    decoded before.
+    """
     if not isinstance(image, Image.Image):
         return decode(image, size, max_pixels)
     stream = getattr(image, "fp", None)
     if stream is not None and getattr(image, "tile", None):
-        if image.tell():  # another frame than the first: decoded in full, and the caller's image is left as it is
+        # another frame than the first: decoded in full, and the caller's image is left as it is
+        if image.tell():
             image = image.copy()
         else:
             here = stream.tell()
@@ -236,14 +259,17 @@ def decode_any(image: Encoded | Image.Image, size: int, max_pixels: int) -> np.n
 
 
 def to_jpeg(encoded: Encoded, size: int, max_pixels: int, quality: int, when_dim: Callable[[], None] | None = None) -> bytes:
-    """What `decode` gives, as a JPEG without chroma subsampling; an upright RGB JPEG of that size is taken byte for byte."""
+    """What `decode` gives, as a JPEG without chroma subsampling; an upright RGB JPEG of that size is taken
+    byte for byte.
+    """
     with opened(encoded, max_pixels) as image:
         fits = image.format == "JPEG" and image.mode == "RGB" and image.size == (size, size)
         pixels = fit(image, size, max_pixels, when_dim)
     if fits:
         assert isinstance(encoded, str | bytes)
         content = Path(encoded).read_bytes() if isinstance(encoded, str) else encoded
-        # decoded once more, as the store will: what EXIF turns, or Pillow repairs and others do not, is encoded anew
+        # decoded once more, as the store will: what EXIF turns, or Pillow repairs and others do not, is
+        # encoded anew
         if np.array_equal(decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8)), pixels.transpose(2, 0, 1)):
             return content
     stream = io.BytesIO()
@@ -254,8 +280,9 @@ def to_jpeg(encoded: Encoded, size: int, max_pixels: int, quality: int, when_dim
 def decode_jpeg(record: Tensor) -> np.ndarray:
     """(L,) uint8 bytes of a JPEG -> (3, H, W) uint8, a view. Raises OSError or RuntimeError on damaged bytes.
 
-    By torchvision, else by Pillow; both use libjpeg-turbo and give the same pixels. Measured on one core, with the change of
-    layout: 64 px 94 against 182 microseconds, 256 px 469 against 588; torchcodec takes as long as torchvision (89 and 471).
+    By torchvision, else by Pillow; both use libjpeg-turbo and give the same pixels. Measured on one core,
+    with the change of layout: 64 px 94 against 182 microseconds, 256 px 469 against 588; torchcodec takes as
+    long as torchvision (89 and 471).
     """
     return _jpeg_decoder()(record)
 
@@ -280,10 +307,13 @@ def _decode_with_pillow(record: Tensor) -> np.ndarray:
 
 
 def fit(image: Image.Image, size: int, max_pixels: int, when_dim: Callable[[], None] | None = None) -> np.ndarray:
-    """(size, size, 3) uint8: the short side scaled to size, then the centre cut out. Arguments as for `decode`."""
+    """(size, size, 3) uint8: the short side scaled to size, then the centre cut out. Arguments as for
+    `decode`.
+    """
     _check_scans(image, max_pixels)
-    # large JPEGs decode at 1/2, 1/4 or 1/8: several times faster; nothing happens to the rest. The reduced image is rounded up to
-    # whole pixels, so its last column and row stand for less than the others: the box says where the image really ends
+    # large JPEGs decode at 1/2, 1/4 or 1/8: several times faster; nothing happens to the rest. The reduced
+    # image is rounded up to whole pixels, so its last column and row stand for less than the others: the box
+    # says where the image really ends
     least = 2 * size * _colour_spread(image)
     drafted = image.draft(None, (least, least))
     rgb, is_dim = _decode_whole(image)
@@ -305,11 +335,14 @@ def fit(image: Image.Image, size: int, max_pixels: int, when_dim: Callable[[], N
 
 
 def _colour_spread(image: Image.Image) -> int:
-    """Pixels that share a colour where a JPEG is decoded at a reduced size: 1, but 2 for 4:2:2 and 4 for 4:1:1.
+    """Pixels that share a colour where a JPEG is decoded at a reduced size: 1, but 2 for 4:2:2 and 4 for
+    4:1:1.
 
-    What has fewer colours across than down keeps fewer of them across also there: libjpeg reduces both alike, and 4:2:0 to none.
+    What has fewer colours across than down keeps fewer of them across also there: libjpeg reduces both alike,
+    and 4:2:0 to none.
     """
-    layer = getattr(image, "layer", None)  # (component, across, down, table) of each channel, as often as the largest has
+    # (component, across, down, table) of each channel, as often as the largest has
+    layer = getattr(image, "layer", None)
     if not isinstance(layer, list) or not layer:
         return 1
     across, down = ([max(1, component[place]) for component in layer] for place in (1, 2))
@@ -318,7 +351,9 @@ def _colour_spread(image: Image.Image) -> int:
 
 
 def _decode_whole(image: Image.Image) -> tuple[Image.Image, bool]:
-    """The image as RGB, not turned yet, and whether it is dim. In full: a header and even verify() pass for half a JPEG."""
+    """The image as RGB, not turned yet, and whether it is dim. In full: a header and even verify() pass for
+    half a JPEG.
+    """
     raw_mode = ""  # how the pixels lie in the file
     if isinstance(image, ImageFile.ImageFile) and image.tile:
         codec, _, offset, args = image.tile[0]
@@ -338,7 +373,9 @@ def _decode_whole(image: Image.Image) -> tuple[Image.Image, bool]:
 
 
 def _check_scans(image: Image.Image, max_pixels: int) -> None:
-    """Raises ValueError where a JPEG, or a TIFF of JPEGs, has so many scans that they take far longer to decode than its pixels do."""
+    """Raises ValueError where a JPEG, or a TIFF of JPEGs, has so many scans that they take far longer to
+    decode than its pixels do.
+    """
     pieces = 1
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         if image.tag_v2.get(TiffImagePlugin.COMPRESSION) not in TIFF_JPEG:
@@ -356,7 +393,8 @@ def _check_scans(image: Image.Image, max_pixels: int) -> None:
     while found <= most and (block := stream.read(1 << 20)):
         found += (end + block).count(b"\xff\xda")
         end = block[-1:]
-    if found > most and image.format != "TIFF":  # thumbnails, comments and further images count there too: look closely
+    # thumbnails, comments and further images count there too: look closely
+    if found > most and image.format != "TIFF":
         stream.seek(0)
         found = count_scans(stream.read())
     if found > most:
@@ -390,7 +428,9 @@ def _check_layout(image: TiffImagePlugin.TiffImageFile, raw_mode: str) -> None:
 
 
 def _netpbm(image: ImageFile.ImageFile, offset: int, largest: int) -> Image.Image:
-    """A binary PGM or PPM with any largest value, which Pillow reads pixel by pixel in Python: the same pixels, by a table."""
+    """A binary PGM or PPM with any largest value, which Pillow reads pixel by pixel in Python: the same
+    pixels, by a table.
+    """
     count = image.width * image.height * len(image.getbands())
     in_file = np.dtype(">u2" if largest > 255 else "u1")
     top, kind = (65535, np.uint16) if image.mode == "I" else (255, np.uint8)
@@ -405,11 +445,13 @@ def _netpbm(image: ImageFile.ImageFile, offset: int, largest: int) -> Image.Imag
 
 def _to_rgb(image: Image.Image, raw_mode: str) -> tuple[Image.Image, bool]:
     """The image as RGB, and whether it is dim: 16 bits a channel, of which it uses less than a tenth."""
-    # convert() would clip: every value above 255 white. PGM, and PNG in older Pillow, hold their 16 bits in mode I
+    # convert() would clip: every value above 255 white. PGM, and PNG in older Pillow, hold their 16 bits in
+    # mode I
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.uint32)
         tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-        if tags.get(TiffImagePlugin.BITSPERSAMPLE) == (12,):  # packed: the only other depth that a file can declare
+        # packed: the only other depth that a file can declare
+        if tags.get(TiffImagePlugin.BITSPERSAMPLE) == (12,):
             return Image.fromarray(((values * 255 + 2047) // 4095).astype(np.uint8)).convert("RGB"), False
         is_dim = 10 * int(values.max()) < 65535
         if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
@@ -422,7 +464,8 @@ def _to_rgb(image: Image.Image, raw_mode: str) -> tuple[Image.Image, bool]:
         raise ValueError(f"signed or 32-bit pixels (mode {image.mode}) have no known range")
     is_deep = ";16" in raw_mode and image.mode in ("RGB", "RGBA")
     is_dim = is_deep and 10 * max(high for _, high in image.getextrema()[:3]) < 255  # type: ignore[misc]  # pairs: it has bands
-    if image.format == "PNG" and "transparency" in image.info:  # as in the file, while the pixels are stretched to 8 bits
+    # as in the file, while the pixels are stretched to 8 bits
+    if image.format == "PNG" and "transparency" in image.info:
         if raw_mode == "RGB;16B":
             raise ValueError("transparent where a 16-bit colour is met, which 8 bits cannot tell")
         if raw_mode in ("L;2", "L;4"):
@@ -442,7 +485,9 @@ def cores() -> int:
 
 
 def map_runs(work: Callable[[int, list[Encoded]], T], images: Iterator[Encoded], count: int) -> Generator[T, None, None]:
-    """Yield work(first, run) in order for the `count` images in runs; in a thread a core, as decoders release the GIL."""
+    """Yield work(first, run) in order for the `count` images in runs; in a thread a core, as decoders release
+    the GIL.
+    """
     workers = min(32, cores())
     pending: deque[Future[T]] = deque()
     submitted = 0

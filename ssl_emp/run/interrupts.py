@@ -1,4 +1,6 @@
-"""Signals that end a command, as an exception: what was done is kept, and the exit code is 128 + the signal's number."""
+"""Signals that end a command, as an exception: what was done is kept, and the exit code is 128 + the signal's
+number.
+"""
 
 import signal
 import threading
@@ -16,10 +18,11 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupts:
-    """In its context SIGTERM, SIGINT and SIGHUP raise `Stopped`, but not while `held()`. A second one ends the process at once.
+    """In its context SIGTERM, SIGINT and SIGHUP raise `Stopped`, but not while `held()`. A second one ends
+    the process at once.
 
-    What is ignored stays so: nohup ignores SIGHUP, and a shell SIGINT for what it runs in the background. Only the main thread gets
-    signals; in another one this does nothing.
+    What is ignored stays so: nohup ignores SIGHUP, and a shell SIGINT for what it runs in the background.
+    Only the main thread gets signals; in another one this does nothing.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -31,7 +34,9 @@ class Interrupts:
         self._before = {}
         if threading.current_thread() is threading.main_thread():
             found = {number: signal.getsignal(number) for number in self.SIGNALS}
-            self._before = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
+            self._before = {
+                number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)
+            }
         for number in self._before:
             signal.signal(number, self._note)
         return self

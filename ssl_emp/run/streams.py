@@ -1,6 +1,8 @@
-"""Standard output and error may be closed, full, in ASCII, or left by their reader: showing something never ends the work.
+"""Standard output and error may be closed, full, in ASCII, or left by their reader: showing something never
+ends the work.
 
-What is closed leads to the null device, what an encoding lacks is escaped, and a stream that failed once is not tried again.
+What is closed leads to the null device, what an encoding lacks is escaped, and a stream that failed once is
+not tried again.
 """
 
 import io
@@ -15,7 +17,8 @@ Stream = Literal["stdout", "stderr"]
 def prepare_streams(errors: str = "backslashreplace") -> None:
     """Call first in a command, before any file is opened.
 
-    A closed descriptor would be given to the next file that is opened, and what a library complains of would be written into it.
+    A closed descriptor would be given to the next file that is opened, and what a library complains of would
+    be written into it.
 
     Args:
         errors: what becomes of a letter that the stream's encoding lacks; the default leaves names readable.
@@ -37,12 +40,16 @@ def prepare_streams(errors: str = "backslashreplace") -> None:
 
 
 def is_shown(name: Stream) -> bool:
-    """False where the stream was closed when the program started; one that is sent to the null device on purpose counts as shown."""
+    """False where the stream was closed when the program started; one that is sent to the null device on
+    purpose counts as shown.
+    """
     return getattr(sys, name) is not None and getattr(sys, f"__{name}__") is not None
 
 
 def put(name: Stream, text: str) -> OSError | None:
-    """Write a text and flush it. Where that fails, the error is given back, and the stream leads to the null device from now on."""
+    """Write a text and flush it. Where that fails, the error is given back, and the stream leads to the null
+    device from now on.
+    """
     stream = getattr(sys, name)
     if stream is None:
         return None
@@ -58,7 +65,9 @@ def put(name: Stream, text: str) -> OSError | None:
 
 
 def abandon(stream: TextIO) -> None:
-    """Send what is left in its buffer to the null device: the interpreter would complain of it at exit, with exit code 120."""
+    """Send what is left in its buffer to the null device: the interpreter would complain of it at exit, with
+    exit code 120.
+    """
     with suppress(OSError, ValueError):
         opened = os.open(os.devnull, os.O_WRONLY)
         os.dup2(opened, stream.fileno())

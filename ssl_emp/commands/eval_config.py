@@ -5,7 +5,16 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from ssl_emp.config import LARGEST_BATCH, MOST_EPOCHS, DataConfig, ModelConfig, Patience, Place, Section, apply_override
+from ssl_emp.config import (
+    LARGEST_BATCH,
+    MOST_EPOCHS,
+    DataConfig,
+    ModelConfig,
+    Patience,
+    Place,
+    Section,
+    apply_override,
+)
 from ssl_emp.errors import UserError
 
 Checked = TypeVar("Checked", bound=Section)
@@ -18,7 +27,8 @@ def as_list(value: Any) -> Any:
 
 
 class KnnConfig(Section):
-    num_neighbors: Annotated[list[Count], Field(min_length=1), BeforeValidator(as_list)] = [20]  # one, or several from one search
+    # one, or several from one search
+    num_neighbors: Annotated[list[Count], Field(min_length=1), BeforeValidator(as_list)] = [20]
     temperature: Annotated[float, Field(ge=0.001, le=1000)] | None = 0.1  # null: every neighbour has one vote
     backend: Literal["auto", "faiss", "torch"] = "auto"
 
@@ -29,7 +39,8 @@ class LinearConfig(Section):
     max_iter: Count = 1000  # lbfgs: steps a fit
     precision: Literal["float32", "float64"] = "float32"  # lbfgs
     epochs: Count | None = None  # null: 100 for cached, 90 for augmented
-    save: bool = False  # keep the classifier, for `evaluate.py predict`, in classifier-linear/ beside the rows
+    # keep the classifier, for `evaluate.py predict`, in classifier-linear/ beside the rows
+    save: bool = False
 
 
 class FewshotConfig(Section):
@@ -42,9 +53,9 @@ class FewshotConfig(Section):
 
 class FinetuneConfig(Section):
     epochs: Count = 30
-    lr: Annotated[list[Annotated[float, Field(gt=0, le=1e6)]], Field(min_length=1), BeforeValidator(as_list)] = [
-        0.05
-    ]  # for 256 images a step; several: chosen on a held-out part of train
+    lr: Annotated[
+        list[Annotated[float, Field(gt=0, le=1e6)]], Field(min_length=1), BeforeValidator(as_list)
+    ] = [0.05]  # for 256 images a step; several: chosen on a held-out part of train
     weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.0
     batch_size: Annotated[int, Field(ge=4, le=LARGEST_BATCH)] = 256
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -52,11 +63,13 @@ class FinetuneConfig(Section):
     warmup_epochs: Annotated[float, Field(ge=0, le=MOST_EPOCHS)] = 0.0
     bf16: bool = False
     val_fraction: Share = 0.2
-    save: bool = False  # keep the classifier, for `evaluate.py predict`, in classifier-finetune/ beside the rows
+    # keep the classifier, for `evaluate.py predict`, in classifier-finetune/ beside the rows
+    save: bool = False
 
 
 class DiagnoseConfig(Section):
-    split: Literal["test", "train"] = "test"  # a run's train split has scores and times trained beside its embeddings
+    # a run's train split has scores and times trained beside its embeddings
+    split: Literal["test", "train"] = "test"
     max_samples: Annotated[int, Field(ge=2, le=50_000)] = 10_000
     num_queries: Annotated[int, Field(ge=1, le=64)] = 8
     num_neighbors: Annotated[int, Field(ge=1, le=20)] = 8
@@ -82,12 +95,15 @@ class EvalConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # initialises `random`, draws what is held out
     device: str = "auto"
     batch_size: Count = 256
-    timeout_seconds: Patience = 600.0  # of several processes: how long one may give no sign of life before the others end
+    # of several processes: how long one may give no sign of life before the others end
+    timeout_seconds: Patience = 600.0
     cache_dir: Place | None = ".cache/ssl_emp/features"  # null: features are not kept
 
 
 def parse_overrides(overrides: list[str], settings: type[Section] = EvalConfig) -> dict[str, Any]:
-    """`["knn.num_neighbors=5", "seed=1"]` -> `{"knn": {"num_neighbors": 5}, "seed": 1}`; an unknown key is a UserError."""
+    """`["knn.num_neighbors=5", "seed=1"]` -> `{"knn": {"num_neighbors": 5}, "seed": 1}`; an unknown key is a
+    UserError.
+    """
     known: list[str] = []
     for name, field in settings.model_fields.items():
         section = getattr(field.annotation, "model_fields", None)
@@ -97,7 +113,10 @@ def parse_overrides(overrides: list[str], settings: type[Section] = EvalConfig) 
         key = override.partition("=")[0]
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            raise UserError(f"unknown key {key!r}", f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}")
+            raise UserError(
+                f"unknown key {key!r}",
+                f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}",
+            )
         apply_override(settings, values, override)
     return values
 
@@ -109,4 +128,6 @@ def check(section: type[Checked], values: Any, where: str) -> Checked:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(part for part in first["loc"] if isinstance(part, str))  # not the place in a list
-        raise UserError(f"{key}: {first['msg']} (is {str(first['input'])[:60]!r}), in {where}", f"correct {key}") from error
+        raise UserError(
+            f"{key}: {first['msg']} (is {str(first['input'])[:60]!r}), in {where}", f"correct {key}"
+        ) from error

@@ -1,6 +1,7 @@
 """`python evaluate.py predict CLASSIFIER IMAGES`: a kept classifier -> the class of every image, as CSV.
 
-Images are decoded, classified and written a batch at a time: there may be any number of them, with labels or without.
+Images are decoded, classified and written a batch at a time: there may be any number of them, with labels or
+without.
 """
 
 import argparse
@@ -19,16 +20,16 @@ import torch
 from pydantic import Field
 
 from ssl_emp.classifier import Classifier, load_classifier
+from ssl_emp.commands.eval_config import Count, check, parse_overrides
 from ssl_emp.config import LARGEST_BATCH, Section
-from ssl_emp.decode import MAX_PIXELS, pillow_limits
+from ssl_emp.data.decode import MAX_PIXELS, pillow_limits
+from ssl_emp.data.images import Source, find_images
+from ssl_emp.data.stores import decode_into
 from ssl_emp.device import pick_device
 from ssl_emp.errors import Parser, UserError, path_argument, printable
-from ssl_emp.eval_config import Count, check, parse_overrides
-from ssl_emp.images import Source, find_images
-from ssl_emp.report import show_progress
+from ssl_emp.run.report import show_progress
+from ssl_emp.run.streams import put
 from ssl_emp.safe_files import replacing
-from ssl_emp.stores import decode_into
-from ssl_emp.streams import put
 
 USAGE = "python evaluate.py predict CLASSIFIER IMAGES [IMAGES ...] [key=value ...] [--out FILE]"
 DESCRIPTION = """Say of every image which class it is, by a classifier that finetune.save=true or linear.save=true kept.
@@ -57,9 +58,13 @@ Row = list[str]
 
 def predict(argv: list[str]) -> int:
     """The command. Raises UserError; gives the exit code, 2 where not one image could be read."""
-    parser = Parser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, usage=USAGE)
+    parser = Parser(
+        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, usage=USAGE
+    )
     parser.add_argument("words", nargs="*", metavar="CLASSIFIER IMAGES | key=value")
-    parser.add_argument("--out", type=path_argument, metavar="FILE", help="write the CSV here, not to standard output")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="FILE", help="write the CSV here, not to standard output"
+    )
     arguments = parser.parse_intermixed_args(argv)
     overrides = [word for word in arguments.words if "=" in word and not os.path.exists(word)]
     paths = [word for word in arguments.words if word not in overrides]
@@ -68,7 +73,11 @@ def predict(argv: list[str]) -> int:
     config = check(PredictConfig, parse_overrides(overrides, PredictConfig), "the command line")
     device = pick_device(config.device)
     classifier = load_classifier(paths[0], check_range=False).to(device)  # they are bytes divided by 255
-    sources = [(_prefix(path, found, len(paths) > 2), found) for path in paths[1:] for found in find_images(path, config.split)]
+    sources = [
+        (_prefix(path, found, len(paths) > 2), found)
+        for path in paths[1:]
+        for found in find_images(path, config.split)
+    ]
 
     total, unread, first = 0, 0, ""
     try:
@@ -83,9 +92,15 @@ def predict(argv: list[str]) -> int:
     except BrokenPipeError:  # whoever read it has enough, such as head
         return 0
     if unread == total:
-        raise UserError(f"none of {total:,} images could be read" + (f" ({first})" if first else ""), "check the files, or name others")
+        raise UserError(
+            f"none of {total:,} images could be read" + (f" ({first})" if first else ""),
+            "check the files, or name others",
+        )
     if unread:
-        print(printable(f"{unread:,} of {total:,} images could not be read ({first}); each has a row"), file=sys.stderr)
+        print(
+            printable(f"{unread:,} of {total:,} images could not be read ({first}); each has a row"),
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -93,11 +108,14 @@ def _prefix(path: str, source: Source, is_one_of_several: bool) -> str:
     """What goes before the names of a source, so that those of several can be told apart."""
     if not is_one_of_several or source.names == [path]:
         return ""
-    folder = os.path.dirname(path) if os.path.isfile(path) else path.rstrip("/")  # a table's own name is in the names of its rows
+    # a table's own name is in the names of its rows
+    folder = os.path.dirname(path) if os.path.isfile(path) else path.rstrip("/")
     return f"{folder}/" if folder else ""
 
 
-def rows(classifier: Classifier, source: Source, config: PredictConfig, device: torch.device) -> Iterator[Row]:
+def rows(
+    classifier: Classifier, source: Source, config: PredictConfig, device: torch.device
+) -> Iterator[Row]:
     """A row an image, in the source's order; those that could not even be opened come last."""
     size, width = classifier.image_size, 2 * min(config.top_k, len(classifier.class_names))
     positions = np.arange(len(source.names))
@@ -107,9 +125,15 @@ def rows(classifier: Classifier, source: Source, config: PredictConfig, device: 
         stream = source.read(positions)
         for start in range(0, len(positions), config.batch_size):
             part = positions[start : start + config.batch_size]
-            failed = decode_into(buffer, lambda chosen: islice(stream, len(chosen)), part, config.max_pixels, None).failed
+            failed = decode_into(
+                buffer, lambda chosen: islice(stream, len(chosen)), part, config.max_pixels, None
+            ).failed
             images = torch.from_numpy(buffer[: len(part) - len(failed)])
-            logits = classifier(images.to(device).float() / 255) if len(images) else torch.empty(0, len(classifier.class_names))
+            logits = (
+                classifier(images.to(device).float() / 255)
+                if len(images)
+                else torch.empty(0, len(classifier.class_names))
+            )
             likely = iter(_likely(classifier, logits, config.top_k))
             for row, position in enumerate(part):
                 name = source.names[position]
@@ -121,21 +145,32 @@ def rows(classifier: Classifier, source: Source, config: PredictConfig, device: 
 
 
 def _likely(classifier: Classifier, logits: torch.Tensor, top_k: int) -> Iterator[Row]:
-    """For each image the names of its likeliest classes and their probabilities, in turns; of equal ones the first, as in evaluating."""
+    """For each image the names of its likeliest classes and their probabilities, in turns; of equal ones the
+    first, as in evaluating.
+    """
     order = logits.argsort(dim=1, descending=True, stable=True)[:, :top_k].cpu()
     chances = logits.double().softmax(1).cpu()
     for numbers, chance in zip(order.tolist(), chances, strict=True):
-        yield [cell for number in numbers for cell in (classifier.class_names[number], f"{chance[number]:.6f}")]
+        yield [
+            cell for number in numbers for cell in (classifier.class_names[number], f"{chance[number]:.6f}")
+        ]
 
 
 def _header(classifier: Classifier, top_k: int) -> Row:
     places = range(2, min(top_k, len(classifier.class_names)) + 1)
-    return ["name", "class", "probability", *(word for n in places for word in (f"class_{n}", f"probability_{n}")), "problem"]
+    return [
+        "name",
+        "class",
+        "probability",
+        *(word for n in places for word in (f"class_{n}", f"probability_{n}")),
+        "problem",
+    ]
 
 
 @contextmanager
 def _output(path: Path | None) -> Iterator[Callable[[Row], object]]:
-    """A function that writes a row: to standard output, with what would move a terminal's cursor escaped, or to a file, as it is.
+    """A function that writes a row: to standard output, with what would move a terminal's cursor escaped, or
+    to a file, as it is.
 
     The file is there when all of it is.
 
@@ -157,7 +192,9 @@ def _output(path: Path | None) -> Iterator[Callable[[Row], object]]:
         raise
     except OSError as error:
         where = "standard output" if path is None else error.filename or path
-        raise UserError(f"cannot write {where} ({error.strerror})", "make room there, or give --out FILE elsewhere") from error
+        raise UserError(
+            f"cannot write {where} ({error.strerror})", "make room there, or give --out FILE elsewhere"
+        ) from error
 
 
 def _print(row: Row) -> None:

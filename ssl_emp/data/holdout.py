@@ -6,14 +6,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ssl_emp.images import ImageSet
+from ssl_emp.data.images import ImageSet
 
 
 def held_out_rows(labels: Tensor, names: list[str], share: float, seed: int) -> Tensor:
     """(N,) bool, True where an image is held out: of every class the given share, by a hash of (seed, name).
 
-    A function of the names alone, so the same on every machine and in every order of the images. Two images of a class always stay in
-    train, so that a probe can choose its settings on one of them.
+    A function of the names alone, so the same on every machine and in every order of the images. Two images
+    of a class always stay in train, so that a probe can choose its settings on one of them.
 
     Args:
         labels: (N,) class ids.
@@ -32,7 +32,9 @@ def held_out_rows(labels: Tensor, names: list[str], share: float, seed: int) -> 
 
 
 def hold_out(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """(train, test): two parts of labelled images, see `held_out_rows`. Tensors are copied, `EncodedPixels` are not."""
+    """(train, test): two parts of labelled images, see `held_out_rows`. Tensors are copied, `EncodedPixels`
+    are not.
+    """
     assert images.labels is not None
     held = held_out_rows(images.labels, images.names, share, seed)
     return choose(images, (~held).nonzero().flatten()), choose(images, held.nonzero().flatten())

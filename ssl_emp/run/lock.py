@@ -14,7 +14,8 @@ from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.safe_files import check_own, inner_folder, open_own
 
 LOCK = ".lock"
-CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some cluster file systems: better without than not at all
+# some cluster file systems: better without than not at all
+CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 TRIES = 1000  # at a lock that others make and remove all the time
 WRITTEN_INTO = (".", "checkpoints", "encoder", "pruning")
 WRITTEN = ("config.yaml", "environment.json", "train.log", "metrics.jsonl", "result.json")
@@ -33,11 +34,13 @@ def _is_leftover(path: Path) -> bool:
 
 
 def refuse_strange(folder: Path) -> None:
-    """Raise UserError where a name that a run writes stands for something else: a link, a pipe, a file with a second name.
+    """Raise UserError where a name that a run writes stands for something else: a link, a pipe, a file with a
+    second name.
 
-    Each file is looked at again as it is opened; here all of them are, before the first byte is written. What is only ever replaced
-    whole (checkpoints, the encoder) may have second names: they keep what they had. A strange thing in the place of a checkpoint is
-    passed over with a warning when one is loaded, and a save takes its name without touching what it leads to.
+    Each file is looked at again as it is opened; here all of them are, before the first byte is written. What
+    is only ever replaced whole (checkpoints, the encoder) may have second names: they keep what they had. A
+    strange thing in the place of a checkpoint is passed over with a warning when one is loaded, and a save
+    takes its name without touching what it leads to.
     """
     for name in WRITTEN:
         check_own(folder / name, replaced=name not in ("train.log", "metrics.jsonl"))
@@ -58,7 +61,9 @@ class Held:
     lock: os.stat_result
 
     def is_ours(self) -> bool:
-        """Whether the folder's name still leads to the folder that was locked. A lock that was only removed is no other run's."""
+        """Whether the folder's name still leads to the folder that was locked. A lock that was only removed
+        is no other run's.
+        """
         with suppress(FileNotFoundError):
             if not os.path.samestat(os.stat(self.folder), self.directory):
                 return False
@@ -68,21 +73,31 @@ class Held:
         return False
 
     def check(self) -> None:
-        """Before a file is written by its name. Raises RunFailed where it would land in another's folder, or nowhere."""
+        """Before a file is written by its name. Raises RunFailed where it would land in another's folder, or
+        nowhere.
+        """
         if not self.is_ours():
-            what = f"the directory {self.folder} is gone, or another is in its place, so nothing more is written into it"
-            raise RunFailed(f"{what}; what was saved before is intact. fix: put it back, or --resume it by the name that it has now")
+            what = (
+                f"the directory {self.folder} is gone, or another is in its place, so nothing more is "
+                "written into it"
+            )
+            raise RunFailed(
+                f"{what}; what was saved before is intact. fix: put it back, or --resume it by "
+                "the name that it has now"
+            )
 
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[Held]:
-    """Hold `folder/.lock`, made with its folder where missing. The kernel frees the lock of a process that dies, however it dies.
+    """Hold `folder/.lock`, made with its folder where missing. The kernel frees the lock of a process that
+    dies, however it dies.
 
-    For the process that writes (rank 0 of several), before anything that takes time. Temporary files that a killed process left
-    are removed; folders made here go again where nothing was put into them.
+    For the process that writes (rank 0 of several), before anything that takes time. Temporary files that a
+    killed process left are removed; folders made here go again where nothing was put into them.
 
     Raises:
-        UserError: another process holds it, the folder cannot be written, or names in it stand for what must not be written to.
+        UserError: another process holds it, the folder cannot be written, or names in it stand for what
+            must not be written to.
     """
     path = folder / LOCK
     made = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
@@ -105,7 +120,10 @@ def sole_writer(folder: Path) -> Iterator[Held]:
                     holder, patience = file.read(200).decode("utf-8", "replace").strip(), patience - 1
                     time.sleep(0 if holder else 0.05)
                 file.close()
-                raise UserError(f"{folder} is in use by {holder or 'another process'}", "wait for it, or choose another out=DIR") from None
+                raise UserError(
+                    f"{folder} is in use by {holder or 'another process'}",
+                    "wait for it, or choose another out=DIR",
+                ) from None
             except OSError as error:
                 if error.errno not in CANNOT_LOCK:
                     raise
@@ -114,7 +132,10 @@ def sole_writer(folder: Path) -> Iterator[Held]:
                     break
             file.close()  # removed by the process that had it, between our open and our lock: once more
         else:
-            raise UserError(f"the lock of {folder} comes and goes", "wait for the processes that use it, or choose another out=DIR")
+            raise UserError(
+                f"the lock of {folder} comes and goes",
+                "wait for the processes that use it, or choose another out=DIR",
+            )
         with suppress(OSError):  # for the message to the next one: on a full disk it is shorter
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
@@ -122,7 +143,10 @@ def sole_writer(folder: Path) -> Iterator[Held]:
             for left in filter(_is_leftover, (folder / part).glob(".*.tmp")):
                 left.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write into {folder} ({error.strerror})", "see to its permissions, or choose another out=DIR") from error
+        raise UserError(
+            f"cannot write into {folder} ({error.strerror})",
+            "see to its permissions, or choose another out=DIR",
+        ) from error
     held = Held(folder, os.stat(folder), os.fstat(file.fileno()))
     try:
         yield held

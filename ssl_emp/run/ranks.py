@@ -1,7 +1,8 @@
 """The processes of a run: who they are, what they exchange, and how all of them end when one does.
 
-One process a device. Every rank holds all images, all scores and the same kept list; a batch is cut by position, rank r takes the
-r-th part, and what a rank found out about its part is gathered. So nothing depends on how many there are, but for rounding.
+One process a device. Every rank holds all images, all scores and the same kept list; a batch is cut by
+position, rank r takes the r-th part, and what a rank found out about its part is gathered. So nothing depends
+on how many there are, but for rounding.
 
 Started by `devices=N` (`launch`), by torchrun or by srun. Letters: W ranks, B batch, b = B / W, C channels.
 """
@@ -58,7 +59,8 @@ class LostRank(RunFailed):
 
 
 class Ranks:
-    """This process among the W of a run. With one process every method is what it says, without any communication.
+    """This process among the W of a run. With one process every method is what it says, without any
+    communication.
 
     Args:
         rank, world_size: who of how many.
@@ -110,7 +112,9 @@ class Ranks:
             return model
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the option has a new name in newer torch
-            return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            return nn.parallel.DistributedDataParallel(
+                model, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
     def highest(self, *numbers: int) -> list[int]:
         """The largest of each over the ranks; on the hosts, so that no device is waited for."""
@@ -122,13 +126,19 @@ class Ranks:
         return cast(list[int], values.tolist())
 
     def agree_on(self, what: str, *tensors: Tensor) -> None:
-        """Raise RunFailed on all ranks where they do not hold the same bits. Reads one number from the device."""
+        """Raise RunFailed on all ranks where they do not hold the same bits. Reads one number from the
+        device.
+        """
         if self.world_size == 1:
             return
         total = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
         for tensor in tensors:
             bits = tensor.flatten().view(torch.int32) if tensor.dtype == torch.float32 else tensor.flatten()
-            total = total + keyed_bits(FINGERPRINT, torch.arange(len(bits), device=bits.device), bits.long()).sum()  # wraps, and may
+            # wraps, and may
+            total = (
+                total
+                + keyed_bits(FINGERPRINT, torch.arange(len(bits), device=bits.device), bits.long()).sum()
+            )
         sums = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(sums, total.cpu().view(1), group=self.control)
         differing = [rank for rank in range(self.world_size) if sums[rank] != sums[0]]
@@ -141,7 +151,8 @@ class Ranks:
     def meet(self, word: str = "", patient: bool = False) -> list[str]:
         """Wait for all ranks here and hear the word of each. No pickle, and no device, is involved.
 
-        A rank that is lost is not waited for; one that lives is, where `patient`, however long its work takes.
+        A rank that is lost is not waited for; one that lives is, where `patient`, however long its work
+        takes.
         """
         if self.store is None:
             return [word]
@@ -151,7 +162,8 @@ class Ranks:
         words = []
         for rank, key in enumerate(keys):
             deadline = time.monotonic() + self.timeout_seconds
-            while not self._heard(key):  # and not store.wait(): a rank that fails says so, and is not waited for
+            # and not store.wait(): a rank that fails says so, and is not waited for
+            while not self._heard(key):
                 self._raise_if_failed()
                 if time.monotonic() > deadline and not patient:
                     what = f"rank {rank} did not come within {self.timeout_seconds:.0f} s"
@@ -161,7 +173,8 @@ class Ranks:
         return words
 
     def arrive(self) -> None:
-        """Wait until every rank has started. One that ends before that is noticed at once by the rank that started it.
+        """Wait until every rank has started. One that ends before that is noticed at once by the rank that
+        started it.
 
         Raises:
             LostRank: a rank ended, or failed; or they are not all there within MEET_SECONDS.
@@ -175,7 +188,10 @@ class Ranks:
                 if (code := STARTED[rank].poll()) is not None:
                     self._raise_if_failed()  # it may have said why in the meantime
                     line = f"rank {rank} was lost while starting ({ending(code)})"
-                    line += ". fix: see what it wrote above; where it was killed, memory may be short: start fewer processes"
+                    line += (
+                        ". fix: see what it wrote above; where it was killed, memory may be short: "
+                        "start fewer processes"
+                    )
                     self.confess(line, 3)
                     raise LostRank(line, True)
             if time.monotonic() > deadline:
@@ -184,7 +200,9 @@ class Ranks:
             time.sleep(0.02)
 
     def watch(self, signs: dist.Store) -> None:
-        """Give signs of life in `signs`, a store with a connection of its own, and watch those of others, until `leave_ranks`."""
+        """Give signs of life in `signs`, a store with a connection of its own, and watch those of others,
+        until `leave_ranks`.
+        """
         parent = os.environ.get(LAUNCHED)
         self.liveness = Liveness(
             signs,
@@ -208,7 +226,8 @@ class Ranks:
 
         Args:
             lost: who gives no sign of life.
-            at_least: seconds that this takes where rank 0 started none, for those that reach its store to hear why it ends.
+            at_least: seconds that this takes where rank 0 started none, for those that reach its store to
+                hear why it ends.
         """
         end_lost(lost)
         if STARTED:
@@ -237,7 +256,9 @@ class Ranks:
 
     @contextmanager
     def first_then_others(self) -> Iterator[None]:
-        """The first rank of every machine alone, then its others: what the first one downloads or caches is there for them."""
+        """The first rank of every machine alone, then its others: what the first one downloads or caches is
+        there for them.
+        """
         if self.local_rank:
             self.meet(patient=True)  # to decode a million images takes its time
         yield
@@ -267,7 +288,9 @@ class Ranks:
             raise LostRank(f"{lost.why}; {INTACT}", self.liveness.speaks(lost.ranks), lost.code, lost.ranks)
 
     def explain(self, error: Exception) -> LostRank:
-        """Whose fault an exchange is that did not come about: the rank that confessed, or those that give no sign of life."""
+        """Whose fault an exchange is that did not come about: the rank that confessed, or those that give no
+        sign of life.
+        """
         assert self.store is not None
         lost = set(range(self.world_size))
         try:
@@ -300,10 +323,17 @@ class Failed:
 
     @classmethod
     def parse(cls, said: bytes) -> "Failed":
-        """Of `rank, code, line` with zero bytes between them. The store may be open to others: whatever is no such thing is rank 0's."""
+        """Of `rank, code, line` with zero bytes between them. The store may be open to others: whatever is no
+        such thing is rank 0's.
+        """
         rank, _, rest = said[:4000].decode(errors="replace").partition("\0")
         code, separator, line = rest.partition("\0")
-        if not (separator and re.fullmatch("[0-9]{1,9}", rank) and re.fullmatch("[0-9]{1,3}", code) and 0 < int(code) < 256):
+        if not (
+            separator
+            and re.fullmatch("[0-9]{1,9}", rank)
+            and re.fullmatch("[0-9]{1,3}", code)
+            and 0 < int(code) < 256
+        ):
             return cls(0, 3, "the store of the ranks holds what none of them wrote. fix: --resume")
         return cls(int(rank), int(code), printable(line))
 
@@ -316,7 +346,9 @@ def count_devices(devices: int | str) -> int:
     return max(1, torch.cuda.device_count()) if devices == "auto" else int(devices)
 
 
-def join_ranks(devices: int | str, timeout_seconds: float, needs_gpu: bool, command: Sequence[str] = ()) -> Ranks:
+def join_ranks(
+    devices: int | str, timeout_seconds: float, needs_gpu: bool, command: Sequence[str] = ()
+) -> Ranks:
     """Become one of the ranks that torchrun, srun or `launch` started; alone where none of them did.
 
     Args:
@@ -326,7 +358,8 @@ def join_ranks(devices: int | str, timeout_seconds: float, needs_gpu: bool, comm
         command: what starts the other processes: that which started this one.
 
     Raises:
-        UserError: the environment is not complete, the address does not answer, or there are fewer GPUs than ranks.
+        UserError: the environment is not complete, the address does not answer, or there are fewer GPUs
+            than ranks.
         LostRank: another rank ended, or failed, before all were there.
     """
     if "RANK" not in os.environ:
@@ -342,26 +375,47 @@ def join_ranks(devices: int | str, timeout_seconds: float, needs_gpu: bool, comm
         return Ranks()
     if place.is_one_machine:
         listen_on_loopback()
-    where = "the launcher's store" if PRIVATE_STORE in os.environ else f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    where = (
+        "the launcher's store"
+        if PRIVATE_STORE in os.environ
+        else f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    )
     try:
         store = _open_store(place)
     except (dist.DistError, RuntimeError, ValueError, OSError) as error:
         raise _no_meeting(place, where, error) from error
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # torchrun's outlives a restart
-    ranks = Ranks(place.rank, place.world_size, place.local_rank, BoundedStore(dist.PrefixStore("run", store)), None, timeout_seconds)
+    # torchrun's outlives a restart
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    ranks = Ranks(
+        place.rank,
+        place.world_size,
+        place.local_rank,
+        BoundedStore(dist.PrefixStore("run", store)),
+        None,
+        timeout_seconds,
+    )
     try:
         if needs_gpu:
             if place.local_rank >= torch.cuda.device_count():
-                what = f"rank {place.rank} wants GPU {place.local_rank}, this machine has {torch.cuda.device_count()}"
+                what = (
+                    f"rank {place.rank} wants GPU {place.local_rank}, this machine has "
+                    f"{torch.cuda.device_count()}"
+                )
                 raise UserError(what, "start fewer processes")
             torch.cuda.set_device(place.local_rank)
         elif "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // (place.local_world_size or place.world_size)))
+            torch.set_num_threads(
+                max(1, (os.cpu_count() or 1) // (place.local_world_size or place.world_size))
+            )
         ranks.arrive()
         ranks.watch(dist.PrefixStore("signs", store.clone()))
         timeout, group_store = timedelta(seconds=timeout_seconds), dist.PrefixStore("group", store)
         dist.init_process_group(
-            "nccl" if needs_gpu else "gloo", store=group_store, rank=place.rank, world_size=place.world_size, timeout=timeout
+            "nccl" if needs_gpu else "gloo",
+            store=group_store,
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
         )
         control = dist.new_group(backend="gloo", timeout=timeout)
     except (UserError, LostRank) as error:
@@ -380,7 +434,9 @@ def join_ranks(devices: int | str, timeout_seconds: float, needs_gpu: bool, comm
 
 
 class NoPlace(UserError):
-    """The environment does not say which rank this is: whoever finds out has to tell it, for it may be the only one."""
+    """The environment does not say which rank this is: whoever finds out has to tell it, for it may be the
+    only one.
+    """
 
 
 @dataclass(frozen=True)
@@ -401,26 +457,42 @@ class Place:
 
 
 def place_in_environment() -> Place:
-    """What RANK, WORLD_SIZE, LOCAL_RANK, and for several processes MASTER_ADDR and MASTER_PORT, say. Raises NoPlace."""
+    """What RANK, WORLD_SIZE, LOCAL_RANK, and for several processes MASTER_ADDR and MASTER_PORT, say. Raises
+    NoPlace.
+    """
     given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if os.environ.get(name)}
-    optional = {name: os.environ[name] for name in ("LOCAL_WORLD_SIZE", "MASTER_PORT") if os.environ.get(name)}
+    optional = {
+        name: os.environ[name] for name in ("LOCAL_WORLD_SIZE", "MASTER_PORT") if os.environ.get(name)
+    }
     fix = "start by torchrun, srun or devices=N, or unset RANK and WORLD_SIZE for one process"
     numbers = {}
     for name, text in (given | optional).items():
         if not re.fullmatch("[0-9]{1,9}", text.strip()):
-            raise NoPlace(f"RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT must be numbers ({name} is {shorten(text)})", fix)
+            raise NoPlace(
+                f"RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT must be numbers ({name} is {shorten(text)})",
+                fix,
+            )
         numbers[name] = int(text)
     if numbers.get("WORLD_SIZE") == 1 and numbers.get("RANK", 0) == 0:
         return Place(0, 1)
-    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", *(() if PRIVATE_STORE in os.environ else ("MASTER_ADDR", "MASTER_PORT")))
+    needed = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        *(() if PRIVATE_STORE in os.environ else ("MASTER_ADDR", "MASTER_PORT")),
+    )
     missing = [name for name in needed if not os.environ.get(name)]
     if missing:
         present = ", ".join(name for name in ("RANK", "WORLD_SIZE") if name in given) or "RANK"
         raise NoPlace(f"{present} is set, but not {', '.join(missing)}", fix)
-    place = Place(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], numbers.get("LOCAL_WORLD_SIZE"))
+    place = Place(
+        numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], numbers.get("LOCAL_WORLD_SIZE")
+    )
     for name, value in (("RANK", place.rank), ("LOCAL_RANK", place.local_rank)):
         if value >= place.world_size:
-            raise NoPlace(f"{name} is {value} and WORLD_SIZE is {place.world_size}: ranks are counted from 0", fix)
+            raise NoPlace(
+                f"{name} is {value} and WORLD_SIZE is {place.world_size}: ranks are counted from 0", fix
+            )
     if not 0 < numbers.get("MASTER_PORT", 1) < 2**16:
         raise NoPlace(f"MASTER_PORT is {numbers['MASTER_PORT']}", "give a port between 1 and 65535")
     return place
@@ -430,27 +502,43 @@ def started_by_srun(devices: int) -> bool:
     """Whether srun started this process as one of several, which then takes SLURM's numbers.
 
     Raises:
-        NoPlace: several processes were asked for, of SLURM or of mpirun, and this is the only one, or does not know which it is.
+        NoPlace: several processes were asked for, of SLURM or of mpirun, and this is the only one, or
+            does not know which it is.
     """
     environ = os.environ
-    in_step = "SLURM_STEP_ID" in environ or "SLURM_STEPID" in environ  # srun's; not in a batch script, nor in salloc's shell
+    # srun's; not in a batch script, nor in salloc's shell
+    in_step = "SLURM_STEP_ID" in environ or "SLURM_STEPID" in environ
     asked = environ.get("SLURM_NTASKS", "1") or "1"
     tasks = environ.get("SLURM_STEP_NUM_TASKS", "") or asked if in_step else asked
     if "SLURM_PROCID" in environ:
         if not tasks.isdecimal():
-            raise NoPlace(f"SLURM_NTASKS or SLURM_STEP_NUM_TASKS is {shorten(tasks)}", "unset it for one process")
+            raise NoPlace(
+                f"SLURM_NTASKS or SLURM_STEP_NUM_TASKS is {shorten(tasks)}", "unset it for one process"
+            )
         if in_step and int(tasks) > 1:
             return True
         if not in_step and int(tasks) > 1 and devices == 1:
             what = f"this job has {tasks} tasks, and python was started without srun: it is the only process"
-            raise NoPlace(what, f"start `srun python pretrain.py …`, or give devices={tasks}, or set --ntasks=1 for one process")
+            raise NoPlace(
+                what,
+                (
+                    f"start `srun python pretrain.py …`, or give devices={tasks}, or set --ntasks=1 "
+                    "for one process"
+                ),
+            )
     if environ.get("WORLD_SIZE"):
         place_in_environment()  # complains, where it is not 1
     if not in_step and devices == 1:
         for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
             if environ.get(name, "1").isdecimal() and int(environ.get(name, "1")) > 1:
                 what = f"mpirun started {environ[name]} processes ({name}), and its numbers are not read"
-                raise NoPlace(what, "start by torchrun or srun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT")
+                raise NoPlace(
+                    what,
+                    (
+                        "start by torchrun or srun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR "
+                        "and MASTER_PORT"
+                    ),
+                )
     return False
 
 
@@ -468,7 +556,13 @@ def _open_store(place: Place) -> dist.Store:
         listening.bind(("127.0.0.1", port))
         listening.listen(place.world_size + 128)
         store = dist.TCPStore(
-            "127.0.0.1", port, place.world_size, True, within, wait_for_workers=False, master_listen_fd=listening.fileno()
+            "127.0.0.1",
+            port,
+            place.world_size,
+            True,
+            within,
+            wait_for_workers=False,
+            master_listen_fd=listening.fileno(),
         )
         listening.detach()
     return store
@@ -483,16 +577,24 @@ def _no_meeting(place: Place, where: str, error: Exception) -> UserError:
 
 def _take_slurm_for_torchrun() -> None:
     """srun starts one process a task: the names that torchrun would have given them."""
-    from lightning_fabric.plugins.environments import SLURMEnvironment  # it reads SLURM's lists of nodes; seconds to import
+    from lightning_fabric.plugins.environments import (
+        SLURMEnvironment,  # it reads SLURM's lists of nodes; seconds to import
+    )
 
     try:
         slurm = SLURMEnvironment()
         os.environ.setdefault("MASTER_ADDR", slurm.main_address)
         os.environ.setdefault("MASTER_PORT", str(slurm.main_port))
-        os.environ |= {"RANK": str(slurm.global_rank()), "WORLD_SIZE": str(slurm.world_size()), "LOCAL_RANK": str(slurm.local_rank())}
+        os.environ |= {
+            "RANK": str(slurm.global_rank()),
+            "WORLD_SIZE": str(slurm.world_size()),
+            "LOCAL_RANK": str(slurm.local_rank()),
+        }
     except (RuntimeError, KeyError, ValueError) as error:
         what = f"SLURM's variables are not those of srun with several tasks ({error})"
-        raise UserError(what, "give sbatch --ntasks-per-node and start by srun, or unset SLURM_NTASKS for one process") from error
+        raise UserError(
+            what, "give sbatch --ntasks-per-node and start by srun, or unset SLURM_NTASKS for one process"
+        ) from error
     nodes = os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES", "")
     per_node = os.environ.get("SLURM_NTASKS_PER_NODE", "")  # so many at most
     if nodes == "1":
@@ -504,8 +606,9 @@ def _take_slurm_for_torchrun() -> None:
 def launch(count: int, command: Sequence[str]) -> None:
     """Start `command` as the ranks 1 to count - 1 of this machine, and become rank 0.
 
-    They meet in a file without a name, which only these processes can open: no port, no password, and nothing to clean up after
-    a kill. Lightning Fabric's launcher would do, but it kills rank 0 before that can say what happened.
+    They meet in a file without a name, which only these processes can open: no port, no password, and nothing
+    to clean up after a kill. Lightning Fabric's launcher would do, but it kills rank 0 before that can say
+    what happened.
     """
     common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     handed: tuple[int, ...] = ()
@@ -515,18 +618,25 @@ def launch(count: int, command: Sequence[str]) -> None:
     else:  # macOS: in a folder that is this user's alone
         common[PRIVATE_STORE] = os.path.join(tempfile.mkdtemp(prefix="ssl_emp-"), "store")
     for rank in range(1, count):
-        environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), LAUNCHED: str(os.getpid())}
+        environment = (
+            os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), LAUNCHED: str(os.getpid())}
+        )
         STARTED[rank] = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, pass_fds=handed)
     os.environ |= common | {"RANK": "0", "LOCAL_RANK": "0"}
 
 
 def leave_ranks(ranks: Ranks) -> None:
-    """After the work: wait for the others, then close the connections. Rank 0, in whose process the store may live, goes last."""
+    """After the work: wait for the others, then close the connections. Rank 0, in whose process the store may
+    live, goes last.
+    """
     if ranks.store is None:
         return
     ranks.meet(patient=True)
     if ranks.is_first:
-        keys, deadline = [f"left/{rank}" for rank in range(1, ranks.world_size)], time.monotonic() + GRACE_SECONDS
+        keys, deadline = (
+            [f"left/{rank}" for rank in range(1, ranks.world_size)],
+            time.monotonic() + GRACE_SECONDS,
+        )
         while time.monotonic() < deadline and not ranks.store.check(keys):
             time.sleep(0.02)
     else:
@@ -538,7 +648,9 @@ def leave_ranks(ranks: Ranks) -> None:
 
 
 def end_lost(ranks: Collection[int]) -> None:
-    """Of the ranks of one `launch`, end those that hang: stopped processes would keep their memory, and the terminal, for ever."""
+    """Of the ranks of one `launch`, end those that hang: stopped processes would keep their memory, and the
+    terminal, for ever.
+    """
     for rank in set(ranks) & STARTED.keys():
         STARTED[rank].kill()  # nothing, where it has ended
     parent = os.environ.get(LAUNCHED)
@@ -560,11 +672,15 @@ def _wait_for(processes: list["subprocess.Popen[bytes]"], seconds: float) -> Non
 def is_exchange(error: Exception, ranks: Ranks) -> bool:
     """Whether an exception comes from an exchange between ranks that did not come about."""
     words = ("gloo", "NCCL", "Connection closed", "Timed out", "Broken pipe")
-    return ranks.world_size > 1 and (isinstance(error, dist.DistError) or any(word in str(error) for word in words))
+    return ranks.world_size > 1 and (
+        isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    )
 
 
 def end_with_launcher() -> None:
-    """In a process that `launch` started: end when rank 0 has ended, however it did, and be it in the midst of an exchange."""
+    """In a process that `launch` started: end when rank 0 has ended, however it did, and be it in the midst
+    of an exchange.
+    """
     parent = os.environ.get(LAUNCHED)
     if parent is None:
         return
@@ -578,11 +694,13 @@ def end_with_launcher() -> None:
     threading.Thread(target=watch, name="ssl_emp-orphan", daemon=True).start()
 
 
-# --------------------------------------------------------------------------------------------------------- BatchNorm
+# ---------------------------------------------------------------------------------------------------------
+# BatchNorm
 
 
 def share_batch_norm(model: nn.Module, ranks: Ranks) -> None:
-    """Let every BatchNorm of `model` take the statistics of the whole batch, in place: what one process would.
+    """Let every BatchNorm of `model` take the statistics of the whole batch, in place: what one process
+    would.
 
     On a GPU that is torch's SyncBatchNorm, which does not run on a CPU; there it is `SharedBatchNorm`.
     """
@@ -591,7 +709,11 @@ def share_batch_norm(model: nn.Module, ranks: Ranks) -> None:
     for name, child in model.named_children():
         if isinstance(child, _BatchNorm):
             on_gpu = child.running_mean is not None and child.running_mean.is_cuda
-            setattr(model, name, nn.SyncBatchNorm.convert_sync_batchnorm(child) if on_gpu else SharedBatchNorm(child, ranks))
+            setattr(
+                model,
+                name,
+                nn.SyncBatchNorm.convert_sync_batchnorm(child) if on_gpu else SharedBatchNorm(child, ranks),
+            )
         else:
             share_batch_norm(child, ranks)
 
@@ -612,7 +734,9 @@ class SharedBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
-            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
         normalised, mean, variance = _Normalise.apply(input, self.eps, self.ranks)
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             assert self.momentum is not None and self.num_batches_tracked is not None
@@ -627,7 +751,9 @@ class SharedBatchNorm(_BatchNorm):
 
 
 class _Normalise(torch.autograd.Function):
-    """x (b, C, …) of every rank -> x normalised over the batch of all, float32 or float64; its mean and biased variance (C,)."""
+    """x (b, C, …) of every rank -> x normalised over the batch of all, float32 or float64; its mean and
+    biased variance (C,).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
@@ -649,6 +775,7 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
         normalised, scale = ctx.saved_tensors
-        means = torch.stack([upstream.mean(ctx.over), (upstream * normalised).mean(ctx.over)])  # (2, C), of this part
+        # (2, C), of this part
+        means = torch.stack([upstream.mean(ctx.over), (upstream * normalised).mean(ctx.over)])
         of_g, of_product = ctx.ranks.gather(means[None]).mean(0).view(2, *scale.shape)
         return ((upstream - of_g - normalised * of_product) * scale).to(ctx.dtype), None, None

@@ -1,4 +1,6 @@
-"""The encoders that evaluate.py judges: a run's, an exported one, an untrained one, none at all, timm's and torchvision's."""
+"""The encoders that evaluate.py judges: a run's, an exported one, an untrained one, none at all, timm's and
+torchvision's.
+"""
 
 import difflib
 import io
@@ -14,9 +16,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ssl_emp.commands.eval_config import EvalConfig, check
 from ssl_emp.config import AugmentConfig, DataConfig, parse_yaml
 from ssl_emp.errors import UserError
-from ssl_emp.eval_config import EvalConfig, check
 from ssl_emp.model import Encoder, build_encoder, load_encoder
 from ssl_emp.safe_files import read_text
 from ssl_emp.text import quoted
@@ -49,22 +51,29 @@ class Pixels(nn.Module):
         return images.flatten(1)
 
 
-def find_subjects(names: list[str], config: EvalConfig, given: dict[str, Any], evaluators: Iterable[str]) -> list[Subject]:
-    """The encoders by their names on the command line. All files are read here: mistakes show before the work starts.
+def find_subjects(
+    names: list[str], config: EvalConfig, given: dict[str, Any], evaluators: Iterable[str]
+) -> list[Subject]:
+    """The encoders by their names on the command line. All files are read here: mistakes show before the work
+    starts.
 
-    What is no run is judged beside the first run: on its data, `random` with its architecture and normalisation. What cannot be loaded
-    becomes a Subject with a `problem`; a word that is neither a name nor a folder is a UserError at once, with the nearest of
-    `evaluators`, which it may have been meant for.
+    What is no run is judged beside the first run: on its data, `random` with its architecture and
+    normalisation. What cannot be loaded becomes a Subject with a `problem`; a word that is neither a name nor
+    a folder is a UserError at once, with the nearest of `evaluators`, which it may have been meant for.
     """
     for name in names:
-        if not (name in ("random", "pixels") or name.startswith(("timm:", "torchvision:")) or Path(name).is_dir()):
+        if not (
+            name in ("random", "pixels") or name.startswith(("timm:", "torchvision:")) or Path(name).is_dir()
+        ):
             near = difflib.get_close_matches(name, [*evaluators, "random", "pixels"], n=1)
             kinds = "a run directory, an encoder directory, random, pixels, timm:NAME or torchvision:NAME"
             fix = f"did you mean {near[0]}?" if near else f"ENCODER is {kinds}"
             raise UserError(f"{name!r} is no directory, encoder or evaluator", fix)
 
     runs: dict[str, Encoder | UserError] = {
-        name: _or_problem(partial(load_encoder, name, check_range=False)) for name in names if is_run(Path(name))
+        name: _or_problem(partial(load_encoder, name, check_range=False))
+        for name in names
+        if is_run(Path(name))
     }
     datas = {name: _or_problem(partial(read_run_data, Path(name), given)) for name in runs}
     first = next(iter(runs), None)
@@ -74,7 +83,9 @@ def find_subjects(names: list[str], config: EvalConfig, given: dict[str, Any], e
 
     def run_subject(name: str) -> Subject:
         run, data = _right(runs[name]), _right(datas[name])
-        return Subject(name, "last epoch", data, given_size or run.image_size, fixed(run), Path(name) / "eval")
+        return Subject(
+            name, "last epoch", data, given_size or run.image_size, fixed(run), Path(name) / "eval"
+        )
 
     def guest_subject(name: str) -> Subject:
         """What is no run itself, beside the first one."""
@@ -108,9 +119,13 @@ def find_subjects(names: list[str], config: EvalConfig, given: dict[str, Any], e
             size = own_size if is_fixed else given_size or own_size
             return Subject(name, f"torchvision weights {weights}", host_data, size, fixed(network), eval_dir)
         if (Path(name) / "config.yaml").is_file():
-            raise UserError(f"the run {name} has no encoder yet", f"finish it: python pretrain.py --resume {quoted(name)}")
+            raise UserError(
+                f"the run {name} has no encoder yet", f"finish it: python pretrain.py --resume {quoted(name)}"
+            )
         encoder = load_encoder(name, check_range=False)
-        return Subject(name, "as exported", host_data, given_size or encoder.image_size, fixed(encoder), eval_dir)
+        return Subject(
+            name, "as exported", host_data, given_size or encoder.image_size, fixed(encoder), eval_dir
+        )
 
     subjects = []
     for name in names:
@@ -139,17 +154,25 @@ def is_run(path: Path) -> bool:
 
 
 def read_run_data(run: Path, given: dict[str, Any]) -> DataConfig:
-    """The data section of RUN/config.yaml under the overrides. Another source does not inherit what described the run's."""
+    """The data section of RUN/config.yaml under the overrides. Another source does not inherit what described
+    the run's.
+    """
     path = run / "config.yaml"
     values = parse_yaml(read_text(path), str(path))
     own = values.get("data") if isinstance(values, dict) else None
     if not isinstance(own, dict):
         raise UserError(f"{path} has no data section", "give a run directory that pretrain.py wrote")
     overrides = given.get("data", {})
-    inherited = {} if "source" in overrides else own | {"labels": "auto"}  # a run may train without labels, judging needs them
+    # a run may train without labels, judging needs them
+    inherited = {} if "source" in overrides else own | {"labels": "auto"}
     if inherited and overrides.get("holdout") is not None and values.get("objective") == "supervised":
-        what = f"{run} was trained with the labels of all its train images, so data.holdout can hold none out as test"
-        raise UserError(what, "name other labelled images with data.source=LABELLED or data.test_source=LABELLED")
+        what = (
+            f"{run} was trained with the labels of all its train images, so data.holdout can hold "
+            "none out as test"
+        )
+        raise UserError(
+            what, "name other labelled images with data.source=LABELLED or data.test_source=LABELLED"
+        )
     return check(DataConfig, inherited | overrides, str(path))
 
 
@@ -179,14 +202,18 @@ def load_timm(name: str) -> tuple[nn.Module, int, bool]:
         import timm
     except ImportError as error:
         raise UserError(f"timm:{name} needs the package timm", "pip install timm") from error
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry; the error below says it once
+    # it reports every retry; the error below says it once
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         network = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # unknown name, no weights, no network: timm and its hub have no common error
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
             f"timm:{name} cannot be loaded ({type(error).__name__}: {reason[:200]})",
-            "check the name with timm.list_pretrained(), and that the network or timm's cache has the weights",
+            (
+                "check the name with timm.list_pretrained(), and that the network or timm's cache "
+                "has the weights"
+            ),
         ) from error
     about: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]  # typed as any attribute of a module
     module = Normalized(network, list(about["mean"]), list(about["std"]))
@@ -194,32 +221,50 @@ def load_timm(name: str) -> tuple[nn.Module, int, bool]:
 
 
 def load_torchvision(name: str) -> tuple[nn.Module, int, bool, str]:
-    """A torchvision model with its best weights, without its last layer: (module, image size, whether only that, name of the weights)."""
+    """A torchvision model with its best weights, without its last layer: (module, image size, whether only
+    that, name of the weights).
+    """
     from torchvision import models
 
     known = models.list_models(module=models)  # those that classify images: their last layer can be left out
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        fix = f"did you mean torchvision:{near[0]}?" if near else "see torchvision.models.list_models(module=torchvision.models)"
+        fix = (
+            f"did you mean torchvision:{near[0]}?"
+            if near
+            else "see torchvision.models.list_models(module=torchvision.models)"
+        )
         raise UserError(f"torchvision has no image classifier {name!r}", fix)
     weights = models.get_model_weights(name).DEFAULT
     try:
-        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):  # torch.hub says that it downloads
+        # torch.hub says that it downloads
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
             network = models.get_model(name, weights=weights, progress=sys.stderr.isatty())
-    except Exception as error:  # no network, a damaged or another file: torch.hub and the unpickler have no common error
+    # no network, a damaged or another file: torch.hub and the unpickler have no common error
+    except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
             f"the weights of torchvision:{name} cannot be loaded ({type(error).__name__}: {reason[:200]})",
-            f"connect to the network, or put {weights.url.rpartition('/')[2]} into {torch.hub.get_dir()}/checkpoints",
+            (
+                f"connect to the network, or put {weights.url.rpartition('/')[2]} into "
+                f"{torch.hub.get_dir()}/checkpoints"
+            ),
         ) from error
     drop_last_layer(network)
     about = weights.transforms()
-    is_fixed = isinstance(network, models.VisionTransformer | models.MaxVit)  # position embeddings, windows that must fit
+    # position embeddings, windows that must fit
+    is_fixed = isinstance(network, models.VisionTransformer | models.MaxVit)
     return Normalized(network, list(about.mean), list(about.std)), about.crop_size[0], is_fixed, weights.name
 
 
 def drop_last_layer(network: nn.Module) -> None:
-    """Puts an Identity in the place of a torchvision classifier's layer that scores the classes; what leads to it stays."""
+    """Puts an Identity in the place of a torchvision classifier's layer that scores the classes; what leads
+    to it stays.
+    """
     head = next(name for name in ("fc", "classifier", "heads", "head") if hasattr(network, name))
-    scoring = [name for name, part in getattr(network, head).named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+    scoring = [
+        name
+        for name, part in getattr(network, head).named_modules()
+        if isinstance(part, nn.Linear | nn.Conv2d)
+    ]
     network.set_submodule(f"{head}.{scoring[-1]}".rstrip("."), nn.Identity())

@@ -1,4 +1,6 @@
-"""Parquet files with encoded images in a column of bytes -> a `Source`. One file is open at a time, however many there are."""
+"""Parquet files with encoded images in a column of bytes -> a `Source`. One file is open at a time, however
+many there are.
+"""
 
 import difflib
 import json
@@ -10,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ssl_emp.decode import Encoded, reason
+from ssl_emp.data.decode import Encoded, reason
 from ssl_emp.errors import UserError
-from ssl_emp.sniff import HEAD_BYTES, image_format
-from ssl_emp.source import NoSplit, Source, Unused, normal, some_of, sorted_classes, version_of
-from ssl_emp.splits import check_shards, split_named, split_of_table
+from ssl_emp.data.sniff import HEAD_BYTES, image_format
+from ssl_emp.data.source import NoSplit, Source, Unused, normal, some_of, sorted_classes, version_of
+from ssl_emp.data.splits import check_shards, split_named, split_of_table
 from ssl_emp.text import decodable
 
 if TYPE_CHECKING:
@@ -33,13 +35,16 @@ class _Unusable(Exception):
 
 @dataclass(frozen=True)
 class _Part:
-    """What one file holds of the labels: (rows,) int64, -1 where missing; into `names` where those are not None."""
+    """What one file holds of the labels: (rows,) int64, -1 where missing; into `names` where those are not
+    None.
+    """
 
     labels: np.ndarray
     names: list[str] | None
 
 
-# ---- which files make a split ----------------------------------------------------------------------------------------
+# ---- which files make a split
+# ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,15 @@ class Tables:
 
 
 def hold_images(tables: Tables, at_least: int) -> bool:
-    """Whether those of the files that have a column of images have so many rows; files that cannot be read have none.
+    """Whether those of the files that have a column of images have so many rows; files that cannot be read
+    have none.
 
     By content: thumbnails' hashes and embeddings are bytes too.
     """
     rows = 0
     for path in tables.paths:
-        with suppress(Exception), _opened(tables.at(path)) as table:  # whatever is wrong with it, there are no images to be had
+        # whatever is wrong with it, there are no images to be had
+        with suppress(Exception), _opened(tables.at(path)) as table:
             names = [column.name for column in table.schema_arrow if _holds_bytes(column.type)]
             rows += table.metadata.num_rows if any(_looks_like_images(table, name) for name in names) else 0
         if rows >= at_least:
@@ -78,7 +85,9 @@ def hold_images(tables: Tables, at_least: int) -> bool:
 
 
 def find_splits(tables: Tables) -> tuple[dict[str, list[str]], str]:
-    """(split -> files, the rest under ""), and a line where a split is held back. `train` is there unless only test files are."""
+    """(split -> files, the rest under ""), and a line where a split is held back. `train` is there unless
+    only test files are.
+    """
     parts: dict[str, list[str]] = {}
     for path in tables.paths:
         parts.setdefault(split_of_table(path) or "", []).append(path)
@@ -93,7 +102,8 @@ def find_splits(tables: Tables) -> tuple[dict[str, list[str]], str]:
 
 
 def _check_one_data_set(tables: Tables, paths: Sequence[str]) -> None:
-    """Raise UserError where the files of a split lie in folders of several data sets, as `fruit/train/0.parquet`, `all/train/0.parquet`.
+    """Raise UserError where the files of a split lie in folders of several data sets, as
+    `fruit/train/0.parquet`, `all/train/0.parquet`.
 
     On the Hub these are configurations of one data set, often with the same images.
     """
@@ -109,7 +119,8 @@ def _check_one_data_set(tables: Tables, paths: Sequence[str]) -> None:
         raise UserError(what, f"give one of them, such as {os.path.join(tables.name, first or several[1])}, or the files of all by a glob")
 
 
-# ---- a split as a source ---------------------------------------------------------------------------------------------
+# ---- a split as a source
+# ---------------------------------------------------------------------------------------------
 
 
 def table_source(
@@ -121,14 +132,16 @@ def table_source(
     unused: Unused,
     skipped: list[tuple[str, str]],
 ) -> Source:
-    """The images of a split, `train` or `test`, or `all`. A test split without labels gives way to a val split that has some.
+    """The images of a split, `train` or `test`, or `all`. A test split without labels gives way to a val
+    split that has some.
 
     Args:
         image_column, label_column: names of columns; None: found by name and content.
         unused, skipped: what was left aside already, and what could not be looked at.
 
     Raises:
-        NoSplit, or UserError for files that cannot be read, shards that are missing or there twice, and a column that is not there.
+        NoSplit, or UserError for files that cannot be read, shards that are missing or there twice, and a
+        column that is not there.
     """
     parts, note = ({"all": tables.paths}, "") if split == "all" else find_splits(tables)
     kinds = [kind for kind in (("test", "val") if split == "test" else (split,)) if parts.get(kind)]
@@ -304,11 +317,14 @@ def _no_split(tables: Tables, split: str, parts: dict[str, list[str]]) -> NoSpli
     return NoSplit(f"{tables.name} has no {split} split", fix)
 
 
-# ---- the column of images --------------------------------------------------------------------------------------------
+# ---- the column of images
+# --------------------------------------------------------------------------------------------
 
 
 def _holds_bytes(kind: Any) -> bool:
-    """Whether a column of this type may hold encoded images. Bytes only: text would be opened as a path, and the file read."""
+    """Whether a column of this type may hold encoded images. Bytes only: text would be opened as a path, and
+    the file read.
+    """
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
@@ -326,7 +342,9 @@ def _column(schema: Any, name: str | None) -> Any | None:
 
 
 def _image_column(table: "pq.ParquetFile", wanted: str | None, path: str) -> tuple[str | None, list[str]]:
-    """(the column of images, other columns that hold some): the named one, else by content, those of IMAGE_COLUMNS first."""
+    """(the column of images, other columns that hold some): the named one, else by content, those of
+    IMAGE_COLUMNS first.
+    """
     schema = table.schema_arrow
     if wanted is not None:
         _check_name(schema, "image_column", wanted, path)
@@ -378,7 +396,8 @@ def _check_name(schema: Any, key: str, name: str, path: str) -> None:
     raise UserError(what, f"did you mean data.{key}={near[0]}?" if near and not twice else f"name one of them, or leave data.{key} out")
 
 
-# ---- the column of labels --------------------------------------------------------------------------------------------
+# ---- the column of labels
+# --------------------------------------------------------------------------------------------
 
 
 def _label_column(schema: Any, wanted: str | None, path: str) -> str | None:
@@ -389,7 +408,9 @@ def _label_column(schema: Any, wanted: str | None, path: str) -> str | None:
 
 
 def _read_labels(table: "pq.ParquetFile", label: str, rows: int, path: str) -> _Part:
-    """Labels of one file: whole numbers as they are, text, truth values and categories by name. Raises _Unusable for all else."""
+    """Labels of one file: whole numbers as they are, text, truth values and categories by name. Raises
+    _Unusable for all else.
+    """
     import pyarrow as pa
 
     place = table.schema_arrow.get_field_index(label)
@@ -423,7 +444,9 @@ def _read_labels(table: "pq.ParquetFile", label: str, rows: int, path: str) -> _
 
 
 def _all_missing(table: "pq.ParquetFile", label: str) -> bool:
-    """Whether floats are NaN, null or -1, one and all: pandas makes floats of whole numbers where any of them is missing."""
+    """Whether floats are NaN, null or -1, one and all: pandas makes floats of whole numbers where any of them
+    is missing.
+    """
     values = table.read([label])[label].cast("float64").to_numpy()
     return bool((np.isnan(values) | (values == -1)).all())
 
@@ -431,8 +454,9 @@ def _all_missing(table: "pq.ParquetFile", label: str) -> bool:
 def _joined(parts: list[_Part], declared: list[str] | None, label: str, name: str) -> tuple[np.ndarray | None, list[str] | None, str]:
     """((N,) labels 0 .. C - 1, class names, where they are from) of all files of a split.
 
-    Numbers without gaps stay as they are, and have no names unless the file declares some; others are numbered anew, and their
-    values are the names. Texts are numbered as names of folders are. Raises _Unusable.
+    Numbers without gaps stay as they are, and have no names unless the file declares some; others are
+    numbered anew, and their values are the names. Texts are numbered as names of folders are. Raises
+    _Unusable.
     """
     is_named = [part.names is not None for part in parts if (part.labels >= 0).any()]
     if not is_named:
@@ -443,7 +467,8 @@ def _joined(parts: list[_Part], declared: list[str] | None, label: str, name: st
     if all(is_named):
         class_names = sorted_classes(text for part in parts for text in _occurring(part))
         number = {text: place for place, text in enumerate(class_names)}
-        codes = [np.array([*(number.get(text, -1) for text in part.names or ()), -1])[part.labels] for part in parts]  # the last: missing
+        # the last: missing
+        codes = [np.array([*(number.get(text, -1) for text in part.names or ()), -1])[part.labels] for part in parts]
         numbers, how = np.concatenate(codes), f"the text in column {label}, in sorted order"
     else:
         class_names = declared
@@ -479,12 +504,14 @@ def _declared_names(schema: Any, label: str) -> list[str] | None:
 
 def _names_of_others(tables: Tables, paths: Sequence[str], label: str) -> list[str] | None:
     """What the first of these files declares: the splits of one data set share their classes."""
-    with suppress(Exception), _opened(tables.at(paths[0])) as table:  # what is wrong with it is told when it is used
+    # what is wrong with it is told when it is used
+    with suppress(Exception), _opened(tables.at(paths[0])) as table:
         return _declared_names(table.schema_arrow, label)
     return None
 
 
-# ---- small parts -----------------------------------------------------------------------------------------------------
+# ---- small parts
+# -----------------------------------------------------------------------------------------------------
 
 
 def _between(positions: np.ndarray, low: int, high: int) -> np.ndarray:

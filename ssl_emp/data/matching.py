@@ -6,24 +6,28 @@ from dataclasses import replace
 import torch
 
 from ssl_emp.errors import UserError
-from ssl_emp.images import ImageSet, count_classes
-from ssl_emp.source import as_numbers, normal, some_of
+from ssl_emp.data.images import ImageSet, count_classes
+from ssl_emp.data.source import as_numbers, normal, some_of
 
 Key = str | int
 
 
 def match_labels(train: ImageSet, test: ImageSet, split: str = "test") -> tuple[ImageSet, str]:
-    """`test` with its labels numbered as in `train`, and a line on the classes that train has no images of; empty without any.
+    """`test` with its labels numbered as in `train`, and a line on the classes that train has no images of;
+    empty without any.
 
-    Classes are the same by name, in one Unicode form; by value where both sides name whole numbers (`7`, `07`), or one side does and the
-    other has numbers alone. Classes that train lacks get numbers behind those of train: whatever predicts is wrong on them.
+    Classes are the same by name, in one Unicode form; by value where both sides name whole numbers (`7`,
+    `07`), or one side does and the other has numbers alone. Classes that train lacks get numbers behind those
+    of train: whatever predicts is wrong on them.
 
     Args:
-        train, test: with labels (N,) each, or (N, C) each for several labels an image: those are returned as they are.
+        train, test: with labels (N,) each, or (N, C) each for several labels an image: those are returned
+            as they are.
         split: what to call `test`; of another than `test`, no class may be missing in train.
 
     Raises:
-        UserError: one side has names and the other has numbers; more than half of the classes of `test` are not in train.
+        UserError: one side has names and the other has numbers; more than half of the classes of `test`
+            are not in train.
     """
     assert train.labels is not None and test.labels is not None
     if train.labels.ndim > 1 or test.labels.ndim > 1:
@@ -63,7 +67,8 @@ def match_labels(train: ImageSet, test: ImageSet, split: str = "test") -> tuple[
 
 
 def _keys(train: ImageSet, test: ImageSet, met: Sequence[int], split: str) -> tuple[dict[int, Key], dict[int, Key]]:
-    """What each label of train means, and each of those met in test: two of the same meaning are one class."""
+    """What each label of train means, and each of those met in test: two of the same meaning are one class.
+    """
     train_labels = range(count_classes(train))
     train_names = train.class_names and [normal(name) for name in train.class_names]
     test_names = test.class_names and [normal(test.class_names[label]) for label in met]

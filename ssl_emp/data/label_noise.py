@@ -25,5 +25,6 @@ def noisy_labels(labels: Tensor, num_classes: int, share: float, seed: int) -> t
     index = torch.arange(len(labels), device=labels.device)
     is_noisy = torch.zeros_like(labels, dtype=torch.bool)
     is_noisy[keyed_bits(WHO, seed, index).argsort(stable=True)[: round(share * len(labels))]] = True
-    step = 1 + (keyed_uniform(WHAT, seed, index) * (num_classes - 1)).long()  # 1 .. C - 1: round the circle of classes, never home
+    # 1 .. C - 1: round the circle of classes, never home
+    step = 1 + (keyed_uniform(WHAT, seed, index) * (num_classes - 1)).long()
     return torch.where(is_noisy, (labels + step) % num_classes, labels), is_noisy

@@ -1,7 +1,9 @@
-"""The rows of evaluations on disk: FOLDER/EVALUATOR.json, a list of rows each, merged with those of earlier evaluations.
+"""The rows of evaluations on disk: FOLDER/EVALUATOR.json, a list of rows each, merged with those of earlier
+evaluations.
 
-Several processes may write into one folder at once. Each holds the folder's lock while it reads, merges and replaces a file, so that
-none overwrites what another has just written; a file is replaced whole or not at all.
+Several processes may write into one folder at once. Each holds the folder's lock while it reads, merges and
+replaces a file, so that none overwrites what another has just written; a file is replaced whole or not at
+all.
 """
 
 import errno
@@ -14,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from ssl_emp.errors import UserError
-from ssl_emp.lock import CANNOT_LOCK
+from ssl_emp.run.lock import CANNOT_LOCK
 from ssl_emp.safe_files import LARGE, as_json, open_own, read_json, write_atomically
 
 Row = dict[str, Any]
-COLUMNS = ("encoder", "evaluator", "data", "protocol", "metric", "value", "std", "n_test", "seed")  # of the table
-# A new row replaces the one that agrees with it in these. `weights` and `images` are short hashes: an encoder that was trained further,
-# or a folder with other images in it, keeps its name.
+# of the table
+COLUMNS = ("encoder", "evaluator", "data", "protocol", "metric", "value", "std", "n_test", "seed")
+# A new row replaces the one that agrees with it in these. `weights` and `images` are short hashes: an encoder
+# that was trained further, or a folder with other images in it, keeps its name.
 ROW_KEY = ("encoder", "weights", "data", "images", "suite", "protocol", "metric", "seed", "draws")
 LOCK = ".rows.lock"
 PATIENCE_SECONDS = 60.0  # another process holds the lock for milliseconds
@@ -32,9 +35,11 @@ def row_key(row: Row) -> tuple[Any, ...]:
 
 
 def write_rows(folder: Path, rows: list[Row], note: Callable[[str], None] = lambda line: None) -> None:
-    """Merge rows into FOLDER/EVALUATOR.json. Those that agree in ROW_KEY are replaced, and what could not be judged by what now was.
+    """Merge rows into FOLDER/EVALUATOR.json. Those that agree in ROW_KEY are replaced, and what could not be
+    judged by what now was.
 
-    A file that holds no rows (damaged, written by something else) is moved aside under another name, and `note` is told.
+    A file that holds no rows (damaged, written by something else) is moved aside under another name, and
+    `note` is told.
 
     Raises:
         UserError: the folder or a file cannot be written, or another process keeps it locked.
@@ -51,7 +56,9 @@ def write_rows(folder: Path, rows: list[Row], note: Callable[[str], None] = lamb
                 kept = [row for row in kept if row.get("value") is not None or _subject(row) not in judged]
                 write_atomically(path, (as_json(kept + new, 2) + "\n").encode())
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error})", "make it writable, or give --out DIR") from error
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error})", "make it writable, or give --out DIR"
+        ) from error
 
 
 def _subject(row: Row) -> tuple[Any, ...]:
@@ -64,11 +71,17 @@ def _read(path: Path, note: Callable[[str], None]) -> list[Row]:
         return []
     try:
         rows = read_json(path, LARGE)
-        if not isinstance(rows, list) or not all(isinstance(row, dict) and hash(row_key(row)) is not None for row in rows):
+        if not isinstance(rows, list) or not all(
+            isinstance(row, dict) and hash(row_key(row)) is not None for row in rows
+        ):
             raise TypeError
         return rows
     except (UserError, TypeError):  # TypeError also from a list or dict in the place of a name
-        aside = next(place for n in range(1, 1_000_000) if not os.path.lexists(place := path.with_name(f"{path.name}.damaged-{n}")))
+        aside = next(
+            place
+            for n in range(1, 1_000_000)
+            if not os.path.lexists(place := path.with_name(f"{path.name}.damaged-{n}"))
+        )
         os.rename(path, aside)
         note(f"warning: {path} does not hold rows of earlier evaluations, and was moved to {aside.name}")
         return []
@@ -76,7 +89,9 @@ def _read(path: Path, note: Callable[[str], None]) -> list[Row]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, as long as it takes to get it. The kernel frees the lock of a process that dies, however it dies."""
+    """Hold a lock file, as long as it takes to get it. The kernel frees the lock of a process that dies,
+    however it dies.
+    """
     until = time.monotonic() + PATIENCE_SECONDS
     while True:
         file = open_own(path, "a+b")  # open until the lock is given back
@@ -93,7 +108,9 @@ def _locked(path: Path) -> Iterator[None]:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             if time.monotonic() > until:
-                raise UserError(f"{path} is locked by another process", "wait for it, or end it if it hangs") from error
+                raise UserError(
+                    f"{path} is locked by another process", "wait for it, or end it if it hangs"
+                ) from error
             time.sleep(0.005)
     try:
         yield

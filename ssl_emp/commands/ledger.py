@@ -1,4 +1,6 @@
-"""What an evaluation found: every row on disk as soon as it is known, all of them in a table at the end, and what went wrong."""
+"""What an evaluation found: every row on disk as soon as it is known, all of them in a table at the end, and
+what went wrong.
+"""
 
 import sys
 import traceback
@@ -6,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ssl_emp.commands.row_tables import markdown_table, terminal_table
+from ssl_emp.commands.rows import Row, write_rows
 from ssl_emp.errors import UserError, printable
-from ssl_emp.interrupts import Interrupts
-from ssl_emp.row_tables import markdown_table, terminal_table
-from ssl_emp.rows import Row, write_rows
-from ssl_emp.streams import is_shown, put
+from ssl_emp.run.interrupts import Interrupts
+from ssl_emp.run.streams import is_shown, put
 
 
 def say(line: str) -> None:
@@ -20,7 +22,9 @@ def say(line: str) -> None:
 
 @dataclass
 class Ledger:
-    """Rows are kept first and shown later: whatever becomes of the table, of a later evaluator or of the process, they are on disk."""
+    """Rows are kept first and shown later: whatever becomes of the table, of a later evaluator or of the
+    process, they are on disk.
+    """
 
     interrupts: Interrupts
     note: Callable[[str], None] = say
@@ -28,7 +32,8 @@ class Ledger:
     problems: list[str] = field(default_factory=list)  # `what. fix: how`, each once
     refused: int = 0  # rows without a value
     kept_in: list[Path] = field(default_factory=list)
-    waiting: dict[Path, list[Row]] = field(default_factory=dict)  # rows that could not be written yet, and why
+    # rows that could not be written yet, and why
+    waiting: dict[Path, list[Row]] = field(default_factory=dict)
     code: int = 0
 
     def keep(self, folder: Path | None, rows: list[Row], *, in_table: bool = True) -> None:
@@ -60,7 +65,9 @@ class Ledger:
         """As `refuse`, for what should not happen: the traceback is what helps."""
         for line in "".join(traceback.format_exception(error)).rstrip().split("\n"):
             self.note(line)
-        self.refuse(row, RuntimeError(f"{type(error).__name__}: {error}. fix: report it with the traceback above"))
+        self.refuse(
+            row, RuntimeError(f"{type(error).__name__}: {error}. fix: report it with the traceback above")
+        )
         self.code = 1
 
     def _problem(self, line: str, code: int) -> None:
@@ -79,14 +86,17 @@ class Ledger:
             self.rows = []
 
     def print(self, text: str) -> None:
-        """A table on standard output. Where that fails, a line says so, and an error where nothing else has the rows."""
+        """A table on standard output. Where that fails, a line says so, and an error where nothing else has
+        the rows.
+        """
         closed = not is_shown("stdout")
         error = None if closed else put("stdout", text)
         if error is None and not closed:
             return
         why = "standard output is closed" if error is None else error.strerror
         where = ", ".join(map(str, self.kept_in))
-        left = closed or isinstance(error, BrokenPipeError)  # nobody waits for it; a full disk is another matter
+        # nobody waits for it; a full disk is another matter
+        left = closed or isinstance(error, BrokenPipeError)
         if left and where and not self.waiting:
             self.note(f"warning: the table is not shown ({why}), its rows are in {where}")
         else:

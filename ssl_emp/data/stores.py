@@ -1,6 +1,8 @@
-"""Where pixels live: a tensor, a raw file, or a file of JPEGs; and batches of them on the device, resident or streamed.
+"""Where pixels live: a tensor, a raw file, or a file of JPEGs; and batches of them on the device, resident or
+streamed.
 
-A finished file is found again by its key; whoever builds one holds a lock on its `.part`, and others wait for it.
+A finished file is found again by its key; whoever builds one holds a lock on its `.part`, and others wait for
+it.
 """
 
 import fcntl
@@ -22,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_emp.decode import Encoded, cores, decode, decode_jpeg, map_runs, reason, to_jpeg
+from ssl_emp.data.decode import Encoded, cores, decode, decode_jpeg, map_runs, reason, to_jpeg
 from ssl_emp.errors import UserError
 from ssl_emp.text import quoted
 
@@ -30,7 +32,8 @@ PREFETCH_BATCHES = 3  # host batches held ahead of the one in use
 SAVE_BYTES = 1 << 24  # of JPEGs between two points that a killed build can go on from
 DIGEST_BYTES = 32
 HASHED_BYTES = 1 << 22  # of a part that is hashed by itself, so that all cores share the work
-NOTED_BYTES = 1 << 28  # files from this size on keep their digest: a smaller one is hashed again in less than a third of a second
+# files from this size on keep their digest: a smaller one is hashed again in less than a third of a second
+NOTED_BYTES = 1 << 28
 DIM = 1 << 60  # added to the place in a file of JPEGs where a dim image ends
 
 Progress = Callable[[int, int], None]
@@ -39,7 +42,9 @@ Read = Callable[[np.ndarray], Iterator[Encoded]]  # positions -> their images, i
 
 @dataclass
 class Told:
-    """What is to be said of rows. failed: {row left out: reason}. dim: rows of images that use little of their 16 bits."""
+    """What is to be said of rows. failed: {row left out: reason}. dim: rows of images that use little of
+    their 16 bits.
+    """
 
     failed: dict[int, str] = field(default_factory=dict)
     dim: list[int] = field(default_factory=list)
@@ -47,9 +52,11 @@ class Told:
 
 @dataclass(frozen=True, eq=False)
 class EncodedPixels:
-    """(N, 3, S, S) uint8 that lie as JPEGs in one mapped file and are decoded when indexed, in a thread a core.
+    """(N, 3, S, S) uint8 that lie as JPEGs in one mapped file and are decoded when indexed, in a thread a
+    core.
 
-    size: S. path: the file. data: (nbytes,) uint8, the file. spans: (N, 2) int64, where each JPEG begins and ends in it.
+    size: S. path: the file. data: (nbytes,) uint8, the file. spans: (N, 2) int64, where each JPEG begins and
+    ends in it.
     """
 
     size: int
@@ -72,7 +79,9 @@ class EncodedPixels:
         return len(self.spans)
 
     def __getitem__(self, index: int | slice | Tensor) -> Tensor:
-        """uint8, shaped as a tensor's rows would be. Raises IndexError, or UserError where the file is damaged."""
+        """uint8, shaped as a tensor's rows would be. Raises IndexError, or UserError where the file is
+        damaged.
+        """
         spans = self.spans[index.cpu().numpy() if isinstance(index, Tensor) else index]  # (..., 2)
         rows = spans.reshape(-1, 2)
         images = torch.empty((len(rows), *self.shape[1:]), dtype=torch.uint8)
@@ -111,7 +120,9 @@ Pixels = Tensor | EncodedPixels
 
 @functools.cache
 def _decoders() -> ThreadPoolExecutor:
-    """Threads shared by all encoded sets of the process, kept: starting them for each batch would cost as much as small images."""
+    """Threads shared by all encoded sets of the process, kept: starting them for each batch would cost as
+    much as small images.
+    """
     return ThreadPoolExecutor(cores(), "ssl_emp-decode")
 
 
@@ -120,9 +131,12 @@ def _damaged(path: Path, why: str) -> UserError:
 
 
 def available_memory() -> int:
-    """Bytes of main memory a process may still take: what the kernel calls available, at most the container's limit."""
+    """Bytes of main memory a process may still take: what the kernel calls available, at most the container's
+    limit.
+    """
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, StopIteration):  # Linux: free pages alone (sysconf) leave out the page cache, which yields
+    # Linux: free pages alone (sysconf) leave out the page cache, which yields
+    with suppress(OSError, StopIteration):
         line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
         available = int(line.split()[1]) * 1024
     with suppress(OSError, ValueError):  # where there is no limit, the file is missing or says "max"
@@ -130,11 +144,14 @@ def available_memory() -> int:
     return available
 
 
-# --------------------------------------------------------------------------------------------------------- building
+# ---------------------------------------------------------------------------------------------------------
+# building
 
 
 def decode_into(pixels: np.ndarray, read: Read, positions: np.ndarray, max_pixels: int, progress: Progress | None) -> Told:
-    """Decode positions into the first rows of pixels (len(positions), 3, S, S); what follows one that is left out moves up."""
+    """Decode positions into the first rows of pixels (len(positions), 3, S, S); what follows one that is left
+    out moves up.
+    """
     failed: dict[int, str] = {}
     dim: set[int] = set()
 
@@ -160,7 +177,9 @@ def decode_into(pixels: np.ndarray, read: Read, positions: np.ndarray, max_pixel
 
 
 def store_key(version: str, positions: np.ndarray, *numbers: int) -> str:
-    """Name of the file for these positions of this version of a source, at these settings, decoded as this version decodes."""
+    """Name of the file for these positions of this version of a source, at these settings, decoded as this
+    version decodes.
+    """
     text = " ".join(["3", version, *map(str, numbers)])
     return hashlib.sha256(text.encode() + positions.astype("<i8").tobytes()).hexdigest()[:32]
 
@@ -175,17 +194,21 @@ def encoded_path(folder: Path, key: str) -> Path:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[BinaryIO]:
-    """Open path for appending, made where it is missing, and hold its lock; waits for whoever holds it now."""
+    """Open path for appending, made where it is missing, and hold its lock; waits for whoever holds it now.
+    """
     while True:
         with open(path, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # else renamed or removed meanwhile
+            # else renamed or removed meanwhile
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 yield file
                 return
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove what killed builds of raw files left: nobody holds a lock on it. (A killed build of JPEGs goes on instead.)"""
+    """Remove what killed builds of raw files left: nobody holds a lock on it. (A killed build of JPEGs goes
+    on instead.)
+    """
     for part in folder.glob("*.u8.part"):
         with suppress(OSError), open(part, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,8 +218,10 @@ def _remove_stale(folder: Path) -> None:
 def raw_pixels(
     folder: Path, key: str, size: int, read: Read, positions: np.ndarray, max_pixels: int, progress: Progress | None
 ) -> tuple[np.ndarray, Told]:
-    """`decode_into` a mapped file that later calls with the same key find again, and open for reading only."""
-    data, note = raw_path(folder, key), folder / f"{key}.json"  # the data comes last: where it is, both are complete
+    """`decode_into` a mapped file that later calls with the same key find again, and open for reading only.
+    """
+    # the data comes last: where it is, both are complete
+    data, note = raw_path(folder, key), folder / f"{key}.json"
     part, note_part = folder / f"{key}.u8.part", folder / f"{key}.json.part"
     shape = (len(positions), 3, size, size)
     num_bytes = int(np.prod(shape))
@@ -210,7 +235,8 @@ def raw_pixels(
                         part.unlink()
                     else:
                         file.truncate(num_bytes)
-                        if hasattr(os, "posix_fallocate"):  # a mapped file that meets a full disk kills the process with SIGBUS
+                        # a mapped file that meets a full disk kills the process with SIGBUS
+                        if hasattr(os, "posix_fallocate"):
                             os.posix_fallocate(file.fileno(), 0, num_bytes)
                         mapped = np.memmap(part, np.uint8, "r+", shape=shape)
                         told = decode_into(mapped, read, positions, max_pixels, progress)
@@ -243,8 +269,9 @@ def encoded_pixels(
 ) -> tuple[EncodedPixels, Told]:
     """JPEGs in one file that later calls with the same key find again; a killed build goes on where it was.
 
-    The file: the records in the order of positions, each the JPEG of an image or, for one left out, the reason; then where
-    each record ends, len(positions) int64, negative for reasons, plus DIM for dim images; then the sha256 of those numbers.
+    The file: the records in the order of positions, each the JPEG of an image or, for one left out, the
+    reason; then where each record ends, len(positions) int64, negative for reasons, plus DIM for dim images;
+    then the sha256 of those numbers.
     """
     path, log_path = encoded_path(folder, key), folder / f"{key}.ends.part"
     if not path.is_file():
@@ -353,15 +380,17 @@ def read_only(mapped: np.ndarray) -> Tensor:
         return torch.from_numpy(mapped)
 
 
-# ---------------------------------------------------------------------------------------------------------- digests
+# ----------------------------------------------------------------------------------------------------------
+# digests
 
 
 def pixel_digest(pixels: Pixels, path: Path | None = None) -> str:
-    """BLAKE2b (hex) over the shape and all pixels (N, 3, S, S), of `EncodedPixels` over the shape and the bytes of all JPEGs.
+    """BLAKE2b (hex) over the shape and all pixels (N, 3, S, S), of `EncodedPixels` over the shape and the
+    bytes of all JPEGs.
 
-    A tenth of a second for 100 MB on one core, and all cores share the work. The digest of a large file is kept in the note beside
-    it, with the file's size and time, so that a set larger than memory is read through once and not at every start (where the note
-    cannot be written: at every start).
+    A tenth of a second for 100 MB on one core, and all cores share the work. The digest of a large file is
+    kept in the note beside it, with the file's size and time, so that a set larger than memory is read
+    through once and not at every start (where the note cannot be written: at every start).
 
     Args:
         path: the raw file that the pixels are mapped from, if they are.
@@ -405,14 +434,17 @@ def _digest(pixels: Pixels) -> str:
 
 
 def _read_note(path: Path) -> dict[str, Any]:
-    """What stands beside a file of pixels: what is `Told` of it, and "digest". Empty where there is none that can be read."""
+    """What stands beside a file of pixels: what is `Told` of it, and "digest". Empty where there is none that
+    can be read.
+    """
     with suppress(OSError, ValueError, RecursionError):
         values = json.loads(path.read_text())
         return values if isinstance(values, dict) else {}
     return {}
 
 
-# ---------------------------------------------------------------------------------------------------------- serving
+# ----------------------------------------------------------------------------------------------------------
+# serving
 
 
 class DeviceImages:
@@ -426,18 +458,23 @@ class DeviceImages:
         return len(self.pixels)
 
     def stream(self, index_batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (index (B,), images (B, 3, S, S) uint8) for every row of index_batches (steps, B) int64; never waits for the device."""
+        """Yield (index (B,), images (B, 3, S, S) uint8) for every row of index_batches (steps, B) int64;
+        never waits for the device.
+        """
         for index in index_batches:
             yield index, self.pixels[index]
 
 
 class HostImages:
-    """Images in main memory or a file: a thread gathers or decodes the next batches while the device works on this one."""
+    """Images in main memory or a file: a thread gathers or decodes the next batches while the device works on
+    this one.
+    """
 
     def __init__(self, pixels: Pixels, device: torch.device | str, prefetch_batches: int = PREFETCH_BATCHES) -> None:
         """pixels: (N, 3, S, S) uint8 on the CPU; device: where the batches go.
 
-        prefetch_batches: so many batches are held in main memory, ready or in the making, besides the one handed over last.
+        prefetch_batches: so many batches are held in main memory, ready or in the making, besides the one
+        handed over last.
         """
         self.pixels = pixels
         self.prefetch_batches = prefetch_batches
@@ -449,7 +486,9 @@ class HostImages:
         return len(self.pixels)
 
     def stream(self, index_batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `DeviceImages.stream`. An error of the gathering thread is raised here; leaving early ends the thread."""
+        """As `DeviceImages.stream`. An error of the gathering thread is raised here; leaving early ends the
+        thread.
+        """
         table = index_batches.cpu()  # waits for the device, once an epoch: 8 bytes an image
         ready: queue.Queue[Tensor | Exception] = queue.Queue()
         room = threading.Semaphore(self.prefetch_batches)
@@ -458,7 +497,8 @@ class HostImages:
         def gather() -> None:
             try:
                 if self.device.type == "cuda":
-                    torch.cuda.set_device(self.device)  # a new thread starts on GPU 0, and pinning would take memory there
+                    # a new thread starts on GPU 0, and pinning would take memory there
+                    torch.cuda.set_device(self.device)
                 for index in table:
                     room.acquire()
                     if stop.is_set():
@@ -487,9 +527,11 @@ class HostImages:
 
 
 def place_images(pixels: Pixels, device: torch.device | str) -> DeviceImages | HostImages:
-    """(N, 3, S, S) uint8 on the device where it takes at most half of the free memory there, else kept on the host and streamed.
+    """(N, 3, S, S) uint8 on the device where it takes at most half of the free memory there, else kept on the
+    host and streamed.
 
-    JPEGs are decoded onto a GPU with that much room, once; on the CPU they always stream: they are JPEGs because memory is short.
+    JPEGs are decoded onto a GPU with that much room, once; on the CPU they always stream: they are JPEGs
+    because memory is short.
     """
     device = torch.device(device)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()

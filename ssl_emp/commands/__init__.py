@@ -1,0 +1,1 @@
+"""The commands, one file each. Configs end here: what they call takes values."""

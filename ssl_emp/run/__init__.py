@@ -1,0 +1,1 @@
+"""What a run needs around its loop: processes, checkpoints, the lock on its directory, its report."""
