@@ -274,7 +274,8 @@ def test_equal_neighbours_enter_by_row_and_equal_votes_go_to_the_lowest_class(ba
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_votes_that_differ_by_rounding_only_are_equal(backend: Any) -> None:
-    """Rows that are permutations of one vector are equally similar to a constant query, but not in float32."""
+    """Rows that are permutations of one vector are equally similar to a constant query, but not in float32.
+    """
     generator = torch.Generator().manual_seed(0)
     vector = torch.rand(97, generator=generator)
     for _ in range(20):

@@ -250,7 +250,8 @@ def test_errors_and_answers_of_a_store_come_through() -> None:
 
 
 def in_c_code(path: Path, signs: Path, peer_lives: bool, ready: Any) -> None:
-    """A process whose main thread waits for a pipe that nobody writes to, as for a disk that does not answer."""
+    """A process whose main thread waits for a pipe that nobody writes to, as for a disk that does not answer.
+    """
     module.GRACE_SECONDS, module.TICK_SECONDS = 0.4, 0.05
     signal.signal(signal.SIGTERM, lambda *_: None)  # Python's, which C code does not hear
     store = dist.FileStore(str(signs), -1)

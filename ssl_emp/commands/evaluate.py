@@ -1025,7 +1025,8 @@ def check_places(folder: Path | None, subject: Subject) -> None:
 def run_transfer(
     subjects: list[Subject], config: EvalConfig, device: torch.device, folder: Path | None, ledger: Ledger
 ) -> None:
-    """Every encoder on every target of transfer.suite; each cell is kept in `folder` as soon as it is known."""
+    """Every encoder on every target of transfer.suite; each cell is kept in `folder` as soon as it is known.
+    """
     path = Path(config.transfer.suite)
     if not path.is_file():  # a pipe or a device would be read for ever
         raise UserError(
@@ -1186,7 +1187,8 @@ def judge(
 
 
 def columns(result: Result, subject: Subject) -> Row:
-    """What a result says in its row. Raises EvalError where its value is no number, which JSON does not have."""
+    """What a result says in its row. Raises EvalError where its value is no number, which JSON does not have.
+    """
     if not math.isfinite(result.value):
         raise EvalError(
             f"{result.metric} is {result.value}", "use another checkpoint: this encoder has diverged"

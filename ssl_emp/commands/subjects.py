@@ -197,7 +197,8 @@ class Normalized(nn.Module):
 
 
 def load_timm(name: str) -> tuple[nn.Module, int, bool]:
-    """A pretrained timm model without its classifier: (module, image size, whether it takes that size only)."""
+    """A pretrained timm model without its classifier: (module, image size, whether it takes that size only).
+    """
     try:
         import timm
     except ImportError as error:

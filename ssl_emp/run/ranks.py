@@ -107,7 +107,8 @@ class Ranks:
         return whole
 
     def share_gradients(self, model: Any) -> Any:
-        """`model` with gradients that are the mean over the ranks, exchanged while the backward pass goes on."""
+        """`model` with gradients that are the mean over the ranks, exchanged while the backward pass goes on.
+        """
         if self.world_size == 1:
             return model
         with warnings.catch_warnings():
