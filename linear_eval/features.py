@@ -14,18 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from linear_eval.errors import EvalError
-from linear_eval.ranks import first_says, gather_rows, num_ranks, raise_together, rank, share_of
 
 __all__ = [
     "EvalError",
     "Features",
     "Pixels",
-    "cached_features",
     "check_features",
     "check_frozen",
     "check_splits",
     "content_hash",
     "extract_features",
+    "load_features",
+    "save_features",
 ]
 
 
@@ -67,7 +67,7 @@ def extract_features(
     batch_size: int = 256,
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
-    shared: bool = False,
+    distribute: Callable[[int, Callable[[range], Tensor]], Tensor] | None = None,
 ) -> Features:
     """Runs a frozen encoder over all images, without gradients and without augmentation.
 
@@ -79,9 +79,9 @@ def extract_features(
         batch_size: images per forward pass; changes features by rounding only.
         device: where the forward pass runs; batches travel there as uint8.
         progress: called as `progress(images_done, N)` after each batch.
-        shared: the processes of a torch.distributed group, all of which must call this with the same
-            arguments, each take a contiguous part of the batches; every one gets the features of all images,
-            to the bit those of a single process.
+        distribute: how several processes share the work: called as `distribute(N, rows_of)`, it calls
+            `rows_of(range of images)` -> (n, D) and returns the rows of all images, (N, D). It must cut at
+            multiples of `batch_size`: how many images are in a batch changes the rounding.
 
     Raises:
         EvalError: no images, no labels, an encoder in training mode or on another device, non-finite
@@ -100,37 +100,18 @@ def extract_features(
         raise EvalError("there are no images", "give at least one image")
     device = check_frozen(encoder, device)
 
-    # whole batches: how many images share one changes the rounding
-    starts = range(0, len(pixels), batch_size)
-    shares = (
-        [share_of(number, len(starts)) for number in range(num_ranks())] if shared else [range(len(starts))]
-    )
-    own = shares[rank() if shared else 0]
-    rows: list[Tensor] = []
-    failed: Exception | None = None
-    try:
+    def rows_of(images: range) -> Tensor:
+        rows = [torch.empty(0, 0)]
         with torch.inference_mode():
-            for start in starts[own.start : own.stop]:
-                batch = pixels[start : start + batch_size].to(device).float() / 255  # (B, 3, H, W)
-                rows.append(encoder(batch).float().cpu())  # (B, D)
+            for start in images[::batch_size]:
+                batch = pixels[start : min(start + batch_size, images.stop)].to(device).float() / 255
+                rows.append(encoder(batch).float().cpu())  # (B, 3, H, W) -> (B, D)
                 if progress is not None:
                     progress(min(start + batch_size, len(pixels)), len(pixels))
-    except Exception as error:
-        if not shared:
-            raise
-        failed = error
-    # Outside of inference mode: inference tensors could not be used to fit a linear layer.
-    x = torch.cat(rows) if rows else None
-    if shared:
-        raise_together(failed)
-        x = gather_rows(
-            x,
-            [
-                min(part.stop * batch_size, len(pixels)) - min(part.start * batch_size, len(pixels))
-                for part in shares
-            ],
-        )
-    assert x is not None
+        # outside of inference mode: inference tensors could not be used to fit a linear layer
+        return torch.cat(rows[1:] or rows)
+
+    x = rows_of(range(len(pixels))) if distribute is None else distribute(len(pixels), rows_of)
     features = Features(x, labels.detach().cpu().long())
     check_features(features, "extracted", multi_label=labels.ndim == 2)
     return features
@@ -167,40 +148,29 @@ def check_frozen(encoder: nn.Module, device: str | torch.device) -> torch.device
     return device
 
 
-def cached_features(
-    path: Path | None, labels: Tensor | None, extract: Callable[[], Features], *, shared: bool = False
-) -> Features:
-    """`extract()`, or what it gave before, kept in `path` (safetensors, mapped into memory, not copied).
-    None: nothing is kept.
+def load_features(path: Path, labels: Tensor) -> Features | None:
+    """What `save_features` kept in `path`, mapped into memory and not copied, with these labels.
 
-    The path must name all that the features depend on: encoder, images, size. Labels are not part of the
-    file. A file that cannot be read, or that holds another number of rows, is made again.
-
-    `shared`: all processes of a group call this, and the first one reads, decides and writes. Where it finds
-    the features, the others get no rows: the work that they would share is done.
+    The path must name all that the features depend on: encoder, images, size. None where there is no file, it
+    cannot be read, or it holds another number of rows.
     """
-    known: Features | None = None
-    is_first = rank() == 0 or not shared
-    if is_first and path is not None and path.is_file() and labels is not None:
-        with suppress(SafetensorError, OSError, KeyError):
-            x = load_file(path)["x"]
-            if len(x) == len(labels):
-                known = Features(x, labels.detach().cpu().long())
-    if shared and first_says(known is not None) and known is None:
-        return Features(torch.empty(0, 0), torch.empty(0, dtype=torch.int64))
-    if known is not None:
-        return known
-    features = extract()
-    if path is not None and is_first:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with suppress(OSError):  # a full disk costs the cache, not the result
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                save_file({"x": features.x.contiguous()}, temporary)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-    return features
+    with suppress(SafetensorError, OSError, KeyError):
+        x = load_file(path)["x"] if path.is_file() else None
+        if x is not None and len(x) == len(labels):
+            return Features(x, labels.detach().cpu().long())
+    return None
+
+
+def save_features(path: Path, features: Features) -> None:
+    """Keep the rows for `load_features` (safetensors). A full disk costs the cache, not the result."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file({"x": features.x.contiguous()}, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def check_splits(train: Features, test: Features, *, multi_label: bool = False) -> None:

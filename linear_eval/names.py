@@ -1,5 +1,4 @@
-"""Names of others (classes, encoders, suites) as text in pictures and tables: nothing of them is acted upon.
-"""
+"""Names of others (classes, encoders, suites) as text in pictures and tables: nothing of them is acted upon."""
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for one
 

@@ -893,8 +893,7 @@ def test_settings_that_move_a_number_are_in_its_protocol(
 
 
 def test_a_run_directory_that_cannot_be_written_to(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file is where the folder for the rows would be made: the number comes, with a line on the checkpoint.
-    """
+    """A file is where the folder for the rows would be made: the number comes, with a line on the checkpoint."""
     (run_dir / "eval").write_text("in the way")
     code = evaluate.main([str(run_dir), *TUNED])
     captured = capsys.readouterr()

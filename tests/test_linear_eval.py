@@ -4,7 +4,6 @@ time (SGD).
 
 import hashlib
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import linear_eval
 import linear_eval.knn
 import linear_eval.lbfgs
 from linear_eval import EvalError, Features, extract_features, knn_accuracy, knn_predict, linear_probe
@@ -47,7 +47,7 @@ def with_labels(features: Features, labels: list[int] | Tensor) -> Features:
 
 
 # ---- features
-# --------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def small_encoder() -> nn.Sequential:
@@ -122,103 +122,8 @@ def test_non_finite_features_are_counted() -> None:
         extract_features(Diverged().eval(), images(5), torch.arange(5))
 
 
-SHARING = """
-import datetime, sys, torch
-from torch import distributed, nn
-from linear_eval import EvalError, extract_features
-from linear_eval.ranks import PeerLost, share_of
-sys.path.insert(0, sys.argv[3])
-from test_linear_eval import images, small_encoder
-torch.set_num_threads(1)
-me, folder = int(sys.argv[1]), sys.argv[2]
-given = dict(shared=True, batch_size=4)
-for world in (3, 2):
-    if me >= world:
-        continue
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store{world}", rank=me, world_size=world, timeout=datetime.timedelta(seconds=30)
-    )
-    found = {}
-    for num in (1, 2, 4, 5, 8, 9, 12, 13, 23, 24):
-        shares = [row for number in range(world) for row in share_of(number, num)]
-        assert shares == list(range(num)), shares
-        seen = []
-        encoder = small_encoder()
-        encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-        features = extract_features(encoder, images(num), torch.arange(num), **given)
-        found[num] = (features.x, features.y, sum(seen))
-    torch.save(found, f"{folder}/{world}-{me}.pt")
-
-    class Picky(nn.Module):  # cannot stand the last image, which the last process meets
-        def forward(self, x):
-            if (x[:, 0, 0, 0] * 255).round().int().eq(7).any():
-                raise EvalError("the seventh shade came", "leave it out")
-            return x.flatten(1)
-    pixels = torch.zeros(9, 3, 2, 2, dtype=torch.uint8)
-    pixels[-1] = 7
-    try:
-        extract_features(Picky().eval(), pixels, torch.arange(9), **given)
-    except EvalError as error:
-        print(world, me, error)
-    try:
-        extract_features(nn.Flatten().eval(), pixels[: 9 - 4 * (me == 1)], torch.arange(9 - 4 * (me == 1)), **given)
-    except EvalError as error:
-        print(world, me, error)
-    if world == 2 and me == 0:
-        try:
-            extract_features(nn.Flatten().eval(), pixels, torch.arange(9), **given)
-        except PeerLost as error:
-            print("lost:", str(error).partition("(")[0])
-    distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.whole
-def test_processes_share_the_batches_and_get_what_one_would(tmp_path: Path) -> None:
-    """To the bit, every sample once, for numbers that do not divide and for fewer batches than processes."""
-    words = [sys.executable, "-c", SHARING]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    here = Path(__file__).parent
-    started = [
-        subprocess.Popen(
-            [*words, str(number), str(tmp_path), str(here)],
-            text=True,
-            stdout=-1,
-            stderr=-1,
-            cwd=here.parent,
-            env=environment,
-        )
-        for number in range(3)
-    ]
-    outputs = [process.communicate(timeout=120) for process in started]
-    assert [process.returncode for process in started] == [0, 0, 0], outputs
-    for world in (2, 3):
-        results = [
-            torch.load(tmp_path / f"{world}-{number}.pt", weights_only=True) for number in range(world)
-        ]
-        for num in results[0]:
-            alone = extract_features(small_encoder(), images(num), torch.arange(num), batch_size=4)
-            assert all(
-                torch.equal(found[num][0], alone.x) and torch.equal(found[num][1], alone.y)
-                for found in results
-            )
-            assert sum(found[num][2] for found in results) == num, "images were encoded twice, or not at all"
-            assert max(found[num][2] for found in results) <= -(-num // 4 // world) * 4 + 4
-    lines = [line for out, _ in outputs for line in out.splitlines()]
-    for world in (2, 3):
-        last = world - 1
-        assert f"{world} {last} the seventh shade came. fix: leave it out" in lines
-        for number in range(last):
-            assert f"{world} {number} process {last}: the seventh shade came. fix: leave it out" in lines
-        differing = [
-            line for line in lines if line.startswith(f"{world} ") and "columns for [5, 9] images" in line
-        ]
-        assert len(differing) == world, lines
-    assert any(line.startswith("lost: another process ended") for line in lines)
-
-
 # ---- kNN
-# -------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def brute_force(train: Features, test: Features, k: int, temperature: float) -> list[int]:
@@ -274,8 +179,7 @@ def test_equal_neighbours_enter_by_row_and_equal_votes_go_to_the_lowest_class(ba
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_votes_that_differ_by_rounding_only_are_equal(backend: Any) -> None:
-    """Rows that are permutations of one vector are equally similar to a constant query, but not in float32.
-    """
+    """Permutations of one vector are equally similar to a constant query, but not in float32."""
     generator = torch.Generator().manual_seed(0)
     vector = torch.rand(97, generator=generator)
     for _ in range(20):
@@ -601,7 +505,7 @@ def test_a_grid_is_its_values_one_at_a_time(monkeypatch: pytest.MonkeyPatch, cha
 
 
 # ---- linear probe
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_choice_of_l2_does_not_see_the_test_split() -> None:
@@ -890,7 +794,7 @@ def test_multi_label_probe_refuses_what_has_no_answer() -> None:
 
 
 # ---- SGD heads
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_heads_together_are_each_head_alone() -> None:
@@ -984,3 +888,5 @@ def test_linear_eval_stands_alone() -> None:
         "in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+    sources = Path(linear_eval.__file__).parent.glob("*.py")
+    assert not [path.name for path in sources if "distributed" in path.read_text()], "it knows of one process"

@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from linear_eval import liveness as module
-from linear_eval.errors import EvalError
-from linear_eval.liveness import BoundedStore, Liveness, Lost, StoreSilent, ending
-from linear_eval.ranks import PeerLost, first_says, process_group, watch_for
+from ssl_emp.run import liveness as module
+from ssl_emp.run.liveness import BoundedStore, Liveness, Lost, StoreSilent, ending
+from ssl_emp.run.ranks import LostRank, connect
 
 FORK = multiprocessing.get_context("fork")  # torch is imported already: seconds a process
 
@@ -250,8 +249,7 @@ def test_errors_and_answers_of_a_store_come_through() -> None:
 
 
 def in_c_code(path: Path, signs: Path, peer_lives: bool, ready: Any) -> None:
-    """A process whose main thread waits for a pipe that nobody writes to, as for a disk that does not answer.
-    """
+    """Its main thread waits for a pipe that nobody writes to, as for a disk that does not answer."""
     module.GRACE_SECONDS, module.TICK_SECONDS = 0.4, 0.05
     signal.signal(signal.SIGTERM, lambda *_: None)  # Python's, which C code does not hear
     store = dist.FileStore(str(signs), -1)
@@ -286,21 +284,21 @@ def in_group(number: int, port: int, hangs: str) -> None:
     module.GRACE_SECONDS, module.TICK_SECONDS = 0.4, 0.05
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = connect(600.0)
     try:
-        with process_group():
-            watch_for(1.5)
-            assert first_says(True) or number
-            if number == 0:
-                if hangs == "stopped":
-                    os.kill(os.getpid(), signal.SIGSTOP)
-                elif hangs == "sleeps":
-                    time.sleep(60)
-                until = time.monotonic() + 4
-                while time.monotonic() < until:
-                    sum(range(1000))
-            first_says(True)
-    except PeerLost:
-        os._exit(3)  # as evaluate.py's exit code
+        ranks.set_timeout(1.5)
+        assert ranks.barrier("first" if number == 0 else "")[0] == "first"
+        if number == 0:
+            if hangs == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            elif hangs == "sleeps":
+                time.sleep(60)
+            until = time.monotonic() + 4
+            while time.monotonic() < until:
+                sum(range(1000))
+        ranks.barrier()
+    except LostRank as error:
+        os._exit(error.code)
     os._exit(0)
 
 
@@ -321,25 +319,3 @@ def test_an_evaluation_does_not_wait_for_a_first_process_that_hangs(hangs: str, 
     finally:
         first.kill()
         first.join()
-
-
-@pytest.mark.parametrize(
-    "variables",
-    [{"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "1"}, {"RANK": "x", "WORLD_SIZE": "2"},
-     {"RANK": "-1", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "0"}],
-)  # fmt: skip
-def test_numbers_of_processes_that_do_not_fit_are_a_line(
-    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(EvalError, match="fix: start with torchrun") as error, process_group():
-        pass
-    assert "\n" not in str(error.value)
-
-
-def test_one_of_one_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    with process_group():
-        assert not dist.is_initialized()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from test_linear_eval import images, small_encoder
+from torch import Tensor, nn
 
-from linear_eval.liveness import BoundedStore, Liveness
+from linear_eval import EvalError, extract_features
+from ssl_emp.commands.evaluate import distribute
 from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.loss import nt_xent
 from ssl_emp.loss import nt_xent as nt_xent_alone
 from ssl_emp.model import SimCLR, build_encoder
 from ssl_emp.run import ranks as ranks_module
+from ssl_emp.run.liveness import BoundedStore, Liveness
 from ssl_emp.run.ranks import (
     ALONE,
     Failed,
@@ -227,13 +231,13 @@ def test_ranks_that_disagree_are_named() -> None:
         assert said.startswith("rank 1 and rank 0 disagree about the samples of epoch 7")
 
 
-def test_the_first_goes_first_and_every_word_is_heard() -> None:
+def test_the_first_goes_first_and_every_text_is_heard() -> None:
     def work(ranks: Ranks) -> tuple[float, float, list[str]]:
         with ranks.first_then_others():
             began = time.monotonic()
             time.sleep(0.2)
             ended = time.monotonic()
-        return began, ended, ranks.meet(f"word {ranks.rank}")
+        return began, ended, ranks.barrier(f"word {ranks.rank}")
 
     times = on_ranks(3, work)
     assert all(began >= times[0][1] for began, _, _ in times[1:])
@@ -247,15 +251,16 @@ def test_rank_0_leaves_last(tmp_path: Path) -> None:
     def work(ranks: Ranks) -> bool:
         too_early = False
         if ranks.rank == 2:
-            heard = ranks._heard
+            assert ranks.store is not None
+            tell = ranks.store.set
 
-            def slowly(key: str) -> bool:
+            def slowly(key: str, value: str) -> None:
                 nonlocal too_early
                 time.sleep(0.3)
                 too_early |= mark.exists()
-                return heard(key)
+                tell(key, value)
 
-            ranks._heard = slowly  # type: ignore[method-assign]
+            ranks.store.set = slowly  # type: ignore[method-assign]
         ranks_module.leave_ranks(ranks)
         if ranks.is_first:
             mark.touch()
@@ -264,13 +269,13 @@ def test_rank_0_leaves_last(tmp_path: Path) -> None:
     assert on_ranks(3, work) == [False] * 3 and mark.exists()
 
 
-def test_a_confession_reaches_who_waits() -> None:
+def test_a_reported_failure_reaches_who_waits() -> None:
     def work(ranks: Ranks) -> Any:
         if ranks.rank == 1:
-            ranks.confess("the file a.jpg is bad", 2)
+            ranks.report_failure("the file a.jpg is bad", 2)
             return None
         try:
-            ranks.meet()
+            ranks.barrier()
         except ranks_module.LostRank as error:
             return str(error), error.code, error.speaks
         return "nothing heard"
@@ -281,6 +286,112 @@ def test_a_confession_reaches_who_waits() -> None:
         2,
         False,
     )
+
+
+def test_what_fails_on_one_fails_on_all() -> None:
+    def work(ranks: Ranks) -> list[str]:
+        lines = []
+        for failing, error in ((2, UserError("a.jpg is bad", "remove it")), (1, ValueError("two\nlines"))):
+            for how in (ranks.together, ranks.first_then_others):
+                try:
+                    with how():
+                        if ranks.rank == failing:
+                            raise error
+                    lines.append("nobody noticed")
+                except Exception as found:
+                    lines.append(f"{type(found).__name__}: {found}")
+        with ranks.together():
+            pass
+        return lines
+
+    first, second, third = on_ranks(3, work)
+    assert first == [
+        *["UserError: rank 2: a.jpg is bad. fix: remove it"] * 2,
+        *["RunFailed: rank 1: ValueError: two lines"] * 2,
+    ]
+    assert second == [*first[:2], *["ValueError: two\nlines"] * 2]
+    assert third == [*["UserError: a.jpg is bad. fix: remove it"] * 2, *first[2:]]
+
+
+def test_rows_of_any_number_are_gathered_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks_module, "BYTES_AT_ONCE", 16)  # a row at once
+
+    def work(ranks: Ranks) -> Any:
+        found = []
+        for counts in ([2, 0, 3], [0, 1, 0], [0, 0, 0]):
+            begin = sum(counts[: ranks.rank])
+            rows = torch.arange(begin, begin + counts[ranks.rank])[:, None].expand(-1, 4).float()
+            found.append(ranks.gather_rows(rows if len(rows) else torch.empty(0, 0), sum(counts)).tolist())
+        return found
+
+    rows = [[float(number)] * 4 for number in range(5)]
+    assert on_ranks(3, work) == [[rows, rows[:1], []]] * 3
+
+
+def test_rows_of_other_images_or_widths_are_refused() -> None:
+    def work(ranks: Ranks) -> list[str]:
+        lines = []
+        for total, width in ((3, 4 + (ranks.rank == 1)), (2 + ranks.rank, 4)):
+            with pytest.raises(UserError) as error:
+                ranks.gather_rows(torch.zeros(1, width), total)
+            lines.append(str(error.value))
+        return lines
+
+    for first, second in on_ranks(2, work):
+        assert "features of 4, 5 columns for 3 images. fix: " in first
+        assert "features of 4 columns for 2, 3 images. fix: " in second
+
+
+def share_features(ranks: Ranks) -> Any:
+    """Features of images by their number, how many of them this rank computed, and what it refuses."""
+    torch.set_num_threads(1)
+
+    def extract(encoder: nn.Module, pixels: Tensor) -> Tensor:
+        given: dict[str, Any] = {} if ranks is ALONE else {"distribute": partial(distribute, ranks, 4)}
+        return extract_features(encoder, pixels, torch.arange(len(pixels)), batch_size=4, **given).x
+
+    found = {}
+    for num in (1, 2, 4, 5, 8, 9, 12, 13, 23, 24):
+        seen: list[int] = []
+        counted = small_encoder()
+        counted.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(len(output)))
+        found[num] = (extract(counted, images(num)).tolist(), sum(seen))
+    if ranks is ALONE:
+        return found, []
+
+    class Picky(nn.Module):  # cannot stand the last image, which the last rank has
+        def forward(self, x: Tensor) -> Tensor:
+            if (x[:, 0, 0, 0] * 255).round().int().eq(7).any():
+                raise EvalError("the seventh shade came", "leave it out")
+            return x.flatten(1)
+
+    pixels, lines = torch.zeros(9, 3, 2, 2, dtype=torch.uint8), []
+    pixels[-1] = 7
+    tries: list[tuple[nn.Module, int]] = [(Picky(), 9), (nn.Flatten(), 5 if ranks.rank == 1 else 9)]
+    for encoder, num in tries:
+        with pytest.raises((EvalError, UserError)) as error:
+            extract(encoder.eval(), pixels[:num])
+        lines.append(str(error.value))
+    return found, lines
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_the_batches_and_get_the_features_of_one(world_size: int) -> None:
+    """To the bit, every sample once, for numbers that do not divide and for fewer batches than ranks."""
+    threads = torch.get_num_threads()
+    alone, _ = share_features(ALONE)
+    torch.set_num_threads(threads)
+    answers = on_ranks(world_size, share_features, backward=True)
+    for num, (features, _) in alone.items():
+        assert all(found[num][0] == features for found, _ in answers)
+        counts = [found[num][1] for found, _ in answers]
+        assert sum(counts) == num, "images were encoded twice, or not at all"
+        assert max(counts) <= -(-num // 4 // world_size) * 4 + 4
+    for rank, (_, (picky, differing)) in enumerate(answers):
+        before = "" if rank == world_size - 1 else f"rank {world_size - 1}: "
+        assert picky == f"{before}the seventh shade came. fix: leave it out"
+        assert "columns for 5, 9 images" in differing
 
 
 LAUNCHERS = (
@@ -348,7 +459,7 @@ def test_an_environment_that_is_not_complete_is_a_line(
     environment: Callable[..., None], variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environment(**variables)
-    monkeypatch.setattr(ranks_module, "MEET_SECONDS", 2.0)
+    monkeypatch.setattr(ranks_module, "START_SECONDS", 2.0)
     with pytest.raises(UserError, match=re.escape(said)) as error:
         join_ranks(1, 2.0, needs_gpu=False)
     assert "\n" not in str(error.value) and "fix: " in str(error.value)
@@ -435,11 +546,12 @@ def test_a_task_count_that_is_no_number_is_a_line(environment: Callable[..., Non
 @pytest.mark.parametrize(
     "said",
     [
-        b"", b"1", b"1\x002", b"1\x00two\x00line", b"-1\x003\x00line", b"1\x000\x00line", b"1\x00999\x00line", b"\xff\xfe\x00",
+        b"", b"1", b"1\x002", b"1\x00two\x00line", b"-1\x003\x00line", b"1\x000\x00line", b"1\x00999\x00line",
+        b"\xff\xfe\x00",
         "\u0661\x003\x00line".encode(), b"1" * 100_000, b"1.0\x003\x00line",
     ],
 )  # fmt: skip
-def test_what_is_no_confession_ends_with_one_line(said: bytes) -> None:
+def test_what_is_no_report_of_a_failure_ends_with_one_line(said: bytes) -> None:
     failed = Failed.parse(said)
     assert (
         (failed.rank, failed.code) == (0, 3)
@@ -448,7 +560,7 @@ def test_what_is_no_confession_ends_with_one_line(said: bytes) -> None:
     )
 
 
-def test_a_confession_is_text() -> None:
+def test_a_reported_failure_is_text() -> None:
     assert Failed.parse(b"2\x0017\x00a\x1b[31mb\nc\x00d") == Failed(2, 17, "a\\x1b[31mb\\nc\\x00d")
 
 
@@ -461,11 +573,11 @@ def test_a_rank_that_ends_while_starting_is_named_at_once(
 ) -> None:
     monkeypatch.setitem(ranks_module.STARTED, 2, subprocess.Popen(["/bin/sh", "-c", command]))
     store = BoundedStore(torch.distributed.HashStore())
-    store.set("here/1", "yes")
+    store.set("started/1", "yes")
     with pytest.raises(ranks_module.LostRank, match=f"rank 2 was lost while starting .*{said}"):
-        Ranks(0, 3, 0, store).arrive()
+        Ranks(0, 3, 0, store).wait_for_start()
     with pytest.raises(ranks_module.LostRank, match=said) as other:  # and the others hear it
-        Ranks(1, 3, 1, store).arrive()
+        Ranks(1, 3, 1, store).wait_for_start()
     assert not other.value.speaks
 
 
@@ -500,7 +612,7 @@ def watch_closely(ranks: Ranks) -> Liveness:
 
 
 @pytest.mark.whole
-def test_who_hangs_at_a_patient_meeting_is_noticed() -> None:
+def test_who_hangs_at_a_barrier_is_noticed() -> None:
     """There is no limit for those that work, but one for those whose main thread stands still."""
 
     def work(ranks: Ranks) -> Any:
@@ -509,7 +621,7 @@ def test_who_hangs_at_a_patient_meeting_is_noticed() -> None:
             if ranks.rank == 1:
                 time.sleep(4)
                 return None
-            ranks.meet(patient=True)
+            ranks.barrier()
             return "nobody noticed"
         except ranks_module.LostRank as error:
             return str(error), error.code, error.lost
@@ -521,14 +633,14 @@ def test_who_hangs_at_a_patient_meeting_is_noticed() -> None:
 
 
 @pytest.mark.whole
-def test_who_works_long_is_waited_for_at_a_patient_meeting() -> None:
+def test_who_works_long_is_waited_for_at_a_barrier() -> None:
     def work(ranks: Ranks) -> Any:
         liveness = watch_closely(ranks)
         until = time.monotonic() + 3
         while ranks.rank == 1 and time.monotonic() < until:
             torch.randn(64, 64).svd()
         try:
-            return ranks.meet("done", patient=True)
+            return ranks.barrier("done")
         finally:
             liveness.stop()
 

@@ -47,7 +47,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,22 +55,12 @@ from torch import Tensor, nn
 from linear_eval import EvalError, Features, extract_features
 from linear_eval.augmented import augmented_probe
 from linear_eval.diagnose import diagnose, draw_map, draw_neighbors, map_2d, verdict, write_embeddings
-from linear_eval.features import cached_features
+from linear_eval.features import load_features, save_features
 from linear_eval.fewshot import FewShotResult, fewshot, fewshot_probe
 from linear_eval.finetune import TrainResult, finetune, state_hash
 from linear_eval.knn import import_faiss, knn_accuracies, knn_predict
 from linear_eval.linear import HeadResult, LinearResult, linear_probe, multi_label_probe, sgd_probe
 from linear_eval.metrics import MULTI_LABEL
-from linear_eval.ranks import (
-    PeerLost,
-    in_turn,
-    num_ranks,
-    own_device,
-    process_group,
-    raise_together,
-    rank,
-    watch_for,
-)
 from linear_eval.targets import TARGETS, torchvision_target
 from linear_eval.transfer import (
     Cell,
@@ -89,7 +79,7 @@ from linear_eval.transfer import (
 from ssl_emp.augment import Recipe, cut_views, draw_params
 from ssl_emp.classifier import check_keepable, save_classifier
 from ssl_emp.commands.eval_config import EvalConfig, check, parse_overrides
-from ssl_emp.commands.ledger import Ledger, say
+from ssl_emp.commands.ledger import Ledger, Voice
 from ssl_emp.commands.predict import predict
 from ssl_emp.commands.rows import COLUMNS, Row
 from ssl_emp.commands.rows import write_rows as write_rows  # for scripts that add rows of their own
@@ -107,8 +97,18 @@ from ssl_emp.data.images import (
 )
 from ssl_emp.data.matching import match_labels
 from ssl_emp.device import describe_device, keep_freed_memory, pick_device
-from ssl_emp.errors import Parser, UserError, path_argument
+from ssl_emp.errors import Parser, RunFailed, UserError, path_argument
 from ssl_emp.run.interrupts import Interrupts, Stopped
+from ssl_emp.run.ranks import (
+    ALONE,
+    LostRank,
+    NoPlace,
+    Ranks,
+    connect,
+    end_abruptly,
+    end_with_line,
+    leave_ranks,
+)
 from ssl_emp.run.report import show_progress
 from ssl_emp.run.streams import prepare_streams
 from ssl_emp.safe_files import check_inner, check_regular, read_text, write_atomically
@@ -118,7 +118,7 @@ USAGE = (
     "python evaluate.py ENCODER [ENCODER ...] knn|linear|fewshot|finetune|diagnose|embed|transfer "
     "[...] [key=value ...], see --help"
 )
-Made = TypeVar("Made")
+AGAIN = ". fix: see what it wrote, and start all of them again"
 LONGEST_NAME = 16_384  # bytes; paths have up to 4,096, and a letter may be written as four
 
 
@@ -216,7 +216,7 @@ DATA_SAID = ("source", "image_size", "test_source", "max_images", "subset_seed",
 DATA_UNSAID = ("labels", "label_noise", "download_dir", "store", "cache_dir")
 
 
-def load_splits(data: DataConfig, image_size: int | None) -> Splits:
+def load_splits(data: DataConfig, image_size: int | None, voice: Voice) -> Splits:
     """Train and test, of one size and labelled alike. Raises UserError where the train split cannot be
     loaded, or a test source.
     """
@@ -239,7 +239,7 @@ def load_splits(data: DataConfig, image_size: int | None) -> Splits:
             max_images=data.max_images,  # of the train split only: all of the test split counts
             subset_seed=data.subset_seed,
             store=store,
-            progress=progress_of("train images"),
+            progress=voice.progress("train images"),
             **common,
         )
 
@@ -251,7 +251,7 @@ def load_splits(data: DataConfig, image_size: int | None) -> Splits:
             image_size=like.pixels.shape[-1],
             # both splits lose what JPEG loses, or neither
             store="encoded" if like.store == "encoded" else data.store,
-            progress=progress_of("test images"),
+            progress=voice.progress("test images"),
             **common,
         )
 
@@ -270,7 +270,7 @@ def load_splits(data: DataConfig, image_size: int | None) -> Splits:
         and test.labels is None
         and train.labels is not None
     ):
-        note(f"the test split of {data.source} has no labels, so data.holdout is in its place")
+        voice.note(f"the test split of {data.source} has no labels, so data.holdout is in its place")
         test, no_test = (
             None,
             NoSplit(
@@ -278,7 +278,7 @@ def load_splits(data: DataConfig, image_size: int | None) -> Splits:
             ),
         )
     if data.holdout is not None and test is not None:
-        note(f"data.holdout is not used: {data.test_source or data.source} has a test split")
+        voice.note(f"data.holdout is not used: {data.test_source or data.source} has a test split")
     elif data.holdout is not None and train.labels is not None and isinstance(no_test, NoSplit):
         # parts of a mapped tensor would be copied into memory, parts of encoded images are not
         if train.store == "raw":
@@ -291,7 +291,9 @@ def load_splits(data: DataConfig, image_size: int | None) -> Splits:
                 f"{len(test.names):,} of {len(train.names) + len(test.names):,} images of "
                 f"{data.source} are held out as test"
             )
-            note(f"{what}; an encoder that was trained on this data has seen them, without their labels")
+            voice.note(
+                f"{what}; an encoder that was trained on this data has seen them, without their labels"
+            )
         else:
             test = None
             what = (
@@ -314,9 +316,9 @@ def load_splits(data: DataConfig, image_size: int | None) -> Splits:
         if images is None:
             continue
         if images.skipped:
-            note(f"{len(images.skipped)} unreadable images left out of the {split} split of {source}")
+            voice.note(f"{len(images.skipped)} unreadable images left out of the {split} split of {source}")
         for line in (*images.notes, *([images.dim_line] if images.dim else [])):
-            note(f"the {split} split of {source}: {line}")
+            voice.note(f"the {split} split of {source}: {line}")
         if images.labels is None and no_labels is None:
             sort = (
                 "sort the images into a folder for each class, add a column `label`, or name "
@@ -339,20 +341,20 @@ def load_splits(data: DataConfig, image_size: int | None) -> Splits:
             try:
                 test, lacking = match_labels(train, test)
                 if lacking:
-                    note(f"warning: {lacking}")
+                    voice.note(f"warning: {lacking}")
             except UserError as error:
                 no_labels = error
-        warn_of_overlap({"train": train}, test)
+        warn_of_overlap({"train": train}, test, voice)
     return Splits(train, test, data, held_out, no_test, no_labels)
 
 
-def warn_of_overlap(fitted: dict[str, ImageSet], test: ImageSet, where: str = "") -> None:
+def warn_of_overlap(fitted: dict[str, ImageSet], test: ImageSet, voice: Voice, where: str = "") -> None:
     """A line for each split, by its name, that holds images of the test split."""
     hashes = image_hashes(test.pixels)
     for name, images in fitted.items():
         shared = len(image_hashes(images.pixels) & hashes)
         if shared:
-            note(
+            voice.note(
                 f"warning: {where}{shared} of {len(hashes)} distinct test images also occur in "
                 f"the {name} split, pixel by pixel"
             )
@@ -387,15 +389,39 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Session:
+    """What all of a command has in common."""
+
+    config: EvalConfig
+    device: torch.device
+    ranks: Ranks
+    ledger: Ledger
+
+    @property
+    def voice(self) -> Voice:
+        return self.ledger.voice
+
+
+@dataclass(frozen=True)
 class Judged:
     """One encoder with the splits that it is judged on."""
 
+    session: Session
     subject: Subject
     encoder: nn.Module  # in eval mode, on `device`
     data: Splits
-    config: EvalConfig
-    device: torch.device
     out: Path | None  # for files beside the rows
+
+    @property
+    def config(self) -> EvalConfig:
+        return self.session.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.session.device
+
+    def note(self, line: str) -> None:
+        self.session.voice.note(line)
 
     @property
     def train(self) -> ImageSet:
@@ -477,28 +503,46 @@ def features_path(judged: Judged, images: ImageSet) -> Path | None:
 def extract(judged: Judged, images: ImageSet, split: str) -> Features:
     """Features of one split, from the cache where they are; the labels of images without any are zeros, which
     nobody reads.
+
+    The first process looks, decides and writes. Where it finds the features, the others get no rows: the work
+    that they would share is done.
     """
+    ranks = judged.session.ranks
     labels = torch.zeros(len(images.names), dtype=torch.int64) if images.labels is None else images.labels
-    return cached_features(
-        agreed(partial(features_path, judged, images)),
+    with ranks.together():
+        path = features_path(judged, images)
+    known = load_features(path, labels) if path is not None and ranks.is_first else None
+    if ranks.barrier("known" if known else "")[0]:
+        return known or Features(torch.empty(0, 0), torch.empty(0, dtype=torch.int64))
+    features = extract_features(
+        judged.encoder,
+        images.pixels,
         labels,
-        lambda: extract_features(
-            judged.encoder,
-            images.pixels,
-            labels,
-            batch_size=judged.config.batch_size,
-            device=judged.device,
-            progress=progress_of(f"{judged.subject.name}: {split} features"),
-            shared=True,
-        ),
-        shared=True,
+        batch_size=judged.config.batch_size,
+        device=judged.device,
+        progress=judged.session.voice.progress(f"{judged.subject.name}: {split} features"),
+        distribute=partial(distribute, ranks, judged.config.batch_size),
     )
+    if path is not None and ranks.is_first:
+        save_features(path, features)
+    return features
+
+
+def distribute(ranks: Ranks, batch_size: int, num_images: int, rows_of: Callable[[range], Tensor]) -> Tensor:
+    """Features of all images: each process computes a contiguous part of the batches, all get the whole."""
+    num_batches = -(-num_images // batch_size)
+    begin, end = (
+        num_batches * rank // ranks.world_size * batch_size for rank in (ranks.rank, ranks.rank + 1)
+    )
+    with ranks.together():
+        rows = rows_of(range(begin, min(end, num_images)))
+    return ranks.gather_rows(rows, num_images)
 
 
 def run_knn(judged: Judged) -> list[Result]:
     knn = judged.config.knn
     if knn.backend == "auto" and judged.device.type == "cpu" and import_faiss() is None:
-        note(
+        judged.note(
             "faiss cannot be imported, kNN runs on torch with the same result; pip install "
             "faiss-cpu is faster on CPUs"
         )
@@ -531,7 +575,7 @@ def run_linear(judged: Judged) -> list[Result]:
             "epochs": epochs,
             "val_fraction": linear.val_fraction,
         }
-        given |= {"checkpoint": judged.checkpoint("linear"), "warn": note}
+        given |= {"checkpoint": judged.checkpoint("linear"), "warn": judged.note}
         tuned = augmented_probe(
             judged.encoder, judged.feature_dim, *judged.splits, device=device, progress=progress, **given
         )
@@ -623,7 +667,7 @@ def run_finetune(judged: Judged) -> list[Result]:
         "device": judged.device,
         "checkpoint": judged.checkpoint("finetune"),
         "progress": progress,
-        "warn": note,
+        "warn": judged.note,
     }
     result = finetune(judged.encoder, judged.feature_dim, *judged.splits, **given)
     chosen = f" (chosen on {100 * tune.val_fraction:g}% of train, refit)" if len(set(tune.lr)) > 1 else ""
@@ -685,7 +729,7 @@ def keep_classifier(
     about |= {"top1": found.top1, "n_test": len(judged.splits[3])}
     size = judged.train.pixels.shape[-1]
     save_classifier(folder, encoder, subject.name, head, class_names, size, bf16=bf16, judged=about)
-    note(f"the classifier is in {folder}; use it: python evaluate.py predict {quoted(folder)} IMAGES")
+    judged.note(f"the classifier is in {folder}; use it: python evaluate.py predict {quoted(folder)} IMAGES")
 
 
 @torch.no_grad()
@@ -696,7 +740,7 @@ def run_diagnose(judged: Judged) -> list[Result]:
     settings, seed = judged.config.diagnose, judged.config.seed
     split = settings.split if settings.split in judged.images else "train"
     if split != settings.split:
-        note(f"{judged.subject.data.source} has no test split: diagnose looks at the train split")
+        judged.note(f"{judged.subject.data.source} has no test split: diagnose looks at the train split")
     images, x = judged.images[split], judged.rows[split]
     rows = (
         torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[
@@ -714,7 +758,7 @@ def run_diagnose(judged: Judged) -> list[Result]:
         views.append(torch.cat([judged.encoder(part).float().cpu() for part in parts]))
     found = diagnose(x, views=(views[0], views[1]), max_samples=settings.max_samples, seed=seed)
     for line in verdict(found):
-        note(f"{judged.subject.name}: {line}")
+        judged.note(f"{judged.subject.name}: {line}")
     what = f"{found.num_samples} {split} features of {found.dim} dimensions"
     figures = {
         "std of normalised features": found.feature_std,
@@ -738,24 +782,24 @@ def draw_diagnosis(judged: Judged, split: str) -> None:
         "num_neighbors": min(settings.num_neighbors, len(x) - 1),
     }
     about: dict[str, Any] = {"names": images.names, **picture}
-    with beside(folder / "neighbors.png"):
+    with beside(judged.session.voice, folder / "neighbors.png"):
         draw_neighbors(folder / "neighbors.png", images.pixels, x, **picture, **counts, seed=seed)
     coords = None
-    with beside(folder / "map.png"):
+    with beside(judged.session.voice, folder / "map.png"):
         coords = map_2d(x, method=settings.map, seed=seed)
         draw_map(folder / "map.png", coords, **picture, title=judged.subject.name)
-    with beside(folder / "embeddings.parquet", "its columns score and times_trained"):
+    with beside(judged.session.voice, folder / "embeddings.parquet", "its columns score and times_trained"):
         columns, has_columns = training_columns(judged.subject, images, split)
         about |= {"columns": columns, "has_columns": has_columns}
-    with beside(folder / "embeddings.parquet"):
+    with beside(judged.session.voice, folder / "embeddings.parquet"):
         write_embeddings(folder / "embeddings.parquet", x, coords, **about)
     there = [name for name in ("neighbors.png", "map.png", "embeddings.parquet") if (folder / name).is_file()]
     if there:
-        note(f"{judged.subject.name}: {', '.join(there)} in {folder}")
+        judged.note(f"{judged.subject.name}: {', '.join(there)} in {folder}")
 
 
 @contextmanager
-def beside(path: Path, part: str = "") -> Iterator[None]:
+def beside(voice: Voice, path: Path, part: str = "") -> Iterator[None]:
     """Makes a picture or a table beside the numbers. Where it cannot be made, a line says so: it never costs
     a number.
     """
@@ -764,7 +808,7 @@ def beside(path: Path, part: str = "") -> Iterator[None]:
     # whatever a library of pictures, a font, a full disk or a missing package comes up with
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        note(
+        voice.note(
             f"warning: {path} is made without {part}: {reason}"
             if part
             else f"warning: {path} is not made: {reason}"
@@ -791,7 +835,7 @@ def run_embed(judged: Judged) -> list[Result]:
         labels=torch.cat(labels) if labelled else None,
         class_names=judged.train.class_names if labelled else None,
     )
-    note(f"{judged.subject.name}: {path}")
+    judged.note(f"{judged.subject.name}: {path}")
     counts = " and ".join(f"{len(images.names)} {split} images" for split, images in sets.items())
     total = sum(len(images.names) for images in sets.values())
     return [
@@ -891,7 +935,9 @@ ALL_EVALUATORS = (*EVALUATORS, "transfer")
 # -------------------------------------------------------------------------------------
 
 
-def load_target(target: Target, image_size: int | None, config: EvalConfig) -> dict[str, ImageSet]:
+def load_target(
+    target: Target, image_size: int | None, config: EvalConfig, voice: Voice
+) -> dict[str, ImageSet]:
     """The splits of a target, of one size, with labels numbered alike: `train`, `val` where it has one,
     `test`.
     """
@@ -934,28 +980,29 @@ def load_target(target: Target, image_size: int | None, config: EvalConfig) -> d
         if part != "train":
             images, lacking = match_labels(splits["train"], images, part)
             for line in (*images.notes, *([lacking] if lacking else [])):
-                note(f"warning: {target.name}: {line}")
+                voice.note(f"warning: {target.name}: {line}")
         splits[part] = images
     warn_of_overlap(
         {part: images for part, images in splits.items() if part != "test"},
         splits["test"],
+        voice,
         f"{target.name}: ",
     )
     return splits
 
 
 def judge_target(
-    subject: Subject, target: Target, splits: dict[str, ImageSet], config: EvalConfig, device: torch.device
+    session: Session, subject: Subject, target: Target, splits: dict[str, ImageSet]
 ) -> tuple[Outcome, str]:
     """One encoder on one target by the target's protocol, and the hash of its weights."""
     size = splits["train"].pixels.shape[-1]
-    encoder = agreed(lambda: build(subject, size, device))
-    judged = Judged(
-        subject, encoder, Splits(splits["train"], splits["test"], config.data), config, device, None
-    )
+    config, device = session.config, session.device
+    with session.ranks.together():
+        encoder = build(subject, size, device)
+    judged = Judged(session, subject, encoder, Splits(splits["train"], splits["test"], config.data), None)
     train, test = judged.features
     val = extract(judged, splits["val"], "val") if "val" in splits else None
-    if rank() > 0:
+    if not session.ranks.is_first:
         raise EvalError("process 0 goes on with the features", "see there")
     weights = weights_hash(encoder)
     if target.protocol == "knn":
@@ -1022,11 +1069,9 @@ def check_places(folder: Path | None, subject: Subject) -> None:
         check_inner(root, *names, inner)
 
 
-def run_transfer(
-    subjects: list[Subject], config: EvalConfig, device: torch.device, folder: Path | None, ledger: Ledger
-) -> None:
-    """Every encoder on every target of transfer.suite; each cell is kept in `folder` as soon as it is known.
-    """
+def run_transfer(session: Session, subjects: list[Subject], folder: Path | None) -> None:
+    """Every encoder on every target of transfer.suite; each cell is kept in `folder` at once."""
+    config, ranks, ledger = session.config, session.ranks, session.ledger
     path = Path(config.transfer.suite)
     if not path.is_file():  # a pipe or a device would be read for ever
         raise UserError(
@@ -1035,26 +1080,28 @@ def run_transfer(
         )
     suite = parse_suite(parse_yaml(read_text(path), str(path)), str(path))
     by_name = {subject.name: subject for subject in subjects}
-    loaded: dict[tuple[str, int | None], dict[str, ImageSet] | UserError | EvalError] = {}
+    loaded: dict[tuple[str, int | None], dict[str, ImageSet] | Exception] = {}
     judged: dict[tuple[str, str], Row] = {}  # (encoder, data set) -> hashes of its weights and images
     cells: dict[tuple[str, str], Cell] = {}
 
     def evaluate_pair(name: str, target: Target) -> Outcome:
         subject = by_name[name]
-        raise_together(subject.problem)
+        with ranks.together():
+            subject.check()
         key = (target.name, target.image_size or subject.image_size)
         if key not in loaded:
             for other in [other for other in loaded if other[0] != target.name]:
                 del loaded[other]  # one target's images at a time
             try:
-                loaded[key] = in_turn(lambda: load_target(target, subject.image_size, config))
-            except (UserError, EvalError) as error:
+                with ranks.first_then_others():
+                    loaded[key] = load_target(target, subject.image_size, config, session.voice)
+            except MISTAKES as error:
                 loaded[key] = error
         splits = loaded[key]
         if not isinstance(splits, dict):
             raise splits
-        note(f"{target.name}: {name}")
-        outcome, weights = judge_target(subject, target, splits, config, device)
+        session.voice.note(f"{target.name}: {name}")
+        outcome, weights = judge_target(session, subject, target, splits)
         judged[name, target.name] = {"weights": weights, "images": images_hash(splits.values())}
         return outcome
 
@@ -1064,30 +1111,30 @@ def run_transfer(
 
     def keep(cell: Cell) -> None:
         cells[cell.encoder, cell.target.name] = cell
-        if rank() == 0 and cell.measured is not None:  # its rank is known at the end
+        if ranks.is_first and cell.measured is not None:  # its rank is known at the end
             ledger.keep(folder, [rows_of(tabulate(suite.name, [cell]))[0] | {"rank": None}], in_table=False)
 
     given: dict[str, Any] = {"num_draws": config.transfer.num_draws, "seed": config.seed, "done": keep}
     try:
-        run_suite(suite, list(by_name), evaluate_pair, missing=(UserError, EvalError), **given)
+        run_suite(suite, list(by_name), evaluate_pair, missing=MISTAKES, **given)
     finally:  # a suite that was stopped has its cells
         pairs = [(name, target) for name in by_name for target in suite.targets]
         left = "stopped before it was judged"
         transfer = tabulate(
             suite.name, [cells.get((name, t.name), Cell(name, t, "", None, left)) for name, t in pairs]
         )
-        if rank() == 0 and cells:
+        if ranks.is_first and cells:
             with ledger.interrupts.held():
                 # a mean over what was done is no result of the suite
                 means = len(transfer.cells) if len(cells) == len(pairs) else 0
                 ledger.keep(folder, rows_of(transfer)[: len(transfer.cells) + means], in_table=False)
                 if folder is not None:
-                    with beside(folder / "transfer.csv"):
+                    with beside(session.voice, folder / "transfer.csv"):
                         write_atomically(folder / "transfer.csv", to_csv(transfer).encode(), shared=True)
                 ledger.show()
                 ledger.print(to_markdown(transfer) + "".join(f"{line}\n" for line in missing_lines(transfer)))
-    if rank() == 0 and folder is not None and any(cell.measured is not None for cell in transfer.cells):
-        with beside(folder / "transfer.png"):
+    if ranks.is_first and folder is not None and any(cell.measured is not None for cell in transfer.cells):
+        with beside(session.voice, folder / "transfer.png"):
             draw_bars(transfer, folder / "transfer.png")
 
 
@@ -1100,19 +1147,6 @@ def images_hash(sets: Iterable[ImageSet | None]) -> str:
 def weights_hash(encoder: nn.Module) -> str:
     """Twelve hexadecimal digits of an encoder's weights and buffers; empty where it has learned nothing."""
     return state_hash(encoder)[:12] if any(True for _ in encoder.parameters()) else ""
-
-
-# ---- what is said meanwhile
-# ------------------------------------------------------------------------------------------
-
-
-def note(line: str) -> None:
-    if rank() == 0:
-        say(line)
-
-
-def progress_of(label: str) -> Callable[[int, int], None] | None:
-    return show_progress(label) if rank() == 0 else None
 
 
 # ---- encoder -> features -> evaluators -> table
@@ -1135,19 +1169,18 @@ def build(subject: Subject, image_size: int, device: torch.device) -> nn.Module:
 
 
 def judge(
+    session: Session,
     subject: Subject,
     splits: Callable[[], Splits],
     evaluators: list[str],
-    config: EvalConfig,
-    device: torch.device,
     folder: Path | None,
-    ledger: Ledger,
 ) -> None:
     """Rows of one encoder, evaluator by evaluator, each kept in `folder` at once; its features are computed
     once.
 
     What one evaluator refuses, or all of them, is a row without a value; the others go on.
     """
+    ranks, ledger = session.ranks, session.ledger
     out = (
         None
         if folder is None
@@ -1157,25 +1190,25 @@ def judge(
         "encoder": subject.name,
         "data": subject.data.source,
         "metric": "",
-        "seed": config.seed,
+        "seed": session.config.seed,
     }
-    with one_failure(
-        ledger, [row | {"evaluator": evaluator} for evaluator in evaluators], config, device, shared=True
-    ):
-        raise_together(subject.problem)
+    with one_failure(session, [row | {"evaluator": evaluator} for evaluator in evaluators], shared=True):
+        with ranks.together():
+            subject.check()
         check_places(folder, subject)
         found = splits()
-        encoder = agreed(lambda: build(subject, found.train.pixels.shape[-1], device))
-        judged = Judged(subject, encoder, found, config, device, out)
+        with ranks.together():
+            encoder = build(subject, found.train.pixels.shape[-1], session.device)
+        judged = Judged(session, subject, encoder, found, out)
         before = state_hash(encoder)
         _ = judged.rows
-        if rank() > 0:
+        if not ranks.is_first:
             return
         row |= {"data": found.described, "n_test": None if found.test is None else len(found.test.names)}
         row |= {"weights": weights_hash(encoder), "images": images_hash((found.train, found.test))}
         for evaluator in evaluators:
             row |= {"evaluator": evaluator}
-            with one_failure(ledger, [row], config, device):
+            with one_failure(session, [row]):
                 results = EVALUATORS[evaluator](judged)
                 if state_hash(judged.encoder) != before:
                     what = f"{subject.name} changed while {evaluator} judged it"
@@ -1187,8 +1220,7 @@ def judge(
 
 
 def columns(result: Result, subject: Subject) -> Row:
-    """What a result says in its row. Raises EvalError where its value is no number, which JSON does not have.
-    """
+    """What a result says in its row. Raises EvalError where its value is not finite: JSON has no such."""
     if not math.isfinite(result.value):
         raise EvalError(
             f"{result.metric} is {result.value}", "use another checkpoint: this encoder has diverged"
@@ -1200,48 +1232,36 @@ def columns(result: Result, subject: Subject) -> Row:
     return about | {"value": value, "std": std} | ({} if result.n_test is None else {"n_test": result.n_test})
 
 
-def agreed(work: Callable[[], Made]) -> Made:
-    """`work()` by every process at once, without a word to the others in it; where one cannot do it, all of
-    them raise.
-    """
-    made: list[Made] = []
-    error: Exception | None = None
-    try:
-        made.append(work())
-    except Exception as caught:
-        error = caught
-    raise_together(error)
-    return made[0]
+MISTAKES = (UserError, EvalError, RunFailed)  # RunFailed: another process failed in what is done together
 
 
 @contextmanager
-def one_failure(
-    ledger: Ledger, rows: list[Row], config: EvalConfig, device: torch.device, *, shared: bool = False
-) -> Iterator[None]:
+def one_failure(session: Session, rows: list[Row], *, shared: bool = False) -> Iterator[None]:
     """What goes wrong in here costs these rows, and nothing else.
 
     Args:
         shared: the processes work together in here. An error that one of them does not tell the others of
             has to end it: they wait.
     """
+    config, device, ranks, ledger = session.config, session.device, session.ranks, session.ledger
     try:
         yield
         return
-    except PeerLost:
+    except LostRank:
         raise
-    except (UserError, EvalError) as caught:
+    except MISTAKES as caught:
         error: Exception = caught
     except (torch.OutOfMemoryError, MemoryError) as caught:
         error = out_of_memory(config, device)
         error.__cause__ = caught
     except Exception as caught:
-        if shared and num_ranks() > 1:
+        if shared and ranks.world_size > 1:
             raise
         # as torch says it on a CPU
         error = out_of_memory(config, device) if "can't allocate memory" in str(caught) else caught
-    if rank() == 0:
+    if ranks.is_first:
         for row in rows:
-            if isinstance(error, UserError | EvalError):
+            if isinstance(error, MISTAKES):
                 ledger.refuse(row, error)
             else:
                 ledger.crash(row, error)
@@ -1254,38 +1274,56 @@ def out_of_memory(config: EvalConfig, device: torch.device) -> UserError:
     return UserError(what, f"set batch_size={max(1, config.batch_size // 4)}")
 
 
-def understand(
-    argv: list[str] | None,
+def find_work(
+    argv: list[str] | None, ranks: Ranks
 ) -> tuple[list[Subject], list[str], EvalConfig, torch.device, Path | None]:
     """The command line as (encoders, evaluators, settings, device, --out)."""
     names, evaluators, given, out = parse_arguments(argv)
     config = check(EvalConfig, given, "the command line")
-    device = own_device(pick_device(config.device))
+    device = own_device(pick_device(config.device), ranks)
     names = [os.path.normpath(name) if os.path.exists(name) else name for name in names]
     return find_subjects(names, config, given, ALL_EVALUATORS), evaluators, config, device, out
 
 
-def evaluate(argv: list[str] | None, interrupts: Interrupts) -> int:
+def own_device(device: torch.device, ranks: Ranks) -> torch.device:
+    """The GPU of this process, one each."""
+    if device.type != "cuda" or ranks.world_size == 1:
+        return device
+    count = torch.cuda.device_count()
+    if device.index is not None or ranks.local_rank >= count:
+        raise UserError(
+            f"{ranks.world_size} processes share device={device} ({count} here)",
+            "start one process a GPU, or set device=cpu",
+        )
+    return torch.device("cuda", ranks.local_rank)
+
+
+def evaluate(argv: list[str] | None, interrupts: Interrupts, ranks: Ranks = ALONE) -> int:
     """Everything that the command line asks for; the exit code."""
     # also mistakes on the command line are told together: torchrun ends all processes as soon as one has
     # ended
-    subjects, evaluators, config, device, out = in_turn(partial(understand, argv))
-    watch_for(config.timeout_seconds)
+    with ranks.first_then_others():
+        subjects, evaluators, config, device, out = find_work(argv, ranks)
+    ranks.set_timeout(config.timeout_seconds)
     alone = [evaluator for evaluator in evaluators if evaluator != "transfer"]
-    ledger = Ledger(interrupts, note)
+    ledger = Ledger(interrupts, Voice(ranks.is_first))
+    session = Session(config, device, ranks, ledger)
     loaded: dict[tuple[DataConfig, int | None], Splits | Exception] = {}
 
     def splits_of(subject: Subject) -> Splits:
         key = (subject.data, subject.image_size)
         if key not in loaded:
             try:
-                splits = in_turn(partial(load_splits, *key))
+                with ranks.first_then_others():
+                    splits = load_splits(*key, session.voice)
                 try:
-                    raise_together(splits.no_test)  # where one process finds no test split, none has one
-                except (UserError, EvalError) as error:
+                    with ranks.together():  # where one process finds no test split, none has one
+                        if splits.no_test is not None:
+                            raise splits.no_test
+                except MISTAKES as error:
                     splits = replace(splits, test=None, no_test=error)
                 loaded[key] = splits
-            except (UserError, EvalError) as error:
+            except MISTAKES as error:
                 loaded[key] = error
         found = loaded[key]
         if isinstance(found, Exception):
@@ -1295,15 +1333,7 @@ def evaluate(argv: list[str] | None, interrupts: Interrupts) -> int:
     try:
         try:
             for subject in subjects if alone else []:
-                judge(
-                    subject,
-                    partial(splits_of, subject),
-                    alone,
-                    config,
-                    device,
-                    out or subject.eval_dir,
-                    ledger,
-                )
+                judge(session, subject, partial(splits_of, subject), alone, out or subject.eval_dir)
         finally:
             ledger.show()
         if "transfer" in evaluators:
@@ -1312,7 +1342,7 @@ def evaluate(argv: list[str] | None, interrupts: Interrupts) -> int:
             )
             if folder is not None and is_run(folder.parent):
                 check_inner(folder.parent, folder.name)
-            run_transfer(subjects, config, device, folder, ledger)
+            run_transfer(session, subjects, folder)
     finally:
         code = ledger.close()
     return code
@@ -1329,18 +1359,29 @@ def main(argv: list[str] | None = None) -> int:
     # what model hubs download is read as tensors: no code in it runs
     os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     words = sys.argv[1:] if argv is None else argv
+    ranks = ALONE
     try:
-        with Interrupts() as interrupts, process_group():
+        with Interrupts() as interrupts:
+            if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+                ranks = connect(EvalConfig().timeout_seconds, advice=AGAIN)
             if words[:1] == ["predict"]:  # a folder of that name is ./predict
-                return predict(words[1:])
-            return evaluate(argv, interrupts)
-    except (UserError, EvalError, PeerLost) as error:
-        first = os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
-        # a mistake of any process is told by the first
-        if first or (isinstance(error, PeerLost) and error.speaks):
-            say(f"error: {error}")
-        return 3 if isinstance(error, PeerLost) else 2
+                code = predict(words[1:])
+            else:
+                code = evaluate(argv, interrupts, ranks)
+            leave_ranks(ranks)
+        return code
+    except NoPlace as error:
+        return end_with_line(str(error), 2, ranks, True)
+    except (UserError, EvalError) as error:
+        return end_with_line(str(error), 2, ranks)
+    except LostRank as error:
+        return end_with_line(str(error), error.code, ranks, error.speaks, error.lost)
     except Stopped as stopped:
+        end_abruptly(ranks, 128 + stopped.number)
         return 128 + stopped.number
     except KeyboardInterrupt:
+        end_abruptly(ranks, 130)
         return 130
+    except Exception as error:
+        ranks.report_failure(f"{type(error).__name__}: {error}", 1)
+        raise  # a bug: the traceback is what helps

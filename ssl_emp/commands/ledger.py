@@ -12,12 +12,27 @@ from ssl_emp.commands.row_tables import markdown_table, terminal_table
 from ssl_emp.commands.rows import Row, write_rows
 from ssl_emp.errors import UserError, printable
 from ssl_emp.run.interrupts import Interrupts
+from ssl_emp.run.report import show_progress
 from ssl_emp.run.streams import is_shown, put
 
 
 def say(line: str) -> None:
     """One line on standard error, if that can be written to, whatever the names in it hold."""
     put("stderr", f"{printable(line)}\n")
+
+
+@dataclass(frozen=True)
+class Voice:
+    """What is said on standard error while it goes on: of several processes, only the first one speaks."""
+
+    speaks: bool = True
+
+    def note(self, line: str) -> None:
+        if self.speaks:
+            say(line)
+
+    def progress(self, label: str) -> Callable[[int, int], None] | None:
+        return show_progress(label) if self.speaks else None
 
 
 @dataclass
@@ -27,7 +42,7 @@ class Ledger:
     """
 
     interrupts: Interrupts
-    note: Callable[[str], None] = say
+    voice: Voice = field(default_factory=Voice)
     rows: list[Row] = field(default_factory=list)  # of the table, in order
     problems: list[str] = field(default_factory=list)  # `what. fix: how`, each once
     refused: int = 0  # rows without a value
@@ -47,7 +62,7 @@ class Ledger:
 
     def _write(self, folder: Path) -> UserError | None:
         try:
-            write_rows(folder, self.waiting[folder], self.note)
+            write_rows(folder, self.waiting[folder], self.voice.note)
         except UserError as error:  # they are in the table, and tried again with the next
             return error
         del self.waiting[folder]
@@ -64,7 +79,7 @@ class Ledger:
     def crash(self, row: Row, error: Exception) -> None:
         """As `refuse`, for what should not happen: the traceback is what helps."""
         for line in "".join(traceback.format_exception(error)).rstrip().split("\n"):
-            self.note(line)
+            self.voice.note(line)
         self.refuse(
             row, RuntimeError(f"{type(error).__name__}: {error}. fix: report it with the traceback above")
         )
@@ -98,7 +113,7 @@ class Ledger:
         # nobody waits for it; a full disk is another matter
         left = closed or isinstance(error, BrokenPipeError)
         if left and where and not self.waiting:
-            self.note(f"warning: the table is not shown ({why}), its rows are in {where}")
+            self.voice.note(f"warning: the table is not shown ({why}), its rows are in {where}")
         else:
             fix = f"its rows are in {where}" if where else "keep the rows with --out DIR"
             self._problem(f"the table cannot be shown ({why}). fix: {fix}", 2)
@@ -108,5 +123,5 @@ class Ledger:
         if self.problems:
             what, _, fix = self.problems[0].partition(". fix: ")
             more = f" (and {len(self.problems) - 1} more, see the table)" if len(self.problems) > 1 else ""
-            self.note(f"error: {what}{more}. fix: {fix}")
+            self.voice.note(f"error: {what}{more}. fix: {fix}")
         return self.code

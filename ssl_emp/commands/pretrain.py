@@ -20,7 +20,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -74,14 +73,23 @@ from ssl_emp.passes import (
 from ssl_emp.pruning import shuffled_batches
 from ssl_emp.run.checkpoint import save_checkpoint
 from ssl_emp.run.lock import Held, is_unused, sole_writer
-from ssl_emp.run.ranks import ALONE, LostRank, NoPlace, Ranks, is_exchange, join_ranks, leave_ranks
+from ssl_emp.run.ranks import (
+    ALONE,
+    LostRank,
+    NoPlace,
+    Ranks,
+    end_with_line,
+    is_exchange,
+    join_ranks,
+    leave_ranks,
+)
 from ssl_emp.run.report import Report, duration, rank_correlation, write_environment, write_samples
 from ssl_emp.run.state_check import check_state
 from ssl_emp.run.streams import prepare_streams, put
 from ssl_emp.safe_files import as_json, inner_folder, replacing, write_atomically
 from ssl_emp.scores import ScoreState
 from ssl_emp.supervised import Classifier
-from ssl_emp.text import printable, quoted
+from ssl_emp.text import quoted
 
 # for the other processes of a run that was started from Python: this very package, wherever it lies
 AS_COMMAND = (
@@ -524,8 +532,7 @@ def saved_time(seconds: dict[str, float], steps: int, full_steps: int) -> list[t
 
 
 def restore_unless(good: Tensor, tensors: list[Tensor], before: list[Tensor]) -> None:
-    """Put back what `tensors` were before where not `good` (0-d bool). No branch, which would wait for a GPU.
-    """
+    """Put back what `tensors` were before where not `good` (0-d bool). No branch, which would wait for a GPU."""
     torch._foreach_copy_(tensors, [torch.where(good, *pair) for pair in zip(tensors, before, strict=True)])
 
 
@@ -545,8 +552,7 @@ def skipped_line(steps: list[int], batches: Tensor, epoch: int) -> str:
 
 
 def check_bad_steps(bad: Tensor, most: int, skipped: Tensor, batches: Tensor, epoch: int) -> None:
-    """Raise RunFailed where more than `most` steps in a row were skipped. Reads two numbers from the device.
-    """
+    """Raise RunFailed where more than `most` steps in a row were skipped. Reads two numbers from the device."""
     longest = int(bad[1])
     if longest > most:
         line = skipped_line(skipped.nonzero().flatten().tolist(), batches, epoch)
@@ -657,7 +663,7 @@ def run(config: PretrainConfig, out: Path, resumes: bool, ranks: Ranks, may_exte
         if state:
             check_same(job, state, before, out)
         here = f"{job.fingerprint} {state['step'] if state else 'no checkpoint'}"
-        differing = [rank for rank, there in enumerate(ranks.meet(here)) if there != here]
+        differing = [rank for rank, there in enumerate(ranks.barrier(here)) if there != here]
         if differing:
             what = (
                 f"rank {differing[0]} and rank {ranks.rank} see other images in {config.data.source}, "
@@ -793,45 +799,28 @@ def main(argv: list[str] | None = None) -> int:
         leave_ranks(ranks)
         return code
     except NoPlace as error:
-        return complain(str(error), 2, ranks, True)
+        return end_with_line(str(error), 2, ranks, True)
     except UserError as error:
-        return complain(str(error), 2, ranks)
+        return end_with_line(str(error), 2, ranks)
     except LostRank as error:
-        return complain(str(error), error.code, ranks, error.speaks, error.lost)
+        return end_with_line(str(error), error.code, ranks, error.speaks, error.lost)
     except RunFailed as error:
-        return complain(str(error), 3, ranks)
+        return end_with_line(str(error), 3, ranks)
     except (MemoryError, torch.OutOfMemoryError) as error:
         what = f"out of memory ({(str(error).splitlines() or [''])[0]})"
-        return complain(f"{what}. fix: {OUT_OF_MEMORY}", 3, ranks)
+        return end_with_line(f"{what}. fix: {OUT_OF_MEMORY}", 3, ranks)
     except OSError as error:  # what a full or vanished disk raises from any of the run's files
         what = f"{error.filename or 'a file of the run'}: {error.strerror or error}"
-        return complain(f"{what}. fix: see to the disk and its permissions, then --resume", 3, ranks)
+        return end_with_line(f"{what}. fix: see to the disk and its permissions, then --resume", 3, ranks)
     except KeyboardInterrupt:  # before the first step: nothing to save
         return 130
     except Exception as error:
         if "can't allocate memory" in str(error):  # how torch says it on a CPU
             what = f"out of memory ({str(error).splitlines()[0][:100]})"
-            return complain(f"{what}. fix: {OUT_OF_MEMORY}", 3, ranks)
+            return end_with_line(f"{what}. fix: {OUT_OF_MEMORY}", 3, ranks)
         if is_exchange(error, ranks):
-            lost = ranks.explain(error)
-            return complain(str(lost), lost.code, ranks, lost.speaks, lost.lost)
-        ranks.confess(f"{type(error).__name__}: {error}", 3)
-        ranks.part_from_children()
+            lost = ranks.lost_rank(error)
+            return end_with_line(str(lost), lost.code, ranks, lost.speaks, lost.lost)
+        ranks.report_failure(f"{type(error).__name__}: {error}", 3)
+        ranks.release_children()
         raise  # a bug: the traceback is what helps
-
-
-def complain(
-    line: str, code: int, ranks: Ranks, speaks: bool | None = None, lost: Collection[int] = ()
-) -> int:
-    """One line on standard error from all ranks together, and the exit code; `lost` are the ranks that hang.
-    """
-    if speaks is None:  # this rank's own mistake
-        ranks.confess(line, code)
-        speaks = ranks.is_first and os.environ.get("LOCAL_RANK", "0") == "0"
-    if speaks:
-        put("stderr", f"error: {printable(line)}\n")
-    if ranks.world_size > 1:
-        put("stdout", "")
-        ranks.part_from_children(lost, at_least=1.0)  # what the others hear by may live in this process
-        os._exit(code)  # without waiting for an exchange that nobody else comes to
-    return code

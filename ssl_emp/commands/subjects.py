@@ -38,6 +38,10 @@ class Subject:
     eval_dir: Path | None  # where its rows go
     problem: UserError | None = None  # why it cannot be loaded: costs its own rows, and not those of others
 
+    def check(self) -> None:
+        if self.problem is not None:
+            raise self.problem
+
 
 class Pixels(nn.Module):
     """No encoder: images (B, 3, S, S) -> (B, 3 S S), the floor that every encoder should beat."""
@@ -197,8 +201,7 @@ class Normalized(nn.Module):
 
 
 def load_timm(name: str) -> tuple[nn.Module, int, bool]:
-    """A pretrained timm model without its classifier: (module, image size, whether it takes that size only).
-    """
+    """A pretrained timm model without its classifier: (module, image size, whether it takes that size only)."""
     try:
         import timm
     except ImportError as error:

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,26 +29,30 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from linear_eval.liveness import GRACE_SECONDS, BoundedStore, Liveness, Lost, ending, leave_at_once
-from linear_eval.ranks import listen_on_loopback
+from linear_eval.errors import EvalError
 from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.keyed import keyed_bits
+from ssl_emp.run.liveness import GRACE_SECONDS, BoundedStore, Liveness, Lost, ending, leave_at_once
+from ssl_emp.run.streams import put
 from ssl_emp.text import printable, shorten
 
 LAUNCHED = "SSL_EMP_LAUNCHED"  # set for the processes that `launch` starts
-PRIVATE_STORE = "SSL_EMP_STORE"  # the file in which they meet
+PRIVATE_STORE = "SSL_EMP_STORE"  # the file that serves as the store of those processes
 STARTED: dict[int, "subprocess.Popen[bytes]"] = {}  # by `launch`, by rank
-MEET_SECONDS = 60.0  # from the first rank's start to the last one's
+START_SECONDS = 60.0  # from the first rank's start to the last one's
 LEAVE_SECONDS = 60.0  # for Python to end in the others, after the work
-INTACT = "the last checkpoint is intact. fix: --resume"
+INTACT = "; the last checkpoint is intact. fix: --resume"
+LAUNCHERS = "start by torchrun, srun or devices=N, or unset RANK and WORLD_SIZE for one process"
 FINGERPRINT = 108  # first key of `Ranks.agree_on`
+BYTES_AT_ONCE = 2**28  # of `Ranks.gather_rows`
+FIXABLE = "!"  # before the text of a mistake that the user can fix, in `Ranks.together`
 
 
 class LostRank(RunFailed):
     """Another rank is gone, hangs, or failed.
 
     Args:
-        speaks: whether this rank is the one that tells the user.
+        speaks: whether this rank is the one that tells the user; the first may be the one that is lost.
         code: the exit code of this process.
         lost: the ranks that give no sign of life; none where one failed and said so.
     """
@@ -60,16 +64,19 @@ class LostRank(RunFailed):
 
 class Ranks:
     """This process among the W of a run. With one process every method is what it says, without any
-    communication.
+    communication. All ranks call those that communicate in the same order.
 
     Args:
         rank, world_size: who of how many.
         local_rank: which device of its machine.
         store: a key-value store that all ranks reach; None for one process.
-        control: a gloo group, for what the hosts agree on.
         timeout_seconds: how long a rank waits for another that gives no sign of life before it calls it lost.
+        advice: the end of the line that says that a rank is lost.
     """
 
+    control: dist.ProcessGroup | None = None  # gloo, for what the hosts agree on
+    # gloo too, and without a time limit: who works is waited for, and who hangs is noticed by `liveness`
+    patient: dist.ProcessGroup | None = None
     liveness: Liveness | None = None  # of several processes, from `watch` on
     failed: "Failed | None" = None  # the rank that was found to have failed
 
@@ -79,12 +86,11 @@ class Ranks:
         world_size: int = 1,
         local_rank: int = 0,
         store: BoundedStore | None = None,
-        control: dist.ProcessGroup | None = None,
         timeout_seconds: float = 600.0,
+        advice: str = INTACT,
     ) -> None:
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
-        self.store, self.control, self.timeout_seconds = store, control, timeout_seconds
-        self.meetings = 0
+        self.store, self.timeout_seconds, self.advice = store, timeout_seconds, advice
 
     @property
     def is_first(self) -> bool:
@@ -107,8 +113,7 @@ class Ranks:
         return whole
 
     def share_gradients(self, model: Any) -> Any:
-        """`model` with gradients that are the mean over the ranks, exchanged while the backward pass goes on.
-        """
+        """`model` with gradients that are the mean over the ranks, exchanged during the backward pass."""
         if self.world_size == 1:
             return model
         with warnings.catch_warnings():
@@ -140,50 +145,129 @@ class Ranks:
                 total
                 + keyed_bits(FINGERPRINT, torch.arange(len(bits), device=bits.device), bits.long()).sum()
             )
-        sums = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        dist.all_gather(sums, total.cpu().view(1), group=self.control)
+        sums = self._of_all_hosts(total.cpu().view(1))
         differing = [rank for rank in range(self.world_size) if sums[rank] != sums[0]]
         if differing:
             raise RunFailed(
-                f"rank {', '.join(map(str, differing))} and rank 0 disagree about {what}; the last checkpoint is intact. "
-                "fix: --resume; where it comes again, look for a faulty device"
+                f"rank {', '.join(map(str, differing))} and rank 0 disagree about {what}; the last "
+                "checkpoint is intact. fix: --resume; where it comes again, look for a faulty device"
             )
 
-    def meet(self, word: str = "", patient: bool = False) -> list[str]:
-        """Wait for all ranks here and hear the word of each. No pickle, and no device, is involved.
+    def barrier(self, text: str = "") -> list[str]:
+        """Wait for all ranks here, however long they work, and return the text that each of them gave.
 
-        A rank that is lost is not waited for; one that lives is, where `patient`, however long its work
-        takes.
+        Neither pickle nor a device is involved.
+
+        Raises:
+            LostRank: one of them ended, hangs, or reported a failure.
         """
-        if self.store is None:
-            return [word]
-        self.meetings += 1
-        keys = [f"meeting/{self.meetings}/{rank}" for rank in range(self.world_size)]
-        self._set(keys[self.rank], word)
-        words = []
-        for rank, key in enumerate(keys):
-            deadline = time.monotonic() + self.timeout_seconds
-            # and not store.wait(): a rank that fails says so, and is not waited for
-            while not self._heard(key):
-                self._raise_if_failed()
-                if time.monotonic() > deadline and not patient:
-                    what = f"rank {rank} did not come within {self.timeout_seconds:.0f} s"
-                    raise LostRank(f"{what}. fix: --resume", self.rank == 0, lost=[rank])
-                time.sleep(0.02)
-            words.append(self.store.get(key).decode(errors="replace"))
-        return words
+        if self.world_size == 1:
+            return [text]
+        own = text.encode(errors="replace")
+        lengths = [int(length) for length in self._of_all_hosts(torch.tensor([len(own)]))]
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)  # a gather is of equal sizes
+        padded[: len(own)] = torch.tensor(list(own), dtype=torch.uint8)
+        rows = self._of_all_hosts(padded) if len(padded) else [padded] * self.world_size
+        pairs = zip(rows, lengths, strict=True)
+        return [bytes(row[:length].tolist()).decode(errors="replace") for row, length in pairs]
 
-    def arrive(self) -> None:
+    def _of_all_hosts(self, own: Tensor) -> list[Tensor]:
+        """`own`, of one shape everywhere and on the CPU, of each rank. Signals are heard meanwhile."""
+        found = [torch.empty_like(own) for _ in range(self.world_size)]
+        pause = 0.0005
+        try:
+            work = dist.all_gather(found, own, group=self.patient, async_op=True)
+            while not work.is_completed():
+                self._raise_if_failed()
+                time.sleep(pause)
+                pause = min(1.5 * pause, 0.1)
+            work.wait()
+        except RuntimeError as error:
+            raise self.lost_rank(error) from error
+        return found
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails in here on one rank fails on all of them: the first that failed raises its own error,
+        the others one that names that rank. In here ranks do not communicate.
+
+        Raises:
+            UserError: another rank has a mistake that the user can fix.
+            RunFailed: another rank failed otherwise.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        line = "" if error is None else f"{type(error).__name__}: {error}"
+        if isinstance(error, UserError | EvalError):
+            line = f"{FIXABLE}{error}"
+        lines = self.barrier(" ".join(line.split())[:2000])
+        first = next((rank for rank, line in enumerate(lines) if line), None)
+        if first == self.rank and error is not None:
+            raise error
+        if first is not None:
+            what, _, fix = lines[first].removeprefix(FIXABLE).partition(". fix: ")
+            if not lines[first].startswith(FIXABLE):
+                raise RunFailed(f"rank {first}: {what}") from error
+            raise UserError(f"rank {first}: {what}", fix or f"see what rank {first} wrote") from error
+
+    @contextmanager
+    def first_then_others(self) -> Iterator[None]:
+        """`together`, the first rank of every machine alone and then its others: what the first one downloads
+        or caches is there for them.
+        """
+        if self.local_rank:
+            with self.together():  # to decode a million images takes its time
+                pass
+        with self.together():
+            yield
+        if not self.local_rank and self.world_size > 1:
+            with self.together():
+                pass
+
+    def gather_rows(self, rows: Tensor, total: int) -> Tensor:
+        """The rows of all ranks in their order, (m, D) float32 on the CPU of any m each -> (total, D).
+
+        Raises:
+            UserError: D or the total differs. A rank with m = 0 may give any D.
+        """
+        if self.world_size == 1:
+            return rows
+        shapes = [[*map(int, text.split())] for text in self.barrier(f"{len(rows)} {rows.shape[1]} {total}")]
+        counts = [count for count, _, _ in shapes]
+        widths, totals = {width for count, width, _ in shapes if count}, {number for _, _, number in shapes}
+        if len(widths) > 1 or len(totals) > 1:
+            columns, numbers = (", ".join(map(str, sorted(found))) for found in (widths, totals))
+            what = f"the processes have features of {columns} columns for {numbers} images"
+            raise UserError(what, "give all of them the same encoder, images and settings")
+        whole = torch.empty(sum(counts), max(widths, default=0))
+        whole[(begin := sum(counts[: self.rank])) : begin + len(rows)] = rows if len(rows) else 0
+        at_once = max(1, BYTES_AT_ONCE // (4 * max(1, whole.shape[1])))
+        try:
+            for rank, part in enumerate(whole.split(counts)):
+                for chunk in part.split(at_once) if len(part) else ():
+                    dist.broadcast(chunk, rank, group=self.patient)
+        except RuntimeError as error:
+            raise self.lost_rank(error) from error
+        return whole
+
+    def wait_for_start(self) -> None:
         """Wait until every rank has started. One that ends before that is noticed at once by the rank that
         started it.
 
         Raises:
-            LostRank: a rank ended, or failed; or they are not all there within MEET_SECONDS.
+            LostRank: a rank ended, or failed.
+            TimeoutError: they are not all there within START_SECONDS.
         """
         assert self.store is not None
-        self._set(f"here/{self.rank}", "yes")
-        deadline, missing = time.monotonic() + MEET_SECONDS, set(range(self.world_size))
-        while missing := {rank for rank in missing if not self._heard(f"here/{rank}")}:
+        self._set(f"started/{self.rank}", "yes")
+        deadline, missing = time.monotonic() + START_SECONDS, set(range(self.world_size))
+        while missing := {rank for rank in missing if not self._is_set(f"started/{rank}")}:
             self._raise_if_failed()
             for rank in missing & STARTED.keys():
                 if (code := STARTED[rank].poll()) is not None:
@@ -193,17 +277,19 @@ class Ranks:
                         ". fix: see what it wrote above; where it was killed, memory may be short: "
                         "start fewer processes"
                     )
-                    self.confess(line, 3)
+                    self.report_failure(line, 3)
                     raise LostRank(line, True)
             if time.monotonic() > deadline:
                 names = ", ".join(map(str, sorted(missing)))
-                raise TimeoutError(f"rank {names} did not start within {MEET_SECONDS:.0f} s")
+                raise TimeoutError(f"rank {names} did not start within {START_SECONDS:.0f} s")
             time.sleep(0.02)
 
     def watch(self, signs: dist.Store) -> None:
         """Give signs of life in `signs`, a store with a connection of its own, and watch those of others,
         until `leave_ranks`.
         """
+        if self.liveness is not None:
+            self.liveness.stop()
         parent = os.environ.get(LAUNCHED)
         self.liveness = Liveness(
             signs,
@@ -217,12 +303,18 @@ class Ranks:
         )
         self.liveness.start()
 
+    def set_timeout(self, seconds: float) -> None:
+        """Call a rank lost that gives no sign of life for so long. Every rank calls this with one number."""
+        if self.liveness is not None and seconds != self.timeout_seconds:
+            self.timeout_seconds = seconds
+            self.watch(dist.PrefixStore(f"within {seconds:g} s", self.liveness.store))
+
     def _end_in_c_code(self, lost: Lost, speaks: bool) -> None:
         """Called from a thread where the main one does not come back."""
         end_lost(lost.ranks)
-        leave_at_once(f"error: {printable(lost.why)}; {INTACT}" if speaks else "", lost.code)
+        leave_at_once(f"error: {printable(lost.why)}{self.advice}" if speaks else "", lost.code)
 
-    def part_from_children(self, lost: Collection[int] = (), at_least: float = 0.0) -> None:
+    def release_children(self, lost: Collection[int] = (), at_least: float = 0.0) -> None:
         """Before a rank ends early: see that those of one `launch` end too that cannot do so by themselves.
 
         Args:
@@ -244,7 +336,7 @@ class Ranks:
         except RuntimeError as error:
             raise self._no_store() from error
 
-    def _heard(self, key: str) -> bool:
+    def _is_set(self, key: str) -> bool:
         assert self.store is not None
         try:
             return self.store.check([key])
@@ -252,21 +344,10 @@ class Ranks:
             raise self._no_store() from error
 
     def _no_store(self) -> LostRank:
-        line = f"rank 0 is lost (nothing answers for it any more); {INTACT}"
+        line = f"rank 0 is lost (nothing answers for it any more){self.advice}"
         return LostRank(line, self.rank == 1 or self.local_rank == 0, lost=[0])
 
-    @contextmanager
-    def first_then_others(self) -> Iterator[None]:
-        """The first rank of every machine alone, then its others: what the first one downloads or caches is
-        there for them.
-        """
-        if self.local_rank:
-            self.meet(patient=True)  # to decode a million images takes its time
-        yield
-        if not self.local_rank:
-            self.meet(patient=True)
-
-    def confess(self, line: str, code: int) -> None:
+    def report_failure(self, line: str, code: int) -> None:
         """Tell the others why this rank ends, before it does."""
         if self.store is not None:
             with suppress(Exception):  # the store may be what is gone
@@ -274,7 +355,7 @@ class Ranks:
 
     def _raise_if_failed(self) -> None:
         assert self.store is not None
-        if self._heard("failed"):
+        if self._is_set("failed"):
             failed = Failed.parse(self.store.get("failed"))
             if failed.rank != self.rank:
                 self.failed = failed
@@ -286,12 +367,12 @@ class Ranks:
     def _raise_if_lost(self) -> None:
         if self.liveness is not None and self.liveness.lost is not None:
             lost = self.liveness.lost
-            raise LostRank(f"{lost.why}; {INTACT}", self.liveness.speaks(lost.ranks), lost.code, lost.ranks)
+            raise LostRank(
+                f"{lost.why}{self.advice}", self.liveness.speaks(lost.ranks), lost.code, lost.ranks
+            )
 
-    def explain(self, error: Exception) -> LostRank:
-        """Whose fault an exchange is that did not come about: the rank that confessed, or those that give no
-        sign of life.
-        """
+    def lost_rank(self, error: Exception) -> LostRank:
+        """Why an exchange failed with `error`: a rank reported a failure, or some give no sign of life."""
         assert self.store is not None
         lost = set(range(self.world_size))
         try:
@@ -300,7 +381,7 @@ class Ranks:
             deadline = time.monotonic() + GRACE_SECONDS
             while lost and time.monotonic() < deadline:
                 self._raise_if_failed()
-                lost = {rank for rank in lost if not self._heard(f"alive/{rank}")}
+                lost = {rank for rank in lost if not self._is_set(f"alive/{rank}")}
                 if self.liveness is not None and lost <= self.liveness.ended():
                     break
                 time.sleep(0.05)
@@ -311,7 +392,7 @@ class Ranks:
         names = f"rank {', '.join(map(str, sorted(lost)))} is lost" if lost else "the ranks lost each other"
         said = (str(error).splitlines() or [type(error).__name__])[0]
         speaks = self.rank == min(set(range(self.world_size)) - lost, default=0)
-        return LostRank(f"{names} ({said[:120]}); {INTACT}", speaks, lost=lost)
+        return LostRank(f"{names} ({said[:120]}){self.advice}", speaks, lost=lost)
 
 
 @dataclass(frozen=True)
@@ -371,6 +452,34 @@ def join_ranks(
         else:
             launch(count_devices(devices), command)
     end_with_launcher()
+
+    def take_device(place: Place) -> None:
+        if needs_gpu:
+            if place.local_rank >= torch.cuda.device_count():
+                what = f"rank {place.rank} wants GPU {place.local_rank}, "
+                what += f"this machine has {torch.cuda.device_count()}"
+                raise UserError(what, "start fewer processes")
+            torch.cuda.set_device(place.local_rank)
+        elif "OMP_NUM_THREADS" not in os.environ:
+            here = place.local_world_size or place.world_size
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
+
+    return connect(timeout_seconds, backend="nccl" if needs_gpu else "gloo", prepare=take_device)
+
+
+def connect(
+    timeout_seconds: float,
+    *,
+    backend: str = "gloo",
+    prepare: "Callable[[Place], None]" = lambda place: None,
+    advice: str = INTACT,
+) -> Ranks:
+    """Become the rank that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say. See `join_ranks`.
+
+    Args:
+        prepare: called once the others can hear of its UserError, and before they are connected.
+        advice: of `Ranks`.
+    """
     place = place_in_environment()
     if place.world_size == 1:
         return Ranks()
@@ -384,54 +493,47 @@ def join_ranks(
     try:
         store = _open_store(place)
     except (dist.DistError, RuntimeError, ValueError, OSError) as error:
-        raise _no_meeting(place, where, error) from error
+        raise _not_connected(place, where, error) from error
     # torchrun's outlives a restart
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    ranks = Ranks(
-        place.rank,
-        place.world_size,
-        place.local_rank,
-        BoundedStore(dist.PrefixStore("run", store)),
-        None,
-        timeout_seconds,
-    )
+    bounded = BoundedStore(dist.PrefixStore("run", store))
+    ranks = Ranks(place.rank, place.world_size, place.local_rank, bounded, timeout_seconds, advice)
     try:
-        if needs_gpu:
-            if place.local_rank >= torch.cuda.device_count():
-                what = (
-                    f"rank {place.rank} wants GPU {place.local_rank}, this machine has "
-                    f"{torch.cuda.device_count()}"
-                )
-                raise UserError(what, "start fewer processes")
-            torch.cuda.set_device(place.local_rank)
-        elif "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(
-                max(1, (os.cpu_count() or 1) // (place.local_world_size or place.world_size))
-            )
-        ranks.arrive()
+        prepare(place)
+        ranks.wait_for_start()
         ranks.watch(dist.PrefixStore("signs", store.clone()))
-        timeout, group_store = timedelta(seconds=timeout_seconds), dist.PrefixStore("group", store)
+        timeout = timedelta(seconds=timeout_seconds)
         dist.init_process_group(
-            "nccl" if needs_gpu else "gloo",
-            store=group_store,
+            backend,
+            store=dist.PrefixStore("group", store),
             rank=place.rank,
             world_size=place.world_size,
             timeout=timeout,
         )
-        control = dist.new_group(backend="gloo", timeout=timeout)
+        ranks.control, ranks.patient = (
+            cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=limit))
+            for limit in (timeout, timedelta(days=30))
+        )
     except (UserError, LostRank) as error:
         if isinstance(error, UserError):
-            ranks.confess(str(error), 2)
-        ranks.part_from_children()
+            ranks.report_failure(str(error), 2)
+        ranks.release_children()
         raise
     except (dist.DistError, RuntimeError, ValueError, OSError) as error:
-        refusal = _no_meeting(place, where, error)
-        ranks.confess(str(refusal), 2)
-        ranks.part_from_children()
+        refusal = _not_connected(place, where, error)
+        ranks.report_failure(str(refusal), 2)
+        ranks.release_children()
         raise refusal from error
-    assert isinstance(control, dist.ProcessGroup)
-    ranks.control = control
     return ranks
+
+
+def listen_on_loopback() -> None:
+    """Let gloo and NCCL, whose connections have no password, listen to this machine alone. Before a group is
+    made.
+    """
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if loopback is not None:
+        os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
 
 
 class NoPlace(UserError):
@@ -465,7 +567,7 @@ def place_in_environment() -> Place:
     optional = {
         name: os.environ[name] for name in ("LOCAL_WORLD_SIZE", "MASTER_PORT") if os.environ.get(name)
     }
-    fix = "start by torchrun, srun or devices=N, or unset RANK and WORLD_SIZE for one process"
+    fix = LAUNCHERS
     numbers = {}
     for name, text in (given | optional).items():
         if not re.fullmatch("[0-9]{1,9}", text.strip()):
@@ -528,7 +630,7 @@ def started_by_srun(devices: int) -> bool:
                 ),
             )
     if environ.get("WORLD_SIZE"):
-        place_in_environment()  # complains, where it is not 1
+        place_in_environment()  # raises, where it is not 1
     if not in_step and devices == 1:
         for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
             if environ.get(name, "1").isdecimal() and int(environ.get(name, "1")) > 1:
@@ -544,10 +646,10 @@ def started_by_srun(devices: int) -> bool:
 
 
 def _open_store(place: Place) -> dist.Store:
-    """The key-value store by which the ranks meet: the launcher's own, torchrun's, or one in rank 0."""
+    """The key-value store that all ranks reach: the launcher's own, torchrun's, or one in rank 0."""
     if PRIVATE_STORE in os.environ:
         return dist.FileStore(os.environ[PRIVATE_STORE])
-    port, within = int(os.environ["MASTER_PORT"]), timedelta(seconds=MEET_SECONDS)
+    port, within = int(os.environ["MASTER_PORT"]), timedelta(seconds=START_SECONDS)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not place.is_one_machine:
         return next(dist.rendezvous("env://", timeout=within))[0]
     if place.rank:
@@ -569,7 +671,7 @@ def _open_store(place: Place) -> dist.Store:
     return store
 
 
-def _no_meeting(place: Place, where: str, error: Exception) -> UserError:
+def _not_connected(place: Place, where: str, error: Exception) -> UserError:
     said = (str(error).splitlines() or [type(error).__name__])[0]
     what = f"rank {place.rank} of {place.world_size} does not meet the others at {where} ({said[:120]})"
     fix = "see that MASTER_ADDR and MASTER_PORT are rank 0's, the port is free, and all are started"
@@ -607,9 +709,9 @@ def _take_slurm_for_torchrun() -> None:
 def launch(count: int, command: Sequence[str]) -> None:
     """Start `command` as the ranks 1 to count - 1 of this machine, and become rank 0.
 
-    They meet in a file without a name, which only these processes can open: no port, no password, and nothing
-    to clean up after a kill. Lightning Fabric's launcher would do, but it kills rank 0 before that can say
-    what happened.
+    Their store is a file without a name, which only these processes can open: no port, no password, and
+    nothing to clean up after a kill. Lightning Fabric's launcher would do, but it kills rank 0 before that
+    can say what happened.
     """
     common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     handed: tuple[int, ...] = ()
@@ -632,7 +734,7 @@ def leave_ranks(ranks: Ranks) -> None:
     """
     if ranks.store is None:
         return
-    ranks.meet(patient=True)
+    ranks.barrier()
     if ranks.is_first:
         keys, deadline = (
             [f"left/{rank}" for rank in range(1, ranks.world_size)],
@@ -646,6 +748,34 @@ def leave_ranks(ranks: Ranks) -> None:
         ranks.liveness.stop()
     dist.destroy_process_group()
     _wait_for(list(STARTED.values()), LEAVE_SECONDS)
+
+
+def end_with_line(
+    line: str, code: int, ranks: Ranks, speaks: bool | None = None, lost: Collection[int] = ()
+) -> int:
+    """One line on standard error from all ranks together; the exit code, or the end of one of several
+    processes.
+
+    Args:
+        speaks: whether this process is the one that writes it; None where the mistake is its own, of which
+            the others are told.
+        lost: the ranks that hang.
+    """
+    if speaks is None:
+        ranks.report_failure(line, code)
+        speaks = ranks.is_first and os.environ.get("LOCAL_RANK", "0") == "0"
+    if speaks:
+        put("stderr", f"error: {printable(line)}\n")
+    end_abruptly(ranks, code, lost)
+    return code
+
+
+def end_abruptly(ranks: Ranks, code: int, lost: Collection[int] = ()) -> None:
+    """End this process, where it is one of several, without an exchange that nobody else comes to."""
+    if ranks.world_size > 1:
+        put("stdout", "")
+        ranks.release_children(lost, at_least=1.0)  # the store in which the others read why may be here
+        os._exit(code)
 
 
 def end_lost(ranks: Collection[int]) -> None:
