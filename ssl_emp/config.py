@@ -43,7 +43,8 @@ Patience = Annotated[float, Field(ge=1, le=604_800)]  # seconds, up to a week
 
 
 class Section(BaseModel):
-    """Unknown keys, wrong types, nan and inf are errors; `prune.fraction: "0.5"` is a string, not a number."""
+    """Unknown keys, wrong types, nan and inf are errors; `prune.fraction: "0.5"` is a string, not a number.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 

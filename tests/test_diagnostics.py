@@ -443,7 +443,8 @@ def test_the_terms_are_compared_only_where_both_rank() -> None:
 
 
 def test_a_kind_is_told_again_when_worse_or_after_ten_epochs() -> None:
-    """Against the calendar: severity 2 all along, 3.5 from epoch 4 on; a second kind has its turn in between."""
+    """Against the calendar: severity 2 all along, 3.5 from epoch 4 on; a second kind has its turn in between.
+    """
     said: dict[str, tuple[int, float]] = {}
     told = []
     for epoch in range(26):
@@ -542,7 +543,8 @@ def test_a_fixed_choice_leaves_samples_idle() -> None:
 
 @pytest.mark.parametrize("kept", [200, 360])
 def test_chance_alone_fires_nothing_in_small_sets(kept: int) -> None:
-    """At the smallest set judged, a random choice is rarely accused of rotation or noise: 3 standard errors."""
+    """At the smallest set judged, a random choice is rarely accused of rotation or noise: 3 standard errors.
+    """
     drawn, accused = random.Random(0), Counter[str]()
     for _ in range(300):
         now, before = (

@@ -870,7 +870,8 @@ def test_a_temperature_at_which_no_pair_is_ever_learned_is_noted(
 
 
 def test_weights_of_a_policy_reach_the_loss(pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
-    """InfoBatch with all weights made 1 is another run; with all made 0 the pruned epochs change no weight."""
+    """InfoBatch with all weights made 1 is another run; with all made 0 the pruned epochs change no weight.
+    """
     original = policies.infobatch
 
     def reweighed(value: float) -> Any:
@@ -1017,7 +1018,8 @@ def test_the_views_that_are_foreseen_are_the_views_that_come(
 def test_reliability_is_one_where_the_score_does_not_depend_on_the_draw(
     tiny_config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A network that gives each sample its index as the loss: two draws agree, and so does what was stored."""
+    """A network that gives each sample its index as the loss: two draws agree, and so does what was stored.
+    """
     job = make_job(tiny_config, "monitor.reliability_images=64")
     state = ScoreState(68, 1.0, False, job.device)
     generator = torch.Generator().manual_seed(0)

@@ -207,7 +207,8 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def encodings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Grows by every image that is encoded; runs of four images, so that a build has many places to stop at."""
+    """Grows by every image that is encoded; runs of four images, so that a build has many places to stop at.
+    """
     calls: list[str] = []
     original = stores.to_jpeg
 

@@ -532,7 +532,8 @@ def saved_time(seconds: dict[str, float], steps: int, full_steps: int) -> list[t
 
 
 def restore_unless(good: Tensor, tensors: list[Tensor], before: list[Tensor]) -> None:
-    """Put back what `tensors` were before where not `good` (0-d bool). No branch, which would wait for a GPU."""
+    """Put back what `tensors` were before where not `good` (0-d bool). No branch, which would wait for a GPU.
+    """
     torch._foreach_copy_(tensors, [torch.where(good, *pair) for pair in zip(tensors, before, strict=True)])
 
 
@@ -552,7 +553,8 @@ def skipped_line(steps: list[int], batches: Tensor, epoch: int) -> str:
 
 
 def check_bad_steps(bad: Tensor, most: int, skipped: Tensor, batches: Tensor, epoch: int) -> None:
-    """Raise RunFailed where more than `most` steps in a row were skipped. Reads two numbers from the device."""
+    """Raise RunFailed where more than `most` steps in a row were skipped. Reads two numbers from the device.
+    """
     longest = int(bad[1])
     if longest > most:
         line = skipped_line(skipped.nonzero().flatten().tolist(), batches, epoch)

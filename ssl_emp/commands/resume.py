@@ -217,7 +217,8 @@ def missing_source(config: PretrainConfig, out: Path, problem: UserError) -> Use
 
 
 def check_same(job: Job, state: dict[str, Any], before: PretrainConfig, out: Path) -> None:
-    """Raise UserError where `state` was trained on other images, labels or indices, or in another precision."""
+    """Raise UserError where `state` was trained on other images, labels or indices, or in another precision.
+    """
     known, config = fingerprint_of(state), job.config
     place = f"data.source={config.data.source}"
     if config.data.source != before.data.source:

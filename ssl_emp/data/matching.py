@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import torch
 
+from ssl_emp.errors import UserError
 from ssl_emp.data.images import ImageSet, count_classes
 from ssl_emp.data.source import as_numbers, normal, some_of
-from ssl_emp.errors import UserError
 
 Key = str | int
 
@@ -58,8 +58,7 @@ def match_labels(train: ImageSet, test: ImageSet, split: str = "test") -> tuple[
     if 2 * len(unknown) > len(met) or split != "test":
         what = f"{len(unknown):,} of the {len(met):,} classes of the {split} split have no train images: {called}"
         raise UserError(
-            what,
-            "call the classes alike in both splits, or give more train images (data.max_images), or other ones to test on",
+            what, "call the classes alike in both splits, or give more train images (data.max_images), or other ones to test on"
         )
     count = int(torch.isin(test.labels, torch.tensor(unknown)).sum())
     plural = "class has" if len(unknown) == 1 else "classes have"
@@ -67,10 +66,9 @@ def match_labels(train: ImageSet, test: ImageSet, split: str = "test") -> tuple[
     return matched, line
 
 
-def _keys(
-    train: ImageSet, test: ImageSet, met: Sequence[int], split: str
-) -> tuple[dict[int, Key], dict[int, Key]]:
-    """What each label of train means, and each of those met in test: two of the same meaning are one class."""
+def _keys(train: ImageSet, test: ImageSet, met: Sequence[int], split: str) -> tuple[dict[int, Key], dict[int, Key]]:
+    """What each label of train means, and each of those met in test: two of the same meaning are one class.
+    """
     train_labels = range(count_classes(train))
     train_names = train.class_names and [normal(name) for name in train.class_names]
     test_names = test.class_names and [normal(test.class_names[label]) for label in met]
@@ -84,6 +82,4 @@ def _keys(
         return dict(zip(train_labels, train_names, strict=True)), dict(zip(met, test_names, strict=True))
     named, numbered = ("train", split) if train_names else (split, "train")
     what = f"the {named} split names its classes ({some_of(train_names or test_names or [], 3)}), the {numbered} split only numbers them"
-    raise UserError(
-        what, "give both names, as folders or as text in the column of labels, or both the same numbers"
-    )
+    raise UserError(what, "give both names, as folders or as text in the column of labels, or both the same numbers")

@@ -68,7 +68,8 @@ def _sha256(path: Path) -> str:
 
 
 def _read_manifests(folder: Path) -> dict[str, list[str]]:
-    """Names -> hashes of the contents that were written under them; what is damaged or missing says nothing."""
+    """Names -> hashes of the contents that were written under them; what is damaged or missing says nothing.
+    """
     known: dict[str, list[str]] = {}
     for name in MANIFESTS:
         with suppress(UserError, TypeError, AttributeError):

@@ -101,7 +101,8 @@ def add_results(rows: dict[tuple[str, str], Row], junit: Path) -> None:
 
 
 def together(name: str, values: list[str]) -> str:
-    """Several values of one figure as one: sums of `k/n` and of counts, median and maximum of what is spread."""
+    """Several values of one figure as one: sums of `k/n` and of counts, median and maximum of what is spread.
+    """
     if all("/" in value for value in values):
         pairs = [tuple(map(int, value.split("/"))) for value in values]
         return f"{sum(pair[0] for pair in pairs)}/{sum(pair[1] for pair in pairs)}"

@@ -303,7 +303,8 @@ def test_D17_python_without_srun(tiny_config: Path, tmp_path: Path) -> None:
 
 @pytest.mark.faults
 def test_D4_ranks_that_disagree(tiny_config: Path, tmp_path: Path) -> None:
-    """D4 | one score differs by 1e-6 on rank 1 | noticed before the next epoch, epoch and rank named, code 3"""
+    """D4 | one score differs by 1e-6 on rank 1 | noticed before the next epoch, epoch and rank named, code 3
+    """
     code, _, err = finish(
         start(
             [sys.executable, ONE_RANK, "scores", "1"],
