@@ -1,5 +1,4 @@
-"""What the benchmarks share: the machine, contenders in turn, ratios against goals, one table, one JSON file.
-"""
+"""What the benchmarks share: the machine, contenders in turn, ratios and goals, a table, a JSON file."""
 
 import argparse
 import json
@@ -163,8 +162,7 @@ def run_python(command: Sequence[str], quick: bool = False) -> str:
 
 
 def process_environment(quick: bool) -> dict[str, str]:
-    """The environment of a contender's process. A quick run compiles nothing: that alone would take a minute.
-    """
+    """The environment of a contender's process. A quick run does not compile: that alone takes a minute."""
     return os.environ | ({"TORCH_COMPILE_DISABLE": "1"} if quick else {})
 
 

@@ -36,8 +36,7 @@ L2 = (1e-6, 1e-4, 1e-2, 1.0, 1e2, 1e3, 1e5)
 
 
 def knn_rows(train: Features, test: Features) -> list[dict[str, object]]:
-    """Accuracy (percent) of ours and theirs, and the share (percent) of test images that get the same label.
-    """
+    """Accuracy (percent) of ours and theirs, and the share (percent) of test images with the same label."""
 
     def ours(temperature: float | None, backend: str) -> Tensor:
         return knn_predict(train, test, num_neighbors=NEIGHBORS, temperature=temperature, backend=backend)  # type: ignore[arg-type]

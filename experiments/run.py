@@ -127,8 +127,7 @@ def planned_work(settings: Cell, base: Cell) -> float:
 
 @dataclass
 class Children:
-    """The processes that are running, each in a group of its own: Ctrl-C reaches them once and through here.
-    """
+    """Running processes, each in a process group of its own, so Ctrl-C reaches them only through here."""
 
     held: int  # descriptor of the lock; a child that outlives the runner still holds it
     stopping: bool = False
@@ -185,8 +184,7 @@ class Lab:
     written: Lock = field(default_factory=Lock)
 
     def settings(self, cell: Cell) -> Cell:
-        """Everything beyond the config file that makes the cell what it is; paths of the command line do not.
-        """
+        """All settings beyond the config file that define the cell; paths on the command line do not."""
         return {**self.grid["overrides"], **cell} | {
             key: v for key, v in self.extra.items() if key not in (*IMAGE_PATHS, *OTHER_PATHS)
         }
@@ -309,8 +307,7 @@ def read_run(out: Path, evaluators: list[str], logged: list[str]) -> dict[str, A
 
 
 def config_hash(out: Path, extra: Cell) -> dict[str, Any]:
-    """Of RUN/config.yaml without the paths that another machine would have elsewhere, and which those were.
-    """
+    """RUN/config.yaml without the paths that differ between machines, and the keys of those paths."""
     without = [*OTHER_PATHS, *(key for key in IMAGE_PATHS if key in extra)]
     config = {
         key: value

@@ -362,8 +362,7 @@ def _shift_hue(planes: Planes, turns: Tensor) -> Planes:
 
 
 def _blur(planes: Planes, params: ViewParams, recipe: Recipe) -> Planes:
-    """Gaussian blur with reflected borders, along one axis, then along the other; nothing where blur is off.
-    """
+    """Gaussian blur with reflected borders, along one axis, then the other; no change where blur is off."""
     size, radius = recipe.size, recipe.blur_kernel_size // 2
     device = params.blur.device
     offset = torch.arange(-radius, radius + 1, device=device)  # (K,)

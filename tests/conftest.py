@@ -112,7 +112,8 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_config(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("configs") / "tiny.yaml"
     path.write_text(
-        f"data: {{source: '{tiny_data}'}}\nmodel: {{width: 8, stem: imagenet, projection_dim: 16}}\nepochs: 5\nbatch_size: 8\n"
+        f"data: {{source: '{tiny_data}'}}\nmodel: {{width: 8, stem: imagenet, projection_dim: 16}}\n"
+        "epochs: 5\nbatch_size: 8\n"
         "optimizer: {lr: 0.05, warmup_epochs: 1}\naugment: {crop_scale: [0.5, 1.0]}\n"
         "prune: {fraction: 0.4, anneal_fraction: 0.2}\ndevice: cpu\n"
         "monitor: {tensorboard: false, knn_every: 2, reliability_every: 1, reliability_images: 16}\n"

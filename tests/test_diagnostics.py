@@ -329,19 +329,20 @@ def test_the_lines() -> None:
         "class_ratio_max": 1.7,
     }
     assert [finding.line for finding in found(everything, class_names=["airplane", "cat"]).values()] == [
-        "the ranking is no better than chance: scores of consecutive epochs correlate by 0.08 (5,000 samples), kept sets overlap by "
-        "60% where chance gives 70%; try prune.ema=0.2 or prune.adjust=true",
+        "the ranking is no better than chance: scores of consecutive epochs correlate by 0.08 "
+        "(5,000 samples), kept sets overlap by 60% where chance gives 70%; "
+        "try prune.ema=0.2 or prune.adjust=true",
         "the memory term drowns the loss: its spread is 14 times the loss's, their rank correlation +0.60; "
         "try prune.memory=standardized with prune.beta=1 or prune.beta=0.36",
-        "samples are pruned for having been trained (low-frequency learning): kept sets overlap by 60% where chance gives 70%; "
-        "try prune.explore=0.1",
+        "samples are pruned for having been trained (low-frequency learning): kept sets overlap by 60% where "
+        "chance gives 70%; try prune.explore=0.1",
         "12% of the samples were not trained for 8 epochs; try prune.explore=0.1",
         (
             "mislabelled samples are over-represented among the kept: 27% against 20% in the data; "
             "try prune.explore=0.1"
         ),
-        "class imbalance of the kept set: airplane 0.04 times its share, cat 1.7 times; some is expected of the method and forcing "
-        "balance can cost accuracy; to even it, prune.explore=0.1",
+        "class imbalance of the kept set: airplane 0.04 times its share, cat 1.7 times; some is expected "
+        "of the method and forcing balance can cost accuracy; to even it, prune.explore=0.1",
     ]
     everything["std_beta_memory"] = 0.6
     remedies = {
@@ -360,8 +361,8 @@ def test_the_lines() -> None:
         "try prune.policy=random, which needs no score"
     )
     assert found({"std_beta_memory": 0.03, "std_loss": 3})["drowned"].line == (
-        "the loss drowns the memory term: its spread is 100 times the memory term's, their rank correlation +0.60; "
-        "try prune.memory=standardized with prune.beta=1 or prune.beta=5e+02"
+        "the loss drowns the memory term: its spread is 100 times the memory term's, their rank correlation "
+        "+0.60; try prune.memory=standardized with prune.beta=1 or prune.beta=5e+02"
     )
     assert found({"std_beta_memory": 8.4}, memory="standardized", beta=14)["drowned"].line.endswith(
         "; try prune.beta=1"
@@ -443,8 +444,7 @@ def test_the_terms_are_compared_only_where_both_rank() -> None:
 
 
 def test_a_kind_is_told_again_when_worse_or_after_ten_epochs() -> None:
-    """Against the calendar: severity 2 all along, 3.5 from epoch 4 on; a second kind has its turn in between.
-    """
+    """Compared by epoch: severity 2 throughout, 3.5 from epoch 4 on, a second kind in between."""
     said: dict[str, tuple[int, float]] = {}
     told = []
     for epoch in range(26):
@@ -543,8 +543,7 @@ def test_a_fixed_choice_leaves_samples_idle() -> None:
 
 @pytest.mark.parametrize("kept", [200, 360])
 def test_chance_alone_fires_nothing_in_small_sets(kept: int) -> None:
-    """At the smallest set judged, a random choice is rarely accused of rotation or noise: 3 standard errors.
-    """
+    """A random choice is rarely accused of rotation or noise at the smallest set: 3 standard errors."""
     drawn, accused = random.Random(0), Counter[str]()
     for _ in range(300):
         now, before = (

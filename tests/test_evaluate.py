@@ -87,8 +87,8 @@ def test_a_run_beside_its_floors(run_dir: Path, tiny_data: Path, capsys: pytest.
     ]
     run = str(run_dir)
     assert [(row["encoder"], row["evaluator"]) for row in rows] == [
-        (run, "knn"), (run, "linear"), ("random", "knn"), ("random", "linear"), ("pixels", "knn"), ("pixels", "linear")
-    ]  # fmt: skip
+        (encoder, evaluator) for encoder in (run, "random", "pixels") for evaluator in ("knn", "linear")
+    ]
     assert rows[0]["protocol"] == "cosine kNN, k=5, T=0.1, bank 60, last epoch"
     assert rows[1]["protocol"].startswith(
         "logistic regression on standardised frozen features, L-BFGS, <= 1000 steps, l2="
@@ -866,8 +866,9 @@ def test_settings_that_move_a_number_are_in_its_protocol(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = [
-        "finetune.epochs=1", "finetune.batch_size=16", "finetune.label_smoothing=0.3", "finetune.warmup_epochs=0.5", "finetune.bf16=true",
-        "finetune.lr=[0.1,0.2]", "finetune.weight_decay=0.1", "finetune.layer_decay=0.5", "data.max_images=24", "data.max_images=25",
+        "finetune.epochs=1", "finetune.batch_size=16", "finetune.label_smoothing=0.3",
+        "finetune.warmup_epochs=0.5", "finetune.bf16=true", "finetune.lr=[0.1,0.2]",
+        "finetune.weight_decay=0.1", "finetune.layer_decay=0.5", "data.max_images=24", "data.max_images=25",
     ]  # fmt: skip
     for word in asked:
         assert evaluate.main([str(run_dir), "finetune", "finetune.epochs=1", *SMALL, word]) == 0
@@ -893,7 +894,7 @@ def test_settings_that_move_a_number_are_in_its_protocol(
 
 
 def test_a_run_directory_that_cannot_be_written_to(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file is where the folder for the rows would be made: the number comes, with a line on the checkpoint."""
+    """A file stands where the folder of rows would be: the number is printed, with a warning."""
     (run_dir / "eval").write_text("in the way")
     code = evaluate.main([str(run_dir), *TUNED])
     captured = capsys.readouterr()

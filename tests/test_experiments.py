@@ -76,11 +76,13 @@ from pathlib import Path
 words = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
 out = Path(sys.argv[sys.argv.index("--resume") + 1] if "--resume" in sys.argv else words["out"])
 with open("calls", "a") as file:
-    file.write(json.dumps(["pretrain", out.name, words, "--resume" in sys.argv, os.environ.get("OMP_NUM_THREADS")]) + "\\n")
+    call = ["pretrain", out.name, words, "--resume" in sys.argv, os.environ.get("OMP_NUM_THREADS")]
+    file.write(json.dumps(call) + "\\n")
 if words["x"] == "fails":
     sys.exit("Traceback\\nerror: no such thing")
 (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-(out / "config.yaml").write_text(f"{{out: {out}, x: {words['x']}, data: {{source: {words.get('data.source')}, cache_dir: {out}}}}}")
+data = f"{{source: {words.get('data.source')}, cache_dir: {out}}}"
+(out / "config.yaml").write_text(f"{{out: {out}, x: {words['x']}, data: {data}}}")
 if words["x"] == "stops" and "--resume" not in sys.argv:
     def stopped(*_):
         sys.exit(130)
@@ -91,8 +93,9 @@ if words["x"] == "burns":
     while time.process_time() < 0.4:
         pass
 (out / "environment.json").write_text('{"command": "no", "device": "cpu"}')
-rows = [{"epoch": epoch, "samples_seen": 10 * epoch, "kept_share": share, "training_seconds": 1.5, "other_seconds": 2.5, "real_share": 0.7,
-         "asked_share": 0.75, "reliability": epoch, "word": "w"} for epoch, share in enumerate([0.9, 0.5, 0.5, 0.9], 1)]
+rows = [{"epoch": epoch, "samples_seen": 10 * epoch, "kept_share": share, "training_seconds": 1.5,
+         "other_seconds": 2.5, "real_share": 0.7, "asked_share": 0.75, "reliability": epoch, "word": "w"}
+        for epoch, share in enumerate([0.9, 0.5, 0.5, 0.9], 1)]
 (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 (out / "result.json").write_text('{"test_accuracy": 12.5, "note": "text"}')
 """
@@ -101,7 +104,8 @@ import json, sys
 from pathlib import Path
 (Path(sys.argv[1]) / "eval").mkdir(exist_ok=True)
 for name in sys.argv[2:]:
-    (Path(sys.argv[1]) / "eval" / f"{name}.json").write_text(json.dumps([{"value": 50.0, "protocol": f"{name}, l2=3 chosen"}]))
+    rows = [{"value": 50.0, "protocol": f"{name}, l2=3 chosen"}]
+    (Path(sys.argv[1]) / "eval" / f"{name}.json").write_text(json.dumps(rows))
 """
 
 

@@ -458,8 +458,9 @@ def damaged(kind: str, path: Path) -> None:
 @pytest.mark.parametrize(
     "kind",
     (
-        "text|cut|empty|a folder|a pipe|a link to one|code|compressed|of another kind|other names|a trial too far|an epoch too far|"
-        "a score too many|weights of another shape|weights of another type|no weights|momentum of another shape|another rate"
+        "text|cut|empty|a folder|a pipe|a link to one|code|compressed|of another kind|other names|"
+        "a trial too far|an epoch too far|a score too many|weights of another shape|"
+        "weights of another type|no weights|momentum of another shape|another rate"
     ).split("|"),
 )
 def test_what_is_no_checkpoint_costs_no_training(kind: str, tmp_path: Path) -> None:

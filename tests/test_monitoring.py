@@ -21,8 +21,7 @@ def job_of(config: Path, *overrides: str) -> Job:
 
 
 def measured_views(job: Job) -> tuple[float, float]:
-    """Views that the run's schedule measures, by walking through its epochs; views that it trains, times 3.
-    """
+    """(views that the run's schedule measures, by walking through its epochs; views trained on, times 3)."""
     found, views = schedule(job), 2 if job.config.objective == "simclr" else 1
     batches = min(
         -(-job.config.monitor.reliability_images // job.config.batch_size),

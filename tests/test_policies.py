@@ -119,8 +119,7 @@ def test_ucb_is_mean_plus_confidence_times_variance() -> None:
 
 
 def test_infobatch_is_its_published_rule_where_the_budget_is_the_published_one() -> None:
-    """All at or above the mean are kept with weight 1; of those below, the share r is, each weighing 1 / r.
-    """
+    """Samples at or above the mean are kept with weight 1; a share r of those below, with weight 1 / r."""
     loss = scores(1000, 3).exp()
     easy = {i for i, value in enumerate(loss.tolist()) if value < loss.mean().item()}
     share = 0.5

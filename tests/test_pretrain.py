@@ -809,9 +809,10 @@ def test_every_policy_trains_the_same_number_of_samples(
 
 
 TURNED = {  # the keys of prune.* beside policy, indices and the plan, away from their defaults
-    "beta": 0.5, "beta_end": 1.0, "loss_weight": -1.0, "loss_weight_end": -0.5, "memory": "normalized", "layers": ["layer3", "layer4"],
-    "ema": 0.7, "adjust": True, "foresee": True, "shrink": True, "scoring": "all", "scoring_draw": "common", "scoring_draws": 2,
-    "scoring_size": 8, "rescore_every": 2, "explore": 0.5, "soften": 3.0, "confidence": 50.0, "rescale": True, "redraw_every": 2,
+    "beta": 0.5, "beta_end": 1.0, "loss_weight": -1.0, "loss_weight_end": -0.5, "memory": "normalized",
+    "layers": ["layer3", "layer4"], "ema": 0.7, "adjust": True, "foresee": True, "shrink": True,
+    "scoring": "all", "scoring_draw": "common", "scoring_draws": 2, "scoring_size": 8, "rescore_every": 2,
+    "explore": 0.5, "soften": 3.0, "confidence": 50.0, "rescale": True, "redraw_every": 2,
 }  # fmt: skip
 
 
@@ -870,8 +871,7 @@ def test_a_temperature_at_which_no_pair_is_ever_learned_is_noted(
 
 
 def test_weights_of_a_policy_reach_the_loss(pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
-    """InfoBatch with all weights made 1 is another run; with all made 0 the pruned epochs change no weight.
-    """
+    """InfoBatch with all weights 1 is another run; with all weights 0 pruned epochs change no weight."""
     original = policies.infobatch
 
     def reweighed(value: float) -> Any:
@@ -885,8 +885,8 @@ def test_weights_of_a_policy_reach_the_loss(pretrain_run: Pretrain, monkeypatch:
     for value in (1.0, 0.0):
         monkeypatch.setattr(policies, "infobatch", reweighed(value))
         runs[str(value)] = pretrain_run(
-            str(value), "prune.policy=infobatch", "prune.fraction=0.2", "optimizer.weight_decay=0", "optimizer.momentum=0",
-            "prune.anneal_fraction=0", "optimizer.name=sgd"
+            str(value), "prune.policy=infobatch", "prune.fraction=0.2", "prune.anneal_fraction=0",
+            "optimizer.name=sgd", "optimizer.weight_decay=0", "optimizer.momentum=0",
         )  # fmt: skip
     assert rows(runs["1.0"])[3]["loss"] != rows(runs["published"])[3]["loss"]
     losses = [row["loss"] for row in rows(runs["0.0"])]
@@ -1018,8 +1018,7 @@ def test_the_views_that_are_foreseen_are_the_views_that_come(
 def test_reliability_is_one_where_the_score_does_not_depend_on_the_draw(
     tiny_config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A network that gives each sample its index as the loss: two draws agree, and so does what was stored.
-    """
+    """A network whose loss is the sample's index: two draws agree, and so does what was stored."""
     job = make_job(tiny_config, "monitor.reliability_images=64")
     state = ScoreState(68, 1.0, False, job.device)
     generator = torch.Generator().manual_seed(0)
@@ -1054,8 +1053,8 @@ def test_a_key_that_is_younger_than_the_checkpoint_had_its_default() -> None:
 def test_a_supervised_run(pretrain_run: Pretrain, capsys: pytest.CaptureFixture[str]) -> None:
     """It learns the stripes, says the last epoch's test accuracy, and leaves an encoder like any other."""
     run = pretrain_run(
-        "run", "objective=supervised", "epochs=12", "label_smoothing=0.1", "optimizer.schedule=onecycle", "optimizer.lr=0.1",
-        "augment.crop_padding=2", "augment.jitter_prob=0", "augment.gray_prob=0",
+        "run", "objective=supervised", "epochs=12", "label_smoothing=0.1", "optimizer.schedule=onecycle",
+        "optimizer.lr=0.1", "augment.crop_padding=2", "augment.jitter_prob=0", "augment.gray_prob=0",
     )  # fmt: skip
     result = json.loads((run / "result.json").read_text())
     assert result["test_images"] == 40 and result["test_accuracy"] > 60, result

@@ -636,8 +636,7 @@ def test_what_is_no_longer_run_is_refused(
 def test_a_longer_run_killed_at_any_file_goes_on(
     finished_runs: dict[str, Path], tmp_path: Path, at_step: type[AtStep]
 ) -> None:
-    """Its config.yaml says 4 while its newest checkpoint is one of 2; and its checkpoints of 4 are damaged.
-    """
+    """config.yaml says 4 while the newest usable checkpoint is one of 2: those of 4 are damaged."""
     out, reference = (
         shutil.copytree(finished_runs["simclr"], tmp_path / name) for name in ("run", "reference")
     )

@@ -93,7 +93,7 @@ def test_a_strange_file_is_refused_before_anything_is_written(
 
 @pytest.mark.parametrize("kind", [*KINDS, "second name"])
 def test_a_strange_checkpoint_is_passed_over_and_replaced(tmp_path: Path, victim: Path, kind: str) -> None:
-    """What it leads to is neither read as a checkpoint nor written: `victim` is looked at again in the end."""
+    """Its target is neither read as a checkpoint nor written: `victim` is compared at the end."""
     folder = tmp_path / "run" / "checkpoints"
     with sole_writer(tmp_path / "run"):
         save_checkpoint(folder, {"step": 1}, 1)

@@ -207,8 +207,7 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def encodings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Grows by every image that is encoded; runs of four images, so that a build has many places to stop at.
-    """
+    """A list that grows by every image encoded; runs of four images, so a build can stop in many places."""
     calls: list[str] = []
     original = stores.to_jpeg
 

@@ -384,12 +384,23 @@ def fake_cars(root: Path) -> None:
 
 
 FAKES = {
-    "food101": (fake_food101, "train", ["waffles/1", "waffles/2", "apple_pie/1", "apple_pie/2"], [1, 1, 0, 0], ["apple_pie", "waffles"]),
+    "food101": (
+        fake_food101, "train",
+        ["waffles/1", "waffles/2", "apple_pie/1", "apple_pie/2"], [1, 1, 0, 0], ["apple_pie", "waffles"],
+    ),
     "dtd": (fake_dtd, "val", ["woven/woven_0001", "banded/banded_0001"], [1, 0], ["banded", "woven"]),
     "aircraft": (fake_aircraft, "test", ["1002", "2002"], [1, 0], ["707-320", "Boeing 717"]),
-    "pets": (fake_pets, "train", ["Abyssinian_1", "american_bulldog_1"], [0, 1], ["Abyssinian", "american_bulldog"]),
-    "sun397": (fake_sun397, "test", ["outdoor/sun_y", "abbey/sun_y"], [1, 0], ["abbey", "apartment_building/outdoor"]),
-    "cub200": (fake_cub200, "train", ["001.Albatross/b", "002.Wren/c"], [0, 1], ["001.Albatross", "002.Wren"]),
+    "pets": (
+        fake_pets, "train",
+        ["Abyssinian_1", "american_bulldog_1"], [0, 1], ["Abyssinian", "american_bulldog"],
+    ),
+    "sun397": (
+        fake_sun397, "test",
+        ["outdoor/sun_y", "abbey/sun_y"], [1, 0], ["abbey", "apartment_building/outdoor"],
+    ),
+    "cub200": (
+        fake_cub200, "train", ["001.Albatross/b", "002.Wren/c"], [0, 1], ["001.Albatross", "002.Wren"],
+    ),
     "cars": (fake_cars, "test", ["cars_test/1", "cars_test/2"], [1, 0], ["AM General Hummer", "Acura RL"]),
 }  # fmt: skip
 

@@ -1,5 +1,4 @@
-"""Encoded images -> RGB uint8 of one square size, in a thread a core; and back to JPEG for the encoded store.
-"""
+"""Encoded images -> square RGB uint8, one thread per core; and back to JPEG for the encoded store."""
 
 import functools
 import io
@@ -77,8 +76,7 @@ T = TypeVar("T")
 
 
 class _Limits:
-    """The limits that threads have asked for and not given back; Pillow has only one, for the whole process.
-    """
+    """The limits in use by all threads. Pillow has one limit for the whole process."""
 
     lock = threading.Lock()
     active: list[int] = []
@@ -175,7 +173,9 @@ def opened(encoded: Encoded, max_pixels: int) -> Iterator[Image.Image]:
             image = Image.open(stream, formats=FORMATS)
         except UnidentifiedImageError:
             if is_tiff:
-                raise ValueError("a TIFF damaged, or with pixels of a kind that Pillow does not read") from None
+                raise ValueError(
+                    "a TIFF damaged, or with pixels of a kind that Pillow does not read"
+                ) from None
             raise
         with image:
             if isinstance(stream, _MeteredFile | _MeteredBytes) and stream.meter:
@@ -229,7 +229,9 @@ def _check_strips(stream: io.BufferedReader | io.BytesIO) -> None:
 # decoding
 
 
-def decode(encoded: Encoded, size: int, max_pixels: int, when_dim: Callable[[], None] | None = None) -> np.ndarray:
+def decode(
+    encoded: Encoded, size: int, max_pixels: int, when_dim: Callable[[], None] | None = None
+) -> np.ndarray:
     """(3, size, size) uint8. Raises whatever Pillow raises on a damaged file.
 
     when_dim: called where the image has 16 bits a channel and uses less than a tenth of that range.
@@ -258,7 +260,9 @@ def decode_any(image: Encoded | Image.Image, size: int, max_pixels: int) -> np.n
     return fit(image, size, max_pixels).transpose(2, 0, 1)
 
 
-def to_jpeg(encoded: Encoded, size: int, max_pixels: int, quality: int, when_dim: Callable[[], None] | None = None) -> bytes:
+def to_jpeg(
+    encoded: Encoded, size: int, max_pixels: int, quality: int, when_dim: Callable[[], None] | None = None
+) -> bytes:
     """What `decode` gives, as a JPEG without chroma subsampling; an upright RGB JPEG of that size is taken
     byte for byte.
     """
@@ -270,7 +274,9 @@ def to_jpeg(encoded: Encoded, size: int, max_pixels: int, quality: int, when_dim
         content = Path(encoded).read_bytes() if isinstance(encoded, str) else encoded
         # decoded once more, as the store will: what EXIF turns, or Pillow repairs and others do not, is
         # encoded anew
-        if np.array_equal(decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8)), pixels.transpose(2, 0, 1)):
+        if np.array_equal(
+            decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8)), pixels.transpose(2, 0, 1)
+        ):
             return content
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "JPEG", quality=quality, subsampling=0)
@@ -306,7 +312,9 @@ def _decode_with_pillow(record: Tensor) -> np.ndarray:
         return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
 
 
-def fit(image: Image.Image, size: int, max_pixels: int, when_dim: Callable[[], None] | None = None) -> np.ndarray:
+def fit(
+    image: Image.Image, size: int, max_pixels: int, when_dim: Callable[[], None] | None = None
+) -> np.ndarray:
     """(size, size, 3) uint8: the short side scaled to size, then the centre cut out. Arguments as for
     `decode`.
     """
@@ -363,9 +371,14 @@ def _decode_whole(image: Image.Image) -> tuple[Image.Image, bool]:
             if codec == "ppm":
                 return _to_rgb(_netpbm(image, offset, args[1]), raw_mode)
         if codec == "ppm_plain":
-            count, most = image.width * image.height * len(image.getbands()), MOST_BITS if image.mode == "1" else MOST_NUMBERS
+            count, most = (
+                image.width * image.height * len(image.getbands()),
+                MOST_BITS if image.mode == "1" else MOST_NUMBERS,
+            )
             if count > most:
-                raise ValueError(f"{count:,} numbers written as text, at most {most:,} are read; write it binary")
+                raise ValueError(
+                    f"{count:,} numbers written as text, at most {most:,} are read; write it binary"
+                )
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         _check_layout(image, raw_mode)
     image.load()
@@ -380,7 +393,10 @@ def _check_scans(image: Image.Image, max_pixels: int) -> None:
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         if image.tag_v2.get(TiffImagePlugin.COMPRESSION) not in TIFF_JPEG:
             return
-        pieces = max(len(image.tag_v2.get(number, ())) for number in (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS))
+        pieces = max(
+            len(image.tag_v2.get(number, ()))
+            for number in (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS)
+        )
     elif image.format not in ("JPEG", "MPO"):
         return
     stream = getattr(image, "fp", None)
@@ -414,16 +430,27 @@ def count_scans(content: bytes) -> int:
 def _check_layout(image: TiffImagePlugin.TiffImageFile, raw_mode: str) -> None:
     """Raises ValueError where Pillow gives other pixels than a TIFF holds."""
     tags = image.tag_v2
-    bits, num_samples = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))), tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)
+    bits, num_samples = (
+        max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))),
+        tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1),
+    )
     if tags.get(TiffImagePlugin.PLANAR_CONFIGURATION, 1) == PLANAR and num_samples > 1:
         is_reversed = tags.get(TiffImagePlugin.FILLORDER, 1) == 2
         if bits > 8 or is_reversed or raw_mode not in ("", "R", "RGB", "RGBA", "RGBX", "C", "CMYK"):
-            raise ValueError(f"a TIFF of {bits} bits with a plane for each channel, which Pillow cannot put together; write it interleaved")
+            raise ValueError(
+                f"a TIFF of {bits} bits with a plane for each channel, which Pillow cannot put together; "
+                "write it interleaved"
+            )
     if bits <= 8 and SIGNED in tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,)):
         raise ValueError("signed 8-bit pixels have no known range")
     is_ycbcr = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == YCBCR
     is_raw = tags.get(TiffImagePlugin.COMPRESSION, 1) == 1
-    if is_ycbcr and is_raw and num_samples > 1 and tags.get(TiffImagePlugin.YCBCRSUBSAMPLING, (2, 2)) != (1, 1):
+    if (
+        is_ycbcr
+        and is_raw
+        and num_samples > 1
+        and tags.get(TiffImagePlugin.YCBCRSUBSAMPLING, (2, 2)) != (1, 1)
+    ):
         raise ValueError("a TIFF of subsampled YCbCr without compression, which Pillow does not read")
 
 
@@ -440,7 +467,11 @@ def _netpbm(image: ImageFile.ImageFile, offset: int, largest: int) -> Image.Imag
     if len(content) < count * in_file.itemsize:
         raise OSError("image file is truncated")
     table = np.rint(np.arange(1 << 8 * in_file.itemsize) / largest * top).clip(max=top).astype(kind)
-    return Image.fromarray(table[np.frombuffer(content, in_file)].reshape(image.height, image.width, *([3] if image.mode == "RGB" else [])))
+    return Image.fromarray(
+        table[np.frombuffer(content, in_file)].reshape(
+            image.height, image.width, *([3] if image.mode == "RGB" else [])
+        )
+    )
 
 
 def _to_rgb(image: Image.Image, raw_mode: str) -> tuple[Image.Image, bool]:
@@ -484,7 +515,9 @@ def cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def map_runs(work: Callable[[int, list[Encoded]], T], images: Iterator[Encoded], count: int) -> Generator[T, None, None]:
+def map_runs(
+    work: Callable[[int, list[Encoded]], T], images: Iterator[Encoded], count: int
+) -> Generator[T, None, None]:
     """Yield work(first, run) in order for the `count` images in runs; in a thread a core, as decoders release
     the GIL.
     """

@@ -13,43 +13,100 @@ import numpy as np
 
 from ssl_emp.data import decode
 from ssl_emp.data.decode import Encoded, reason
-from ssl_emp.errors import UserError
 from ssl_emp.data.sniff import HEAD_BYTES, image_format
 from ssl_emp.data.source import NoSplit, Source, Unused, counted, normal, some_of, sorted_classes, version_of
 from ssl_emp.data.splits import both_sides, split_called, split_named, splits_of_folders
+from ssl_emp.errors import UserError
 from ssl_emp.text import decodable
 
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
+EXTENSIONS = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".pnm",
+)
 # decoded where Pillow can
 MODERN = {".avif": "AVIF", ".avifs": "AVIF", ".heic": "HEIF", ".heif": "HEIF", ".hif": "HEIF"}
-NEEDS = {"AVIF": "of AVIF, which this Pillow cannot read", "HEIF": "of HEIC, which pip install pillow-heif makes readable"}
+NEEDS = {
+    "AVIF": "of AVIF, which this Pillow cannot read",
+    "HEIF": "of HEIC, which pip install pillow-heif makes readable",
+}
 TABLES = (".parquet", ".pq", ".parq")
 # that lie beside images in masses: not looked into any more after PROBES of a kind that held no image
-SIDECARS = (".txt", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".yaml", ".yml", ".npy", ".npz", ".pt", ".pth", ".pkl", ".mat", ".md")
+SIDECARS = (
+    ".txt",
+    ".json",
+    ".jsonl",
+    ".xml",
+    ".csv",
+    ".tsv",
+    ".yaml",
+    ".yml",
+    ".npy",
+    ".npz",
+    ".pt",
+    ".pth",
+    ".pkl",
+    ".mat",
+    ".md",
+)
 PROBES = 100
 # of all images: a folder with so many that holds the splits is looked for past what lies beside it
 MOSTLY = 0.9
 # what storage devices, systems and archives leave behind; the thumbnails among them are copies of images that
 # are there already
-SERVICE_FOLDERS = {"__macosx", "lost+found", "$recycle.bin", "recycler", "system volume information", "found.000", "__pycache__"}
+SERVICE_FOLDERS = {
+    "__macosx",
+    "lost+found",
+    "$recycle.bin",
+    "recycler",
+    "system volume information",
+    "found.000",
+    "__pycache__",
+}
 SERVICE_FOLDERS |= {"recycled", "~snapshot", "network trash folder", "temporary items"}
 # what a run directory holds from its first step on
 RUN_FILES = {"config.yaml", "environment.json", "train.log"}
-SERVICE_PREFIXES = ("@eadir", "@syno", "@__thumb", "@recycle", "@recently-snapshot", "@tmp", "@sharebin", "#recycle", "#snapshot")
+SERVICE_PREFIXES = (
+    "@eadir",
+    "@syno",
+    "@__thumb",
+    "@recycle",
+    "@recently-snapshot",
+    "@tmp",
+    "@sharebin",
+    "#recycle",
+    "#snapshot",
+)
 SERVICE_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 # containers of images that are not read, and how to come by something that is
 CONTAINERS = {
     ".arrow": "write them as parquet: datasets.load_from_disk(FOLDER)['train'].to_parquet('train.parquet')",
-    **dict.fromkeys((".tar", ".zip", ".tgz", ".gz", ".7z", ".rar", ".xz", ".bz2"), "unpack it, and give the folder of the images"),
+    **dict.fromkeys(
+        (".tar", ".zip", ".tgz", ".gz", ".7z", ".rar", ".xz", ".bz2"),
+        "unpack it, and give the folder of the images",
+    ),
     **dict.fromkeys(
         (".h5", ".hdf5", ".npz", ".npy", ".mat", ".pkl", ".tfrecord", ".lmdb", ".mdb", ".beton", ".rec"),
         "write the images as files, or into a .parquet file with the encoded images in a column of bytes",
     ),
     **dict.fromkeys(
         (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xml", ".yaml", ".yml"),
-        "give the folder of the images themselves; for labels, sort them into a folder for each class, or write a .parquet file",
+        "give the folder of the images themselves; for labels, sort them into a folder for each class, "
+        "or write a .parquet file",
     ),
-    **dict.fromkeys((".mp4", ".avi", ".mov", ".mkv"), "write their frames as images: ffmpeg -i FILE FOLDER/%06d.png"),
+    **dict.fromkeys(
+        (".mp4", ".avi", ".mov", ".mkv"), "write their frames as images: ffmpeg -i FILE FOLDER/%06d.png"
+    ),
 }
 
 
@@ -157,7 +214,11 @@ class _Met:
     def _place(self, path: str, info: os.stat_result, linked: bool) -> object:
         if info.st_ino and info.st_dev not in self.without_numbers:
             return info.st_dev, info.st_ino
-        return os.path.realpath(os.path.join(self.root, path)) if linked else os.path.join(self.real_root, path).rstrip("/")
+        return (
+            os.path.realpath(os.path.join(self.root, path))
+            if linked
+            else os.path.join(self.real_root, path).rstrip("/")
+        )
 
     def is_new(self, path: str, info: os.stat_result, linked: bool, split: str) -> bool:
         several_names = not stat.S_ISDIR(info.st_mode) and info.st_nlink > 1
@@ -186,7 +247,11 @@ def _no_image(entry: os.DirEntry[str], probes: Counter[str]) -> str:
     suffix = _suffix(entry.name)
     if suffix in EXTENSIONS or suffix in TABLES:
         return ""
-    kind = f"{suffix} files" if re.fullmatch(r"\.\w{1,10}", suffix) and not suffix[1:].isdigit() else "files of no known kind"
+    kind = (
+        f"{suffix} files"
+        if re.fullmatch(r"\.\w{1,10}", suffix) and not suffix[1:].isdigit()
+        else "files of no known kind"
+    )
     if entry.name.casefold() in SERVICE_FILES:
         return "service files"
     form = MODERN.get(suffix)
@@ -257,15 +322,33 @@ def find_layout(counts: Mapping[str, int]) -> Layout:
         if found and both_sides(found.values()):
             # the same names in a folder that is left aside: classes with splits of their own, and one that
             # lacks a part
-            alike = any(part[depth] in found for part in parts.values() if len(part) > depth and part[:depth] != inside)
+            alike = any(
+                part[depth] in found
+                for part in parts.values()
+                if len(part) > depth and part[:depth] != inside
+            )
             return without if alike and without else _by_level(parts, inside, found)
         if without is None and (len(below) != 1 or loose >= sum(sizes.values())):
             called = None if loose else _in_every_folder(parts, depth, below)
             if called:
-                split = {folder: called.get(part[depth + 1], "") if len(part) > depth + 1 else "" for folder, part in parts.items()}
-                folders = {kind: [f"*/{name}/" for name in called if called[name] == kind] for kind in called.values()}
-                return Layout(split, {folder: part[depth] if len(part) > depth else None for folder, part in parts.items()}, folders)
-            without = Layout(dict.fromkeys(parts, "train"), {folder: part[0] if part else None for folder, part in parts.items()}, {})
+                split = {
+                    folder: called.get(part[depth + 1], "") if len(part) > depth + 1 else ""
+                    for folder, part in parts.items()
+                }
+                folders = {
+                    kind: [f"*/{name}/" for name in called if called[name] == kind]
+                    for kind in called.values()
+                }
+                return Layout(
+                    split,
+                    {folder: part[depth] if len(part) > depth else None for folder, part in parts.items()},
+                    folders,
+                )
+            without = Layout(
+                dict.fromkeys(parts, "train"),
+                {folder: part[0] if part else None for folder, part in parts.items()},
+                {},
+            )
         largest = max(sizes, key=sizes.__getitem__, default="")
         if without and MOSTLY * sum(counts.values()) >= sizes.get(largest, 0):
             return without
@@ -275,7 +358,11 @@ def find_layout(counts: Mapping[str, int]) -> Layout:
 def _by_level(parts: dict[str, list[str]], inside: list[str], found: dict[str, str]) -> Layout:
     """The folders in the folder `inside` are the splits, as `found` has it."""
     depth, rest_is_train = len(inside), "train" not in found.values()
-    rest = {tuple(part[depth : depth + 2]) for part in parts.values() if not (len(part) > depth and part[depth] in found)}
+    rest = {
+        tuple(part[depth : depth + 2])
+        for part in parts.values()
+        if not (len(part) > depth and part[depth] in found)
+    }
     # one folder of folders beside the test split is as good as a folder called train, whatever its name
     one = rest_is_train and len({part[:1] for part in rest}) == 1 and all(len(part) == 2 for part in rest)
     split, class_folder = {}, {}
@@ -293,7 +380,9 @@ def _by_level(parts: dict[str, list[str]], inside: list[str], found: dict[str, s
     return Layout(split, class_folder, folders, f"the folders in {' and '.join(folders['train'])}")
 
 
-def _in_every_folder(parts: dict[str, list[str]], depth: int, below: dict[str, list[str]]) -> dict[str, str] | None:
+def _in_every_folder(
+    parts: dict[str, list[str]], depth: int, below: dict[str, list[str]]
+) -> dict[str, str] | None:
     """Folder name -> split, where each of the folders at `depth` holds a train folder, and one of them a test
     or val folder.
     """
@@ -426,12 +515,17 @@ def no_images(listing: Listing) -> UserError:
     unused = listing.unused.listed()
     there = [f"{counted(count, why)}, such as {first}" for why, count, first in unused[:3]]
     there += [f"{name}: {why}" for name, why in listing.skipped[:1]]
-    fix = next((CONTAINERS[suffix] for why, _, _ in unused if (suffix := why.removesuffix(" files")) in CONTAINERS), None)
+    fix = next(
+        (CONTAINERS[suffix] for why, _, _ in unused if (suffix := why.removesuffix(" files")) in CONTAINERS),
+        None,
+    )
     if fix is None and any(why == NEEDS["HEIF"] for why, _, _ in unused):
         fix = "pip install pillow-heif, or write them as JPEG"
     found = f" ({'; '.join(there)})" if there else ""
     what = f"no images in {listing.root}{found}"
-    return UserError(what, fix or f"put files such as {', '.join(EXTENSIONS[:4])} into it, or name another folder")
+    return UserError(
+        what, fix or f"put files such as {', '.join(EXTENSIONS[:4])} into it, or name another folder"
+    )
 
 
 def _no_split(root: str, split: str, layout: Layout) -> NoSplit:
@@ -439,7 +533,11 @@ def _no_split(root: str, split: str, layout: Layout) -> NoSplit:
         there = [folder for folders in layout.folders.values() for folder in folders]
         own = os.path.join(root, there[0].rstrip("/"))
         return NoSplit(
-            f"{root} has no train split, only {some_of(there)}", f"a test split is not trained on; to do so anyway, name it: {own}"
+            f"{root} has no train split, only {some_of(there)}",
+            f"a test split is not trained on; to do so anyway, name it: {own}",
         )
-    fix = f"sort the images into {root}/train and {root}/test, or give the folder of the test images as a source of its own"
+    fix = (
+        f"sort the images into {root}/train and {root}/test, "
+        "or give the folder of the test images as a source of its own"
+    )
     return NoSplit(f"{root} has no {split} split", fix)

@@ -20,7 +20,10 @@ def held_out_rows(labels: Tensor, names: list[str], share: float, seed: int) -> 
         names: N different names.
         share: of each class, 0..1, rounded.
     """
-    keys = [hashlib.blake2b(f"{seed}\0{name}".encode(errors="surrogateescape"), digest_size=8).digest() for name in names]
+    keys = [
+        hashlib.blake2b(f"{seed}\0{name}".encode(errors="surrogateescape"), digest_size=8).digest()
+        for name in names
+    ]
     classes: dict[int, list[int]] = {}
     for row, label in enumerate(labels.tolist()):
         classes.setdefault(label, []).append(row)

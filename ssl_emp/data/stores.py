@@ -137,7 +137,9 @@ def available_memory() -> int:
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     # Linux: free pages alone (sysconf) leave out the page cache, which yields
     with suppress(OSError, StopIteration):
-        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        line = next(
+            line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")
+        )
         available = int(line.split()[1]) * 1024
     with suppress(OSError, ValueError):  # where there is no limit, the file is missing or says "max"
         available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -148,7 +150,9 @@ def available_memory() -> int:
 # building
 
 
-def decode_into(pixels: np.ndarray, read: Read, positions: np.ndarray, max_pixels: int, progress: Progress | None) -> Told:
+def decode_into(
+    pixels: np.ndarray, read: Read, positions: np.ndarray, max_pixels: int, progress: Progress | None
+) -> Told:
     """Decode positions into the first rows of pixels (len(positions), 3, S, S); what follows one that is left
     out moves up.
     """
@@ -194,8 +198,7 @@ def encoded_path(folder: Path, key: str) -> Path:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[BinaryIO]:
-    """Open path for appending, made where it is missing, and hold its lock; waits for whoever holds it now.
-    """
+    """Open or create `path` for appending and hold its lock; waits until the lock is free."""
     while True:
         with open(path, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -216,10 +219,15 @@ def _remove_stale(folder: Path) -> None:
 
 
 def raw_pixels(
-    folder: Path, key: str, size: int, read: Read, positions: np.ndarray, max_pixels: int, progress: Progress | None
+    folder: Path,
+    key: str,
+    size: int,
+    read: Read,
+    positions: np.ndarray,
+    max_pixels: int,
+    progress: Progress | None,
 ) -> tuple[np.ndarray, Told]:
-    """`decode_into` a mapped file that later calls with the same key find again, and open for reading only.
-    """
+    """`decode_into` a mapped file, which later calls with the same key open for reading only."""
     # the data comes last: where it is, both are complete
     data, note = raw_path(folder, key), folder / f"{key}.json"
     part, note_part = folder / f"{key}.u8.part", folder / f"{key}.json.part"
@@ -250,22 +258,38 @@ def raw_pixels(
                     raise
         except OSError as exc:
             what = f"{num_bytes / 2**30:.1f} GiB of pixels cannot be written into {folder}: {reason(exc)}"
-            raise UserError(what, "set cache_dir to a folder with room, store to encoded, or a smaller image_size or max_images") from exc
+            raise UserError(
+                what,
+                "set cache_dir to a folder with room, store to encoded, or a smaller image_size "
+                "or max_images",
+            ) from exc
     elif progress:
         progress(len(positions), len(positions))
     if data.stat().st_size != num_bytes:
         raise _damaged(data, f"{data.stat().st_size:,} bytes instead of {num_bytes:,}")
     try:
         content = json.loads(note.read_text())
-        told = Told({int(row): str(why) for row, why in content["failed"].items()}, [int(row) for row in content["dim"]])
+        told = Told(
+            {int(row): str(why) for row, why in content["failed"].items()},
+            [int(row) for row in content["dim"]],
+        )
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as exc:
-        raise UserError(f"{note} is damaged ({reason(exc)})", f"delete {data} with it, and both are built again") from exc
+        raise UserError(
+            f"{note} is damaged ({reason(exc)})", f"delete {data} with it, and both are built again"
+        ) from exc
     # "r": the folder may be only readable, and a private mapping ("c") counts in full against memory
     return np.memmap(data, np.uint8, "r", shape=shape), told
 
 
 def encoded_pixels(
-    folder: Path, key: str, size: int, read: Read, positions: np.ndarray, max_pixels: int, quality: int, progress: Progress | None
+    folder: Path,
+    key: str,
+    size: int,
+    read: Read,
+    positions: np.ndarray,
+    max_pixels: int,
+    quality: int,
+    progress: Progress | None,
 ) -> tuple[EncodedPixels, Told]:
     """JPEGs in one file that later calls with the same key find again; a killed build goes on where it was.
 
@@ -292,14 +316,25 @@ def encoded_pixels(
                 log_path.unlink(missing_ok=True)
         except OSError as exc:
             what = f"the images could not be stored as JPEG in {folder}: {reason(exc)}"
-            raise UserError(what, "make room there and start again, it goes on where it was; or set cache_dir to another folder") from exc
+            raise UserError(
+                what,
+                "make room there and start again, it goes on where it was; "
+                "or set cache_dir to another folder",
+            ) from exc
     elif progress:
         progress(len(positions), len(positions))
     return _open_encoded(path, size, len(positions))
 
 
 def _append_records(
-    data: BinaryIO, log: BinaryIO, size: int, read: Read, positions: np.ndarray, max_pixels: int, quality: int, progress: Progress | None
+    data: BinaryIO,
+    log: BinaryIO,
+    size: int,
+    read: Read,
+    positions: np.ndarray,
+    max_pixels: int,
+    quality: int,
+    progress: Progress | None,
 ) -> None:
     """Write the records that are still missing to data, and where they end to log."""
 
@@ -370,7 +405,9 @@ def _open_encoded(path: Path, size: int, count: int) -> tuple[EncodedPixels, Tol
         raise _damaged(path, "it is not of the size it was written in")
     spans = np.stack([np.concatenate([[0], places[:-1]]), places], axis=1)  # (count, 2)
     failed = {int(row): mapped[slice(*spans[row])].tobytes().decode() for row in np.flatnonzero(signed < 0)}
-    return EncodedPixels(size, path, read_only(mapped), spans[signed > 0]), Told(failed, np.flatnonzero(signed >= DIM).tolist())
+    return EncodedPixels(size, path, read_only(mapped), spans[signed > 0]), Told(
+        failed, np.flatnonzero(signed >= DIM).tolist()
+    )
 
 
 def read_only(mapped: np.ndarray) -> Tensor:
@@ -470,7 +507,9 @@ class HostImages:
     this one.
     """
 
-    def __init__(self, pixels: Pixels, device: torch.device | str, prefetch_batches: int = PREFETCH_BATCHES) -> None:
+    def __init__(
+        self, pixels: Pixels, device: torch.device | str, prefetch_batches: int = PREFETCH_BATCHES
+    ) -> None:
         """pixels: (N, 3, S, S) uint8 on the CPU; device: where the batches go.
 
         prefetch_batches: so many batches are held in main memory, ready or in the making, besides the one
@@ -503,7 +542,11 @@ class HostImages:
                     room.acquire()
                     if stop.is_set():
                         return
-                    images = torch.empty((len(index), *self.pixels.shape[1:]), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+                    images = torch.empty(
+                        (len(index), *self.pixels.shape[1:]),
+                        dtype=torch.uint8,
+                        pin_memory=self.device.type == "cuda",
+                    )
                     if isinstance(self.pixels, EncodedPixels):
                         ready.put(self.pixels.gather(index, images))
                     else:

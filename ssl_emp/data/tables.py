@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ssl_emp.data.decode import Encoded, reason
-from ssl_emp.errors import UserError
 from ssl_emp.data.sniff import HEAD_BYTES, image_format
 from ssl_emp.data.source import NoSplit, Source, Unused, normal, some_of, sorted_classes, version_of
 from ssl_emp.data.splits import check_shards, split_named, split_of_table
+from ssl_emp.errors import UserError
 from ssl_emp.text import decodable
 
 if TYPE_CHECKING:
@@ -110,13 +110,20 @@ def _check_one_data_set(tables: Tables, paths: Sequence[str]) -> None:
     tops = set()
     for path in paths:
         *folders, name = path.split("/")
-        depth = next((place for place, part in enumerate([*folders, name.rpartition(".")[0]]) if split_named(part)), None)
+        depth = next(
+            (place for place, part in enumerate([*folders, name.rpartition(".")[0]]) if split_named(part)),
+            None,
+        )
         if depth is not None:
             tops.add("/".join(folders[:depth]))
     if len(tops) > 1:
         first, *_ = several = sorted(tops)
         what = f"{tables.name} holds several data sets: {some_of([top or '.' for top in several])}"
-        raise UserError(what, f"give one of them, such as {os.path.join(tables.name, first or several[1])}, or the files of all by a glob")
+        raise UserError(
+            what,
+            f"give one of them, such as {os.path.join(tables.name, first or several[1])}, "
+            "or the files of all by a glob",
+        )
 
 
 # ---- a split as a source
@@ -149,7 +156,13 @@ def table_source(
         raise _no_split(tables, split, parts)
     chosen = _read_split(tables, parts, kinds[0], labels, image_column, label_column)
     notes, stand_in = ([note] if note and split == "train" else []), ""
-    if split == "test" and labels != "none" and len(kinds) > 1 and chosen.labels is None and not chosen.unusable:
+    if (
+        split == "test"
+        and labels != "none"
+        and len(kinds) > 1
+        and chosen.labels is None
+        and not chosen.unusable
+    ):
         val = _read_split(tables, parts, "val", labels, image_column, label_column)
         if val.labels is not None:
             chosen, stand_in = val, some_of(parts["val"], 1)
@@ -176,7 +189,9 @@ class _Split:
     without_images: list[str]
     other_images: list[str]  # further columns of images
 
-    def source(self, tables: Tables, unused: Unused, notes: list[str], skipped: list[tuple[str, str]]) -> Source:
+    def source(
+        self, tables: Tables, unused: Unused, notes: list[str], skipped: list[tuple[str, str]]
+    ) -> Source:
         def read(positions: np.ndarray) -> Iterator[Encoded]:
             first = 0  # position of the first row of a file, of a group, of a batch
             for path, groups in zip(self.paths, self.groups, strict=True):
@@ -184,11 +199,17 @@ class _Split:
                     try:
                         yield from _read_file(tables.at(path), groups, self.image, positions - first)
                     except Exception as exc:  # noqa: BLE001 - damaged files make pyarrow raise half a dozen types
-                        raise UserError(f"{tables.at(path)} is damaged: {reason(exc)}", "fetch the file again") from exc
+                        raise UserError(
+                            f"{tables.at(path)} is damaged: {reason(exc)}", "fetch the file again"
+                        ) from exc
                 first += sum(groups)
 
         if self.other_images:
-            notes = [*notes, f"images are those of column {self.image}; data.image_column can name {some_of(self.other_images)}"]
+            notes = [
+                *notes,
+                f"images are those of column {self.image}; "
+                f"data.image_column can name {some_of(self.other_images)}",
+            ]
         kept = zip(map(_portable, self.paths), self.stats, strict=True)
         names = [
             f"{decodable(_portable(path))}#{row}"
@@ -196,11 +217,26 @@ class _Split:
             for row in range(sum(groups))
         ]
         version = version_of([*kept, (self.image, [])])  # the same files may hold two columns of images
-        return Source(names, self.labels, self.class_names, version, read, skipped, self.labels_from, unused.listed(), notes)
+        return Source(
+            names,
+            self.labels,
+            self.class_names,
+            version,
+            read,
+            skipped,
+            self.labels_from,
+            unused.listed(),
+            notes,
+        )
 
 
 def _read_split(
-    tables: Tables, parts: dict[str, list[str]], kind: str, labels: str, image_column: str | None, label_column: str | None
+    tables: Tables,
+    parts: dict[str, list[str]],
+    kind: str,
+    labels: str,
+    image_column: str | None,
+    label_column: str | None,
 ) -> _Split:
     """Metadata and labels of all files of a split, one after the other."""
     paths = parts[kind]
@@ -222,23 +258,31 @@ def _read_split(
                 schema = table.schema_arrow
                 if not used:
                     image, other_images = _image_column(table, image_column, tables.at(path))
-                    can_be_left = len(paths) > 1 and not (split_of_table(path) or tables.by_name or image_column)
+                    can_be_left = len(paths) > 1 and not (
+                        split_of_table(path) or tables.by_name or image_column
+                    )
                     if can_be_left and (image is None or not _looks_like_images(table, image)):
                         without_images.append(path)
                         continue
                     if image is None:
                         raise _no_image_column(schema, tables.at(path))
                     label = _label_column(schema, label_column, tables.at(path))
-                elif _column(schema, image) is None and not (split_of_table(path) or tables.by_name or image_column):
+                elif _column(schema, image) is None and not (
+                    split_of_table(path) or tables.by_name or image_column
+                ):
                     without_images.append(path)
                     continue
                 elif _column(schema, image) is None:
                     raise UserError(
-                        f"{tables.at(path)} has no column {image} of images, as {used[0]} has", "give files that share one schema"
+                        f"{tables.at(path)} has no column {image} of images, as {used[0]} has",
+                        "give files that share one schema",
                     )
                 rows = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
                 if sum(rows) != table.metadata.num_rows:
-                    raise UserError(f"{tables.at(path)} is damaged: it does not hold the rows that it lists", "fetch the file again")
+                    raise UserError(
+                        f"{tables.at(path)} is damaged: it does not hold the rows that it lists",
+                        "fetch the file again",
+                    )
                 if label and labels != "none" and not unusable:
                     own_names = _declared_names(schema, label)
                     if own_names and names and own_names != names:
@@ -260,7 +304,8 @@ def _read_split(
     if not used:
         raise UserError(
             f"{tables.name} holds no column of images in any of its {len(paths):,} parquet files",
-            "write one of type struct<bytes, path> or binary, or, for a folder of image files, set data.kind=folder",
+            "write one of type struct<bytes, path> or binary, "
+            "or, for a folder of image files, set data.kind=folder",
         )
     if not any(map(sum, groups)):
         raise UserError(f"no images in {tables.name}", "name another parquet file")
@@ -274,11 +319,24 @@ def _read_split(
         try:
             if unusable:
                 raise _Unusable(unusable)
-            names = names or next((found for other in parts if (found := _names_of_others(tables, parts[other], label))), None)
+            names = names or next(
+                (found for other in parts if (found := _names_of_others(tables, parts[other], label))), None
+            )
             numbers, class_names, labels_from = _joined(found_labels, names, label, tables.name)
         except _Unusable as exc:
             unusable = labels_from = str(exc)
-    return _Split(used, groups, stats, image, numbers, class_names, labels_from, bool(unusable), without_images, other_images)
+    return _Split(
+        used,
+        groups,
+        stats,
+        image,
+        numbers,
+        class_names,
+        labels_from,
+        bool(unusable),
+        without_images,
+        other_images,
+    )
 
 
 def _read_file(path: str, groups: list[int], image: str, positions: np.ndarray) -> Iterator[Encoded]:
@@ -313,7 +371,9 @@ def _no_split(tables: Tables, split: str, parts: dict[str, list[str]]) -> NoSpli
         there = [path for paths in parts.values() for path in paths]
         fix = f"a test split is not trained on; to do so anyway, name the file: {tables.at(there[0])}"
         return NoSplit(f"{tables.name} has no train split, only {some_of(there, 2)}", fix)
-    fix = f"give a folder that holds {split}*.parquet, or the file of the {split} images as a source of its own"
+    fix = (
+        f"give a folder that holds {split}*.parquet, or the file of the {split} images as a source of its own"
+    )
     return NoSplit(f"{tables.name} has no {split} split", fix)
 
 
@@ -332,7 +392,12 @@ def _holds_bytes(kind: Any) -> bool:
     if pa.types.is_dictionary(kind):
         return _holds_bytes(kind.value_type)
     types = pa.types
-    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind) or types.is_fixed_size_binary(kind)
+    return (
+        types.is_binary(kind)
+        or types.is_large_binary(kind)
+        or types.is_binary_view(kind)
+        or types.is_fixed_size_binary(kind)
+    )
 
 
 def _column(schema: Any, name: str | None) -> Any | None:
@@ -350,10 +415,16 @@ def _image_column(table: "pq.ParquetFile", wanted: str | None, path: str) -> tup
         _check_name(schema, "image_column", wanted, path)
         if _column(schema, wanted) is None:
             kind = schema.field(schema.get_field_index(wanted)).type
-            raise UserError(f"column {wanted} of {path} is {kind}, which holds no encoded images", _image_columns_fix(schema))
+            raise UserError(
+                f"column {wanted} of {path} is {kind}, which holds no encoded images",
+                _image_columns_fix(schema),
+            )
         return wanted, []
     names = [column.name for column in schema if _holds_bytes(column.type)]
-    names = [*(name for name in IMAGE_COLUMNS if name in names), *(name for name in names if name not in IMAGE_COLUMNS)]
+    names = [
+        *(name for name in IMAGE_COLUMNS if name in names),
+        *(name for name in names if name not in IMAGE_COLUMNS),
+    ]
     if len(names) < 2:
         return (names or [None])[0], []
     with_images = [name for name in names if _looks_like_images(table, name)]
@@ -364,7 +435,9 @@ def _looks_like_images(table: "pq.ParquetFile", name: str) -> bool:
     """Whether one of the first cells begins as an image does."""
     if not table.metadata.num_rows:
         return False
-    first = next((group for group in range(table.num_row_groups) if table.metadata.row_group(group).num_rows), 0)
+    first = next(
+        (group for group in range(table.num_row_groups) if table.metadata.row_group(group).num_rows), 0
+    )
     rows = table.metadata.row_group(first).num_rows
     cells = _read_rows(table, first, name, min(rows, LOOKED_AT))
     return any(isinstance(cell, bytes) and image_format(cell[:HEAD_BYTES]) for cell in cells)
@@ -376,15 +449,18 @@ def _read_rows(table: "pq.ParquetFile", group: int, name: str, count: int) -> li
 
 
 def _no_image_column(schema: Any, path: str) -> UserError:
-    return UserError(
-        f"{path} has no column of images, only {', '.join(f'{column.name} ({column.type})' for column in schema)}",
-        "write one of type struct<bytes, path> or binary",
-    )
+    columns = ", ".join(f"{column.name} ({column.type})" for column in schema)
+    fix = "write one of type struct<bytes, path> or binary"
+    return UserError(f"{path} has no column of images, only {columns}", fix)
 
 
 def _image_columns_fix(schema: Any) -> str:
     names = [column.name for column in schema if _holds_bytes(column.type)]
-    return f"set data.image_column to one of {', '.join(names)}" if names else "write a column of type struct<bytes, path> or binary"
+    return (
+        f"set data.image_column to one of {', '.join(names)}"
+        if names
+        else "write a column of type struct<bytes, path> or binary"
+    )
 
 
 def _check_name(schema: Any, key: str, name: str, path: str) -> None:
@@ -392,8 +468,14 @@ def _check_name(schema: Any, key: str, name: str, path: str) -> None:
         return
     near = difflib.get_close_matches(name, schema.names, n=1, cutoff=0.4)
     twice = schema.names.count(name) > 1
-    what = f"{path} has {'two columns' if twice else 'no column'} {name} (data.{key}), only {', '.join(schema.names)}"
-    raise UserError(what, f"did you mean data.{key}={near[0]}?" if near and not twice else f"name one of them, or leave data.{key} out")
+    found = f"{path} has {'two columns' if twice else 'no column'} {name} (data.{key})"
+    what = f"{found}, only {', '.join(schema.names)}"
+    raise UserError(
+        what,
+        f"did you mean data.{key}={near[0]}?"
+        if near and not twice
+        else f"name one of them, or leave data.{key} out",
+    )
 
 
 # ---- the column of labels
@@ -415,7 +497,9 @@ def _read_labels(table: "pq.ParquetFile", label: str, rows: int, path: str) -> _
 
     place = table.schema_arrow.get_field_index(label)
     if place < 0:
-        raise _Unusable(f"{path} has {'two columns' if label in table.schema_arrow.names else 'no column'} {label}")
+        raise _Unusable(
+            f"{path} has {'two columns' if label in table.schema_arrow.names else 'no column'} {label}"
+        )
     kind = table.schema_arrow.field(place).type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
     is_text = pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)
@@ -451,7 +535,9 @@ def _all_missing(table: "pq.ParquetFile", label: str) -> bool:
     return bool((np.isnan(values) | (values == -1)).all())
 
 
-def _joined(parts: list[_Part], declared: list[str] | None, label: str, name: str) -> tuple[np.ndarray | None, list[str] | None, str]:
+def _joined(
+    parts: list[_Part], declared: list[str] | None, label: str, name: str
+) -> tuple[np.ndarray | None, list[str] | None, str]:
     """((N,) labels 0 .. C - 1, class names, where they are from) of all files of a split.
 
     Numbers without gaps stay as they are, and have no names unless the file declares some; others are
@@ -468,7 +554,10 @@ def _joined(parts: list[_Part], declared: list[str] | None, label: str, name: st
         class_names = sorted_classes(text for part in parts for text in _occurring(part))
         number = {text: place for place, text in enumerate(class_names)}
         # the last: missing
-        codes = [np.array([*(number.get(text, -1) for text in part.names or ()), -1])[part.labels] for part in parts]
+        codes = [
+            np.array([*(number.get(text, -1) for text in part.names or ()), -1])[part.labels]
+            for part in parts
+        ]
         numbers, how = np.concatenate(codes), f"the text in column {label}, in sorted order"
     else:
         class_names = declared
@@ -481,7 +570,10 @@ def _joined(parts: list[_Part], declared: list[str] | None, label: str, name: st
         if declared and values[-1] >= len(declared):
             raise _Unusable(f"{name} has label {values[-1]}, but names for {len(declared)} classes only")
         if not declared and (values[0] != 0 or values[-1] != len(values) - 1):
-            numbers, class_names = dense.reshape(-1).astype(np.int64), [str(value) for value in values.tolist()]
+            numbers, class_names = (
+                dense.reshape(-1).astype(np.int64),
+                [str(value) for value in values.tolist()],
+            )
     count = len(class_names) if class_names else int(numbers.max()) + 1
     if count > MAX_CLASSES:
         raise _Unusable(f"column {label} holds {count:,} different values, which are no classes")

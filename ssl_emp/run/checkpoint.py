@@ -68,8 +68,7 @@ def _sha256(path: Path) -> str:
 
 
 def _read_manifests(folder: Path) -> dict[str, list[str]]:
-    """Names -> hashes of the contents that were written under them; what is damaged or missing says nothing.
-    """
+    """File name -> SHA-256 of the contents written under it; damaged or missing manifests are skipped."""
     known: dict[str, list[str]] = {}
     for name in MANIFESTS:
         with suppress(UserError, TypeError, AttributeError):

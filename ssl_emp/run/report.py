@@ -44,8 +44,7 @@ PLAIN_EVERY_SECONDS = 60.0  # not on a terminal: a line at least this often with
 
 
 class _Console(Console):
-    """A console whose reader may leave (`| head`, a full disk behind a redirection) without ending the run.
-    """
+    """A console that may fail (`| head`, a full disk behind a redirection) without ending the run."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -185,8 +184,7 @@ class Report:
     def progress(
         self, items: Iterable[Item], total: int, label: str, start: int = 0
     ) -> Iterator[Iterator[Item]]:
-        """A bar on a terminal, now and then a plain line elsewhere. It counts steps and never reads a tensor.
-        """
+        """A progress bar on a terminal, else a plain line now and then. It never reads a tensor."""
         label = printable(label)
         if self.console.is_terminal:
             columns = (

@@ -80,8 +80,7 @@ class Faults:
         self.writes: Counter[str] = Counter()
 
     def visit(self, point: str, what: str = "") -> str | None:
-        """Count a visit and do what is planned. Returns the kinds that the caller has to carry out: nan, inf.
-        """
+        """Count a visit and do what is planned. Returns the kinds left to the caller: nan, inf."""
         self.seen[point] += 1
         for where, count, kind in self.plan:
             if where == point and count in (0, self.seen[point]):

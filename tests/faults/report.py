@@ -35,15 +35,19 @@ GROUPS = {
 }
 NOT_PROVEN = """## What this does not prove
 
-* **Power loss.** A SIGKILL leaves the page cache, a power cut does not. That files and directories are synced, and in which order, is
-  what row A2 sees; that the disk keeps what it was told to sync cannot be seen from here.
-* **A lost GPU or a lost NCCL rank.** The rows on several processes run gloo on CPUs. NCCL's own watchdog, its aborts and its hangs are
-  other code.
-* **Other machines.** Bit-identical means one machine, one build of torch, the CPU. File systems over a network have other rules for locks
-  and renames; the lock is of no use where the file system has none.
-* **A read that hangs.** A disk or a network share that does not answer hangs the process that reads from it; nothing here ends that.
-* **Files that change while they are mapped.** A cached file that is shortened in place ends the process with SIGBUS.
-* **Every bomb.** Images have a cap on declared pixels; a parquet file of a billion rows, or with cells of gigabytes, has none.
+* **Power loss.** A SIGKILL leaves the page cache, a power cut does not. That files and directories are
+  synced, and in which order, is what row A2 sees; that the disk keeps what it was told to sync cannot be
+  seen from here.
+* **A lost GPU or a lost NCCL rank.** The rows on several processes run gloo on CPUs. NCCL's own watchdog,
+  its aborts and its hangs are other code.
+* **Other machines.** Bit-identical means one machine, one build of torch, the CPU. File systems over a
+  network have other rules for locks and renames; the lock is of no use where the file system has none.
+* **A read that hangs.** A disk or a network share that does not answer hangs the process that reads from it;
+  nothing here ends that.
+* **Files that change while they are mapped.** A cached file that is shortened in place ends the process with
+  SIGBUS.
+* **Every bomb.** Images have a cap on declared pixels; a parquet file of a billion rows, or with cells of
+  gigabytes, has none.
 * **A forged end.** A JPEG that is cut and closed again with an end marker can pass for whole.
 * **Everything else.** A row shows what was injected, no more.
 """
@@ -73,12 +77,13 @@ class Row:
 
 
 def read_rows() -> dict[tuple[str, str], Row]:
-    """(module, function) -> Row, from the docstrings of the tests; a function without such a line is none."""
+    """(module, function) -> Row, from the first paragraph of each docstring that has three parts."""
     rows: dict[tuple[str, str], Row] = {}
     for path in sorted(FOLDER.glob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                parts = ((ast.get_docstring(node) or "").splitlines() or [""])[0].split(" | ", 2)
+                paragraph = (ast.get_docstring(node) or "").partition("\n\n")[0]
+                parts = " ".join(paragraph.split()).split(" | ", 2)
                 if len(parts) == 3:
                     name, injected, expected = (part.strip() for part in parts)
                     rows[path.stem, node.name] = Row(name, injected, expected)
@@ -101,8 +106,7 @@ def add_results(rows: dict[tuple[str, str], Row], junit: Path) -> None:
 
 
 def together(name: str, values: list[str]) -> str:
-    """Several values of one figure as one: sums of `k/n` and of counts, median and maximum of what is spread.
-    """
+    """Several values of one figure as one: sums of `k/n` and of counts, else median and maximum."""
     if all("/" in value for value in values):
         pairs = [tuple(map(int, value.split("/"))) for value in values]
         return f"{sum(pair[0] for pair in pairs)}/{sum(pair[1] for pair in pairs)}"

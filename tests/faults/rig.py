@@ -45,8 +45,7 @@ NOT_COMPARED = ("/config", "/seconds", "/written_by", "/versions", "/world_size"
 
 
 def some(quick: list[Any], cases: list[Any]) -> list[Any]:
-    """Parameters of a test of which only the quick ones are in `make test`; the others are for `make faults`.
-    """
+    """Parameters of a test; `make test` runs the quick ones only, `make faults` the others."""
     parts = [case if isinstance(case, tuple) else (case,) for case in cases]
     return [
         case if case in quick else pytest.param(*part, marks=pytest.mark.faults)
@@ -242,7 +241,7 @@ def open_to_all(folder: Path) -> None:
             place.chmod(place.stat().st_mode | 0o055)
 
 
-# -------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # comparison
 
 
@@ -283,8 +282,7 @@ def final_hash(out: Path) -> str:
 
 
 def steps_of(record: Path) -> list[tuple[int, str, tuple[int, ...]]]:
-    """(step, loss in hex, sorted indices) of every optimizer step that happened, in the order they happened.
-    """
+    """(step, loss in hex, sorted indices) of every optimizer step, in order."""
     return [
         (step, loss, tuple(index)) for step, loss, index in map(json.loads, record.read_text().splitlines())
     ]

@@ -542,8 +542,8 @@ def strange(kind: str, place: Path) -> Path:
     return place
 
 
-STRANGE = ["missing", "empty directory", "text file", "optimizer only", "symlink to /dev/zero", "pipe", "encoder that is a pipe",
-           "encoder that is /dev/zero"]  # fmt: skip
+STRANGE = ["missing", "empty directory", "text file", "optimizer only", "symlink to /dev/zero", "pipe",
+           "encoder that is a pipe", "encoder that is /dev/zero"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", rig.some(["pipe"], STRANGE))

@@ -419,7 +419,8 @@ EXTREME = {
 def test_G9_extremes_that_are_allowed(
     tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: str
 ) -> None:
-    """G9 | a run with the largest and smallest numbers allowed for 15 keys | trains, or stops with one line
+    """G9 | a run with the largest and smallest numbers allowed for 15 keys | trains, or stops with one
+    line
     """
     quick = [
         "epochs=2",

@@ -145,8 +145,8 @@ def test_A2_kill_at_every_io_point_of_a_run(part: int, tmp_path: Path, record_pr
     record_property("kills survived", f"{survived}/{count}")
 
 
-POINTS = ["before_forward", "after_forward", "before_backward", "after_backward", "before_step", "after_step", "before_observe",
-          "after_observe", "after_save"]  # fmt: skip
+POINTS = ["before_forward", "after_forward", "before_backward", "after_backward", "before_step", "after_step",
+          "before_observe", "after_observe", "after_save"]  # fmt: skip
 MOMENTS = [1, 2, rig.STEPS[0], rig.STEPS[0] + 1, rig.TOTAL]
 
 
@@ -250,7 +250,8 @@ def test_A8_every_signal_at_three_moments(
 
 @long
 @pytest.mark.parametrize("fault", rig.some(["after_forward:4:term;write_checkpoint:2:term"], [
-    "after_forward:4:twice", "after_forward:4:term;write_checkpoint:2:term", "after_forward:4:term;fsync_checkpoint:1:int",
+    "after_forward:4:twice", "after_forward:4:term;write_checkpoint:2:term",
+    "after_forward:4:term;fsync_checkpoint:1:int",
     "after_forward:4:term;replace_checkpoint:1:term"]))  # fmt: skip
 def test_A8_a_second_signal(fault: str, tmp_path: Path, record_property: Record) -> None:
     """A8 | a second signal: at once, and in the middle of the save that the first one caused | the process is

@@ -177,7 +177,7 @@ def test_B10_no_encoder(tmp_path: Path, run_dir: Path) -> None:
 
 
 # ---- kNN
-# -------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["missing", "broken library", "built for another numpy"])
@@ -392,7 +392,9 @@ def test_H6_a_test_class_that_train_lacks(run: Run, run_dir: Path, tmp_path: Pat
 
 
 def test_H6_one_class_for_all(run: Run, run_dir: Path, tmp_path: Path) -> None:
-    """H6 | one class for all images | kNN is right by definition; what fits a classifier refuses in one line"""
+    """H6 | one class for all images | kNN is right by definition; what fits a classifier refuses in one
+    line
+    """
     source = data_of(tmp_path / "data", [0] * 24, [0] * 16)
     words = (f"data.source={source}", *PLAIN, *QUICK)
     assert run(run_dir, "knn", *words).rows[0]["value"] == "100.00"

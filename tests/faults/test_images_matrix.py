@@ -499,7 +499,9 @@ def test_F9_nothing_in_it(tmp_path: Path) -> None:
 def test_F10_too_few_images(
     tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int
 ) -> None:
-    """F10 | 0, 1 and 5 images with batch_size=8 | refused before training, with the numbers; no run directory"""
+    """F10 | 0, 1 and 5 images with batch_size=8 | refused before training, with the numbers; no run
+    directory
+    """
     root = fill(tmp_path / "in", {f"{i}.png": encoded(photo(i)) for i in range(count)})
     root.mkdir(exist_ok=True)
     line = main_refuses(
@@ -758,7 +760,9 @@ def run_in(root: Path, config: Path, name: str) -> str:
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_C6_odd_names_of_folders(tiny_config: Path, tmp_path: Path, plain_hash: str, name: str) -> None:
-    """C6 | 14 odd names of the data, output and cache folders | the encoder bit for bit as with plain names"""
+    """C6 | 14 odd names of the data, output and cache folders | the encoder bit for bit as with plain
+    names
+    """
     assert run_in(tmp_path, tiny_config, name) == plain_hash
     assert not list(tmp_path.rglob("pwned"))
 
@@ -810,7 +814,9 @@ def test_C6_newline_in_a_message(
 
 
 def test_F1_parquet_of_paths_reads_no_files(tmp_path: Path) -> None:
-    """F1 | parquet whose image bytes are text: the path of a private file | refused, the file is not opened"""
+    """F1 | parquet whose image bytes are text: the path of a private file | refused, the file is not
+    opened
+    """
     fill(tmp_path, {"private.png": encoded(photo(0))})
     path = str(tmp_path / "private.png")
     for column in (pa.array([{"bytes": path}]), pa.array([path]), pa.array([{"path": path}])):

@@ -303,7 +303,8 @@ def test_D17_python_without_srun(tiny_config: Path, tmp_path: Path) -> None:
 
 @pytest.mark.faults
 def test_D4_ranks_that_disagree(tiny_config: Path, tmp_path: Path) -> None:
-    """D4 | one score differs by 1e-6 on rank 1 | noticed before the next epoch, epoch and rank named, code 3
+    """D4 | one score differs by 1e-6 on rank 1 | noticed before the next epoch, epoch and rank named,
+    code 3
     """
     code, _, err = finish(
         start(
@@ -414,7 +415,8 @@ def test_D11_more_ranks_than_a_batch_has_shares(tiny_config: Path, tmp_path: Pat
     """D11 | batch_size=8 on 3 processes | one line, code 2"""
     code, _, err = pretrain("--config", tiny_config, f"out={tmp_path / 'run'}", "devices=3")
     assert code == 2 and error_lines(err) == [
-        "error: batch_size=8 cannot be shared by 3 processes. fix: set batch_size=6, or change the number of processes"
+        "error: batch_size=8 cannot be shared by 3 processes. fix: set batch_size=6, "
+        "or change the number of processes"
     ]
 
 

@@ -347,7 +347,8 @@ def test_C5_one_of_many_gets_the_lock(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("point", "kind"), rig.some([], [
-    (f"{operation}_checkpoint:2", kind) for operation in ("open", "fsync", "replace") for kind in ("eio", "enospc", "eacces", "erofs")
+    (f"{operation}_checkpoint:2", kind)
+    for operation in ("open", "fsync", "replace") for kind in ("eio", "enospc", "eacces", "erofs")
 ] + [("write_checkpoint:14", "eio"), ("write_checkpoint:14", "enospc")]))  # fmt: skip
 def test_C7_a_file_operation_of_a_save_fails(
     point: str, kind: str, tmp_path: Path, record_property: Record
