@@ -3,7 +3,7 @@ chain.
 
     python -m benchmarks.augmentation
 
-`ours` is what pretrain.py calls (draw_params, then two_views through torch.compile), `ours_eager` the same
+`ours` is what pretrain.py calls (draw_params, then cut_views through torch.compile), `ours_eager` the same
 uncompiled. `lightly` is lightly's SimCLRTransform in a pool of processes, one a core; it gets its images as
 arrays in memory and keeps the views to itself, so it is spared the reading and the copying that a DataLoader
 does. `kornia` is applied twice to the whole batch. The same strengths and probabilities for all. Each is warm
@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks import common
-from ssl_emp.augment import Recipe, draw_params, two_views
+from ssl_emp.augment import Recipe, cut_views, draw_params
 from ssl_emp.data.decode import cores
 from ssl_emp.device import keep_freed_memory
 
@@ -131,8 +131,8 @@ def measure(name: str, arguments: Any) -> dict[str, Any]:
     )
     images = images.to(arguments.device)
     works: dict[str, Callable[[], object]] = {
-        "ours": ours(images, recipe, torch.compile(two_views, dynamic=False)),
-        "ours_eager": ours(images, recipe, two_views),
+        "ours": ours(images, recipe, torch.compile(cut_views, dynamic=False)),
+        "ours_eager": ours(images, recipe, cut_views),
     }
     chain = kornia_chain(recipe)
     if chain is None:

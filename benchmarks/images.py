@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from benchmarks import common
-from ssl_emp.augment import Recipe, draw_params, two_views
+from ssl_emp.augment import Recipe, cut_views, draw_params
 from ssl_emp.data.decode import cores
 from ssl_emp.data.images import ImageSet, load_images
 from ssl_emp.data.stores import HostImages
@@ -57,7 +57,7 @@ def ours(images: ImageSet, batch_size: int, device: torch.device) -> Callable[[]
         torch.arange(len(images.names), device=device),
         count(),
     )
-    views_of: Any = torch.compile(two_views, dynamic=False)
+    views_of: Any = torch.compile(cut_views, dynamic=False)
 
     def epoch() -> None:
         number = next(epochs)

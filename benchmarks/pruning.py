@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.common import Ratio
-from ssl_emp.augment import Recipe, draw_params, two_views
+from ssl_emp.augment import Recipe, cut_views, draw_params
 from ssl_emp.loss import nt_xent
 from ssl_emp.model import SimCLR, build_encoder
 from ssl_emp.optim import build_optimizer
@@ -90,7 +90,7 @@ def added_cost(
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs miss this form
     optimizer = build_optimizer(network, "sgd", 0.06, 0.9, 5e-4)
     model: Any = torch.compile(network) if compiled else network
-    views_of: Any = torch.compile(two_views, dynamic=False) if compiled else two_views
+    views_of: Any = torch.compile(cut_views, dynamic=False) if compiled else cut_views
     images = torch.randint(0, 256, (batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
     index = torch.randperm(num_samples, device=device)[:batch_size]
     state = ScoreState(num_samples, ema=1.0, adjust=False, device=device)

@@ -9,7 +9,7 @@ batch mates each time, weights and BatchNorm mode of training. Then, for the los
 distance and EMP's score (beta 5):
 
     one          mean rank correlation of two draws
-    adjusted     the same after a regression on what the augmentation drew (ssl_emp.scores.draw_features)
+    adjusted     the same after a regression on what the augmentation drew (ssl_emp.augment.draw_features)
     common       the same augmentation for all images of a pass
     averaged     of the means of two halves of the draws, and `averaged adjusted`
     explained    share of the variance that the regression explains
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ssl_emp import passes
-from ssl_emp.augment import cut_views, draw_params
+from ssl_emp.augment import cut_views, draw_features, draw_params
 from ssl_emp.commands.job import Job, prepare
 from ssl_emp.config import load_config
 from ssl_emp.errors import UserError
@@ -37,7 +37,6 @@ from ssl_emp.loss import nt_xent
 from ssl_emp.pruning import feature_distance, shuffled_batches
 from ssl_emp.run.checkpoint import load_checkpoint
 from ssl_emp.run.report import Report, rank_correlation
-from ssl_emp.scores import draw_features
 
 RESULTS = Path(__file__).parent / "results" / "reliability.jsonl"
 BETA = 5.0

@@ -22,6 +22,7 @@ from ssl_emp.keyed import keyed_uniform
 CONTRAST, SATURATION, HUE = 1, 2, 3
 CROP_TRIES = 10  # torchvision's RandomResizedCrop falls back to a centre crop after ten boxes that do not fit
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
+NUM_DRAW_FEATURES = 14  # F of `draw_features`
 
 Planes = list[Tensor]  # [red, green, blue], each (N, S, S) float32 in [0, 1]: grey needs no strided reads
 
@@ -130,12 +131,6 @@ def draw_params(
     return ViewParams(*(field[0] for field in both)), ViewParams(*(field[1] for field in both))
 
 
-def two_views(images: Tensor, params: tuple[ViewParams, ViewParams], recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Cut both of SimCLR's views of a batch: `cut_views` of two."""
-    view_a, view_b = cut_views(images, params, recipe)
-    return view_a, view_b
-
-
 def cut_views(images: Tensor, params: tuple[ViewParams, ...], recipe: Recipe) -> tuple[Tensor, ...]:
     """Cut a view of a batch for each set of parameters: crop, resize, flip, jitter, grey, blur, solarize,
     normalise.
@@ -194,6 +189,48 @@ def color_tail(planes: Planes, params: ViewParams, recipe: Recipe) -> Planes:
         is_solar = _column(params.solarize)
         planes = [torch.where(is_solar & (plane >= 0.5), 1 - plane, plane) for plane in planes]
     return planes
+
+
+def draw_features(params_a: ViewParams, params_b: ViewParams, image_size: int) -> Tensor:
+    """Covariates of a sample's loss, known from its parameters before a pixel is touched: (B, F) float32.
+
+    Sizes and overlap of the two crops, and differences between the colour changes; an operation that a view
+    does not undergo counts as no change.
+    """
+    boxes = [(p.top, p.left, p.top + p.height, p.left + p.width) for p in (params_a, params_b)]
+    tall = torch.minimum(boxes[0][2], boxes[1][2]) - torch.maximum(boxes[0][0], boxes[1][0])
+    wide = torch.minimum(boxes[0][3], boxes[1][3]) - torch.maximum(boxes[0][1], boxes[1][1])
+    overlap = (tall.clamp(min=0) * wide.clamp(min=0)).float()
+    area_a, area_b = ((p.height * p.width).float() for p in (params_a, params_b))
+    iou = overlap / (area_a + area_b - overlap)
+    covered = overlap / torch.minimum(area_a, area_b)
+    log_a, log_b = (area_a / image_size**2).log(), (area_b / image_size**2).log()
+
+    def apart(name: str, neutral: float) -> Tensor:
+        a, b = (torch.where(p.jitter, getattr(p, name), neutral) for p in (params_a, params_b))
+        return (a - b).abs()
+
+    gray_differs, gray_both = (params_a.gray ^ params_b.gray).float(), (params_a.gray & params_b.gray).float()
+    jittered = params_a.jitter.float() + params_b.jitter.float()
+    return torch.stack(
+        [
+            log_a + log_b,
+            (log_a - log_b).abs(),
+            iou,
+            iou.square(),
+            covered,
+            apart("brightness", 1.0),
+            apart("contrast", 1.0),
+            apart("saturation", 1.0),
+            apart("hue", 0.0),
+            gray_differs,
+            gray_both,
+            jittered,
+            (params_a.blur ^ params_b.blur).float(),
+            (params_a.solarize ^ params_b.solarize).float(),
+        ],
+        dim=1,
+    )
 
 
 def grid_of_views(view_a: Tensor, view_b: Tensor, recipe: Recipe, columns: int = 8) -> Tensor:

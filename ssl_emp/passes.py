@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_emp.augment import Recipe, cut_views, draw_params
+from ssl_emp.augment import Recipe, cut_views, draw_features, draw_params
 from ssl_emp.commands.job import Job
 from ssl_emp.loss import nt_xent
 from ssl_emp.policies import random_subset
 from ssl_emp.pruning import feature_distance, shuffled_batches
 from ssl_emp.run.report import Report, rank_correlation
-from ssl_emp.scores import ScoreState, draw_features
+from ssl_emp.scores import ScoreState
 from ssl_emp.supervised import cross_entropy, prediction_entropy
 
 # where the epoch numbers of draws that are not trained on begin

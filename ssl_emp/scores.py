@@ -9,53 +9,10 @@ on the augmentation that was drawn (`adjust`). Letters: N samples, B batch, F dr
 import torch
 from torch import Tensor
 
-from ssl_emp.augment import ViewParams
+from ssl_emp.augment import NUM_DRAW_FEATURES
 
-NUM_DRAW_FEATURES = 14
 FORGET = 0.99  # of the regression, a batch
 RIDGE = 1e-3  # of the mean diagonal of its moments
-
-
-def draw_features(params_a: ViewParams, params_b: ViewParams, image_size: int) -> Tensor:
-    """How hard the augmentation made it for the two views of a sample to look alike: (B, F) float32.
-
-    Sizes and overlap of the crops, and how far the colour changes differ; what a view does not undergo counts
-    as no change.
-    """
-    boxes = [(p.top, p.left, p.top + p.height, p.left + p.width) for p in (params_a, params_b)]
-    tall = torch.minimum(boxes[0][2], boxes[1][2]) - torch.maximum(boxes[0][0], boxes[1][0])
-    wide = torch.minimum(boxes[0][3], boxes[1][3]) - torch.maximum(boxes[0][1], boxes[1][1])
-    overlap = (tall.clamp(min=0) * wide.clamp(min=0)).float()
-    area_a, area_b = ((p.height * p.width).float() for p in (params_a, params_b))
-    iou = overlap / (area_a + area_b - overlap)
-    covered = overlap / torch.minimum(area_a, area_b)
-    log_a, log_b = (area_a / image_size**2).log(), (area_b / image_size**2).log()
-
-    def apart(name: str, neutral: float) -> Tensor:
-        a, b = (torch.where(p.jitter, getattr(p, name), neutral) for p in (params_a, params_b))
-        return (a - b).abs()
-
-    gray_differs, gray_both = (params_a.gray ^ params_b.gray).float(), (params_a.gray & params_b.gray).float()
-    jittered = params_a.jitter.float() + params_b.jitter.float()
-    return torch.stack(
-        [
-            log_a + log_b,
-            (log_a - log_b).abs(),
-            iou,
-            iou.square(),
-            covered,
-            apart("brightness", 1.0),
-            apart("contrast", 1.0),
-            apart("saturation", 1.0),
-            apart("hue", 0.0),
-            gray_differs,
-            gray_both,
-            jittered,
-            (params_a.blur ^ params_b.blur).float(),
-            (params_a.solarize ^ params_b.solarize).float(),
-        ],
-        dim=1,
-    )
 
 
 class ScoreState:
@@ -161,7 +118,7 @@ class ScoreState:
         self.cross = FORGET * self.cross + x.T @ y
 
     def _learn_recall(self, index: Tensor, terms: Tensor) -> None:
-        """How far what was remembered of the samples tells what is seen of them now, both without the draw."""
+        """Regression of the new terms on the remembered ones, both without the draw."""
         known = (self.times_scored[index] > 0).float()
         before = torch.where(known > 0, self.terms[:, index], 0.0)
         number = known.sum().clamp(min=1)

@@ -12,7 +12,15 @@ from torch import Tensor
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from ssl_emp import augment
-from ssl_emp.augment import Recipe, ViewParams, cut_views, draw_params, grid_of_views, two_views
+from ssl_emp.augment import (
+    NUM_DRAW_FEATURES,
+    Recipe,
+    ViewParams,
+    cut_views,
+    draw_features,
+    draw_params,
+    grid_of_views,
+)
 
 PLAIN: dict[str, Any] = {
     "flip_prob": 0.0,
@@ -48,10 +56,10 @@ def photos(count: int, height: int, width: int | None = None, seed: int = 0) -> 
 
 def views_of(
     images: Tensor, recipe: Recipe, seed: int = 0, epoch: int = 0
-) -> tuple[tuple[Tensor, Tensor], tuple[ViewParams, ViewParams]]:
+) -> tuple[tuple[Tensor, ...], tuple[ViewParams, ViewParams]]:
     height, width = images.shape[2:]
     params = draw_params(seed, epoch, torch.arange(len(images)), recipe, (height, width))
-    return two_views(images, params, recipe), params
+    return cut_views(images, params, recipe), params
 
 
 def row(params: ViewParams, i: int) -> ViewParams:
@@ -130,7 +138,7 @@ def test_crop_sees_nothing_outside_its_box() -> None:
         for i, (top, left, height, width) in enumerate(zip(*(t.tolist() for t in p[:4]), strict=True)):
             box = slice(top, top + height), slice(left, left + width)
             outside[i][:, *box] = images[i][:, *box]
-        again = two_views(outside, (p, p), recipe)[0]
+        again = cut_views(outside, (p, p), recipe)[0]
         assert torch.equal(again, view)
 
 
@@ -258,14 +266,14 @@ def test_ops_of_no_strength_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_view_does_not_depend_on_its_batch() -> None:
     recipe = Recipe(32, solarize_prob=0.2, **EVERYTHING)
     images, index = photos(48, 32), torch.arange(1000, 1048)
-    whole = two_views(images, draw_params(7, 3, index, recipe, 32), recipe)
+    whole = cut_views(images, draw_params(7, 3, index, recipe, 32), recipe)
     for part in (
         torch.tensor([5]),
         torch.arange(47, -1, -5),
         torch.randperm(48, generator=torch.Generator().manual_seed(0)),
     ):
         params = draw_params(7, 3, index[part], recipe, 32)
-        for view, expected in zip(two_views(images[part], params, recipe), whole, strict=True):
+        for view, expected in zip(cut_views(images[part], params, recipe), whole, strict=True):
             # parameters are equal bit for bit (below); the mean grey of an image may be summed in another
             # order
             torch.testing.assert_close(view, expected[part], rtol=0, atol=1e-5)
@@ -280,7 +288,7 @@ def test_any_number_of_views(crop_padding: int) -> None:
     )
     params = draw_params(0, 0, index, recipe, 32) + draw_params(0, 1, index, recipe, 32)
     four = cut_views(images, params, recipe)
-    pairs = [*two_views(images, params[:2], recipe), *two_views(images, params[2:], recipe)]
+    pairs = [*cut_views(images, params[:2], recipe), *cut_views(images, params[2:], recipe)]
     for i, (view, expected) in enumerate(zip(four, pairs, strict=True)):
         (alone,) = cut_views(images, params[i : i + 1], recipe)
         assert alone.shape == (16, 3, 32, 32) and alone.is_contiguous()
@@ -299,7 +307,7 @@ def test_only_uint8_images() -> None:
     params = draw_params(0, 0, torch.arange(2), recipe, 16)
     for images in (torch.rand(2, 3, 16, 16), torch.zeros(2, 1, 16, 16, dtype=torch.uint8)):
         with pytest.raises(AssertionError, match="images are"):
-            two_views(images, params, recipe)
+            cut_views(images, params, recipe)
 
 
 def test_autocast_does_not_make_pixels_coarse() -> None:
@@ -314,7 +322,7 @@ def test_inputs_are_left_alone() -> None:
     images, recipe = photos(4, 16), Recipe(16, solarize_prob=0.5, **EVERYTHING)
     params = draw_params(0, 0, torch.arange(4), recipe, 16)
     copies = images.clone(), [[field.clone() for field in p] for p in params]
-    first, second = two_views(images, params, recipe), two_views(images, params, recipe)
+    first, second = cut_views(images, params, recipe), cut_views(images, params, recipe)
     assert torch.equal(images, copies[0])
     assert all(
         torch.equal(x, y) for p, q in zip(params, copies[1], strict=True) for x, y in zip(p, q, strict=True)
@@ -480,7 +488,7 @@ def test_grid_shows_the_pixels() -> None:
 def test_compiles_whole_and_once() -> None:
     recipe = Recipe(16, solarize_prob=0.2, **EVERYTHING)
     images, index = photos(8, 16), torch.arange(8)
-    cut, draw = torch.compile(two_views, fullgraph=True), torch.compile(draw_params, fullgraph=True)
+    cut, draw = torch.compile(cut_views, fullgraph=True), torch.compile(draw_params, fullgraph=True)
     cut(images, draw(0, torch.tensor(0), index, recipe, 16), recipe)
     with torch.compiler.set_stance("fail_on_recompile"):
         for epoch in range(1, 4):
@@ -489,7 +497,7 @@ def test_compiles_whole_and_once() -> None:
             for p, q in zip(params, expected, strict=True):
                 for x, y in zip(p, q, strict=True):
                     torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
-            views, plain = cut(images, expected, recipe), two_views(images, expected, recipe)
+            views, plain = cut(images, expected, recipe), cut_views(images, expected, recipe)
             # solarize jumps
             assert ((torch.stack(views) - torch.stack(plain)).abs() > 1e-4).double().mean() < 1e-3
 
@@ -515,8 +523,38 @@ def test_gpu_gives_the_same_views() -> None:
             torch.testing.assert_close(x, y.cpu(), rtol=0, atol=1e-6)
     torch.cuda.set_sync_debug_mode("error")  # nothing may wait for the device
     try:
-        views = two_views(images.cuda(), draw_params(0, 0, index.cuda(), recipe, 32), recipe)
+        views = cut_views(images.cuda(), draw_params(0, 0, index.cuda(), recipe, 32), recipe)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for view, expected in zip(views, two_views(images, params, recipe), strict=True):
+    for view, expected in zip(views, cut_views(images, params, recipe), strict=True):
         torch.testing.assert_close(view.cpu(), expected, rtol=0, atol=1e-3)
+
+
+def test_draw_features_against_boxes_counted_pixel_by_pixel() -> None:
+    index = torch.arange(200)
+    recipe = Recipe(16, crop_scale=(0.2, 1.0), blur_prob=0.5, solarize_prob=0.3)
+    params_a, params_b = draw_params(0, 3, index, recipe, 20)
+    features = draw_features(params_a, params_b, 20)
+    assert features.shape == (200, NUM_DRAW_FEATURES) and features.isfinite().all()
+    for i in range(50):
+        masks = torch.zeros(2, 20, 20, dtype=torch.bool)
+        for mask, p in zip(masks, (params_a, params_b), strict=True):
+            mask[
+                int(p.top[i]) : int(p.top[i] + p.height[i]), int(p.left[i]) : int(p.left[i] + p.width[i])
+            ] = True
+        both, either = (masks[0] & masks[1]).sum().item(), (masks[0] | masks[1]).sum().item()
+        areas = [mask.sum().item() for mask in masks]
+        assert features[i, 2].item() == pytest.approx(both / either, rel=1e-5)
+        assert features[i, 4].item() == pytest.approx(both / min(areas), rel=1e-5)
+        assert features[i, 0].item() == pytest.approx(
+            torch.tensor(areas).float().div(400).log().sum().item(), rel=1e-4, abs=1e-5
+        )
+        bright = [float(p.brightness[i]) if p.jitter[i] else 1.0 for p in (params_a, params_b)]
+        assert features[i, 5].item() == pytest.approx(abs(bright[0] - bright[1]), abs=1e-6)
+        assert features[i, 9].item() == float(bool(params_a.gray[i]) != bool(params_b.gray[i]))
+
+
+def test_two_equal_draws_are_no_distance_apart() -> None:
+    params, _ = draw_params(0, 0, torch.arange(8), Recipe(16), 16)
+    features = draw_features(params, params, 16)
+    assert features[:, 2].allclose(torch.ones(8)) and features[:, [1, 5, 6, 7, 8, 9, 12, 13]].eq(0).all()

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssl_emp.augment import Recipe, draw_params
+from ssl_emp.augment import NUM_DRAW_FEATURES
 from ssl_emp.run.report import rank_correlation
-from ssl_emp.scores import NUM_DRAW_FEATURES, ScoreState, draw_features
+from ssl_emp.scores import ScoreState
 
 CPU = torch.device("cpu")
 
@@ -95,36 +95,6 @@ def test_an_adjusted_score_stays_comparable_while_the_level_moves_and_only_easy_
     assert (state.terms[0, hard].mean() - state.terms[0, easy].mean()).item() == pytest.approx(
         apart, abs=0.02
     )
-
-
-def test_draw_features_against_boxes_counted_pixel_by_pixel() -> None:
-    index = torch.arange(200)
-    recipe = Recipe(16, crop_scale=(0.2, 1.0), blur_prob=0.5, solarize_prob=0.3)
-    params_a, params_b = draw_params(0, 3, index, recipe, 20)
-    features = draw_features(params_a, params_b, 20)
-    assert features.shape == (200, NUM_DRAW_FEATURES) and features.isfinite().all()
-    for i in range(50):
-        masks = torch.zeros(2, 20, 20, dtype=torch.bool)
-        for mask, p in zip(masks, (params_a, params_b), strict=True):
-            mask[
-                int(p.top[i]) : int(p.top[i] + p.height[i]), int(p.left[i]) : int(p.left[i] + p.width[i])
-            ] = True
-        both, either = (masks[0] & masks[1]).sum().item(), (masks[0] | masks[1]).sum().item()
-        areas = [mask.sum().item() for mask in masks]
-        assert features[i, 2].item() == pytest.approx(both / either, rel=1e-5)
-        assert features[i, 4].item() == pytest.approx(both / min(areas), rel=1e-5)
-        assert features[i, 0].item() == pytest.approx(
-            torch.tensor(areas).float().div(400).log().sum().item(), rel=1e-4, abs=1e-5
-        )
-        bright = [float(p.brightness[i]) if p.jitter[i] else 1.0 for p in (params_a, params_b)]
-        assert features[i, 5].item() == pytest.approx(abs(bright[0] - bright[1]), abs=1e-6)
-        assert features[i, 9].item() == float(bool(params_a.gray[i]) != bool(params_b.gray[i]))
-
-
-def test_two_equal_draws_are_no_distance_apart() -> None:
-    params, _ = draw_params(0, 0, torch.arange(8), Recipe(16), 16)
-    features = draw_features(params, params, 16)
-    assert features[:, 2].allclose(torch.ones(8)) and features[:, [1, 5, 6, 7, 8, 9, 12, 13]].eq(0).all()
 
 
 def test_state_survives_a_checkpoint() -> None:
