@@ -1,16 +1,13 @@
-"""Files for people: written beside their place and moved there whole; matplotlib only where something is
-drawn.
-"""
+"""Files for people: pictures and tables. matplotlib is imported only where something is drawn."""
 
-import os
-import secrets
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
-from linear_eval.features import EvalError
+from linear_eval.errors import EvalError
+from linear_eval.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,26 +17,20 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path in the same folder (made if missing) that becomes `path` at the end, or goes
-    away on an error.
+def artifact(path: Path) -> Iterator[IO[bytes]]:
+    """`replacing` in a folder that is made where it is missing.
 
     Raises:
         EvalError: the folder or the file cannot be written.
     """
-    # nobody can have put a link under a name that nobody knows
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
+        with replacing(path, shared=True) as file:
+            yield file
     except OSError as error:
         raise EvalError(
             f"cannot write {path} ({error.strerror or error})", "make it writable, or name another folder"
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -65,7 +56,7 @@ def save_figure(figure: "Figure", path: Path) -> None:
 
     # the setting is for texts that are made while it is drawn, such as those of the ticks
     with (
-        replacing(path) as temporary,
+        artifact(path) as file,
         warnings.catch_warnings(),
         rc_context({"text.parse_math": False, "text.usetex": False}),
     ):
@@ -74,4 +65,4 @@ def save_figure(figure: "Figure", path: Path) -> None:
             assert isinstance(text, Text)
             text.set_parse_math(False)
             text.set_usetex(False)
-        figure.savefig(temporary, format="png", dpi=150)
+        figure.savefig(file, format="png", dpi=150)

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from linear_eval.artifacts import COLOURS, new_figure, replacing, save_figure
+from linear_eval.artifacts import COLOURS, artifact, new_figure, save_figure
 from linear_eval.features import EvalError, Pixels
 from linear_eval.knn import exact_cosines
 from linear_eval.names import printable, shorten
@@ -291,8 +291,8 @@ def draw_neighbors(
                     fill="black",
                     font=font,
                 )
-    with replacing(path) as temporary:
-        canvas.save(temporary, "PNG")
+    with artifact(path) as file:
+        canvas.save(file, "PNG")
     return neighbors
 
 
@@ -448,8 +448,8 @@ def write_embeddings(
             raise EvalError(f"a column named {name} is there already", "choose another name")
         present = values.isfinite() if has_columns is None else values.isfinite() & has_columns
         table[name] = pa.array(values.cpu().numpy(), mask=~present.cpu().numpy())
-    with replacing(path) as temporary:
-        pq.write_table(pa.table(table), temporary, compression="zstd")
+    with artifact(path) as file:
+        pq.write_table(pa.table(table), file, compression="zstd")
 
 
 # ---- small parts

@@ -1,7 +1,6 @@
 """Features of a frozen encoder, computed once and kept on the CPU."""
 
 import hashlib
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from linear_eval.errors import EvalError
+from linear_eval.files import replacing
 
 __all__ = [
     "EvalError",
@@ -163,14 +163,10 @@ def load_features(path: Path, labels: Tensor) -> Features | None:
 
 def save_features(path: Path, features: Features) -> None:
     """Keep the rows for `load_features` (safetensors). A full disk costs the cache, not the result."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file({"x": features.x.contiguous()}, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path, shared=True) as file:  # by its name: as bytes they would be in memory twice
+            save_file({"x": features.x.contiguous()}, file.name)
 
 
 def check_splits(train: Features, test: Features, *, multi_label: bool = False) -> None:

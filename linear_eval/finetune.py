@@ -26,9 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linear_eval.artifacts import replacing
-from linear_eval.features import EvalError, Pixels, content_hash
+from linear_eval.artifacts import artifact
+from linear_eval.errors import EvalError, first_line
+from linear_eval.features import Pixels, content_hash
 from linear_eval.linear import LinearHead, number_in, split_rows
+from linear_eval.numeric import cosine_schedule
 
 # epoch, row numbers (B,), images (B, 3, H, W) uint8 -> (B, 3, S, S) in [0, 1]
 Views = Callable[[int, Tensor, Tensor], Tensor]
@@ -515,7 +517,7 @@ def _train(
             batches = rows[torch.randperm(len(rows))].tensor_split(epoch_steps)
             for step, index in enumerate(batches, epoch * epoch_steps):
                 for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * _cosine(step, num_steps, warmup_steps)
+                    group["lr"] = group["peak_lr"] * cosine_schedule(step, num_steps, warmup_steps)
                 images, y = pixels[index].to(device), target[index].to(device)
                 logits = model(recipe.views(epoch, index.to(device), images))  # (B, C, L)
                 each = F.cross_entropy(
@@ -553,15 +555,6 @@ def _accuracy(
         predicted = model(pixels[index].to(device).float() / 255).argmax(1)  # (B, L)
         hits += (predicted == target[index].to(device).unsqueeze(1)).sum(0)
     return hits.cpu().double() / len(rows)
-
-
-def _cosine(step: int, num_steps: int, warmup_steps: float) -> float:
-    """Share of the peak rate at a step, 0 the first: a linear rise over the warm-up, then half a cosine to
-    zero.
-    """
-    if step < warmup_steps:
-        return min(1.0, (step + 1) / warmup_steps)
-    return (1 + math.cos(math.pi * (step - warmup_steps) / (num_steps - warmup_steps))) / 2
 
 
 @contextmanager
@@ -697,14 +690,12 @@ class _Checkpoint:
     def save(self, state: dict[str, Any]) -> None:
         """Whole or not at all. A file that cannot be written costs no training, only the resuming."""
         try:
-            with replacing(self.path) as temporary, open(temporary, "xb") as file:
+            with artifact(self.path) as file:
                 torch.save({"fingerprint": self.made_of, **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
         # a full disk surfaces from torch.save as RuntimeError
         except (EvalError, OSError, RuntimeError) as error:
             if not self.warned:
-                why = getattr(error.__cause__, "strerror", None) or str(error).splitlines()[0]
+                why = getattr(error.__cause__, "strerror", None) or first_line(error)
                 self.warn(
                     f"cannot write the checkpoint {self.path} ({why}): the training goes on, but "
                     "could not be resumed"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from linear_eval.features import EvalError, Features, check_splits
+from linear_eval.numeric import ieee_matmul
 
 Backend = Literal["auto", "faiss", "torch"]
 # (Q, D), k -> similarities (Q, k) descending, bank rows (Q, k)
@@ -304,16 +305,10 @@ def _faiss_search(faiss: ModuleType, bank: Tensor, device: torch.device) -> Sear
 
 def _torch_search(bank: Tensor, device: torch.device) -> Search:
     columns = bank.to(device).T  # (D, N)
-    matmul = torch.backends.cuda.matmul
 
     def search(queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        callers_precision = matmul.fp32_precision
-        # TF32, where the caller trains with it, is off by up to 1e-3: other neighbours
-        matmul.fp32_precision = "ieee"
-        try:
+        with ieee_matmul():
             similarity, rows = (queries.to(device) @ columns).topk(k, dim=1)
-        finally:
-            matmul.fp32_precision = callers_precision
         return similarity.cpu(), rows.cpu()
 
     return search

@@ -19,9 +19,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from linear_eval.features import EvalError, Features, check_features, check_splits
+from linear_eval.errors import EvalError
+from linear_eval.features import Features, check_features, check_splits
 from linear_eval.lbfgs import BinaryClassifiers, fit_binary, fit_logistic
 from linear_eval.metrics import MULTI_LABEL, Metric, average_precision
+from linear_eval.numeric import cosine_schedule, ieee_matmul
 
 L2_GRID = tuple(10.0 ** (-6 + 11 * step / 44) for step in range(45))  # 1e-6 .. 1e5
 # 1e-3 .. 1, for standardised features
@@ -172,10 +174,8 @@ def linear_probe(
     task = _prepare(
         train, val, test, val_fraction, seed, getattr(torch, precision), device, split=len(grid) > 1
     )
-    num_classes, callers_precision = len(task.classes), torch.backends.cuda.matmul.fp32_precision
-    # TF32, where the caller trains with it, ends the descent too early
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    try:
+    num_classes = len(task.classes)
+    with ieee_matmul():
         val_top1, l2, start = None, grid[0], None
         if len(grid) > 1:
             sweep = fit_logistic(
@@ -202,8 +202,6 @@ def linear_probe(
         )
         head = LinearHead(final.center, torch.ones_like(final.center), final.weight[0], final.bias[0])
         predicted = head(task.test.x).argmax(1)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = callers_precision
     top1 = (predicted == task.test.y).double().mean().item()
     return LinearResult(
         top1,
@@ -282,8 +280,6 @@ def multi_label_probe(
 
     num_classes = train.y.shape[1]
     strengths = torch.tensor(grid, dtype=torch.float64)
-    callers_precision = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"  # as in linear_probe
 
     def fit(part: Features, classes: Tensor, strengths: Tensor, tolerance: float) -> BinaryClassifiers:
         x, y, classes, strengths = (tensor.to(device) for tensor in (part.x, part.y, classes, strengths))
@@ -291,7 +287,7 @@ def multi_label_probe(
             x, y, classes, strengths, standardize=standardize, max_iter=max_iter, tolerance=tolerance
         )
 
-    try:
+    with ieee_matmul():
         every = torch.arange(num_classes)
         sweep = fit(train, every.repeat(len(grid)), strengths.repeat_interleave(num_classes), SWEEP_TOLERANCE)
         scores = sweep.scores(val.x.to(device)).cpu().view(len(val.x), len(grid), num_classes)
@@ -302,8 +298,6 @@ def multi_label_probe(
         l2 = strengths[best]
         final = fit(both, every, l2, FIT_TOLERANCE)
         scores = final.scores(test.x.to(device)).cpu()
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = callers_precision
     return MultiLabelResult(scores, l2, precision.gather(0, best.unsqueeze(0)).squeeze(0), final.loss.cpu())
 
 
@@ -435,7 +429,7 @@ def train_heads(
         for step, (batch, labels) in enumerate(
             zip(x[order].split(batch_size), y[order].split(batch_size), strict=True)
         ):
-            progress = (epoch * steps_per_epoch + step) / (epochs * steps_per_epoch)
+            share = cosine_schedule(epoch * steps_per_epoch + step, epochs * steps_per_epoch)
             logits = (flat @ batch.T).view(num_heads, num_classes, -1)  # (H, C, B)
             label = labels.expand(num_heads, 1, -1)
             residual = logits.softmax(1)
@@ -444,9 +438,7 @@ def train_heads(
             residual.scatter_add_(1, label, residual.new_tensor(-1).expand(label.shape))
             velocity.view_as(flat).addmm_(residual.flatten(0, 1), batch, beta=momentum, alpha=1 / len(batch))
             velocity.addcmul_(decay, weight)
-            weight.addcmul_(
-                velocity, learning_rates.view(-1, 1, 1), value=-(1 + math.cos(math.pi * progress)) / 2
-            )
+            weight.addcmul_(velocity, learning_rates.view(-1, 1, 1), value=-share)
     return weight, loss / len(x)
 
 

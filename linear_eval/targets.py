@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from linear_eval.features import EvalError
+from linear_eval.errors import EvalError, first_line
 
 CALTECH_TRAIN_PER_CLASS = 30
 VOC_CLASSES = (
@@ -109,7 +109,7 @@ def torchvision_target(name: str, root: str | Path, split: str, *, download: boo
         ) from error
     # not found, no network; lists of another layout
     except (OSError, RuntimeError, ValueError, IndexError, KeyError) as error:
-        reason = (str(error).splitlines() or [""])[0][:200]
+        reason = first_line(error)
         raise EvalError(
             f"{name} ({split}) cannot be read from {root} ({type(error).__name__}: {reason})", fix
         ) from error

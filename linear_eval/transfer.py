@@ -11,7 +11,6 @@ split, then a fit on train and validation together.
 """
 
 import csv
-import difflib
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 
 from linear_eval.artifacts import COLOURS, new_figure, save_figure
-from linear_eval.features import EvalError
+from linear_eval.errors import EvalError, did_you_mean, first_line
 from linear_eval.metrics import MULTI_LABEL, Measured, Metric, measure
 from linear_eval.names import csv_cell, markdown_cell, printable, shorten
 from linear_eval.targets import TARGETS
@@ -188,11 +187,8 @@ def _suite_error(error: ValidationError, where: str) -> EvalError:
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         known = list(Target.model_fields) if above else ["defaults", *Suite.model_fields]
-        near = difflib.get_close_matches(str(last), known, n=1)
-        return EvalError(
-            f"unknown key {key} in {where}",
-            f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}",
-        )
+        otherwise = f"use one of {', '.join(known)}"
+        return EvalError(f"unknown key {key} in {where}", did_you_mean(str(last), known, otherwise))
     if first["type"] == "value_error":
         return EvalError(f"{key}: {first['ctx']['error']}, in {where}", f"correct {key}")
     return EvalError(f"{key}: {first['msg']} (is {str(first['input'])[:60]!r}), in {where}", f"correct {key}")
@@ -231,7 +227,7 @@ def run_suite(
                 measured = measure(outputs, labels, target.metric, num_draws=num_draws, seed=seed)
                 cell = Cell(encoder, target, protocol, measured)
             except missing as error:
-                cell = Cell(encoder, target, "", None, " ".join(str(error).split()) or type(error).__name__)
+                cell = Cell(encoder, target, "", None, first_line(error, 2000))
             found[encoder, target.name] = cell
             if done is not None:
                 done(cell)

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from linear_eval.errors import first_line
 from linear_eval.linear import LinearHead
 from ssl_emp._version import __version__
 from ssl_emp.commands.subjects import Normalized, Pixels, drop_last_layer
@@ -205,7 +206,7 @@ def load_classifier(path: str | os.PathLike[str], *, check_range: bool = True) -
     except UserError:
         raise
     except Exception as error:  # safetensors, timm, torch: they have no common error
-        reason = (str(error).splitlines() or [""])[0][:200]
+        reason = first_line(error)
         what = f"the classifier in {folder} cannot be built ({type(error).__name__}: {reason})"
         raise UserError(what, "keep it again, with the versions of the packages that are here") from error
     model.checks_range = check_range

@@ -27,13 +27,13 @@ from linear_eval.augmented import augmented_probe
 from linear_eval.finetune import (
     Classifier,
     TrainResult,
-    _cosine,
     finetune,
     keyed_seed,
     parameter_groups,
     state_hash,
 )
 from linear_eval.linear import split_rows
+from linear_eval.numeric import cosine_schedule
 
 SIZE, DIM = 16, 16
 
@@ -213,10 +213,10 @@ def test_layer_decay_groups_are_exact() -> None:
 
 
 def test_schedule_rises_and_falls() -> None:
-    curve = [_cosine(step, 10, 4) for step in range(10)]
+    curve = [cosine_schedule(step, 10, 4) for step in range(10)]
     assert curve[:4] == [0.25, 0.5, 0.75, 1.0] and curve[4] == 1.0 and curve[7] == pytest.approx(0.5)
     assert curve[4:] == sorted(curve[4:], reverse=True) and 0 < curve[9] < 0.1
-    assert [_cosine(step, 2, 0) for step in range(2)] == pytest.approx([1.0, 0.5])
+    assert [cosine_schedule(step, 2) for step in range(2)] == pytest.approx([1.0, 0.5])
 
 
 def test_every_image_once_an_epoch_in_even_batches() -> None:

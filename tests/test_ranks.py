@@ -307,7 +307,7 @@ def test_what_fails_on_one_fails_on_all() -> None:
     first, second, third = on_ranks(3, work)
     assert first == [
         *["UserError: rank 2: a.jpg is bad. fix: remove it"] * 2,
-        *["RunFailed: rank 1: ValueError: two lines"] * 2,
+        *["RunFailed: rank 1: ValueError: two"] * 2,
     ]
     assert second == [*first[:2], *["ValueError: two\nlines"] * 2]
     assert third == [*["UserError: a.jpg is bad. fix: remove it"] * 2, *first[2:]]

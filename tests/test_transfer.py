@@ -206,7 +206,7 @@ def test_other_exceptions_are_missing_only_where_asked_for() -> None:
     suite = suite_of({"name": "a", "source": "f"})
     with pytest.raises(FileNotFoundError):
         run_suite(suite, ["e"], evaluate)
-    assert run_suite(suite, ["e"], evaluate, missing=(OSError,)).cells[0].reason == "no file at all"
+    assert run_suite(suite, ["e"], evaluate, missing=(OSError,)).cells[0].reason == "no file"
     with pytest.raises(EvalError, match="each once"):
         run_suite(suite, ["e", "e"], evaluate)
 

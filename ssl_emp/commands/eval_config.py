@@ -1,10 +1,10 @@
 """The settings of evaluate.py: one section an evaluator, and how `key=value` fills them."""
 
-import difflib
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
 
+from linear_eval.errors import did_you_mean
 from ssl_emp.config import (
     LARGEST_BATCH,
     MOST_EPOCHS,
@@ -112,11 +112,8 @@ def parse_overrides(overrides: list[str], settings: type[Section] = EvalConfig) 
     for override in overrides:
         key = override.partition("=")[0]
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            raise UserError(
-                f"unknown key {key!r}",
-                f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}",
-            )
+            otherwise = f"use one of {', '.join(known)}"
+            raise UserError(f"unknown key {key!r}", did_you_mean(key, known, otherwise, cutoff=0.4))
         apply_override(settings, values, override)
     return values
 

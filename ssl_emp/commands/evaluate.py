@@ -55,6 +55,7 @@ from torch import Tensor, nn
 from linear_eval import EvalError, Features, extract_features
 from linear_eval.augmented import augmented_probe
 from linear_eval.diagnose import diagnose, draw_map, draw_neighbors, map_2d, verdict, write_embeddings
+from linear_eval.errors import first_line
 from linear_eval.features import load_features, save_features
 from linear_eval.fewshot import FewShotResult, fewshot, fewshot_probe
 from linear_eval.finetune import TrainResult, finetune, state_hash
@@ -807,7 +808,7 @@ def beside(voice: Voice, path: Path, part: str = "") -> Iterator[None]:
         yield
     # whatever a library of pictures, a font, a full disk or a missing package comes up with
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = first_line(error, 2000)
         voice.note(
             f"warning: {path} is made without {part}: {reason}"
             if part
@@ -866,7 +867,7 @@ def training_columns(
     try:
         table = read_samples(path)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        what = f"{path} cannot be read ({(str(error).splitlines() or [''])[0][:200] or type(error).__name__})"
+        what = f"{path} cannot be read ({first_line(error)})"
         raise UserError(what, f"move it away, or: python pretrain.py --resume {quoted(run)}") from error
     trained_on = read_run_data(run, {}).source
     source = subject.data.source if split == "train" else subject.data.test_source or subject.data.source
@@ -1162,8 +1163,8 @@ def build(subject: Subject, image_size: int, device: torch.device) -> nn.Module:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, AssertionError) as error:  # each network complains in its own way
-        reason = (str(error).splitlines() or [""])[0]
-        what = f"{subject.name} takes no images of {image_size}x{image_size} pixels ({reason[:120]})"
+        reason = first_line(error, 120)
+        what = f"{subject.name} takes no images of {image_size}x{image_size} pixels ({reason})"
         raise UserError(what, f"set data.image_size={subject.image_size or 224}, or leave it out") from error
     return encoder
 

@@ -2,7 +2,6 @@
 torchvision's.
 """
 
-import difflib
 import io
 import logging
 import sys
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from linear_eval.errors import did_you_mean, first_line
 from ssl_emp.commands.eval_config import EvalConfig, check
 from ssl_emp.config import AugmentConfig, DataConfig, parse_yaml
 from ssl_emp.errors import UserError
@@ -69,9 +69,8 @@ def find_subjects(
         if not (
             name in ("random", "pixels") or name.startswith(("timm:", "torchvision:")) or Path(name).is_dir()
         ):
-            near = difflib.get_close_matches(name, [*evaluators, "random", "pixels"], n=1)
             kinds = "a run directory, an encoder directory, random, pixels, timm:NAME or torchvision:NAME"
-            fix = f"did you mean {near[0]}?" if near else f"ENCODER is {kinds}"
+            fix = did_you_mean(name, [*evaluators, "random", "pixels"], f"ENCODER is {kinds}")
             raise UserError(f"{name!r} is no directory, encoder or evaluator", fix)
 
     runs: dict[str, Encoder | UserError] = {
@@ -211,9 +210,9 @@ def load_timm(name: str) -> tuple[nn.Module, int, bool]:
     try:
         network = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # unknown name, no weights, no network: timm and its hub have no common error
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         raise UserError(
-            f"timm:{name} cannot be loaded ({type(error).__name__}: {reason[:200]})",
+            f"timm:{name} cannot be loaded ({type(error).__name__}: {reason})",
             (
                 "check the name with timm.list_pretrained(), and that the network or timm's cache "
                 "has the weights"
@@ -232,12 +231,8 @@ def load_torchvision(name: str) -> tuple[nn.Module, int, bool, str]:
 
     known = models.list_models(module=models)  # those that classify images: their last layer can be left out
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        fix = (
-            f"did you mean torchvision:{near[0]}?"
-            if near
-            else "see torchvision.models.list_models(module=torchvision.models)"
-        )
+        otherwise = "see torchvision.models.list_models(module=torchvision.models)"
+        fix = did_you_mean(name, known, otherwise, prefix="torchvision:")
         raise UserError(f"torchvision has no image classifier {name!r}", fix)
     weights = models.get_model_weights(name).DEFAULT
     try:
@@ -246,9 +241,9 @@ def load_torchvision(name: str) -> tuple[nn.Module, int, bool, str]:
             network = models.get_model(name, weights=weights, progress=sys.stderr.isatty())
     # no network, a damaged or another file: torch.hub and the unpickler have no common error
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         raise UserError(
-            f"the weights of torchvision:{name} cannot be loaded ({type(error).__name__}: {reason[:200]})",
+            f"the weights of torchvision:{name} cannot be loaded ({type(error).__name__}: {reason})",
             (
                 f"connect to the network, or put {weights.url.rpartition('/')[2]} into "
                 f"{torch.hub.get_dir()}/checkpoints"

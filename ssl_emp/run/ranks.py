@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from linear_eval.errors import EvalError
+from linear_eval.errors import EvalError, first_line
 from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.keyed import keyed_bits
 from ssl_emp.run.liveness import GRACE_SECONDS, BoundedStore, Liveness, Lost, ending, leave_at_once
@@ -203,7 +203,7 @@ class Ranks:
             yield
         except Exception as caught:
             error = caught
-        line = "" if error is None else f"{type(error).__name__}: {error}"
+        line = "" if error is None else f"{type(error).__name__}: {first_line(error)}"
         if isinstance(error, UserError | EvalError):
             line = f"{FIXABLE}{error}"
         lines = self.barrier(" ".join(line.split())[:2000])
@@ -390,9 +390,9 @@ class Ranks:
         except Exception:  # no store: its host, rank 0, or the launcher is gone
             return self._no_store()
         names = f"rank {', '.join(map(str, sorted(lost)))} is lost" if lost else "the ranks lost each other"
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        said = first_line(error, 120)
         speaks = self.rank == min(set(range(self.world_size)) - lost, default=0)
-        return LostRank(f"{names} ({said[:120]}){self.advice}", speaks, lost=lost)
+        return LostRank(f"{names} ({said}){self.advice}", speaks, lost=lost)
 
 
 @dataclass(frozen=True)
@@ -672,8 +672,8 @@ def _open_store(place: Place) -> dist.Store:
 
 
 def _not_connected(place: Place, where: str, error: Exception) -> UserError:
-    said = (str(error).splitlines() or [type(error).__name__])[0]
-    what = f"rank {place.rank} of {place.world_size} does not meet the others at {where} ({said[:120]})"
+    said = first_line(error, 120)
+    what = f"rank {place.rank} of {place.world_size} does not meet the others at {where} ({said})"
     fix = "see that MASTER_ADDR and MASTER_PORT are rank 0's, the port is free, and all are started"
     return UserError(what, f"{fix} (by srun, not by python alone)" if "SLURM_JOB_ID" in os.environ else fix)
 

@@ -1,0 +1,58 @@
+"""A file appears under its name whole, or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def replacing(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
+    """A file to write that takes the name `path` once all of it is on disk. Until then, and after an error,
+    what has the name stays.
+
+    A temporary sibling, fsync, rename, fsync of the directory. A link called `path` is replaced itself, what
+    it leads to stays.
+
+    Args:
+        shared: other processes may write the same file at the same time; the temporary sibling then
+            carries the process number.
+
+    Raises:
+        OSError: with the path.
+    """
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
+    try:
+        try:
+            file = open(tmp, "xb")  # x: made here, so it is no link and has no other name
+        except FileExistsError:  # left by a killed process
+            tmp.unlink()
+            file = open(tmp, "xb")
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+        sync_directory(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            tmp.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)
+        raise
+
+
+def write_atomically(path: Path, data: bytes, shared: bool = False) -> None:
+    """Write a small file whole or not at all, see `replacing`."""
+    with replacing(path, shared) as file:
+        file.write(data)
+
+
+def sync_directory(folder: Path) -> None:
+    """A rename is on disk when its directory is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
