@@ -155,6 +155,7 @@ class Pruner:
         self.steps_per_epoch = -(-self._ends[-1] // epochs)
         self.step = 0  # batches heard of
         self._samples_are_streamed = False  # by a sampler, whose epochs are not those of the plan
+        self._drawn = 0, 0  # first and last (excluded) step of the sampler's last whole pass
         self._chosen: dict[int, Chosen] = {}
         self._told: dict[str, tuple[int, float]] = {}  # findings: when, and how bad
         width = 0
@@ -336,14 +337,27 @@ class Pruner:
         """
         return PrunedSampler(self, num_replicas, rank, resumes)
 
-    def begin_epoch(self, nominal: int) -> int:
-        """For the sampler: move to a nominal epoch unless the run stands within it. Returns the step within
-        it.
-        """
+    def skip_to(self, nominal: int) -> None:
+        """For the sampler: leave out what is left before a nominal epoch. Never back."""
+        self.step = max(self.step, nominal * self.steps_per_epoch)
+
+    def next_pass(self) -> tuple[int, int]:
+        """For the sampler: the steps, first and last (excluded), that are left of the nominal epoch under way."""
         self._samples_are_streamed = True
-        if self.step // self.steps_per_epoch != nominal:
-            self.step = nominal * self.steps_per_epoch
-        return self.step - nominal * self.steps_per_epoch
+        first, last = self._drawn
+        if first < self.step < last:
+            raise ValueError(
+                f"update heard of {self.step - first} of the last pass's {last - first} batches: call it once a batch"
+            )
+        if self.step >= self.total_steps:
+            raise ValueError(
+                f"all {self.epochs} planned epochs are trained: make a new Pruner, or one with more"
+            )
+        return self.step, (self.step // self.steps_per_epoch + 1) * self.steps_per_epoch
+
+    def end_pass(self, first: int, last: int) -> None:
+        """For the sampler: these steps were drawn, if not heard of yet."""
+        self._drawn = first, last
 
     def batch(self, step: int) -> list[int]:
         """For the sampler: the samples of a step, counted over the whole run, on the host."""
@@ -529,10 +543,11 @@ class Pruner:
         if chosen is None or chosen.batches is None:
             return {}
         record, formula = self.record, self.policy.formula
+        # some may have been trained on again since: a sampler's passes do not end with the plan's epochs
+        trained_epoch, index = record.trained_epoch.clone(), chosen.batches.flatten()
+        trained_epoch[index] = trained_epoch[index].clamp(max=epoch)
         figures = {"kept_share": chosen.batches.numel() / self.num_samples}
-        figures |= describe_terms(
-            record.last[:, chosen.batches.flatten()], formula.beta, formula.memory == "standardized"
-        )
+        figures |= describe_terms(record.last[:, index], formula.beta, formula.memory == "standardized")
         if not chosen.before:
             return figures
         before = chosen.before
@@ -541,7 +556,7 @@ class Pruner:
         return figures | diagnose(
             epoch,
             times_trained=record.times_trained,
-            last_trained=record.trained_epoch,
+            last_trained=trained_epoch,
             last_trained_before=before["trained_epoch"] if self.plan.is_pruned(epoch - 1) else None,
             scores=now,
             scores_before=before.get("score"),
@@ -612,7 +627,7 @@ class Pruner:
             raise ValueError(f"the state does not fit this pruner: {problem}")
         device = self.record.terms.device
         self.record.load_state_dict(state["record"])
-        self.step, self._told = state["step"], dict(state["told"])
+        self.step, self._told, self._drawn = state["step"], dict(state["told"]), (0, 0)
         self._chosen = {
             epoch: Chosen(
                 entry["batches"].to(device),

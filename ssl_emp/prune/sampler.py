@@ -50,44 +50,55 @@ class PrunedSampler(DistributedSampler[int]):
 
     Trainers take `len(loader)` once; epochs that became shorter would cut the annealing epochs and stall the
     learning rate. It is a DistributedSampler, so that trainers call `set_epoch` on it and do not replace it.
-    Iterating twice gives the same numbers; a whole pass moves on to the next epoch by itself. `sampler()` of
-    `Pruner` makes it.
+    A pass begins at the first batch that `update` has not heard of and ends with its nominal epoch, so
+    iterating twice gives the same numbers, and nobody has to call `set_epoch`. `sampler()` of `Pruner` makes
+    it.
     """
 
     def __init__(self, pruner: "Pruner", num_replicas: int | None, rank: int | None, resumes: bool) -> None:
-        together = dist.is_available() and dist.is_initialized()
-        self.num_replicas = num_replicas or (dist.get_world_size() if together else 1)
-        self.rank = (
-            rank if rank is not None else (dist.get_rank() if together and num_replicas is None else 0)
-        )
+        self.pruner, self.resumes = pruner, resumes
+        self._num_replicas, self._rank = num_replicas, rank
         if not 0 <= self.rank < self.num_replicas:
             raise ValueError(f"rank {self.rank} of {self.num_replicas}: give 0 <= rank < num_replicas")
-        if pruner.batch_size % self.num_replicas:
-            what = (
-                f"batch_size {pruner.batch_size} of the pruner is that of all {self.num_replicas} "
-                "processes together"
-            )
-            raise ValueError(f"{what}: make it a multiple of {self.num_replicas}")
-        self.pruner, self.resumes = pruner, resumes
-        self.epoch = 0  # of the pass under way, or set for the next one
-        self._is_set, self._passed = False, 0
-        self.num_samples = pruner.steps_per_epoch * pruner.batch_size // self.num_replicas  # of this process
-        self.total_size = self.num_samples * self.num_replicas
+        self.epoch = 0  # as set last
         self.shuffle, self.drop_last, self.seed = True, True, pruner.seed  # what a DistributedSampler has
+        len(self)
+
+    # asked anew each time: Lightning starts torch.distributed after a loader was made
+
+    @property
+    def num_replicas(self) -> int:  # type: ignore[override]
+        """Processes that share a batch."""
+        return self._num_replicas or (dist.get_world_size() if _is_distributed() else 1)
+
+    @property
+    def rank(self) -> int:  # type: ignore[override]
+        """Which of them this is."""
+        if self._rank is not None:
+            return self._rank
+        return dist.get_rank() if _is_distributed() and self._num_replicas is None else 0
 
     def __len__(self) -> int:
-        return self.num_samples
+        """Samples of a pass on this process."""
+        whole, parts = self.pruner.batch_size, self.num_replicas
+        if whole % parts:
+            what = f"batch_size {whole} of the pruner is that of all {parts} processes together"
+            raise ValueError(f"{what}: make it a multiple of {parts}")
+        return self.pruner.steps_per_epoch * whole // parts
 
     def set_epoch(self, epoch: int) -> None:
-        """Which nominal epoch, counted from 0, the next pass is."""
-        self.epoch, self._is_set = epoch, True
+        """Leave out what is before this nominal epoch, counted from 0. Never back: what was heard stays."""
+        self.epoch = epoch
+        self.pruner.skip_to(epoch)
 
     def __iter__(self) -> Iterator[int]:
         pruner = self.pruner
-        epoch = self.epoch if self._is_set else max(self._passed, pruner.step // pruner.steps_per_epoch)
-        self.epoch, first = epoch, pruner.begin_epoch(epoch)
-        part = pruner.batch_size // self.num_replicas
-        for number in range(first if self.resumes else 0, pruner.steps_per_epoch):
-            batch = pruner.batch(epoch * pruner.steps_per_epoch + number)
-            yield from batch[self.rank * part : (self.rank + 1) * part]
-        self._passed, self._is_set = epoch + 1, False
+        first, last = pruner.next_pass()
+        part, rank = len(self) // pruner.steps_per_epoch, self.rank
+        for step in range(first if self.resumes else last - pruner.steps_per_epoch, last):
+            yield from pruner.batch(step)[rank * part : (rank + 1) * part]
+        pruner.end_pass(first, last)
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
