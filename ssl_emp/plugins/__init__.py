@@ -1,0 +1,1 @@
+"""The same pruner in somebody else's trainer."""
