@@ -134,7 +134,6 @@ def verdict(found: Diagnosis) -> list[str]:
 
 
 # ---- figures
-# ---------------------------------------------------------------------------------------------------------
 
 
 def feature_std(x: Tensor) -> float:
@@ -201,7 +200,6 @@ def uniformity_of_sphere(dim: int, *, t: float = 2) -> float:
 
 
 # ---- neighbours
-# ------------------------------------------------------------------------------------------------------
 
 
 def nearest_rows(x: Tensor, queries: Tensor, num_neighbors: int) -> Tensor:
@@ -297,7 +295,6 @@ def draw_neighbors(
 
 
 # ---- map and table
-# ---------------------------------------------------------------------------------------------------
 
 
 def map_2d(x: Tensor, *, method: MapMethod = "pca", seed: int = 0) -> Tensor:
@@ -453,7 +450,6 @@ def write_embeddings(
 
 
 # ---- small parts
-# -----------------------------------------------------------------------------------------------------
 
 
 def _directions(x: Tensor) -> Tensor:

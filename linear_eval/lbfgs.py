@@ -162,7 +162,6 @@ def _two_loops(gram: Tensor, slots: list[int]) -> Tensor:
 
 
 # ---- logistic regression
-# ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -329,7 +328,6 @@ def _interpolate(logs: Tensor, points: Tensor, solved: list[int], wanted: list[i
 
 
 # ---- several labels a row
-# ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -456,7 +454,6 @@ class _Binary:
 
 
 # ---- small parts
-# -----------------------------------------------------------------------------------------------------
 
 
 def _coordinates(x: Tensor, standardize: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:

@@ -265,7 +265,6 @@ def tabulate(suite: str, cells: Sequence[Cell]) -> Transfer:
 
 
 # ---- the table, for machines and for people
-# --------------------------------------------------------------------------
 
 
 def to_rows(transfer: Transfer) -> list[dict[str, Any]]:

@@ -270,7 +270,6 @@ def _built(config: ClassifierConfig, weights: Path) -> Classifier:
 
 
 # ---- encoders as words
-# -----------------------------------------------------------------------------------------------
 
 
 def _core(encoder: nn.Module) -> nn.Module:

@@ -26,7 +26,6 @@ LARGE = 1 << 30  # what grows with a run: metrics, rows of evaluations
 
 
 # ---- writing
-# ---------------------------------------------------------------------------------------------------------
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
@@ -124,7 +123,6 @@ def inner_folder(root: Path, *names: str) -> Path:
 
 
 # ---- reading
-# ---------------------------------------------------------------------------------------------------------
 
 
 def check_regular(path: str | Path, limit: int = LARGE) -> int:

@@ -39,7 +39,7 @@ MUTANTS = [
     ),
     Mutant(
         "features of the cache are those of other images",
-        "ssl_emp/commands/evaluate.py",
+        "ssl_emp/commands/evaluators.py",
         "{state_hash(encoder)} {images.content['pixels']} {how}",
         "{state_hash(encoder)} {how}",
         "tests/test_cache_keys.py -k features",

@@ -44,7 +44,6 @@ def with_singular_values(num: int, values: list[float], seed: int = 0) -> Tensor
 
 
 # ---- figures
-# ---------------------------------------------------------------------------------------------------------
 
 
 def test_directions_spread_evenly_have_the_known_figures() -> None:
@@ -160,7 +159,6 @@ def test_bad_features_are_one_clear_line(
 
 
 # ---- neighbours
-# ------------------------------------------------------------------------------------------------------
 
 
 def test_nearest_rows_against_brute_force_ties_by_row() -> None:
@@ -204,7 +202,6 @@ def test_the_grid_marks_neighbours_of_the_same_and_of_another_class(tmp_path: Pa
 
 
 # ---- map and table
-# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(50, 6), (12, 40)])

@@ -21,7 +21,7 @@ from torch import nn
 from torchvision import models
 
 from linear_eval import Features
-from ssl_emp.commands import evaluate, subjects
+from ssl_emp.commands import evaluate, evaluators, subjects
 from ssl_emp.commands.row_tables import terminal_table
 from ssl_emp.commands.rows import COLUMNS
 from ssl_emp.config import DataConfig
@@ -377,13 +377,13 @@ def test_torchvision_models(
     weights = {key: value.clone() for key, value in oracle.state_dict().items()}
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda url, **options: weights)
     judged: list[tuple[nn.Module, ImageSet]] = []
-    original = evaluate.extract
+    original = evaluators.extract
 
-    def kept(judge: evaluate.Judged, images: ImageSet, split: str) -> Features:
+    def kept(judge: evaluators.Judged, images: ImageSet, split: str) -> Features:
         judged.append((judge.encoder, images))
         return original(judge, images, split)
 
-    monkeypatch.setattr(evaluate, "extract", kept)
+    monkeypatch.setattr(evaluators, "extract", kept)
     assert (
         evaluate.main(
             [f"torchvision:{name}", "knn", f"data.source={tiny_data}", "data.image_size=64", *SMALL]
@@ -486,7 +486,6 @@ def test_a_run_with_data_of_another_shape_and_ctrl_c(run_dir: Path, monkeypatch:
 
 
 # ---- the other evaluators
-# --------------------------------------------------------------------------------------------
 
 
 def test_every_k_and_every_linear_protocol_is_a_row(
@@ -635,13 +634,13 @@ def test_one_changed_image_among_ten_thousand_is_another_key(row: int) -> None:
     ]
     encoder = nn.Linear(2, 2)
     assert fingerprint(sets[0]) != fingerprint(sets[1])
-    keys = [evaluate.features_key(encoder, images) for images in sets]
-    assert keys[0] != keys[1] and keys[0] == evaluate.features_key(
+    keys = [evaluators.features_key(encoder, images) for images in sets]
+    assert keys[0] != keys[1] and keys[0] == evaluators.features_key(
         encoder, replace(sets[0], pixels=pixels.clone())
     )
     with torch.no_grad():
         encoder.bias[0] += 1
-    assert evaluate.features_key(encoder, sets[0]) != keys[0]
+    assert evaluators.features_key(encoder, sets[0]) != keys[0]
 
 
 def test_images_that_lie_as_jpegs_are_known_by_all_of_them(tmp_path: Path) -> None:
@@ -654,7 +653,7 @@ def test_images_that_lie_as_jpegs_are_known_by_all_of_them(tmp_path: Path) -> No
         )
         assert not isinstance(found.pixels, torch.Tensor)
         prints.append(fingerprint(found))
-        keys.append([evaluate.features_key(nn.Identity(), found) for _ in range(2)])
+        keys.append([evaluators.features_key(nn.Identity(), found) for _ in range(2)])
     assert keys[1][0] == keys[1][1] and keys[2][0] not in (*keys[0], *keys[1])
     assert prints[1] == prints[0] != prints[2]
 
@@ -663,13 +662,13 @@ def test_features_are_computed_once_for_an_encoder_and_a_data_set(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls: list[int] = []
-    original = evaluate.extract_features
+    original = evaluators.extract_features
 
     def counted(encoder: nn.Module, pixels: Any, *arguments: Any, **options: Any) -> Any:
         calls.append(len(pixels))
         return original(encoder, pixels, *arguments, **options)
 
-    monkeypatch.setattr(evaluate, "extract_features", counted)
+    monkeypatch.setattr(evaluators, "extract_features", counted)
     words = [str(run_dir), "knn", "knn.num_neighbors=5", "device=cpu", f"cache_dir={tmp_path / 'features'}"]
     tables = []
     for more, expected in (([], [68, 40]), ([], [68, 40]), (["data.max_images=60"], [68, 40, 60])):
@@ -755,7 +754,6 @@ def test_a_target_from_its_own_layout(
 
 
 # ---- an interrupted training
-# -----------------------------------------------------------------------------------------
 
 
 class Watched(io.StringIO):

@@ -235,7 +235,6 @@ def test_every_image_once_an_epoch_in_even_batches() -> None:
 
 
 # ---- checkpoints belong to one training
-# ------------------------------------------------------------------------------
 
 
 def stop_after(steps: int) -> Callable[[int, int], None]:
@@ -513,7 +512,6 @@ def test_where_no_checkpoint_can_be_written_the_training_goes_on(kind: str, tmp_
 
 
 # ---- augmented probe
-# -------------------------------------------------------------------------------------------------
 
 
 def probed(encoder: nn.Module, dim: int, **given: Any) -> TrainResult:
@@ -670,7 +668,6 @@ def test_state_hash_sees_every_kind_of_state() -> None:
 
 
 # ---- mistakes
-# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import yaml
 from conftest import striped_images, write_parquet
 from test_evaluate import SMALL, make_run, table
 
-from ssl_emp.commands import evaluate, pretrain
+from ssl_emp.commands import eval_images, evaluate, pretrain, transfer
 from ssl_emp.commands.eval_config import EvalConfig
 from ssl_emp.commands.rows import ROW_KEY, row_key, write_rows
 from ssl_emp.config import DataConfig
@@ -256,7 +256,7 @@ def test_a_suite_keeps_its_cells(
         targets = [{"name": target, "source": str(tiny_data), "protocol": "knn"} for target in ("a", "b")]
         suites[-1].write_text(yaml.safe_dump({"name": name, "targets": targets}))
     words = [str(run_dir), "pixels", "transfer", "transfer.num_draws=100", *SMALL]
-    original, calls = evaluate.judge_target, []
+    original, calls = transfer.judge_target, []
 
     def stopped(*given: Any) -> Any:
         calls.append(1)
@@ -264,7 +264,7 @@ def test_a_suite_keeps_its_cells(
             raise Stopped(signal.SIGTERM)
         return original(*given)
 
-    monkeypatch.setattr(evaluate, "judge_target", stopped)
+    monkeypatch.setattr(transfer, "judge_target", stopped)
     assert evaluate.main([*words, f"transfer.suite={suites[0]}"]) == 143
     path = run_dir / "eval/transfer.json"
     assert sum(row["value"] is not None for row in json.loads(path.read_text()) if row["data"] in "ab") == 3
@@ -281,7 +281,6 @@ def test_a_suite_keeps_its_cells(
 
 
 # ---- rows are keyed by what they depend on
-# ---------------------------------------------------------------------------
 
 # cannot move a number of a row, or only through a column or text that is named here
 UNMOVED = {
@@ -347,7 +346,7 @@ def test_every_setting_is_in_the_row_or_known_to_move_nothing(
     assert sorted(keys) == sorted([*UNMOVED, *MOVED, "data"][:-1]), (
         "say of a new key whether it can move a number"
     )
-    said = {*evaluate.DATA_SAID, *evaluate.DATA_UNSAID}
+    said = {*eval_images.DATA_SAID, *eval_images.DATA_UNSAID}
     assert said < set(DataConfig.model_fields), "what is in neither list is named where it is not the default"
     quick = (
         "finetune.epochs=1",
@@ -392,7 +391,6 @@ def test_weights_and_images_of_a_name_may_change(tmp_path: Path, capsys: pytest.
 
 
 # ---- what pretrain.py advises
-# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,6 @@ def with_labels(features: Features, labels: list[int] | Tensor) -> Features:
 
 
 # ---- features
-# --------------------------------------------------------------------------------------------------
 
 
 def small_encoder() -> nn.Sequential:
@@ -123,7 +122,6 @@ def test_non_finite_features_are_counted() -> None:
 
 
 # ---- kNN
-# --------------------------------------------------------------------------------------------------
 
 
 def brute_force(train: Features, test: Features, k: int, temperature: float) -> list[int]:
@@ -346,7 +344,6 @@ def test_a_full_gpu_falls_back_to_the_cpu_with_the_same_result(
 
 
 # ---- batched L-BFGS
-# --------------------------------------------------------------------------------------------------
 
 
 def test_every_problem_reaches_its_own_minimum_and_is_then_left_alone() -> None:
@@ -505,7 +502,6 @@ def test_a_grid_is_its_values_one_at_a_time(monkeypatch: pytest.MonkeyPatch, cha
 
 
 # ---- linear probe
-# --------------------------------------------------------------------------------------------------
 
 
 def test_the_choice_of_l2_does_not_see_the_test_split() -> None:
@@ -659,7 +655,6 @@ def test_test_classes_that_train_lacks_count_as_wrong_for_every_probe(unknown: l
 
 
 # ---- several labels a row
-# --------------------------------------------------------------------------------------------
 
 
 def tagged(num: int, seed: int, *, dim: int = 12, classes: int = 5, unsure: float = 0.1) -> Features:
@@ -794,7 +789,6 @@ def test_multi_label_probe_refuses_what_has_no_answer() -> None:
 
 
 # ---- SGD heads
-# --------------------------------------------------------------------------------------------------
 
 
 def test_heads_together_are_each_head_alone() -> None:

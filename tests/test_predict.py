@@ -107,7 +107,6 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 
 # ---- the same numbers
-# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -177,7 +176,6 @@ def test_batches_do_not_matter_and_a_kept_one_stays_after_its_run(
 
 
 # ---- images of all kinds
-# ---------------------------------------------------------------------------------------------
 
 
 def test_images_without_labels_and_those_that_cannot_be_read(
@@ -252,7 +250,6 @@ def test_from_python(kept: Kept, data: Path, capsys: pytest.CaptureFixture[str])
 
 
 # ---- what is no classifier
-# -------------------------------------------------------------------------------------------
 
 
 def edited(folder: Path, **changes: Any) -> None:
@@ -364,7 +361,6 @@ def test_what_is_no_classifier(
 
 
 # ---- keeping
-# ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_classifier_needs_a_place(

@@ -22,7 +22,7 @@ from test_linear_eval import images, small_encoder
 from torch import Tensor, nn
 
 from linear_eval import EvalError, extract_features
-from ssl_emp.commands.evaluate import distribute
+from ssl_emp.commands.evaluators import distribute
 from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.loss import nt_xent
 from ssl_emp.loss import nt_xent as nt_xent_alone

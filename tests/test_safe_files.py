@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ssl_emp.commands import evaluate, pretrain
+from ssl_emp.commands.samples_table import read_samples
 from ssl_emp.errors import UserError
 from ssl_emp.model import build_encoder, load_encoder, save_encoder
 from ssl_emp.run.checkpoint import load_checkpoint, save_checkpoint
@@ -184,7 +185,6 @@ def test_the_temporary_sibling_is_made_anew(tmp_path: Path, victim: Path, kind: 
 
 
 # ---- reading
-# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -336,14 +336,13 @@ def test_a_table_of_samples_is_what_a_run_writes(tmp_path: Path, kind: str) -> N
     if kind == "no table":
         path.write_bytes(b"PAR1" + b"\xff" * 200 + b"PAR1")
     if kind == "good":
-        assert evaluate.read_samples(path)["name"].to_pylist()[:2] == ["a/0", "a/1"]
+        assert read_samples(path)["name"].to_pylist()[:2] == ["a/0", "a/1"]
         return
     with pytest.raises((ValueError, pa.ArrowException, OSError, KeyError)):
-        evaluate.read_samples(path)
+        read_samples(path)
 
 
 # ---- an evaluation of a stranger's run
-# -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

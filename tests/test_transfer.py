@@ -68,7 +68,6 @@ def table_of(values: dict[str, list[float | None]]) -> Transfer:
 
 
 # ---- suites
-# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -165,7 +164,6 @@ def test_a_bad_suite_is_one_clear_line(values: Any, message: str) -> None:
 
 
 # ---- running and the table
-# -------------------------------------------------------------------------------------------
 
 
 def test_a_suite_runs_and_a_missing_data_set_is_a_line() -> None:
@@ -269,7 +267,6 @@ def test_bars_are_drawn_and_matplotlib_is_an_extra(tmp_path: Path, monkeypatch: 
 
 
 # ---- data sets on disk
-# -----------------------------------------------------------------------------------------------
 
 
 def put_image(path: Path, shade: int) -> Path:

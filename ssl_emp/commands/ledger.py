@@ -8,12 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from linear_eval import EvalError
 from ssl_emp.commands.row_tables import markdown_table, terminal_table
 from ssl_emp.commands.rows import Row, write_rows
-from ssl_emp.errors import UserError, printable
+from ssl_emp.errors import RunFailed, UserError, printable
 from ssl_emp.run.interrupts import Interrupts
 from ssl_emp.run.report import show_progress
 from ssl_emp.run.streams import is_shown, put
+
+# RunFailed: another process failed in what is done together
+MISTAKES = (UserError, EvalError, RunFailed)
 
 
 def say(line: str) -> None:

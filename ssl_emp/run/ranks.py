@@ -825,8 +825,7 @@ def end_with_launcher() -> None:
     threading.Thread(target=watch, name="ssl_emp-orphan", daemon=True).start()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# BatchNorm
+# ---- BatchNorm
 
 
 def share_batch_norm(model: nn.Module, ranks: Ranks) -> None:

@@ -29,11 +29,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import linear_eval.knn
-from linear_eval import EvalError, Features, knn_accuracies
+from linear_eval import EvalError, Features, extract_features, knn_accuracies
 from linear_eval.finetune import state_hash
 from linear_eval.knn import import_faiss, knn_predictions
 from ssl_emp import load_encoder
 from ssl_emp.commands import evaluate, subjects
+from ssl_emp.data.images import load_images
 from ssl_emp.model import build_encoder, save_encoder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,7 +125,6 @@ def data_of(folder: Path, train: list[int], test: list[int], *, images: list[byt
 
 
 # ---- what is no encoder
-# ----------------------------------------------------------------------------------------------
 
 
 def test_B10_no_encoder(tmp_path: Path, run_dir: Path) -> None:
@@ -177,7 +177,6 @@ def test_B10_no_encoder(tmp_path: Path, run_dir: Path) -> None:
 
 
 # ---- kNN
-# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["missing", "broken library", "built for another numpy"])
@@ -370,7 +369,6 @@ def test_H5_a_full_gpu(error: Exception, when: str, monkeypatch: pytest.MonkeyPa
 
 
 # ---- labels
-# ----------------------------------------------------------------------------------------------------------
 
 
 def test_H6_a_test_class_that_train_lacks(run: Run, run_dir: Path, tmp_path: Path) -> None:
@@ -414,12 +412,11 @@ def test_H6_labels_that_are_missing(run: Run, run_dir: Path, tmp_path: Path) -> 
 
 
 # ---- several processes
-# -----------------------------------------------------------------------------------------------
 
 
 PAIR = """
 import contextlib, io, json, os, signal, sys
-from ssl_emp.commands import evaluate
+from ssl_emp.commands import evaluate, evaluators
 from ssl_emp.errors import UserError
 
 def fails(*given, **options):
@@ -435,7 +432,7 @@ def dies(*given, **options):
 for name, port, words in json.loads(sys.argv[1]):
     os.environ["MASTER_PORT"] = str(port)
     if name == "dies":  # the one that is left ends at once
-        evaluate.extract_features, original = dies, evaluate.extract_features
+        evaluators.extract_features, original = dies, evaluators.extract_features
         sys.exit(evaluate.main(words))
     load_splits = original = evaluate.load_splits
     evaluate.load_splits = fails if name == "fails" else original
@@ -548,7 +545,6 @@ def test_H7_half_a_launch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- the encoder and the splits
-# --------------------------------------------------------------------------------------
 
 
 def test_H8_the_encoder_stays_as_it_was(run: Run, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -618,13 +614,13 @@ def test_H4_features_do_not_depend_on_batches_or_threads(
     """H4 | another batch size, another number of threads | features within 1e-5, the same table"""
     torch.manual_seed(1)
     encoder = load_encoder(run_dir)
-    images = evaluate.load_images(str(tiny_data), "train")
-    usual = evaluate.extract_features(encoder, images.pixels, images.labels, batch_size=256)
+    images = load_images(str(tiny_data), "train")
+    usual = extract_features(encoder, images.pixels, images.labels, batch_size=256)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2 if how == "2 threads" else threads)
         size = {"batches of 1": 1, "batches of 7": 7}.get(how, 256)
-        found = evaluate.extract_features(encoder, images.pixels, images.labels, batch_size=size)
+        found = extract_features(encoder, images.pixels, images.labels, batch_size=size)
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(found.x, usual.x, atol=1e-5, rtol=1e-5)

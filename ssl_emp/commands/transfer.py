@@ -1,0 +1,170 @@
+"""`transfer`: encoders on a suite of target data sets -> a table of its own."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linear_eval import EvalError, Features
+from linear_eval.knn import knn_predict
+from linear_eval.linear import linear_probe, multi_label_probe, sgd_probe
+from linear_eval.metrics import MULTI_LABEL
+from linear_eval.transfer import (
+    Cell,
+    Outcome,
+    Target,
+    Transfer,
+    draw_bars,
+    missing_lines,
+    parse_suite,
+    run_suite,
+    tabulate,
+    to_csv,
+    to_markdown,
+    to_rows,
+)
+from ssl_emp.commands.eval_images import Splits, images_hash, load_target
+from ssl_emp.commands.evaluators import Judged, Session, beside, build, extract, weights_hash
+from ssl_emp.commands.ledger import MISTAKES
+from ssl_emp.commands.rows import Row
+from ssl_emp.commands.rows import write_rows as write_rows  # for scripts that add rows of their own
+from ssl_emp.commands.subjects import Subject
+from ssl_emp.config import parse_yaml
+from ssl_emp.data.images import (
+    ImageSet,
+)
+from ssl_emp.errors import UserError
+from ssl_emp.safe_files import read_text, write_atomically
+
+
+def judge_target(
+    session: Session, subject: Subject, target: Target, splits: dict[str, ImageSet]
+) -> tuple[Outcome, str]:
+    """One encoder on one target by the target's protocol, and the hash of its weights."""
+    size = splits["train"].pixels.shape[-1]
+    config, device = session.config, session.device
+    with session.ranks.together():
+        encoder = build(subject, size, device)
+    judged = Judged(session, subject, encoder, Splits(splits["train"], splits["test"], config.data), None)
+    train, test = judged.features
+    val = extract(judged, splits["val"], "val") if "val" in splits else None
+    if not session.ranks.is_first:
+        raise EvalError("process 0 goes on with the features", "see there")
+    weights = weights_hash(encoder)
+    if target.protocol == "knn":
+        both = train if val is None else Features(torch.cat([train.x, val.x]), torch.cat([train.y, val.y]))
+        k = config.knn.num_neighbors[0]
+        predicted = knn_predict(
+            both, test, num_neighbors=k, temperature=config.knn.temperature, device=device
+        )
+        vote = "majority" if config.knn.temperature is None else f"T={config.knn.temperature:g}"
+        return Outcome(
+            predicted, test.y, f"cosine kNN, k={k}, {vote}, bank {len(both.x)}, {size}px, {subject.weights}"
+        ), weights
+    chosen = f"val ({len(val.x)})" if val is not None else f"{100 * config.linear.val_fraction:g}% of train"
+    if target.metric in MULTI_LABEL:
+        found = multi_label_probe(
+            train,
+            test,
+            target.metric,
+            seed=config.seed,
+            val=val,
+            val_fraction=config.linear.val_fraction,
+            device=device,
+        )
+        points = "11-point AP of VOC2007" if target.metric == "voc_map" else "AP over all points"
+        low, high = found.l2.min().item(), found.l2.max().item()
+        protocol = (
+            f"lbfgs, a binary regression for each of {test.y.shape[1]} classes, "
+            f"l2={low:.3g}..{high:.3g} of 45 in 1e-6..1e5 by {points}"
+        )
+        protocol += (
+            f" on {chosen}, refit on train+val, difficult objects not counted, {size}px, {subject.weights}"
+        )
+        return Outcome(found.scores, test.y, protocol), weights
+    if target.protocol == "linear":
+        heads = sgd_probe(
+            train, test, seed=config.seed, val=val, val_fraction=config.linear.val_fraction, device=device
+        )
+        return Outcome(
+            heads.predicted,
+            test.y,
+            f"linear heads, SGD, chosen on {chosen}, refit, {size}px, {subject.weights}",
+        ), weights
+    probe = linear_probe(
+        train, test, seed=config.seed, val=val, val_fraction=config.linear.val_fraction, device=device
+    )
+    protocol = (
+        f"lbfgs, l2={probe.l2:.3g} of 45 in 1e-6..1e5 chosen on {chosen}, refit on train+val, "
+        f"{size}px, {subject.weights}"
+    )
+    return Outcome(probe.predicted, test.y, protocol), weights
+
+
+def run_transfer(session: Session, subjects: list[Subject], folder: Path | None) -> None:
+    """Every encoder on every target of transfer.suite; each cell is kept in `folder` at once."""
+    config, ranks, ledger = session.config, session.ranks, session.ledger
+    path = Path(config.transfer.suite)
+    if not path.is_file():  # a pipe or a device would be read for ever
+        raise UserError(
+            f"transfer.suite={path} is no file",
+            "give transfer.suite=FILE.yaml, such as configs/suites/small.yaml",
+        )
+    suite = parse_suite(parse_yaml(read_text(path), str(path)), str(path))
+    by_name = {subject.name: subject for subject in subjects}
+    loaded: dict[tuple[str, int | None], dict[str, ImageSet] | Exception] = {}
+    judged: dict[tuple[str, str], Row] = {}  # (encoder, data set) -> hashes of its weights and images
+    cells: dict[tuple[str, str], Cell] = {}
+
+    def evaluate_pair(name: str, target: Target) -> Outcome:
+        subject = by_name[name]
+        with ranks.together():
+            subject.check()
+        key = (target.name, target.image_size or subject.image_size)
+        if key not in loaded:
+            for other in [other for other in loaded if other[0] != target.name]:
+                del loaded[other]  # one target's images at a time
+            try:
+                with ranks.first_then_others():
+                    loaded[key] = load_target(target, subject.image_size, config, session.voice)
+            except MISTAKES as error:
+                loaded[key] = error
+        splits = loaded[key]
+        if not isinstance(splits, dict):
+            raise splits
+        session.voice.note(f"{target.name}: {name}")
+        outcome, weights = judge_target(session, subject, target, splits)
+        judged[name, target.name] = {"weights": weights, "images": images_hash(splits.values())}
+        return outcome
+
+    def rows_of(transfer: Transfer) -> list[Row]:
+        about: Row = {"seed": config.seed, "draws": config.transfer.num_draws}
+        return [row | about | judged.get((row["encoder"], row["data"]), {}) for row in to_rows(transfer)]
+
+    def keep(cell: Cell) -> None:
+        cells[cell.encoder, cell.target.name] = cell
+        if ranks.is_first and cell.measured is not None:  # its rank is known at the end
+            ledger.keep(folder, [rows_of(tabulate(suite.name, [cell]))[0] | {"rank": None}], in_table=False)
+
+    given: dict[str, Any] = {"num_draws": config.transfer.num_draws, "seed": config.seed, "done": keep}
+    try:
+        run_suite(suite, list(by_name), evaluate_pair, missing=MISTAKES, **given)
+    finally:  # a suite that was stopped has its cells
+        pairs = [(name, target) for name in by_name for target in suite.targets]
+        left = "stopped before it was judged"
+        transfer = tabulate(
+            suite.name, [cells.get((name, t.name), Cell(name, t, "", None, left)) for name, t in pairs]
+        )
+        if ranks.is_first and cells:
+            with ledger.interrupts.held():
+                # a mean over what was done is no result of the suite
+                means = len(transfer.cells) if len(cells) == len(pairs) else 0
+                ledger.keep(folder, rows_of(transfer)[: len(transfer.cells) + means], in_table=False)
+                if folder is not None:
+                    with beside(session.voice, folder / "transfer.csv"):
+                        write_atomically(folder / "transfer.csv", to_csv(transfer).encode(), shared=True)
+                ledger.show()
+                ledger.print(to_markdown(transfer) + "".join(f"{line}\n" for line in missing_lines(transfer)))
+    if ranks.is_first and folder is not None and any(cell.measured is not None for cell in transfer.cells):
+        with beside(session.voice, folder / "transfer.png"):
+            draw_bars(transfer, folder / "transfer.png")
