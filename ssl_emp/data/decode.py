@@ -20,6 +20,8 @@ import torch
 from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, features
 from torch import Tensor
 
+from linear_eval.errors import first_line
+
 with suppress(Exception):  # an extra of Pillow's, where it is installed
     import pillow_heif
 
@@ -541,5 +543,4 @@ def reason(exc: Exception) -> str:
         return f"not an image of a known format ({', '.join(FORMATS)})"
     if isinstance(exc, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return "more pixels than max_pixels"
-    text = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-    return (text.splitlines() or [""])[0][:200] or type(exc).__name__
+    return exc.strerror if isinstance(exc, OSError) and exc.strerror else first_line(exc)

