@@ -2,25 +2,33 @@
 at the door.
 """
 
+import dataclasses
 import difflib
 import functools
+import operator
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
+    create_model,
     field_validator,
     model_validator,
 )
+from torch import Tensor
 
+from ssl_emp.augment import Recipe
 from ssl_emp.errors import UserError
+from ssl_emp.prune.policies import POLICIES, Indices, Policy, policy_named
 from ssl_emp.text import home, shorten
 
 # A path: `~` and `~user` are home folders, `./~` is not. It is kept as expanded: config.yaml then says where
@@ -43,8 +51,7 @@ Patience = Annotated[float, Field(ge=1, le=604_800)]  # seconds, up to a week
 
 
 class Section(BaseModel):
-    """Unknown keys, wrong types, nan and inf are errors; `prune.fraction: "0.5"` is a string, not a number.
-    """
+    """Unknown keys, wrong types, nan and inf are errors; `fraction: "0.5"` is a string, not a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
@@ -120,26 +127,24 @@ class OptimizerConfig(Section):
 
 class AugmentConfig(Section):
     size: Annotated[int, Field(ge=8, le=1024)] | None = None  # pixels a side of a view; null: the stored size
-    crop_scale: Range = [0.08, 1.0]  # share of the image's area
-    crop_ratio: Range = [3 / 4, 4 / 3]
+    crop_scale: Range = list(Recipe.crop_scale)  # share of the image's area
+    crop_ratio: Range = list(Recipe.crop_ratio)
     # above 0: pad by reflection and crop at random, instead of the resized crop
     crop_padding: Annotated[int, Field(ge=0, le=1024)] = 0
-    flip_prob: Probability = 0.5
-    jitter_prob: Probability = 0.8
-    brightness: Strength = 0.4
-    contrast: Strength = 0.4
-    saturation: Strength = 0.4
+    flip_prob: Probability = Recipe.flip_prob
+    jitter_prob: Probability = Recipe.jitter_prob
+    brightness: Strength = Recipe.brightness
+    contrast: Strength = Recipe.contrast
+    saturation: Strength = Recipe.saturation
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    gray_prob: Probability = 0.2
-    blur_prob: Probability = 0.0
-    blur_sigma: Range = [0.1, 2.0]
-    solarize_prob: Probability = 0.0
-    mean: PerChannel = [0.485, 0.456, 0.406]
-    std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=3, max_length=3)] = [
-        0.229,
-        0.224,
-        0.225,
-    ]
+    gray_prob: Probability = Recipe.gray_prob
+    blur_prob: Probability = Recipe.blur_prob
+    blur_sigma: Range = list(Recipe.blur_sigma)
+    solarize_prob: Probability = Recipe.solarize_prob
+    mean: PerChannel = list(Recipe.mean)
+    std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=3, max_length=3)] = list(
+        Recipe.std
+    )
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> "AugmentConfig":
@@ -155,71 +160,64 @@ class AugmentConfig(Section):
 
 
 class PruneConfig(Section):
-    """The policies are in ssl_emp/policies.py, what they mean in docs/method.md."""
+    """What every policy has. Each has a section of its own, with the keys of its class in
+    ssl_emp/prune/policies.py.
+    """
 
-    policy: Literal[
-        "emp", "foresight", "loss", "distance", "epsilon_greedy", "ucb", "infobatch", "scan", "indices", "random", "shorter", "none"
-    ] = "emp"  # fmt: skip
+    policy: str = "emp"
     fraction: Annotated[float, Field(ge=0, lt=1)] = 0.3  # s: share left out of a pruned epoch
-    beta: Weight = 5.0  # the paper's best for supervised learning; not stated for SSL
-    beta_end: Weight | None = None  # beta of the last pruned epoch, in a straight line; null: as beta
-    loss_weight: SignedWeight = 1.0  # emp: 1 is the paper's; below 0 easy samples are preferred
-    loss_weight_end: SignedWeight | None = None  # of the last pruned epoch
     warmup_epochs: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 1  # first epochs on everything; the paper: 1
     # alpha: last share of the epochs on everything; the paper states no value
     anneal_fraction: Probability = 0.125
-    scoring: Literal["stale", "pruned", "all"] = "stale"  # stale: scores from the training forward, for free
-    # of a scoring pass: the same augmentation for every sample, or one each
-    scoring_draw: Literal["own", "common"] = "own"
-    scoring_draws: Annotated[int, Field(ge=1, le=1000)] = 1  # of a scoring pass: the mean of so many
-    # pixels of its views; null: as in training; half costs a quarter
+
+    def build(self, index: Tensor | None = None) -> Policy:
+        """The policy with these keys. `index`: the samples of policy `indices`, read from its file."""
+        policy = POLICIES[self.policy]
+        names = [item.name for item in dataclasses.fields(policy) if item.name != "index"]
+        keys = {name: getattr(self, name) for name in names} | ({} if index is None else {"index": index})
+        return policy(**keys)
+
+
+class ScoredPruneConfig(PruneConfig):
+    """Of policies that look at scores: where these come from."""
+
+    # stale: from the training forward, for free. Before a pruned epoch, passes over what the last one left
+    # out (pruned) or over everything (all)
+    scoring: Literal["stale", "pruned", "all"] = "stale"
+    scoring_draws: Annotated[int, Field(ge=1, le=1000)] = 1  # passes whose mean is taken
+    # pixels of their views; null: as in training; half costs a quarter
     scoring_size: Annotated[int, Field(ge=8, le=1024)] | None = None
-    # epochs between scoring passes of pruned | all
-    rescore_every: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 1
-    memory: Literal["raw", "normalized", "standardized"] = "raw"  # scale of the distance; raw is the paper's
-    layers: list[
-        Literal["layer1", "layer2", "layer3", "layer4"]
-    ] = []  # stages whose pooled outputs the distance is taken on; none: the features
-    ema: Annotated[float, Field(ge=1e-6, le=1)] | None = (
-        None  # weight of a new score; null: 1, but 0.3 for foresight, 0.5 for epsilon_greedy and ucb
+
+
+class IndicesPruneConfig(PruneConfig):
+    indices: Annotated[Place, Field(min_length=1)]  # a .npy or text file
+
+
+def policy_of(section: Any) -> str:
+    """The name of the policy, `emp` where none is given: which section the keys of `prune` are."""
+    return str(
+        section.get("policy", "emp") if isinstance(section, dict) else getattr(section, "policy", "emp")
     )
-    adjust: bool = False  # take out of the score what the drawn augmentation explains
-    # brings adjust with it: rank by what the views that the coming epoch draws will make of the score
-    foresee: bool = False
-    # with foresee: what is remembered of a sample counts for as much as it was found to tell
-    shrink: bool = False
-    # the loss of a pruned epoch weighs N / kept, as infobatch's does: its steps sum up to those of a full one
-    rescale: bool = False
-    # share of the kept budget drawn at random; null: 0, but 0.1 for epsilon_greedy
-    explore: Probability | None = None
-    soften: Weight = 0.0  # noise added to the score before it ranks, in its standard deviations
-    # random: pruned epochs that train on the same draw
-    redraw_every: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 1
-    confidence: Weight = 1.0  # ucb: weight of the variance
-    indices: Annotated[Place, Field(min_length=1)] | None = None  # policy indices: a .npy or text file
 
-    @property
-    def score_ema(self) -> float:
-        default = {"foresight": 0.3, "epsilon_greedy": 0.5, "ucb": 0.5}.get(self.policy, 1.0)
-        return default if self.ema is None else self.ema
 
-    @property
-    def adjusts(self) -> bool:
-        return self.adjust or self.foresees
+def _section_of(policy: type[Policy]) -> type[PruneConfig]:
+    keys: dict[str, Any] = {"policy": (Literal[policy.name], policy.name)}
+    for item in dataclasses.fields(policy):
+        options, bounds = item.metadata.get("options"), {end: item.metadata.get(end) for end in ("ge", "le")}
+        if item.name != "index":
+            kind = Literal[tuple(options)] if options else Annotated[item.type, Field(**bounds)]  # type: ignore[arg-type]
+            keys[item.name] = (kind, item.default)
+    base: type[PruneConfig] = ScoredPruneConfig if policy.uses_scores else PruneConfig
+    base = IndicesPruneConfig if policy is Indices else base
+    return create_model(f"Prune{policy.__name__}", __base__=base, **keys)
 
-    @property
-    def foresees(self) -> bool:
-        return self.foresee or self.policy == "foresight"
 
-    @property
-    def explore_share(self) -> float:
-        return (0.1 if self.policy == "epsilon_greedy" else 0.0) if self.explore is None else self.explore
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "PruneConfig":
-        if (self.policy == "indices") != (self.indices is not None):
-            raise ValueError("policy indices and the key prune.indices (a file) need each other")
-        return self
+PRUNE_SECTIONS = {name: _section_of(policy) for name, policy in POLICIES.items()}
+if TYPE_CHECKING:
+    AnyPrune = PruneConfig
+else:
+    tagged = [Annotated[section, Tag(name)] for name, section in PRUNE_SECTIONS.items()]
+    AnyPrune = Annotated[functools.reduce(operator.or_, tagged), Discriminator(policy_of)]
 
 
 class MonitorConfig(Section):
@@ -275,7 +273,7 @@ class PretrainConfig(Section):
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     augment: AugmentConfig = AugmentConfig()
-    prune: PruneConfig = PruneConfig()
+    prune: AnyPrune = PRUNE_SECTIONS["emp"]()
     monitor: MonitorConfig = MonitorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
@@ -285,6 +283,12 @@ class PretrainConfig(Section):
         return [(epochs, earlier[:number]) for number, (epochs, _) in enumerate(earlier)] + [
             (self.epochs, earlier)
         ]
+
+    @field_validator("prune", mode="before")
+    @classmethod
+    def _known_policy(cls, value: Any) -> Any:
+        policy_named(policy_of(value))  # its ValueError names the nearest
+        return value
 
     @model_validator(mode="after")
     def _plans_rise(self) -> "PretrainConfig":
@@ -297,7 +301,7 @@ class PretrainConfig(Section):
                 "epochs must be more than those of the plans before it, earlier_plans is "
                 f"{self.earlier_plans}"
             )
-        if self.earlier_plans and self.prune.policy == "shorter":
+        if self.earlier_plans and POLICIES[self.prune.policy].is_shorter:
             raise ValueError(
                 "earlier_plans: policy shorter spends the steps of its epochs in fewer, and "
                 "cannot be trained longer"
@@ -318,12 +322,13 @@ class PretrainConfig(Section):
                 "optimizer.name to sgd or lars"
             )
         if self.objective == "supervised":
-            for key, given in (("prune.layers", self.prune.layers), ("prune.adjust", self.prune.adjusts)):
-                if given:
-                    raise ValueError(
-                        f"{key} is about the distance of two views, which objective supervised does not have"
-                    )
-            if self.augment.crop_padding and self.prune.scoring_size:
+            policy = self.prune.build()
+            if policy.adjusts:
+                raise ValueError(
+                    "prune.adjust and policy foresight are about the two views of a sample, which objective "
+                    "supervised does not have"
+                )
+            if self.augment.crop_padding and getattr(self.prune, "scoring_size", None):
                 raise ValueError(
                     "augment.crop_padding takes views of the images' own size, so "
                     "prune.scoring_size must be null"
@@ -333,7 +338,7 @@ class PretrainConfig(Section):
                     "data.holdout is for evaluate.py, and objective supervised would train on "
                     "the labels that it holds out"
                 )
-            if self.prune.memory == "normalized":
+            if getattr(policy, "memory", "raw") == "normalized":
                 raise ValueError(
                     "prune.memory normalized is about distances, objective supervised has raw "
                     "and standardized"
@@ -452,24 +457,65 @@ def read_values(path: str | Path) -> dict[str, Any]:
     return loaded or {}
 
 
-def load_config(path: str | Path | None, overrides: list[str]) -> PretrainConfig:
+def load_config(path: str | Path | None, overrides: list[str], of_run: bool = False) -> PretrainConfig:
     """Read a YAML file, apply `a.b=value` overrides, check everything.
 
     Args:
         path: YAML file, or None for the defaults.
-        overrides: such as `prune.fraction=0.5`; the value is read as YAML.
+        overrides: such as `prune.fraction=0.5`; the value is read as YAML. Another `prune.policy` than
+            the file's drops those of the file's keys that this policy does not have.
+        of_run: the file is a run's config.yaml; one from before policies had keys of their own is understood.
 
     Raises:
         UserError: unreadable file, broken syntax, or every unknown key, wrong type and value out of range
-            in one line.
+            at once.
     """
     values = {} if path is None else read_values(path)
+    if of_run and isinstance(values.get("prune"), dict):
+        values["prune"] = keys_of_policy(values["prune"], str(path))
+    section = values.get("prune")
     where = "the command line" if path is None else str(path)
+    for override in overrides:
+        name, equals, policy = override.partition("=")
+        if equals and name == "prune.policy" and policy in POLICIES and isinstance(section, dict):
+            keys = PRUNE_SECTIONS[policy].model_fields
+            values["prune"] = {key: value for key, value in section.items() if key in keys}
     for override in overrides:
         apply_override(PretrainConfig, values, override)
     if values.get("out") is None and path is not None:
         values["out"] = f"runs/{Path(path).stem}"
     return check_config(values, f"{where} and the command line" if path is not None and overrides else where)
+
+
+# keys that `prune` had in ssl_emp 0.1 and that no published config or result used, with their defaults
+GONE: dict[str, Any] = {
+    "beta_end": None, "loss_weight_end": None, "scoring_draw": "own", "rescore_every": 1, "layers": [],
+    "confidence": 1.0,
+}  # fmt: skip
+
+
+def keys_of_policy(section: dict[str, Any], where: str) -> dict[str, Any]:
+    """The section `prune` of a run of ssl_emp 0.1, where every policy had every key, without what had no
+    effect.
+    """
+    used = [key for key, default in GONE.items() if key in section and section[key] != default]
+    if used:
+        what = (
+            f"{where} was trained with prune.{used[0]}={section[used[0]]}, which this version does not have"
+        )
+        raise UserError(what, "use ssl_emp 0.1 for this run")
+    known = {key for policy in PRUNE_SECTIONS.values() for key in policy.model_fields}
+    policy = PRUNE_SECTIONS.get(str(section.get("policy", "emp")))
+    own = known if policy is None else set(policy.model_fields)
+    if section.get("policy") == "foresight":  # it foresees and adjusts, whatever was written there
+        own -= {"adjust", "foresee"}
+    return {
+        key: value
+        for key, value in section.items()
+        if key not in GONE
+        and (key in own or key not in known)
+        and (value is not None or key == "scoring_size")
+    }
 
 
 def apply_override(config: type[BaseModel], values: dict[str, Any], override: str) -> None:
@@ -490,14 +536,23 @@ def apply_override(config: type[BaseModel], values: dict[str, Any], override: st
                 f"{shorten(key)}: {shorten(section)} is a value, not a section",
                 f"write {shorten(section)}=value",
             )
-    field: Any = config
-    for part in key.split("."):
-        field = field.model_fields[part].annotation if part in getattr(field, "model_fields", {}) else None
-    options = {
-        get_args(option)[0] if get_args(option) else option for option in (get_args(field) or (field,))
-    }
-    takes_text = str in options
+    takes_text = str in _types_of(config, key.split("."))
     values[name] = text if takes_text and text != "null" else parse_yaml(text, shorten(override))
+
+
+def _types_of(config: type[BaseModel], path: list[str]) -> set[Any]:
+    """The types that a key may have; those of `prune` are of every policy together."""
+    sections: list[Any] = [config]
+    for part in path[:-1]:
+        kinds = [
+            section.model_fields[part].annotation for section in sections if part in section.model_fields
+        ]
+        kinds = [kind for union in kinds for kind in (get_args(union) or (union,))]
+        sections = [kind for kind in kinds if hasattr(kind, "model_fields")]
+    last = path[-1]
+    kinds = [section.model_fields[last].annotation for section in sections if last in section.model_fields]
+    kinds = [option for union in kinds for option in (get_args(union) or (union,))]
+    return {get_args(kind)[0] if get_args(kind) else kind for kind in kinds}
 
 
 def check_config(values: dict[str, Any], where: str) -> PretrainConfig:
@@ -517,20 +572,31 @@ def check_config(values: dict[str, Any], where: str) -> PretrainConfig:
         ) from error
 
 
+def _section_at(location: tuple[int | str, ...]) -> tuple[type[BaseModel], tuple[int | str, ...]]:
+    """The section in which pydantic found something, and the place in it; of `prune` that of the policy."""
+    if location[:1] == ("prune",) and location[1:2] and location[1] in PRUNE_SECTIONS:
+        return PRUNE_SECTIONS[str(location[1])], location[2:]
+    return PretrainConfig, location
+
+
 def _describe(item: Any) -> str:
+    section, path = _section_at(item["loc"])
+    inner, prefix = section, "prune." if issubclass(section, PruneConfig) else ""
     if item["type"] == "extra_forbidden":
-        key = ".".join(map(shorten, item["loc"]))
-        section: Any = PretrainConfig
-        for part in item["loc"][:-1]:
-            section = section.model_fields[part].annotation
-        near = difflib.get_close_matches(str(item["loc"][-1]), section.model_fields, n=1, cutoff=0.5)
-        prefix = key.rpartition(".")[0]
-        names = (
-            f"did you mean {prefix + '.' if prefix else ''}{near[0]}?"
-            if near
-            else f"known are {', '.join(section.model_fields)}"
+        for part in path[:-1]:
+            inner = inner.model_fields[str(part)].annotation  # type: ignore[assignment]
+            prefix += f"{shorten(str(part))}."
+        name = str(path[-1])
+        if prefix == "prune." and name in GONE:
+            return f"prune.{name} is not a key any more: no published result used it"
+        of_policy = (
+            f"policy {inner.model_fields['policy'].default} has no key"
+            if prefix == "prune."
+            else "unknown key"
         )
-        return f"unknown key {key}, {names}"
+        near = difflib.get_close_matches(name, inner.model_fields, n=1, cutoff=0.5)
+        names = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(inner.model_fields)}"
+        return f"{of_policy} {prefix}{shorten(name)}, {names}"
     key, range_ = _key_and_range(item["loc"])
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
     shown = f" (is {shorten(repr(item['input']))})" if item["type"] not in ("missing", "value_error") else ""
@@ -538,17 +604,16 @@ def _describe(item: Any) -> str:
 
 
 @functools.cache
-def _schema() -> dict[str, Any]:
-    return PretrainConfig.model_json_schema()
+def _schema(section: type[BaseModel]) -> dict[str, Any]:
+    return section.model_json_schema()
 
 
 def _key_and_range(location: tuple[int | str, ...]) -> tuple[str, str]:
-    """The dotted key, and for a number what is allowed there, such as `, allowed: 0 <= value < 1`, else
-    nothing.
-    """
-    schema = _schema()
-    node, key = schema, []
-    for part in location:
+    """The dotted key, and what is allowed for a number, such as `, allowed: 0 <= value < 1`; else nothing."""
+    section, path = _section_at(location)
+    schema = node = _schema(section)
+    key = ["prune"] if issubclass(section, PruneConfig) else []
+    for part in path:
         inner = node.get("items") if isinstance(part, int) else node.get("properties", {}).get(part)
         if inner is None:  # not a key, but which of several types pydantic tried there
             break
@@ -558,27 +623,16 @@ def _key_and_range(location: tuple[int | str, ...]) -> tuple[str, str]:
     number = next((option for option in options if option.get("type") in ("integer", "number")), None)
     if number is None:
         return ".".join(key), ""
-    low = next(
-        (
-            f"{number[name]:.10g} {sign} "
-            for name, sign in (("minimum", "<="), ("exclusiveMinimum", "<"))
-            if name in number
-        ),
-        "",
-    )
-    high = next(
-        (
-            f" {sign} {number[name]:.10g}"
-            for name, sign in (("maximum", "<="), ("exclusiveMaximum", "<"))
-            if name in number
-        ),
-        "",
-    )
+
+    def end(names: dict[str, str], form: str) -> str:
+        return next((form.format(number[name], sign) for name, sign in names.items() if name in number), "")
+
+    low = end({"minimum": "<=", "exclusiveMinimum": "<"}, "{0:.10g} {1} ")
+    high = end({"maximum": "<=", "exclusiveMaximum": "<"}, " {1} {0:.10g}")
     step = f", a multiple of {number['multipleOf']}" if "multipleOf" in number else ""
     words = "".join(f", or {option['const']}" for option in options if "const" in option)
-    return ".".join(
-        key
-    ), f", allowed: {low}value{high}{step}{words}" if low or high else f", allowed: any finite number{words}"
+    allowed = f"{low}value{high}{step}{words}" if low or high else f"any finite number{words}"
+    return ".".join(key), f", allowed: {allowed}"
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

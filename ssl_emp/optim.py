@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -99,6 +100,42 @@ def step_where(optimizer: Optimizer, good: Tensor) -> None:
     optimizer.step()
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate and momentum of every step, counted from 0.
+
+    Args:
+        peak_lr: the highest learning rate.
+        warmup_steps: of the cosine: steps until the peak is reached, in a straight line.
+        curves: of each plan of the run, the last one last: the first step not run under it, and its steps
+            in all. A run that is made longer begins a curve over all its steps.
+        one_cycle: torch's OneCycleLR instead of the cosine; it moves the momentum too.
+    """
+
+    peak_lr: float
+    warmup_steps: int
+    curves: tuple[tuple[int, int], ...]
+    one_cycle: bool = False
+
+    def planned_steps(self, step: int) -> int:
+        """Steps of the plan that `step` is run under: what its curve is laid over."""
+        return next((total for end, total in self.curves if step < end), self.curves[-1][0])
+
+    def lr(self, step: int) -> float:
+        """The learning rate of a step."""
+        if self.one_cycle:
+            return one_cycle_lr(step, self.planned_steps(step), self.peak_lr)
+        return lr_at(step, self.planned_steps(step), self.warmup_steps, self.peak_lr)
+
+    def set(self, optimizer: Optimizer, step: int) -> None:
+        """Write the rates of a step into every group of parameters."""
+        moving = {"lr": self.lr(step)}
+        if self.one_cycle:
+            moving["momentum"] = one_cycle_momentum(step, self.planned_steps(step))
+        for group in optimizer.param_groups:
+            group.update(moving)
+
+
 def lr_at(step: int, total_steps: int, warmup_steps: int, peak_lr: float) -> float:
     """Linear warm-up, then half a cosine to zero, over the steps that are planned for the pruned run.
 
@@ -158,15 +195,3 @@ def _one_cycle(
         (first, middle, step / turn) if rises else (middle, last, (step - turn) / (total_steps - 1 - turn))
     )
     return end + (begin - end) / 2 * (1 + math.cos(math.pi * progress))
-
-
-def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Write the learning rate into every group."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def set_momentum(optimizer: Optimizer, momentum: float) -> None:
-    """Write the momentum into every group (`sgd`, `lars`)."""
-    for group in optimizer.param_groups:
-        group["momentum"] = momentum

@@ -1,16 +1,19 @@
-"""Everything that a config becomes before the first step: images, plan, rule, network, on a device."""
+"""Everything that a config becomes before the first step: images, network, pruner, on a device."""
 
 import hashlib
 import math
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_emp.augment import Recipe
-from ssl_emp.config import PretrainConfig, PruneConfig
+from ssl_emp.augment import Recipe, draw_features, draw_params
+from ssl_emp.config import PretrainConfig
+from ssl_emp.data.decode import reason
 from ssl_emp.data.images import (
     DeviceImages,
     EncodedPixels,
@@ -29,15 +32,24 @@ from ssl_emp.device import describe_device, keep_freed_memory, pick_device
 from ssl_emp.errors import UserError
 from ssl_emp.loss import perfect_pair_share
 from ssl_emp.model import Encoder, SimCLR, build_encoder
-from ssl_emp.optim import lr_at, one_cycle_lr
-from ssl_emp.policies import RANKING, SCORING, Rule, load_indices
-from ssl_emp.pruning import PrunePlan
+from ssl_emp.optim import Schedule
+from ssl_emp.prune import Pruner
+from ssl_emp.prune.figures import LEARNED_SHARE
+from ssl_emp.prune.plan import PrunePlan
 from ssl_emp.run.ranks import ALONE, Ranks, share_batch_norm
 from ssl_emp.run.report import Report, show_progress
 from ssl_emp.supervised import Classifier
 
-LEARNED_SHARE = 0.5  # of its softmax: what `learned_share` in metrics.jsonl counts from
-EASILY_LEARNED = 0.95  # what a perfect pair has at the temperature that is advised
+EASILY_LEARNED = 0.95  # share of its softmax that a perfect pair has at the temperature that is advised
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a supervised run trains on; a SimCLR run only looks at class balance."""
+
+    values: Tensor  # (N,) on the device, label noise included
+    num_classes: int
+    is_noisy: Tensor | None  # (N,) on the device, where labels were made wrong
 
 
 @dataclass(frozen=True)
@@ -48,19 +60,15 @@ class Job:
     device: torch.device
     images: ImageSet
     store: DeviceImages | HostImages
-    plan: PrunePlan
-    steps: list[int]  # batches of every epoch
-    rule: Rule
+    pruner: Pruner
+    schedule: Schedule  # of the learning rate
     recipe: Recipe
     encoder: Encoder
     model: SimCLR | Classifier
     bf16: bool
-    # (N,) on the device, noise included: what a supervised run trains on, simclr only looks at class balance
-    labels: Tensor | None
-    is_noisy: Tensor | None  # (N,) on the device, where labels were made wrong
+    labels: Labels | None
     test: ImageSet | None  # of a supervised run, for the accuracy of the last epoch
-    # of all that is trained on: scores belong to positions, so a resume needs the same set
-    fingerprint: dict[str, str | None]
+    fingerprint: dict[str, str | None]  # of all that is trained on: scores belong to positions
     ranks: Ranks = ALONE
 
     @property
@@ -68,40 +76,13 @@ class Job:
         return len(self.images.names)
 
     @property
-    def num_classes(self) -> int:
-        """0 without labels."""
-        return 0 if self.images.labels is None else count_classes(self.images)
+    def steps(self) -> list[int]:
+        """Batches of every epoch."""
+        return self.pruner.steps
 
-    @cached_property
+    @property
     def total_steps(self) -> int:
-        return sum(self.steps)
-
-    @cached_property
-    def curves(self) -> list[tuple[int, int]]:
-        """Of each plan, the present one last: the first step that is not run under it, and all its steps."""
-        ends = [(end, self.plan.at(end - 1)) for _, end in self.plan.earlier if end] + [
-            (len(self.steps), self.plan)
-        ]
-        return [
-            (sum(self.steps[:end]), plan.total_steps(self.num_samples, self.config.batch_size))
-            for end, plan in ends
-        ]
-
-    def planned_steps(self, step: int) -> int:
-        """Steps of the plan that `step` is run under: what its learning rate's curve is laid over."""
-        return next((total for end, total in self.curves if step < end), self.total_steps)
-
-    def lr_of(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
-        optimizer, total = self.config.optimizer, self.planned_steps(step)
-        if optimizer.schedule == "onecycle":
-            return one_cycle_lr(step, total, optimizer.lr)
-        return lr_at(
-            step,
-            total,
-            round(optimizer.warmup_epochs * (self.num_samples // self.config.batch_size)),
-            optimizer.lr,
-        )
+        return sum(self.pruner.steps)
 
     @property
     def full_steps(self) -> int:
@@ -110,7 +91,7 @@ class Job:
 
 
 def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job:
-    """Config -> images, network, plan. Raises UserError for whatever the user can fix; writes nothing."""
+    """Config -> images, network, pruner. Raises UserError for whatever the user can fix; writes nothing."""
     if config.batch_size % ranks.world_size:
         near = max(1, config.batch_size // ranks.world_size, -(-2 // ranks.world_size)) * ranks.world_size
         what = f"batch_size={config.batch_size} cannot be shared by {ranks.world_size} processes"
@@ -118,215 +99,225 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
     if config.keep_freed_memory:
         keep_freed_memory()
     device = pick_device(config.device)
-    data = config.data
     with ranks.first_then_others():
-        images = load_images(
-            data.source,
-            "train",
-            kind=data.kind,
-            image_size=data.image_size,
-            max_images=data.max_images,
-            subset_seed=data.subset_seed,
-            labels=data.labels,
-            image_column=data.image_column,
-            label_column=data.label_column,
-            max_pixels=data.max_pixels,
-            store=data.store,
-            jpeg_quality=data.jpeg_quality,
-            download_dir=data.download_dir,
-            cache_dir=data.cache_dir,
-            progress=show_progress("reading images"),
-        )
-    num_samples, stored_size = len(images.names), images.pixels.shape[-1]
-    prune = config.prune
-    fraction = 0.0 if prune.policy == "none" else prune.fraction
-    earlier = tuple((epochs, end) for epochs, end in config.earlier_plans)
-    plan = PrunePlan(
-        config.epochs,
-        fraction,
-        prune.warmup_epochs,
-        prune.anneal_fraction,
-        prune.policy == "shorter",
-        earlier,
+        images = train_images(config)
+    stored_size = images.pixels.shape[-1]
+    recipe = recipe_of(config, stored_size)
+    labels = labels_of(config, images, device)
+    subset = None
+    if path := getattr(config.prune, "indices", None):
+        subset = load_indices(Path(path), len(images.names))
+    pruner = build_pruner(config, images, subset, recipe, device, ranks)
+    test = None
+    if config.objective == "supervised":
+        with ranks.first_then_others():
+            test = load_test(config, images, stored_size, report)
+    encoder, model = build_model(config, recipe.size, labels, device, ranks)
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16)
+    job = Job(
+        config, device, images, place_images(images.pixels, device), pruner, schedule_of(config, pruner),
+        recipe, encoder, model, bf16, labels, test,
+        what_is_trained_on(images, test, subset, config.objective == "supervised"), ranks,
+    )  # fmt: skip
+    for line in job_lines(job):
+        report.say(line)
+    return job
+
+
+def train_images(config: PretrainConfig) -> ImageSet:
+    data = config.data
+    images = load_images(
+        data.source,
+        "train",
+        kind=data.kind,
+        image_size=data.image_size,
+        max_images=data.max_images,
+        subset_seed=data.subset_seed,
+        labels=data.labels,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        max_pixels=data.max_pixels,
+        store=data.store,
+        jpeg_quality=data.jpeg_quality,
+        download_dir=data.download_dir,
+        cache_dir=data.cache_dir,
+        progress=show_progress("reading images"),
     )
-    if num_samples < 2:
-        raise UserError(f"{data.source} has {num_samples} image to train on", "give more images")
-    steps = plan.epoch_steps(num_samples, config.batch_size)
+    if len(images.names) < 2:
+        raise UserError(f"{data.source} has {len(images.names)} image to train on", "give more images")
+    return images
+
+
+def recipe_of(config: PretrainConfig, stored_size: int) -> Recipe:
+    """What views are drawn from."""
+    augment = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in config.augment.model_dump().items()
+    }
+    recipe = Recipe(**augment | {"size": augment["size"] or stored_size})
+    if recipe.crop_padding and not recipe.crop_padding < recipe.size == stored_size:
+        sizes = f"images of {stored_size} and views of {recipe.size} pixels"
+        what = f"augment.crop_padding={recipe.crop_padding} with {sizes}"
+        fix = "give views the size of the images (data.image_size, augment.size), and less padding than that"
+        raise UserError(what, fix)
+    return recipe
+
+
+def labels_of(config: PretrainConfig, images: ImageSet, device: torch.device) -> Labels | None:
+    """The labels on the device, wrong ones made where asked. Raises UserError where a supervised run cannot
+    use them.
+    """
+    data, supervised = config.data, config.objective == "supervised"
+    # both keys are for supervised runs alone
+    clean = " data.label_noise=0 label_smoothing=0" if data.label_noise or config.label_smoothing else ""
+    if images.labels is None:
+        if supervised:
+            why = f" ({images.labels_from})" if images.labels_from else ""
+            what = f"objective supervised needs labels, and {data.source} has none{why}"
+            raise UserError(what, f"label the images, or set objective=simclr{clean}")
+        return None
+    values, is_noisy, num_classes = images.labels, None, count_classes(images)
+    if supervised and num_classes < 2:
+        what = f"objective supervised needs two classes, {data.source} has {num_classes}"
+        raise UserError(what, f"give more, or set objective=simclr{clean}")
+    if data.label_noise:
+        values, is_noisy = noisy_labels(values, num_classes, data.label_noise, data.subset_seed)
+    return Labels(values.to(device), num_classes, None if is_noisy is None else is_noisy.to(device))
+
+
+def build_pruner(
+    config: PretrainConfig,
+    images: ImageSet,
+    subset: Tensor | None,
+    recipe: Recipe,
+    device: torch.device,
+    ranks: Ranks,
+) -> Pruner:
+    """What chooses the samples of each epoch. Raises UserError where one would keep less than a batch."""
+    prune, num_samples, batch_size = config.prune, len(images.names), config.batch_size
+    earlier = tuple((epochs, end) for epochs, end in config.earlier_plans)
+    policy = prune.build(None if subset is None else subset.to(device))
+    fraction = prune.fraction if policy.prunes else 0.0
+    plan = PrunePlan(
+        config.epochs, fraction, prune.warmup_epochs, prune.anneal_fraction, policy.is_shorter, earlier
+    )
+    steps = plan.epoch_steps(num_samples, batch_size)
     if not steps or min(steps) < 1:
         fewest = min(plan.kept_count(epoch, num_samples) for epoch in range(config.epochs))
         largest = num_samples // math.ceil(1 / (1 - fraction))
         largest -= largest % ranks.world_size  # each process takes an equal part
-        what = (
-            f"an epoch keeps {fewest} of the {num_samples} images in {data.source}, too few for "
-            f"batch_size={config.batch_size}"
-        )
-        raise UserError(
-            what,
-            f"set batch_size={largest} or less, or give more images"
-            if largest > 1
-            else "give more images, or a smaller prune.fraction",
-        )
-    subset = load_indices(Path(prune.indices), num_samples) if prune.indices else None
+        kept = f"an epoch keeps {fewest} of the {num_samples} images in {config.data.source}"
+        fix = "give more images, or a smaller prune.fraction"
+        if largest > 1:
+            fix = f"set batch_size={largest} or less, or give more images"
+        raise UserError(f"{kept}, too few for batch_size={batch_size}", fix)
     needed = max(
-        (count * config.batch_size for epoch, count in enumerate(steps) if plan.is_pruned(epoch)), default=0
+        (count * batch_size for epoch, count in enumerate(steps) if plan.is_pruned(epoch)), default=0
     )
     if subset is not None and len(subset) < needed:
-        what = f"{prune.indices} names {len(subset)} samples, and a pruned epoch needs {needed}"
-        whole = len(subset) // config.batch_size  # batches that they fill, of those of a full epoch
-        fix = f"set prune.fraction={1 - whole / (num_samples // config.batch_size)}"
+        what = (
+            f"{getattr(prune, 'indices', '')} names {len(subset)} samples, and a pruned epoch needs {needed}"
+        )
+        whole = len(subset) // batch_size  # batches that they fill, of those of a full epoch
+        fix = f"set prune.fraction={1 - whole / (num_samples // batch_size)}"
         if not whole:
-            fix = f"name at least the {config.batch_size} samples of a batch"
+            fix = f"name at least the {batch_size} samples of a batch"
         raise UserError(what, f"{fix}, or name {needed} samples")
 
-    augment = config.augment.model_dump()
-    recipe = Recipe(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in augment.items()}
-        | {"size": augment["size"] or stored_size}
-    )
-    if recipe.crop_padding and not recipe.crop_padding < recipe.size == stored_size:
-        what = (
-            f"augment.crop_padding={recipe.crop_padding} with images of {stored_size} and views of "
-            f"{recipe.size} pixels"
-        )
-        raise UserError(
-            what,
-            "give views the size of the images (data.image_size, augment.size), and less padding than that",
-        )
-    supervised = config.objective == "supervised"
-    # are for supervised alone
-    clean = " data.label_noise=0 label_smoothing=0" if data.label_noise or config.label_smoothing else ""
-    if supervised and images.labels is None:
-        why = f" ({images.labels_from})" if images.labels_from else ""
-        raise UserError(
-            f"objective supervised needs labels, and {data.source} has none{why}",
-            f"label the images, or set objective=simclr{clean}",
-        )
-    labels, is_noisy, num_classes = images.labels, None, 0
-    if labels is not None:
-        num_classes = count_classes(images)
-        if supervised and num_classes < 2:
-            raise UserError(
-                f"objective supervised needs two classes, {data.source} has {num_classes}",
-                f"give more, or set objective=simclr{clean}",
-            )
-        if data.label_noise:
-            labels, is_noisy = noisy_labels(labels, num_classes, data.label_noise, data.subset_seed)
-        labels, is_noisy = labels.to(device), None if is_noisy is None else is_noisy.to(device)
-    test = None
-    if supervised:
-        with ranks.first_then_others():
-            test = load_test(config, images, stored_size, report)
+    side = images.pixels.shape[-1]
 
-    torch.manual_seed(config.seed)
-    model_config = config.model
-    encoder = build_encoder(
-        model_config.arch,
-        model_config.width,
-        model_config.stem,
-        recipe.size,
-        config.augment.mean,
-        config.augment.std,
+    def coming_views(epoch: int, index: Tensor) -> Tensor:
+        return draw_features(*draw_params(config.seed, epoch, index, recipe, side), side)
+
+    return Pruner(
+        num_samples,
+        batch_size=batch_size,
+        epochs=config.epochs,
+        policy=policy,
+        fraction=prune.fraction,
+        warmup_epochs=prune.warmup_epochs,
+        anneal_fraction=prune.anneal_fraction,
+        seed=config.seed,
+        device=device,
+        covariates=coming_views if config.objective == "simclr" else None,
+        gather=ranks.gather,
+        scoring=getattr(prune, "scoring", "stale"),
+        scoring_draws=getattr(prune, "scoring_draws", 1),
+        earlier=earlier,
     )
-    hidden = model_config.projection_hidden or encoder.feature_dim
-    model: SimCLR | Classifier = SimCLR(encoder, hidden, model_config.projection_dim, tuple(prune.layers))
-    if supervised:
-        model = Classifier(encoder.backbone, encoder.feature_dim, num_classes)
+
+
+def schedule_of(config: PretrainConfig, pruner: Pruner) -> Schedule:
+    """The learning rate's curve over the planned steps; of a run that was made longer, one curve a plan."""
+    plan, num_samples, batch_size = pruner.plan, pruner.num_samples, pruner.batch_size
+    optimizer = config.optimizer
+    ends = [(end, plan.at(end - 1)) for _, end in plan.earlier if end] + [(len(pruner.steps), plan)]
+    curves = [(sum(pruner.steps[:end]), sum(part.epoch_steps(num_samples, batch_size))) for end, part in ends]
+    warmup_steps = round(optimizer.warmup_epochs * (num_samples // batch_size))
+    return Schedule(optimizer.lr, warmup_steps, tuple(curves), optimizer.schedule == "onecycle")
+
+
+def build_model(
+    config: PretrainConfig, view_size: int, labels: Labels | None, device: torch.device, ranks: Ranks
+) -> tuple[Encoder, SimCLR | Classifier]:
+    """Encoder, and the network that is trained, on the device; weights by the seed."""
+    torch.manual_seed(config.seed)
+    settings, mean, std = config.model, config.augment.mean, config.augment.std
+    encoder = build_encoder(settings.arch, settings.width, settings.stem, view_size, mean, std)
+    hidden = settings.projection_hidden or encoder.feature_dim
+    model: SimCLR | Classifier = SimCLR(encoder, hidden, settings.projection_dim)
+    if config.objective == "supervised":
+        assert labels is not None
+        model = Classifier(encoder.backbone, encoder.feature_dim, labels.num_classes)
     encoder.to(device)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs miss this form
     share_batch_norm(model, ranks)  # after the move: it depends on where a BatchNorm is
-    bf16 = config.precision == "bf16" or (
-        config.precision == "auto"
-        and device.type == "cuda"
-        and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
-    store = place_images(images.pixels, device)
-    rule = Rule(
-        policy=prune.policy,
-        plan=plan,
-        beta=prune.beta,
-        beta_end=prune.beta_end,
-        loss_weight=prune.loss_weight,
-        loss_weight_end=prune.loss_weight_end,
-        memory=prune.memory,
-        explore=prune.explore_share,
-        soften=prune.soften,
-        confidence=prune.confidence,
-        redraw_every=prune.redraw_every,
-        rescale=prune.rescale,
-        fixed=None if subset is None else subset.to(device),
-    )
-    job = Job(
-        config,
-        device,
-        images,
-        store,
-        plan,
-        steps,
-        rule,
-        recipe,
-        encoder,
-        model,
-        bf16,
-        labels,
-        is_noisy,
-        test,
-        what_is_trained_on(images, test, subset, supervised),
-        ranks,
-    )
+    return encoder, model
 
-    where = (
-        f"{images.stored}, "
-        f"{'on the device' if isinstance(job.store, DeviceImages) else 'streamed from the host'}"
-    )
-    shared = (
-        f", {ranks.world_size} processes with {config.batch_size // ranks.world_size} of a batch each"
-        if ranks.world_size > 1
-        else ""
-    )
-    report.say(f"device    {describe_device(device)}, {'bf16 autocast' if bf16 else 'fp32'}{shared}")
-    about = [f"{num_samples:,} of {stored_size}x{stored_size} from {data.source}, {where}", images.labelled]
-    about += [
-        f"{len(images.skipped)} unreadable",
-        *([f"not used: {images.not_used}"] if images.unused else []),
-    ]
-    report.say(f"images    {'; '.join(about)}")
-    for name, reason in images.skipped[:10]:
-        report.say(f"          left out: {name} ({reason})")
-    if len(images.skipped) > 10:
-        report.say(f"          left out: {len(images.skipped) - 10} more")
-    for line in (*images.notes, *([images.dim_line] if images.dim else [])):
-        report.say(f"          {line}")
-    spec = encoder.spec
-    report.say(
-        f"encoder   {spec['arch']}, width {spec['width']}, {spec['stem']} stem, "
-        f"{encoder.feature_dim} features"
-    )
-    kept = "every epoch keeps every sample"
-    if plan.shorter and fraction:
-        kept = f"every epoch keeps every sample, and there are {len(steps)} of them"
-    elif job.total_steps < job.full_steps:
-        kept = f"a pruned epoch keeps {1 - fraction:.0%} of the samples by {prune.policy}"
-    share = job.total_steps / job.full_steps
-    report.say(f"plan      {config.epochs} epochs, batch {config.batch_size}; {kept}")
-    report.say(
-        f"          {job.total_steps:,} steps against {job.full_steps:,} unpruned ({share:.1%}, "
-        f"asked {plan.asked_share():.1%})"
-    )
-    if (
-        job.total_steps < job.full_steps
-        and rule.scores
-        and not supervised
-        and (said := hard_to_learn(config))
-    ):
-        report.say(f"note      {said}")
-    for line in short_run_lines(job):
-        report.say(f"note      {line}")
-    if idle := idle_keys(prune):
-        report.say(
-            f"note      without effect, with policy {prune.policy} and scoring {prune.scoring}: "
-            f"{', '.join(idle)}"
+
+def job_lines(job: Job) -> Iterator[str]:
+    """The plan of a run for a person: device, images, encoder, steps, and what the settings will not do."""
+    config, images, pruner, ranks = job.config, job.images, job.pruner, job.ranks
+    shared = ""
+    if ranks.world_size > 1:
+        shared = (
+            f", {ranks.world_size} processes with {config.batch_size // ranks.world_size} of a batch each"
         )
-    return job
+    yield f"device    {describe_device(job.device)}, {'bf16 autocast' if job.bf16 else 'fp32'}{shared}"
+    size = images.pixels.shape[-1]
+    on = "on the device" if isinstance(job.store, DeviceImages) else "streamed from the host"
+    about = [
+        f"{job.num_samples:,} of {size}x{size} from {config.data.source}, {images.stored}, {on}",
+        images.labelled,
+    ]
+    about += [f"{len(images.skipped)} unreadable"]
+    about += [f"not used: {images.not_used}"] if images.unused else []
+    yield f"images    {'; '.join(about)}"
+    yield from (f"          left out: {name} ({why})" for name, why in images.skipped[:10])
+    if len(images.skipped) > 10:
+        yield f"          left out: {len(images.skipped) - 10} more"
+    yield from (f"          {line}" for line in (*images.notes, *([images.dim_line] if images.dim else [])))
+    spec = job.encoder.spec
+    features = f"{spec['stem']} stem, {job.encoder.feature_dim} features"
+    yield f"encoder   {spec['arch']}, width {spec['width']}, {features}"
+    plan, pruned = pruner.plan, job.total_steps < job.full_steps
+    kept = "every epoch keeps every sample"
+    if plan.shorter and plan.prune_fraction:
+        kept = f"every epoch keeps every sample, and there are {len(job.steps)} of them"
+    elif pruned:
+        kept = f"a pruned epoch keeps {1 - plan.prune_fraction:.0%} of the samples by {pruner.policy.name}"
+    share = f"{job.total_steps / job.full_steps:.1%}, asked {plan.asked_share():.1%}"
+    yield f"plan      {config.epochs} epochs, batch {config.batch_size}; {kept}"
+    yield f"          {job.total_steps:,} steps against {job.full_steps:,} unpruned ({share})"
+    if (
+        pruned
+        and pruner.policy.uses_scores
+        and config.objective == "simclr"
+        and (line := hard_to_learn(config))
+    ):
+        yield f"note      {line}"
+    yield from (f"note      {line}" for line in short_run_lines(job))
 
 
 def what_is_trained_on(
@@ -355,52 +346,30 @@ def what_is_trained_on(
     }
 
 
-def short_run_lines(job: "Job") -> list[str]:
+def short_run_lines(job: Job) -> Iterator[str]:
     """What a run is too short for, with the keys to turn."""
-    config, epochs, optimizer, prune = job.config, len(job.steps), job.config.optimizer, job.config.prune
-    lines = []
-    warmup = optimizer.warmup_epochs * (job.num_samples // config.batch_size)  # steps
-    if optimizer.schedule == "cosine" and warmup >= job.total_steps:
-        what = (
-            f"optimizer.warmup_epochs={optimizer.warmup_epochs:g} is as long as the run, which ends "
-            "before the learning rate's peak"
-        )
-        lines.append(
-            f"{what}; try "
-            f"optimizer.warmup_epochs={job.total_steps / (job.num_samples // config.batch_size) / 10:.2g}"
-        )
-    elif optimizer.schedule == "cosine" and warmup > job.total_steps / 2:
-        lines.append(
-            f"the learning rate rises over {warmup / job.total_steps:.0%} of the run, by "
-            "optimizer.warmup_epochs"
-        )
-    if job.plan.prune_fraction and not job.plan.shorter and job.total_steps == job.full_steps:
-        annealing = round(prune.anneal_fraction * epochs)
-        what = (
-            f"nothing is pruned: prune.warmup_epochs={prune.warmup_epochs} and "
-            f"prune.anneal_fraction={prune.anneal_fraction:g}"
-        )
-        enough = next(
-            (
-                n
-                for n in range(epochs + 1, 10**4)
-                if prune.warmup_epochs < n - round(prune.anneal_fraction * n)
-            ),
-            None,
-        )
-        turn = "lower prune.anneal_fraction" if enough is None else f"set epochs={enough} or more"
-        if any(job.plan.is_pruned(epoch) for epoch in range(epochs)):
-            what, turn = (
-                f"nothing is pruned: prune.fraction={prune.fraction:g} of {job.steps[0]} batches is none",
-                "raise prune.fraction",
-            )
-        else:
-            what += (
-                f" ({'1 epoch' if annealing == 1 else f'{annealing} epochs'}) keep every sample in "
-                f"all {epochs}"
-            )
-        lines.append(f"{what}; {turn}")
-    return lines
+    optimizer, prune, plan = job.config.optimizer, job.config.prune, job.pruner.plan
+    epochs, total, full = len(job.steps), job.total_steps, job.num_samples // job.config.batch_size
+    warmup = optimizer.warmup_epochs * full  # steps
+    if optimizer.schedule == "cosine" and warmup >= total:
+        what = f"optimizer.warmup_epochs={optimizer.warmup_epochs:g} is as long as the run"
+        turn = f"try optimizer.warmup_epochs={total / full / 10:.2g}"
+        yield f"{what}, which ends before the learning rate's peak; {turn}"
+    elif optimizer.schedule == "cosine" and warmup > total / 2:
+        yield f"the learning rate rises over {warmup / total:.0%} of the run, by optimizer.warmup_epochs"
+    if not plan.prune_fraction or plan.shorter or total < job.full_steps:
+        return
+    if any(plan.is_pruned(epoch) for epoch in range(epochs)):
+        what = f"nothing is pruned: prune.fraction={prune.fraction:g} of {job.steps[0]} batches is none"
+        yield f"{what}; raise prune.fraction"
+        return
+    warm, share = prune.warmup_epochs, prune.anneal_fraction
+    annealing = round(share * epochs)
+    keys = f"prune.warmup_epochs={warm} and prune.anneal_fraction={share:g}"
+    keep = f"({'1 epoch' if annealing == 1 else f'{annealing} epochs'}) keep every sample in all {epochs}"
+    enough = next((n for n in range(epochs + 1, 10**4) if warm < n - round(share * n)), None)
+    turn = "lower prune.anneal_fraction" if enough is None else f"set epochs={enough} or more"
+    yield f"nothing is pruned: {keys} {keep}; {turn}"
 
 
 def hard_to_learn(config: PretrainConfig) -> str:
@@ -420,30 +389,6 @@ def hard_to_learn(config: PretrainConfig) -> str:
         f"at temperature {config.temperature:g} and batch {config.batch_size} {why}; try "
         f"temperature={low:.2f}"
     )
-
-
-def idle_keys(prune: PruneConfig) -> list[str]:
-    """Keys of `prune` that were changed from their defaults and have no say in what a run with these settings
-    keeps or weighs.
-    """
-    ranks, scores = prune.policy in RANKING, prune.policy in SCORING
-    rescores = scores and prune.scoring != "stale"
-    counts = {
-        **dict.fromkeys(("beta", "beta_end", "loss_weight", "loss_weight_end"), prune.policy == "emp"),
-        **dict.fromkeys(("memory", "layers"), prune.policy in ("emp", "distance")),
-        **dict.fromkeys(("ema", "adjust", "foresee", "scoring"), scores),  # foresee brings adjust
-        **dict.fromkeys(("explore", "soften"), ranks),
-        **dict.fromkeys(("scoring_draw", "scoring_draws", "scoring_size", "rescore_every"), rescores),
-        "shrink": ranks and prune.foresees,
-        "redraw_every": prune.policy == "random",
-        "confidence": prune.policy == "ucb",
-        "rescale": prune.policy not in ("infobatch", "shorter", "none"),
-    }
-    return [
-        f"prune.{key}"
-        for key, heard in counts.items()
-        if not heard and getattr(prune, key) != PruneConfig.model_fields[key].default
-    ]
 
 
 def load_test(config: PretrainConfig, train: ImageSet, image_size: int, report: Report) -> ImageSet | None:
@@ -474,3 +419,41 @@ def load_test(config: PretrainConfig, train: ImageSet, image_size: int, report: 
     for line in (*test.notes, *([lacking] if lacking else [])):
         report.say(f"test      {line}")
     return test
+
+
+def load_indices(path: Path, num_samples: int) -> Tensor:
+    """A fixed subset, most wanted first, from a `.npy` file or a text file with an index a line: (M,) int64.
+
+    Such files come from methods that choose once, before training: SAS, prototypes, SemDeDup.
+
+    Raises:
+        UserError: the file cannot be read, or does not hold distinct places of the data set.
+    """
+    fix = "give a .npy file or a text file with one index a line"
+    if path.exists() and not path.is_file():  # a pipe would block for ever, /dev/zero fill the memory
+        raise UserError(f"cannot read the indices in {path} (not a regular file)", fix)
+    try:
+        if path.suffix == ".npy":
+            # mapped: a header may declare more than memory holds; refuses pickles and archives
+            values: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+        else:
+            # given a name, numpy would also unpack archives
+            with open(path, encoding="utf-8") as file, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # its word on an empty file: ours follows
+                values = np.loadtxt(file, dtype=np.int64, ndmin=1)
+    except Exception as error:  # damaged headers make numpy raise half a dozen types, EOFError among them
+        raise UserError(f"cannot read the indices in {path} ({reason(error)})", fix) from error
+    if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer) or not len(values):
+        raise UserError(
+            f"{path} holds {values.dtype} of shape {values.shape}", "give one list of whole numbers"
+        )
+    if values.min() < 0 or values.max() >= num_samples:
+        raise UserError(
+            f"{path} holds the index {values.max() if values.max() >= num_samples else values.min()}",
+            f"use 0 to {num_samples - 1}",
+        )
+    if len(np.unique(values)) < len(values):
+        raise UserError(
+            f"{path} holds {len(values) - len(np.unique(values))} indices twice", "name each sample once"
+        )
+    return torch.from_numpy(values.astype(np.int64))

@@ -6,13 +6,13 @@ run's time.
 """
 
 import math
-from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from linear_eval import EvalError, Features, extract_features, knn_accuracy
 from ssl_emp.commands.job import Job
+from ssl_emp.prune.pruner import Score
 from ssl_emp.run.report import Report
 
 SHARE = 0.05  # of the run's time, for all that is measured together
@@ -22,113 +22,111 @@ FORWARDS_MEASURED = 1.25  # a view that is measured: besides the forward pass, t
 FORWARDS_IN_FP32 = 4.0
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Epochs between two measurements, 0 = never."""
+class Monitor:
+    """Measures after the epochs where a measurement is due, and says at the start how often that is.
 
-    knn_every: int
-    reliability_every: int
-
-    def measures_knn(self, epoch: int) -> bool:
-        """After this epoch, counted from 0."""
-        return self.knn_every > 0 and (epoch + 1) % self.knn_every == 0
-
-    def measures_reliability(self, epoch: int) -> bool:
-        """After this epoch, counted from 0."""
-        return self.reliability_every > 0 and (epoch + 1) % self.reliability_every == 0
-
-
-def schedule(job: Job) -> Schedule:
-    """`monitor.knn_every` and `monitor.reliability_every`; where they are null, as often as `SHARE` of the
-    time allows.
-
-    Work is counted in forward passes of one view and not in seconds: a resumed run measures after the same
-    epochs as the uninterrupted one, whatever the clock said.
+    `knn_every`, `reliability_every`: epochs between two measurements, 0 = never; `monitor.knn_every` and
+    `monitor.reliability_every` of the config, and where they are null, as often as `SHARE` of the time
+    allows. Work is counted in forward passes of one view and not in seconds: a resumed run measures after the
+    same epochs as the uninterrupted one.
     """
-    monitor, views = job.config.monitor, 2 if job.config.objective == "simclr" else 1
-    costs = {}
-    if job.images.labels is not None and monitor.knn_every != 0:
-        costs["knn"] = min(monitor.knn_images, job.num_samples) * (FORWARDS_IN_FP32 if job.bf16 else 1.0)
-        costs["knn"] *= job.ranks.world_size  # the first process measures, the others wait
-    if job.rule.ranks and job.total_steps < job.full_steps and monitor.reliability_every != 0:
-        batches = min(
-            -(-monitor.reliability_images // job.config.batch_size), job.num_samples // job.config.batch_size
-        )
-        costs["reliability"] = 2.0 * views * batches * job.config.batch_size
-    work = job.total_steps * job.config.batch_size * views * FORWARDS_TRAINED
-    each = SHARE / max(len(costs), 1) * work / FORWARDS_MEASURED
-    every = {name: epochs_between(each, cost, len(job.steps)) for name, cost in costs.items()}
-    knn = every.get("knn", 0) if monitor.knn_every is None else monitor.knn_every
-    reliability = (
-        every.get("reliability", 0) if monitor.reliability_every is None else monitor.reliability_every
-    )
-    return Schedule(knn if "knn" in costs else 0, reliability if "reliability" in costs else 0)
+
+    def __init__(self, job: Job, report: Report) -> None:
+        self.job, self.report, asked = job, report, job.config.monitor
+        costs = self._costs()
+        views = 2 if job.config.objective == "simclr" else 1
+        work = job.total_steps * job.config.batch_size * views * FORWARDS_TRAINED
+        each = SHARE / max(len(costs), 1) * work / FORWARDS_MEASURED
+        every = {name: epochs_between(each, cost, len(job.steps)) for name, cost in costs.items()}
+        if asked.knn_every is not None and "knn" in costs:
+            every["knn"] = asked.knn_every
+        if asked.reliability_every is not None and "reliability" in costs:
+            every["reliability"] = asked.reliability_every
+        self.knn_every, self.reliability_every = every.get("knn", 0), every.get("reliability", 0)
+        if line := self._line():
+            report.say(f"monitor   {line}")
+
+    def _costs(self) -> dict[str, float]:
+        """Forward passes of one view that each measurement takes, of those that are possible."""
+        job, monitor, costs = self.job, self.job.config.monitor, {}
+        if job.images.labels is not None and monitor.knn_every != 0:
+            costs["knn"] = min(monitor.knn_images, job.num_samples) * (FORWARDS_IN_FP32 if job.bf16 else 1.0)
+            costs["knn"] *= job.ranks.world_size  # the first process measures, the others wait
+        if (
+            job.pruner.policy.is_ranking
+            and job.total_steps < job.full_steps
+            and monitor.reliability_every != 0
+        ):
+            size, views = job.config.batch_size, 2 if job.config.objective == "simclr" else 1
+            batches = min(-(-monitor.reliability_images // size), job.num_samples // size)
+            costs["reliability"] = 2.0 * views * batches * size
+        return costs
+
+    def _line(self) -> str:
+        """For people: what is measured and how often; empty where nothing was left to decide."""
+        job, asked, parts = self.job, self.job.config.monitor, []
+        is_ranking, has_labels = job.pruner.policy.is_ranking, job.images.labels is not None
+        for name, key, given, every, possible in (
+            ("kNN", "knn_every", asked.knn_every, self.knn_every, has_labels),
+            (
+                "the score's reliability",
+                "reliability_every",
+                asked.reliability_every,
+                self.reliability_every,
+                is_ranking,
+            ),
+        ):
+            if given is None and possible:
+                how = f"every {every} epochs" if every else f"never (monitor.{key}=1 asks for it)"
+                parts.append(f"{name} {'every epoch' if every == 1 else how}")
+        return f"{', '.join(parts)}: at most {SHARE:.0%} of the time together" if parts else ""
+
+    def knn(self, epoch: int) -> dict[str, float]:
+        """After this epoch, where it is due, kNN accuracy in 0..1 on a fixed part of the train split, by the
+        first process.
+
+        Four fifths of that part are the bank, one fifth asks; the test split is for evaluate.py alone.
+        """
+        job, labels, every = self.job, self.job.images.labels, self.knn_every
+        if labels is None or not job.ranks.is_first or not every or (epoch + 1) % every:
+            return {}
+        everyone = torch.randperm(job.num_samples, generator=torch.Generator().manual_seed(0))
+        picked = everyone[: job.config.monitor.knn_images]
+        job.encoder.eval()
+        try:
+            features = extract_features(
+                job.encoder,
+                job.images.pixels[picked],
+                labels[picked],
+                batch_size=job.config.batch_size,
+                device=job.device,
+            )
+            cut = len(features.y) * 4 // 5
+            bank, queries = (
+                Features(features.x[:cut], features.y[:cut]),
+                Features(features.x[cut:], features.y[cut:]),
+            )
+            found = knn_accuracy(
+                bank, queries, num_neighbors=min(20, cut), temperature=0.1, device=job.device
+            )
+            return {"knn_train_split": found}
+        except EvalError as error:  # a collapsed encoder is worth a line, not the end of the run
+            self.report.say(f"kNN       not taken: {error}")
+            return {}
+        finally:
+            job.encoder.train()
+
+    def reliability(self, epoch: int, score: Score) -> dict[str, Any]:
+        """After this epoch, where it is due and a pruned one follows, see `Pruner.reliability`."""
+        pruner, every = self.job.pruner, self.reliability_every
+        if not every or (epoch + 1) % every or not pruner.plan.is_pruned(epoch + 1):
+            return {}
+        return pruner.reliability(score, self.job.config.monitor.reliability_images)
 
 
 def epochs_between(work: float, cost: float, epochs: int) -> int:
-    """Epochs between two measurements of `cost` that may cost `work` in a run of `epochs`; 0 where not one
-    can be afforded.
+    """Epochs between two measurements of `cost` that may cost `work` in a run of `epochs`; 0: not one can be
+    afforded.
     """
     times = min(int(work / cost), epochs)
     return math.ceil(epochs / times) if times else 0
-
-
-def schedule_line(job: Job, found: Schedule) -> str:
-    """For people: what is measured and how often; empty where nothing was left to decide."""
-    asked = job.config.monitor
-    parts = []
-    for name, key, given, every, possible in (
-        ("kNN", "knn_every", asked.knn_every, found.knn_every, job.images.labels is not None),
-        (
-            "the score's reliability",
-            "reliability_every",
-            asked.reliability_every,
-            found.reliability_every,
-            job.rule.ranks,
-        ),
-    ):
-        if given is None and possible:
-            how = (
-                "every epoch"
-                if every == 1
-                else f"every {every} epochs"
-                if every
-                else f"never (monitor.{key}=1 asks for it)"
-            )
-            parts.append(f"{name} {how}")
-    return f"{', '.join(parts)}: at most {SHARE:.0%} of the time together" if parts else ""
-
-
-def pick_monitor_set(job: Job) -> tuple[Tensor, Tensor] | None:
-    """Pixels and labels of a fixed part of the train split, for the kNN line; the test split is for
-    evaluate.py alone.
-    """
-    labels = job.images.labels
-    if labels is None:
-        return None
-    picked = torch.randperm(job.num_samples, generator=torch.Generator().manual_seed(0))[
-        : job.config.monitor.knn_images
-    ]
-    return job.images.pixels[picked], labels[picked]
-
-
-def monitor_knn(job: Job, monitor_set: tuple[Tensor, Tensor], report: Report) -> float | None:
-    """kNN accuracy in 0..1 of the encoder as it is now: four fifths of the monitor set are the bank, one
-    fifth asks.
-    """
-    job.encoder.eval()
-    try:
-        features = extract_features(
-            job.encoder, *monitor_set, batch_size=job.config.batch_size, device=job.device
-        )
-        cut = len(features.y) * 4 // 5
-        bank, queries = (
-            Features(features.x[:cut], features.y[:cut]),
-            Features(features.x[cut:], features.y[cut:]),
-        )
-        return knn_accuracy(bank, queries, num_neighbors=min(20, cut), temperature=0.1, device=job.device)
-    except EvalError as error:  # a collapsed encoder is worth a line, not the end of the run
-        report.say(f"kNN       not taken: {error}")
-        return None
-    finally:
-        job.encoder.train()

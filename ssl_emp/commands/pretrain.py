@@ -5,24 +5,23 @@
     python pretrain.py --config configs/demo.yaml --dry-run      # what would happen, and a picture of the
     views
     python pretrain.py --resume runs/mine
-    python pretrain.py --config configs/cifar10_emp.yaml devices=2        # or: torchrun --nproc-per-node 2
-    pretrain.py --config …
+    python pretrain.py --config configs/cifar10_emp.yaml devices=2    # or: torchrun --nproc-per-node 2
+    pretrain.py ...
 
-config -> job (ssl_emp/commands/job.py) -> epochs(select, stream, score, step) -> encoder. Exit codes: 0 done,
-2 the user can fix it, 3 the run failed with its last checkpoint intact, 130/143 stopped by SIGINT/SIGTERM
-after saving.
+config -> job (images, network, pruner) -> epochs of choose, train, look -> encoder. Exit codes: 0 done, 2 the
+user can fix it, 3 the run failed with its last checkpoint intact, 130/143 stopped by SIGINT/SIGTERM after
+saving.
 """
 
 import argparse
 import json
-import math
 import os
-import signal
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -30,48 +29,32 @@ import yaml
 from PIL import Image
 from torch import Tensor, nn
 
-from ssl_emp.augment import cut_views, draw_params, grid_of_views
-from ssl_emp.commands.job import LEARNED_SHARE, Job, prepare
-from ssl_emp.commands.monitoring import monitor_knn, pick_monitor_set, schedule, schedule_line
+from ssl_emp.augment import Recipe, cut_views, draw_features, draw_params, grid_of_views
+from ssl_emp.commands.job import Job, prepare
+from ssl_emp.commands.monitoring import Monitor
 from ssl_emp.commands.next_command import next_command
 from ssl_emp.commands.resume import (
     broken_files,
     check_same,
-    image_size,
     is_finished,
     is_run,
     load_state,
-    lost_epochs,
+    longer_line,
     missing_source,
     read_run,
-    restore_encoder,
+    repair,
     with_places,
+    write_config,
 )
 from ssl_emp.config import PretrainConfig, load_config
 from ssl_emp.data.images import ImageSet
 from ssl_emp.device import pick_device
-from ssl_emp.diagnostics import Finding, diagnose, findings, next_to_say
 from ssl_emp.errors import Parser, RunFailed, UserError, path_argument
+from ssl_emp.loss import nt_xent
 from ssl_emp.model import save_encoder
-from ssl_emp.optim import (
-    build_optimizer,
-    gradient_norm,
-    one_cycle_momentum,
-    set_lr,
-    set_momentum,
-    step_where,
-)
-from ssl_emp.passes import (
-    compiled,
-    foresee,
-    gathered,
-    measure_reliability,
-    score_passes,
-    split_by_age,
-    terms_of,
-)
-from ssl_emp.pruning import shuffled_batches
-from ssl_emp.run.checkpoint import save_checkpoint
+from ssl_emp.optim import build_optimizer
+from ssl_emp.prune import Seen, closeness, entropy
+from ssl_emp.prune.plan import shuffled_batches
 from ssl_emp.run.lock import Held, is_unused, sole_writer
 from ssl_emp.run.ranks import (
     ALONE,
@@ -83,12 +66,12 @@ from ssl_emp.run.ranks import (
     join_ranks,
     leave_ranks,
 )
-from ssl_emp.run.report import Report, duration, rank_correlation, write_environment, write_samples
-from ssl_emp.run.state_check import check_state
+from ssl_emp.run.report import Report, duration, write_environment, write_samples
+from ssl_emp.run.run import Run
+from ssl_emp.run.stop import Stop
 from ssl_emp.run.streams import prepare_streams, put
 from ssl_emp.safe_files import as_json, inner_folder, replacing, write_atomically
-from ssl_emp.scores import ScoreState
-from ssl_emp.supervised import Classifier
+from ssl_emp.supervised import Classifier, cross_entropy
 from ssl_emp.text import quoted
 
 # for the other processes of a run that was started from Python: this very package, wherever it lies
@@ -103,367 +86,181 @@ OUT_OF_MEMORY = (
 )
 
 
-class Stop:
-    """SIGTERM, SIGINT, SIGUSR1, SIGHUP: finish the step, save, leave. A second signal leaves at once."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-
-    def __init__(self) -> None:
-        self.signal: int = 0
-
-    def __enter__(self) -> "Stop":
-        self.before = {number: signal.getsignal(number) for number in self.SIGNALS}
-        for number, handler in self.before.items():
-            # nohup ignores it, so that a run outlives its terminal
-            if number != signal.SIGHUP or handler != signal.SIG_IGN:
-                signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        for again in self.SIGNALS:
-            if signal.getsignal(again) == self._note:
-                signal.signal(again, signal.SIG_DFL)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            if handler is not None:  # else it is not Python's
-                signal.signal(number, handler)
+# ---- the method
+# ------------------------------------------------------------------------------------------------------
 
 
-def pretrain(
-    job: Job, out: Path, state: dict[str, Any] | None, report: Report, stop: Stop, held: Held | None = None
-) -> int:
-    """Train `job` to its end in `out`, from `state` where a checkpoint gave one, or until `stop`. Returns the
-    exit code.
+def forward(
+    job: Job, network: Any, views_of: Any, index: Tensor, images: Tensor, epoch: int, recipe: Recipe
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A batch through the network, its augmentation keyed on (seed, epoch, index).
 
-    `held` is the directory as it was locked, of the process that writes.
+    Returns:
+        loss (b,) in nats, memory (b,) of EMP's score, and what was drawn (b, F), where the pruner uses it.
     """
-    config, prune, plan, device = job.config, job.config.prune, job.plan, job.device
-    num_samples, batch_size, total_steps, ranks = (
-        job.num_samples,
-        config.batch_size,
-        job.total_steps,
-        job.ranks,
-    )
+    config, policy, side = job.config, job.pruner.policy, images.shape[-1]
+    draw = draw_params(config.seed, epoch, index, recipe, side)
+    if config.objective == "supervised":
+        assert job.labels is not None
+        (view,) = views_of(images, draw[:1], recipe)
+        _, logits = through(job, network, view)
+        loss = cross_entropy(logits, job.labels.values[index], config.label_smoothing)
+        return loss, entropy(logits), None
+    view_a, view_b = views_of(images, draw, recipe)
+    h, z = through(job, network, torch.cat([view_a, view_b]))  # one BatchNorm pass over both views, as SimCLR
+    (h_a, h_b), (z_a, z_b) = h.chunk(2), z.chunk(2)
+    loss = nt_xent(z_a, z_b, config.temperature, job.ranks)
+    memory = closeness(h_a, h_b, normalized=getattr(policy, "memory", "raw") == "normalized")
+    return loss, memory, draw_features(*draw, side) if policy.adjusts else None
+
+
+def through(job: Job, network: Any, views: Tensor) -> tuple[Tensor, Tensor]:
+    """Views (M, 3, S, S) -> backbone features (M, D) and projections or logits (M, P)."""
+    with torch.autocast(job.device.type, dtype=torch.bfloat16, enabled=job.bf16):
+        return network(views.to(memory_format=torch.channels_last))
+
+
+def pretrain(job: Job, run: Run, stop: Stop) -> int:
+    """Train `job` from where `run` stands to its end, or until `stop`. Returns the exit code."""
+    config, pruner, ranks, guard, report = job.config, job.pruner, job.ranks, run.guard, run.report
     model, views_of = compiled(job, report)
-    optimizer = build_optimizer(
-        job.model,
-        config.optimizer.name,
-        config.optimizer.lr,
-        config.optimizer.momentum,
-        config.optimizer.weight_decay,
+    network = ranks.share_gradients(model)  # after the weights are those of the checkpoint on all ranks
+    score = partial(score_batches, job, model, views_of)
+    rescore = partial(
+        score, recipe=replace(job.recipe, size=getattr(config.prune, "scoring_size", None) or job.recipe.size)
     )
-    one_cycle = config.optimizer.schedule == "onecycle"
-    measuring = schedule(job)
-    rescores = job.rule.scores and prune.scoring != "stale"
-
-    scores = ScoreState(num_samples, prune.score_ema, prune.adjusts, device, prune.shrink)
-    start, step_in_epoch, step, batches, weight = 0, 0, 0, None, None
-    # (steps,) of the epoch, of their gradients; inf where the loss or a gradient was not finite
-    norms: Tensor | None = None
-    # steps that were skipped: in a row until now, the longest row since the start
-    bad = torch.zeros(2, dtype=torch.int64, device=device)
-    before: dict[str, Tensor] = {}  # what the epoch's diagnosis compares with
-    said: dict[str, tuple[int, float]] = {}  # what it told, when, and how bad it was
-    seconds = {"training": 0.0, "scoring": 0.0, "monitoring": 0.0}
-
-    def snapshot(
-        epoch: int, step_in_epoch: int, batches: Tensor | None, weight: Tensor | None
-    ) -> dict[str, Any]:
-        model_state = {"model": job.model.state_dict(), "optimizer": optimizer.state_dict()}
-        per_sample = {
-            "scores": scores.state_dict(),
-            "batches": batches,
-            "weight": weight,
-            "before": before,
-            "said": said,
-        }
-        per_sample |= {"norms": norms, "bad_in_a_row": bad[0]}
-        position = {
-            "epoch": epoch,
-            "step_in_epoch": step_in_epoch,
-            "step": step,
-            "finished": step == total_steps,
-            "seconds": dict(seconds),
-        }
-        source = {"config": config.model_dump(), "fingerprint": json.dumps(job.fingerprint), "bf16": job.bf16}
-        return {**model_state, **per_sample, **position, **source}
-
-    def save(epoch: int, step_in_epoch: int, batches: Tensor | None, weight: Tensor | None) -> None:
-        check_weights(job.model, step)
-        if ranks.is_first:
-            if held is not None:
-                held.check()
-            save_checkpoint(out / "checkpoints", snapshot(epoch, step_in_epoch, batches, weight), step)
-
-    if state is not None:
-        check_state(state, snapshot(0, 0, None, None), optimizer, out / "checkpoints", job.steps, batch_size)
-        job.model.load_state_dict(state["model"])
-        # its groups as the config makes them, since another torch has other keys there; what moves is that of
-        # the last step
-        groups = [
-            own | {name: group[name] for name in ("lr", "momentum") if name in own and name in group}
-            for own, group in zip(
-                optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"], strict=True
-            )
-        ]
-        optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
-        scores.load_state_dict(state["scores"])
-        start, step_in_epoch, step, seconds = (
-            state["epoch"],
-            state["step_in_epoch"],
-            state["step"],
-            dict(state["seconds"]),
-        )
-        if step_in_epoch:
-            batches, weight = (
-                None if part is None else part.to(device) for part in (state["batches"], state["weight"])
-            )
-            before = {name: part.to(device) for name, part in state["before"].items()}
-            norms = state["norms"].to(device)
-        bad[0], said = state["bad_in_a_row"], dict(state["said"])
-    # else it is that of the training
-    if ranks.is_first and (step < total_steps or not (out / "environment.json").is_file()):
-        write_environment(out / "environment.json", device)
-    report.attach(out, config.monitor.tensorboard, held)
-    report.forget_from(start + 1)
-    trained = ranks.share_gradients(model)  # after the weights are those of the checkpoint on all ranks
-    parameters, buffers = list(job.model.parameters()), list(job.model.buffers())
-    kept_buffers = [buffer.clone() for buffer in buffers]
-
-    def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # once an epoch: a time without it is the time to queue the work
-        return time.perf_counter()
-
-    through_network = terms_of(job)
-    saved_at, saved_step = time.monotonic(), step
-    monitor_set = pick_monitor_set(job) if ranks.is_first and measuring.knn_every else None
-    if line := schedule_line(job, measuring):
-        report.say(f"monitor   {line}")
+    monitor = Monitor(job, report)
     job.model.train()
-    for epoch in range(start, len(job.steps)):
-        began = clock()
-        if batches is None:
-            if plan.is_pruned(epoch):
-                before = {
-                    "trained_epoch": scores.trained_epoch.clone(),
-                    "scored_epoch": scores.scored_epoch.clone(),
-                }
-                before |= (
-                    {"score": job.rule.score(scores.last, scores.variance, epoch)} if job.rule.ranks else {}
-                )
-            if (
-                rescores
-                and plan.is_pruned(epoch)
-                and (epoch - prune.warmup_epochs) % prune.rescore_every == 0
-            ):
-                left_out, others = split_by_age(job, scores.scored_epoch, epoch)
-                if len(left_out):
-                    terms, draws = score_passes(job, model, views_of, left_out, others, epoch)
-                    known = terms.isfinite().all(0)  # the others stay as they were
-                    # older than whatever this epoch trains on
-                    scores.observe(
-                        left_out[known], terms[:, known], None if draws is None else draws[known], epoch - 1
-                    )
-                seconds["scoring"] += clock() - began
-                began = clock()
-            foreseen = foresee(job, scores, epoch) if prune.foresees and plan.is_pruned(epoch) else None
-            kept = job.rule.choose(scores, epoch, job.steps[epoch] * batch_size, config.seed, foreseen)
-            # shorter ends within an epoch
-            batches = shuffled_batches(kept.index, batch_size, config.seed, epoch)[: job.steps[epoch]]
-            weight = None
-            if kept.weight is not None:
-                weight = torch.ones(num_samples, device=device)
-                weight[kept.index] = kept.weight
-            norms = torch.zeros(len(batches), device=device)
-            ranks.agree_on(f"the samples of epoch {epoch + 1}", batches, scores.terms, scores.times_trained)
-        assert norms is not None
-        first_step, seconds_before = step_in_epoch, seconds["training"]
-        label = f"epoch {epoch + 1}/{len(job.steps)}"
+    for epoch in range(run.epoch, len(pruner.steps)):
+        # ---- choose: which samples, in which order
+        with run.clock("scoring"):
+            pruner.rescore(epoch, rescore)  # nothing where scores are stale, the default
+        with run.clock("training"):
+            batches = pruner.batches(epoch)  # (steps, B) on the device
+            known = (pruner.record.terms, pruner.record.times_trained)
+            ranks.agree_on(f"the samples of epoch {epoch + 1}", batches, *known)
 
-        with report.progress(
-            job.store.stream(ranks.part(batches[first_step:])), len(batches), label, first_step
-        ) as stream:
-            for index, images in stream:
-                torch._foreach_copy_(kept_buffers, buffers)
-                loss, memory, draw = through_network(job, trained, views_of, index, images, epoch, job.recipe)
-                weighted = loss if weight is None else loss * weight[index]
-                optimizer.zero_grad(set_to_none=True)
-                weighted.mean().backward()
-                terms, draws = gathered(job, loss, memory, draw)
-                norm = gradient_norm(parameters)  # of all ranks: the gradients are summed by now
-                good = terms.isfinite().all() & norm.isfinite()
-                set_lr(optimizer, job.lr_of(step))
-                if one_cycle:
-                    set_momentum(optimizer, one_cycle_momentum(step, job.planned_steps(step)))
-                step_where(optimizer, good)
-                restore_unless(good, buffers, kept_buffers)
-                scores.observe(batches[step_in_epoch], terms, draws, epoch, good)
-                scores.count_trained(batches[step_in_epoch], epoch, good)
-                norms[step_in_epoch] = norm.where(good, torch.inf)
-                bad = count_in_a_row(bad, good)
-                step, step_in_epoch = step + 1, step_in_epoch + 1
-                minutes, steps = (time.monotonic() - saved_at) / 60, step - saved_step
-                is_due = minutes > config.checkpoint.every_minutes or steps == config.checkpoint.every_steps
-                # read once: a signal may come at any moment
-                stopping, due = ranks.highest(stop.signal, is_due)
-                # on a GPU, reading the count waits for it: seldom
-                if device.type == "cpu" or due or stopping:
-                    check_bad_steps(bad, config.max_bad_steps, norms.isinf(), batches, epoch)
-                if due or stopping:
-                    seconds["training"] += clock() - began
-                    save(epoch, step_in_epoch, batches, weight)
-                    began, saved_at, saved_step = clock(), time.monotonic(), step
-                if stopping:
-                    name = signal.Signals(stopping).name
-                    report.say(
-                        f"stopped by {name} after step {step}, saved. go on: python pretrain.py "
-                        f"--resume {quoted(out)}"
-                    )
-                    return 128 + stopping
+            # ---- train
+            for index, images in run.stream(job.store, batches, epoch):
+                loss, memory, draw = forward(job, network, views_of, index, images, epoch, job.recipe)
+                run.optimizer.zero_grad(set_to_none=True)
+                pruner.weighted(index, loss).backward()
+                seen = pruner.gather(index, loss, memory, draw)  # of all ranks
+                job.schedule.set(run.optimizer, run.step)
+                finite = guard.step(
+                    seen.terms, run.step_in_epoch, batches
+                )  # 0-d bool: nothing waits for the device
+                pruner.observe(seen, where=finite)
+                if signal := run.save_if_due(stop, batches, epoch):
+                    return 128 + signal
+        guard.check(batches, epoch)
 
-        check_bad_steps(bad, config.max_bad_steps, norms.isinf(), batches, epoch)
-        seconds["training"] += clock() - began
-        rate = (len(batches) - first_step) * batch_size / (seconds["training"] - seconds_before)
-        began = clock()
-        knn = monitor_knn(job, monitor_set, report) if monitor_set and measuring.measures_knn(epoch) else None
-        seconds["monitoring"] += clock() - began
+        # ---- look
+        with run.clock("monitoring"):
+            knn = monitor.knn(epoch)
+            reliability = monitor.reliability(epoch, score)
+        labels, is_noisy = (job.labels.values, job.labels.is_noisy) if job.labels else (None, None)
+        row = run.figures(batches) | pruner.figures(labels, is_noisy) | reliability | guard.figures() | knn
+        row["lr"] = job.schedule.lr(run.step - 1)
+        run.end_epoch(row, guard.skipped_line(batches, epoch), pruner.advice(row, job.images.class_names))
+    guard.check_weights(run.step)
+    if ranks.is_first:
+        export(job, run)
+    return 0
 
-        began = clock()
-        reliability = {}
-        if plan.is_pruned(epoch + 1) and measuring.measures_reliability(epoch):
-            reliability = measure_reliability(job, model, views_of, scores, epoch)
-        seconds["monitoring"] += clock() - began
 
-        row = {
-            "epoch": epoch + 1,
-            "step": step,
-            "samples_seen": step * batch_size,
-            "kept_share": len(batches) * batch_size / num_samples,
-            **describe_terms(scores.last[:, batches.flatten()], job.rule.beta_at(epoch), prune.memory),
-            **reliability,
-            "images_per_second": rate,
-            "lr": job.lr_of(step - 1),
-            # of the loss as it was weighted
-            "gradient_norm": float(norms[norms.isfinite()].mean().nan_to_num()),
-            **{f"{name}_seconds": value for name, value in seconds.items()},
-            **({} if knn is None else {"knn_train_split": knn}),
-        }
-        if epoch + 1 == len(job.steps):
-            row |= {"asked_share": plan.asked_share(), "real_share": step / job.full_steps}
-        if bad_steps := norms.isinf().nonzero().flatten().tolist():
-            row["skipped_steps"] = len(bad_steps)
-        if before:
-            row |= diagnosis(job, scores, before, epoch)
-        report.metrics(row)
-        beside = seconds["scoring"] + seconds["monitoring"]
-        eta = (total_steps - step) * seconds["training"] / step + (len(job.steps) - epoch - 1) * beside / (
-            epoch + 1
-        )
-        report.say(f"{label}  {epoch_line(row)}  eta {duration(eta)}")
-        if bad_steps:
-            report.say(f"warning   {skipped_line(bad_steps, batches, epoch)}")
-        found = next_to_say(what_is_off(job, row, epoch), said, epoch) if before else None
-        if found is not None:
-            said[found.kind] = (epoch, found.severity)
-            report.say(f"warning   {found.line}")
-        batches, norms, step_in_epoch, before = None, None, 0, {}
+@torch.no_grad()
+def score_batches(
+    job: Job, network: Any, views_of: Any, batches: Tensor, key: int, recipe: Recipe | None = None
+) -> Seen:
+    """Batches (steps, B) through the network of now without training it: what all ranks see, in order.
 
-    check_weights(job.model, step)
-    if not ranks.is_first:
-        return 0
-    if held is not None:
-        held.check()
-    write_samples(
-        out / "pruning" / "samples.parquet",
-        job.images.names,
-        {
-            "loss": scores.last[0],
-            **(
-                {"distance": scores.last[1]} if config.objective == "simclr" else {"entropy": -scores.last[1]}
-            ),
-            "score": job.rule.score(scores.terms, scores.variance, len(job.steps) - 1),
-            "times_trained": scores.times_trained,
-            "scored_epoch": scores.scored_epoch,
-        },
-    )
+    BatchNorm normalises by the batch, as in training, and no running statistic is touched.
+    """
+    norms = [module for module in job.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.track_running_stats = False
+    parts = []
+    for index, images in job.store.stream(job.ranks.part(batches)):
+        loss, memory, draw = forward(job, network, views_of, index, images, key, recipe or job.recipe)
+        parts.append(job.pruner.gather(index, loss, memory, draw))
+    for norm in norms:
+        norm.track_running_stats = True
+    draws = [part.covariates for part in parts if part.covariates is not None]
+    terms = torch.cat([part.terms for part in parts], dim=1)
+    return Seen(torch.cat([part.index for part in parts]), terms, torch.cat(draws) if draws else None)
+
+
+def compiled(job: Job, report: Report) -> tuple[Any, Any]:
+    """(network, cut_views), through torch.compile where it is asked for and a compiler is found."""
+    if not job.config.compile:
+        return job.model, cut_views
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=job.device))
+    except Exception as error:  # dynamo wraps a missing C++ compiler or triton in many types
+        report.say(f"compile   not available ({type(error).__name__}), going on without it")
+        return job.model, cut_views
+    if job.config.cuda_graphs and job.device.type == "cuda":
+        replayed = torch.compile(cut_views, dynamic=False, mode="reduce-overhead")
+
+        def views_of(*arguments: Any) -> tuple[Tensor, ...]:
+            # every step, trained or scored, begins here: the outputs of the last one may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()
+            return replayed(*arguments)
+
+        return torch.compile(job.model, mode="reduce-overhead"), views_of
+    if job.config.cuda_graphs:
+        report.say("compile   cuda_graphs needs a GPU, going on without it")
+    return torch.compile(job.model), torch.compile(cut_views, dynamic=False)
+
+
+# ---- what a run leaves behind
+# ----------------------------------------------------------------------------------------
+
+
+def export(job: Job, run: Run) -> None:
+    """Encoder, samples.parquet, result.json, and last the checkpoint: a run that says "finished" has
+    everything else.
+    """
+    config, pruner, out = job.config, job.pruner, run.folder
+    if run.held is not None:
+        run.held.check()
+    table = pruner.table()
+    unseen = table["memory"] == torch.inf
+    if config.objective == "simclr":
+        table["distance"] = torch.where(unseen, torch.inf, -table["memory"])
+    else:
+        table["entropy"] = torch.where(unseen, -torch.inf, table["memory"])
+    order = ("loss", "distance", "entropy", "score", "times_trained", "scored_epoch")
+    columns = {name: table[name] for name in order if name in table}
+    write_samples(out / "pruning" / "samples.parquet", job.images.names, columns)
     save_encoder(job.encoder, inner_folder(out, "encoder"))
     accuracy = None if job.test is None else classify(job, job.test)
     if job.test is not None and accuracy is not None:
         result = {
             "test_accuracy": round(100 * accuracy, 2),
             "test_images": len(job.test.names),
-            "epoch": len(job.steps),
+            "epoch": len(pruner.steps),
         }
         write_atomically(out / "result.json", (as_json(result) + "\n").encode())
-    if state is None or not (
-        is_finished(state, config) and state["fingerprint"] == json.dumps(job.fingerprint)
-    ):
-        # last: a run whose checkpoint says "finished" has everything else
-        save(len(job.steps), 0, None, None)
-    samples, full = total_steps * batch_size, job.full_steps * batch_size
+    run.epoch = len(pruner.steps)
+    if not run.was_finished:
+        run.save()
+    total, full, seconds = run.step * config.batch_size, job.full_steps * config.batch_size, run.seconds
     rows = [] if accuracy is None else [("test accuracy", f"{100 * accuracy:.2f} % of the last epoch")]
+    share = f"{total / full:.1%}, asked {pruner.plan.asked_share():.1%}"
+    beside = seconds["monitoring"]
+    monitoring = f"{duration(beside)}, {beside / sum(seconds.values()):.1%} of the time"
     rows += [
-        (
-            "samples seen",
-            f"{samples:,} of {full:,} unpruned ({samples / full:.1%}, asked {plan.asked_share():.1%})",
-        ),
+        ("samples seen", f"{total:,} of {full:,} unpruned ({share})"),
         ("training", duration(seconds["training"])),
         ("scoring passes", duration(seconds["scoring"])),
-        (
-            "monitoring",
-            (
-                f"{duration(seconds['monitoring'])}, "
-                f"{seconds['monitoring'] / sum(seconds.values()):.1%} of the time"
-            ),
-        ),
-        *saved_time(seconds, total_steps, job.full_steps),
+        ("monitoring", monitoring),
+        *saved_time(seconds, run.step, job.full_steps),
         ("encoder", str(out / "encoder")),
         ("next", next_command(out, config)),
     ]
-    report.table("done", rows)
-    return 0
-
-
-def diagnosis(job: Job, scores: ScoreState, before: dict[str, Tensor], epoch: int) -> dict[str, float]:
-    """The figures of a pruned epoch, see `ssl_emp.diagnostics.diagnose`."""
-    after_pruned = job.plan.is_pruned(epoch - 1)
-    fresh = (scores.scored_epoch == epoch) & (before["scored_epoch"] == epoch - 1)
-    # not means: they resemble themselves
-    now = job.rule.score(scores.last, scores.variance, epoch) if "score" in before else None
-    return diagnose(
-        epoch,
-        times_trained=scores.times_trained,
-        last_trained=scores.trained_epoch,
-        last_trained_before=before["trained_epoch"] if after_pruned else None,
-        scores=now,
-        scores_before=before.get("score"),
-        fresh=fresh,
-        labels=job.labels,
-        num_classes=job.num_classes,
-        is_noisy=job.is_noisy,
-    )
-
-
-def what_is_off(job: Job, row: dict[str, Any], epoch: int) -> list[Finding]:
-    """Findings on the figures of a pruned epoch."""
-    prune = job.config.prune
-    return findings(
-        row,
-        num_samples=job.num_samples,
-        policy=prune.policy,
-        beta=job.rule.beta_at(epoch),
-        loss_weight=job.rule.loss_weight_at(epoch),
-        memory=prune.memory,
-        ema=prune.score_ema,
-        adjust=prune.adjusts or job.config.objective == "supervised",  # nothing to turn there
-        foresees=prune.foresees,
-        explore=prune.explore_share,
-        redraw_every=prune.redraw_every,
-        class_names=job.images.class_names,
-    )
+    run.report.table("done", rows)
 
 
 @torch.no_grad()
@@ -481,41 +278,6 @@ def classify(job: Job, test: ImageSet) -> float:
     return right / len(test.names)
 
 
-def describe_terms(trained: Tensor, beta: float, memory: str) -> dict[str, float]:
-    """What decides the ranking, over the samples of an epoch, (2, K): is one term drowned by the other? One
-    read-out.
-
-    `learned_share`: of the samples with a loss below ln 2, so that the positive (or the right class) has more
-    than half of the softmax. Where it is 0 there is nothing yet that a loss could tell to leave out.
-    """
-    loss, distance = trained
-    # in nats: what the rule subtracts, times the loss's spread; nothing where all are alike
-    if memory == "standardized":
-        distance = torch.where(distance.std() > 0, distance / distance.std() * loss.std(), 0.0)
-    figures = {"loss": loss.mean(), "std_loss": loss.std(), "std_beta_memory": (beta * distance).std()}
-    figures |= {
-        "rank_correlation": rank_correlation(loss, distance),
-        "learned_share": (loss < -math.log(LEARNED_SHARE)).float().mean(),
-    }
-    values = dict(zip(figures, torch.stack(list(figures.values())).tolist(), strict=True))
-    # samples of steps that were skipped have no loss
-    known = trained.isfinite().all(0) if not math.isfinite(values["loss"]) else None
-    return values if known is None or known.sum() < 2 else describe_terms(trained[:, known], beta, memory)
-
-
-def epoch_line(row: dict[str, Any]) -> str:
-    """The metrics of an epoch as a person reads them."""
-    knn = f"  kNN (train split) {100 * row['knn_train_split']:.1f}" if "knn_train_split" in row else ""
-    spread = (
-        f"std(loss) {row['std_loss']:.3f}  std(β·memory) {row['std_beta_memory']:.3f}  rank corr "
-        f"{row['rank_correlation']:+.2f}"
-    )
-    return (
-        f"loss {row['loss']:.3f}{knn}  kept {row['kept_share']:.1%}  {spread}  "
-        f"{row['images_per_second']:.0f} images/s"
-    )
-
-
 def saved_time(seconds: dict[str, float], steps: int, full_steps: int) -> list[tuple[str, str]]:
     """A row of the last table: what the steps that were left out would have taken, less what scoring took;
     none where none were.
@@ -531,62 +293,128 @@ def saved_time(seconds: dict[str, float], steps: int, full_steps: int) -> list[t
     return [("pruning saved", f"about {duration(saved)} of training, {share:.0%} of that without pruning")]
 
 
-def restore_unless(good: Tensor, tensors: list[Tensor], before: list[Tensor]) -> None:
-    """Put back what `tensors` were before where not `good` (0-d bool). No branch, which would wait for a GPU.
-    """
-    torch._foreach_copy_(tensors, [torch.where(good, *pair) for pair in zip(tensors, before, strict=True)])
+# ---- the command
+# -----------------------------------------------------------------------------------------------------
 
 
-def count_in_a_row(bad: Tensor, good: Tensor) -> Tensor:
-    """(bad steps in a row until now, the longest row), one step on."""
-    now = torch.where(good, 0, bad[0] + 1)
-    return torch.stack([now, torch.maximum(now, bad[1])])
+def parse_settings(arguments: argparse.Namespace) -> tuple[PretrainConfig, Path, bool]:
+    """The command line as (config, run directory, whether that is resumed)."""
+    if arguments.resume is None:
+        config = load_config(arguments.config, arguments.overrides)
+        out = Path(config.out or "runs/default")
+        return config, out, arguments.auto_resume and is_run(out)
+    out = Path(arguments.resume)
+    if any(override.startswith("out=") for override in arguments.overrides):
+        fix = "move it first, then --resume the new place, without out="
+        raise UserError("a run stays in its directory", fix)
+    config, _ = read_run(out, arguments.overrides)
+    return config.model_copy(update={"out": str(out)}), out, True
 
 
-def skipped_line(steps: list[int], batches: Tensor, epoch: int) -> str:
-    """Which steps of the epoch were skipped, and on which samples."""
-    samples = batches[steps[0]].tolist()
-    shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
-    counted = "1 step was" if len(steps) == 1 else f"{len(steps)} steps were"
-    what = f"{counted} skipped for a loss or gradient that is not finite"
-    return f"epoch {epoch + 1}: {what}, the first is step {steps[0] + 1}, samples {shown}"
+def start_or_resume(
+    config: PretrainConfig, out: Path, resumes: bool, ranks: Ranks, may_extend: bool = False
+) -> int:
+    """One run, as one of its ranks. `may_extend`: more epochs than it has are asked for on purpose."""
+    report, state, before = Report(silent=not ranks.is_first), None, config
+    held: Held | None = None
+    with ExitStack() as stack:
+        if ranks.is_first:  # before the images are read; a mistake leaves nothing behind
+            check_unused(out, resumes)
+            held = stack.enter_context(sole_writer(out))
+            check_unused(out, resumes)  # another process may have taken the directory before we held the lock
+        finished = False
+        if resumes:
+            config, before, state = load_state(config, out, report, may_extend)
+            finished = state is not None and is_finished(state, config)
+            if finished and state is not None and repair(config, before, out, state, report, held):
+                return 0
+        try:
+            job = prepare(config, report, ranks)
+        except UserError as problem:
+            raise missing_source(config, out, problem) if resumes else problem from None
+        if state:
+            check_same(job, state, before, out)
+        check_same_everywhere(job, state, out)
+        kept = with_places(before, config)
+        if held is not None:
+            held.check()  # reading the images may have taken an hour
+            if not resumes or kept != read_run(out, [])[0]:
+                write_config(out, kept)
+            if resumes and not finished:
+                where = "no checkpoint yet, from the beginning"
+                if state:
+                    where = f"epoch {state['epoch'] + 1}, step {state['step']}"
+                report.say(f"resume    {where}")
+                if line := longer_line(job, before):
+                    report.say(f"longer    {line}")
+        if finished and state is not None and not broken_files(out, config, state):
+            report.say(f"{out} is finished, nothing to do. next: {next_command(out, config)}")
+            return 0
+        try:
+            with Stop() as stop:
+                return pretrain(job, open_run(job, out, state, report, held), stop)
+        finally:
+            report.close()
 
 
-def check_bad_steps(bad: Tensor, most: int, skipped: Tensor, batches: Tensor, epoch: int) -> None:
-    """Raise RunFailed where more than `most` steps in a row were skipped. Reads two numbers from the device.
-    """
-    longest = int(bad[1])
-    if longest > most:
-        line = skipped_line(skipped.nonzero().flatten().tolist(), batches, epoch)
-        fix = "start again with a lower optimizer.lr or a longer optimizer.warmup_epochs, and another out=DIR"
-        raise RunFailed(
-            f"{longest} bad steps in a row, max_bad_steps is {most}; {line}; the last checkpoint "
-            f"is intact. fix: {fix}"
-        )
+def check_unused(out: Path, resumes: bool) -> None:
+    if not resumes and not is_unused(out):
+        fix = f"go on with --resume {quoted(out)}, or choose another out=DIR"
+        raise UserError(f"{out} exists and is not empty", fix)
 
 
-def check_weights(model: nn.Module, step: int) -> None:
-    """Raise RunFailed before a sick network is saved: the last update may be the bad one, and no loss has
-    seen it yet.
-    """
-    if not torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()]).all():
-        what = f"the weights are not finite after step {step}; the last checkpoint is intact"
-        fix = "start again with a lower optimizer.lr or a longer optimizer.warmup_epochs, and another out=DIR"
-        raise RunFailed(f"{what}. fix: {fix}")
+def check_same_everywhere(job: Job, state: dict[str, Any] | None, out: Path) -> None:
+    """Raise UserError where the ranks see other images or another checkpoint."""
+    here = f"{job.fingerprint} {state['step'] if state else 'no checkpoint'}"
+    differing = [rank for rank, there in enumerate(job.ranks.barrier(here)) if there != here]
+    if differing:
+        who = f"rank {differing[0]} and rank {job.ranks.rank}"
+        what = f"{who} see other images in {job.config.data.source}, or another checkpoint in {out}"
+        raise UserError(what, "give all machines the same files")
+
+
+def open_run(
+    job: Job, out: Path, state: dict[str, Any] | None, report: Report, held: Held | None = None
+) -> Run:
+    """The run in the directory `out`, from `state` where a checkpoint gave one, with its files open."""
+    config, settings = job.config, job.config.optimizer
+    fingerprint = json.dumps(job.fingerprint)
+    run = Run(
+        out,
+        held,
+        report,
+        job.ranks,
+        job.model,
+        build_optimizer(job.model, settings.name, settings.lr, settings.momentum, settings.weight_decay),
+        job.pruner,
+        max_bad_steps=config.max_bad_steps,
+        every_minutes=config.checkpoint.every_minutes,
+        every_steps=config.checkpoint.every_steps,
+        source={"config": config.model_dump(), "fingerprint": fingerprint, "bf16": job.bf16},
+        state=state,
+    )
+    run.was_finished = (
+        state is not None and is_finished(state, config) and state["fingerprint"] == fingerprint
+    )
+    # that of a finished run is of its training
+    if job.ranks.is_first and (run.step < job.total_steps or not (out / "environment.json").is_file()):
+        write_environment(out / "environment.json", job.device)
+    report.attach(out, config.monitor.tensorboard, held)
+    report.forget_from(run.epoch + 1)
+    return run
 
 
 def dry_run(job: Job, report: Report) -> int:
     """Print the resolved config, draw one batch of views, run one step's arithmetic, train nothing."""
     put("stdout", yaml.safe_dump(job.config.model_dump(), sort_keys=False) + "\n")
-    if line := schedule_line(job, schedule(job)):
-        report.say(f"monitor   {line}")
+    Monitor(job, report)
     batches = shuffled_batches(
         torch.arange(job.num_samples, device=job.device), job.config.batch_size, job.config.seed, 0
     )
     index, images = next(iter(job.store.stream(batches[:1])))
     for _ in range(2):  # the first time warms up memory and libraries, the second is timed
         began = time.perf_counter()
-        loss = terms_of(job)(job, job.model, cut_views, index, images, 0, job.recipe)[0].mean()
+        loss = forward(job, job.model, cut_views, index, images, 0, job.recipe)[0].mean()
         loss.backward()
         value = loss.item()  # waits for the GPU
         took = time.perf_counter() - began
@@ -615,149 +443,6 @@ def dry_run(job: Job, report: Report) -> int:
     report.say(f"views     {shown}")
     report.say("dry run: nothing was trained")
     return 0
-
-
-def settle(arguments: argparse.Namespace) -> tuple[PretrainConfig, Path, bool]:
-    """What is asked for: the config, the run directory, and whether that is gone on with."""
-    if arguments.resume is None:
-        config = load_config(arguments.config, arguments.overrides)
-        out = Path(config.out or "runs/default")
-        return config, out, arguments.auto_resume and is_run(out)
-    out = Path(arguments.resume)
-    if any(override.startswith("out=") for override in arguments.overrides):
-        raise UserError(
-            "a run stays in its directory", "move it first, then --resume the new place, without out="
-        )
-    config, _ = read_run(out, arguments.overrides)
-    return config.model_copy(update={"out": str(out)}), out, True
-
-
-def run(config: PretrainConfig, out: Path, resumes: bool, ranks: Ranks, may_extend: bool = False) -> int:
-    """Start or resume one run, as one of its ranks. `may_extend`: more epochs than it has are asked for on
-    purpose.
-    """
-    report, state, before = Report(silent=not ranks.is_first), None, config
-    held: Held | None = None
-    with ExitStack() as stack:
-        if not resumes and ranks.is_first and not is_unused(out):
-            raise UserError(
-                f"{out} exists and is not empty",
-                f"go on with --resume {quoted(out)}, or choose another out=DIR",
-            )
-        if ranks.is_first:  # before the images are read; a mistake leaves nothing behind
-            held = stack.enter_context(sole_writer(out))
-            if not resumes and not is_unused(out):  # another run was quicker
-                raise UserError(
-                    f"{out} exists and is not empty",
-                    f"go on with --resume {quoted(out)}, or choose another out=DIR",
-                )
-        finished = False
-        if resumes:
-            config, before, state = load_state(config, out, report, may_extend)
-            if finished := state is not None and is_finished(state, config):
-                assert state is not None
-                if mend(config, before, out, state, report, held):
-                    return 0
-        try:
-            job = prepare(config, report, ranks)
-        except UserError as problem:
-            raise missing_source(config, out, problem) if resumes else problem from None
-        if state:
-            check_same(job, state, before, out)
-        here = f"{job.fingerprint} {state['step'] if state else 'no checkpoint'}"
-        differing = [rank for rank, there in enumerate(ranks.barrier(here)) if there != here]
-        if differing:
-            what = (
-                f"rank {differing[0]} and rank {ranks.rank} see other images in {config.data.source}, "
-                f"or another checkpoint in {out}"
-            )
-            raise UserError(what, "give all machines the same files")
-        kept = with_places(before, config)
-        if held is not None:
-            held.check()  # reading the images may have taken an hour
-            if not resumes or kept != read_run(out, [])[0]:
-                write_config(out, kept)
-            if resumes and not finished:
-                where = (
-                    f"epoch {state['epoch'] + 1}, step {state['step']}"
-                    if state
-                    else "no checkpoint yet, from the beginning"
-                )
-                report.say(f"resume    {where}")
-                if line := longer_line(job, before):
-                    report.say(f"longer    {line}")
-        if finished and state is not None and not broken_files(out, config, state):
-            report.say(f"{out} is finished, nothing to do. next: {next_command(out, config)}")
-            return 0
-        try:
-            with Stop() as stop:
-                return pretrain(job, out, state, report, stop, held)
-        finally:
-            report.close()
-
-
-def write_config(out: Path, config: PretrainConfig) -> None:
-    write_atomically(out / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
-
-
-def mend(
-    config: PretrainConfig,
-    before: PretrainConfig,
-    out: Path,
-    state: dict[str, Any],
-    report: Report,
-    held: Held | None,
-) -> bool:
-    """Look at every file of a finished run, and restore what its checkpoint alone can. Whether nothing is
-    left to do.
-
-    The images are needed for samples.parquet (their names), result.json (the test split), and where
-    data.source is another now.
-    """
-    if lost := lost_epochs(out, state["epoch"]):
-        what = (
-            f"metrics.jsonl has no row of {len(lost)} of {state['epoch']} epochs, the first is epoch "
-            f"{lost[0]}"
-        )
-        report.say(f"warning   {what}: only training could write them again")
-    broken = broken_files(out, config, state)
-    for name, problem in broken.items():
-        report.say(f"repair    {out / name}: {problem}")
-    if with_places(before, config) != before:  # written once it is known that they are the same images
-        return False
-    size, mended = image_size(config, state), bool(broken)
-    for name in list(broken):
-        if name == "encoder" and size is None or name in ("pruning/samples.parquet", "result.json"):
-            continue
-        if held is not None and name == "config.yaml":
-            write_config(out, before)
-        if held is not None and name == "environment.json":
-            write_environment(out / name, pick_device(config.device))
-        if held is not None and name == "encoder" and size is not None:
-            restore_encoder(out, config, state, size)
-        del broken[name]
-    if not broken:
-        rest = "and whole again" if mended else "nothing to do"
-        report.say(f"{out} is finished, {rest}. next: {next_command(out, config)}")
-    return not broken
-
-
-def longer_line(job: Job, before: PretrainConfig) -> str:
-    """What it means that the run is trained longer than was planned, when that begins; else empty."""
-    if job.config.epochs == before.epochs or not job.config.earlier_plans:
-        return ""
-    _, end = job.config.earlier_plans[-1]
-    step = sum(job.steps[:end])
-    rates = (
-        f"the learning rate goes from {job.lr_of(step - 1):.3g} to {job.lr_of(step):.3g} there"
-        if step
-        else "from the beginning"
-    )
-    what = (
-        f"{before.epochs} epochs were planned, and are {job.config.epochs} now: from epoch {end + 1} "
-        "on the learning rate's curve,"
-    )
-    return f"{what} pruning and annealing are laid out anew over all {job.config.epochs}; {rates}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -790,14 +475,14 @@ def main(argv: list[str] | None = None) -> int:
             )
         if not arguments.resume and not arguments.config:
             raise UserError("nothing to do", "give --config FILE, such as configs/demo.yaml, or --resume RUN")
-        config, out, resumes = settle(arguments)
+        config, out, resumes = parse_settings(arguments)
         if arguments.dry_run:
             return dry_run(prepare(config, report := Report()), report)
         command = [sys.executable, *(sys.orig_argv[1:] if argv is None else ["-c", AS_COMMAND, *argv])]
         ranks = join_ranks(
             config.devices, config.timeout_seconds, pick_device(config.device).type == "cuda", command
         )
-        code = run(config, out, resumes, ranks, may_extend=arguments.resume is not None)
+        code = start_or_resume(config, out, resumes, ranks, may_extend=arguments.resume is not None)
         leave_ranks(ranks)
         return code
     except NoPlace as error:

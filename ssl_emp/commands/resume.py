@@ -11,17 +11,22 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+import yaml
 from torch import Tensor
 
 from ssl_emp.commands.job import Job
+from ssl_emp.commands.next_command import next_command
 from ssl_emp.config import PretrainConfig, apply_override, check_config, flatten, load_config, read_values
 from ssl_emp.data.images import TORCHVISION, sampled_fingerprint
+from ssl_emp.device import pick_device
 from ssl_emp.errors import UserError
 from ssl_emp.model import build_encoder, load_encoder, save_encoder
+from ssl_emp.prune import POLICIES
 from ssl_emp.run.checkpoint import load_checkpoint
-from ssl_emp.run.report import Report
+from ssl_emp.run.lock import Held
+from ssl_emp.run.report import Report, write_environment
 from ssl_emp.run.state_check import check_plain
-from ssl_emp.safe_files import LARGE, check_regular, read_bytes, read_json
+from ssl_emp.safe_files import LARGE, check_regular, read_bytes, read_json, write_atomically
 from ssl_emp.text import quoted
 
 # where the images and the chosen samples are: free, as what they are is compared, and kept in RUN/config.yaml
@@ -79,7 +84,7 @@ def read_run(out: Path, overrides: list[str]) -> tuple[PretrainConfig, bool]:
     if path.is_file():
         try:
             if read_values(path):
-                return load_config(path, overrides), True
+                return load_config(path, overrides, of_run=True), True
         except UserError as error:
             problem = error
     state, _ = load_checkpoint(out / "checkpoints")
@@ -148,7 +153,7 @@ def load_state(
         )
         raise UserError(what, f"leave it to python pretrain.py --resume {quoted(out)} epochs=N")
     if config.epochs > before.epochs and may_extend:
-        if before.prune.policy == "shorter":
+        if POLICIES[before.prune.policy].is_shorter:
             what = (
                 f"the run in {out} has policy shorter, which spends the steps of a pruned run in "
                 "fewer epochs: it cannot be trained longer"
@@ -217,8 +222,7 @@ def missing_source(config: PretrainConfig, out: Path, problem: UserError) -> Use
 
 
 def check_same(job: Job, state: dict[str, Any], before: PretrainConfig, out: Path) -> None:
-    """Raise UserError where `state` was trained on other images, labels or indices, or in another precision.
-    """
+    """Raise UserError where `state` is of other images, labels or indices, or of another precision."""
     known, config = fingerprint_of(state), job.config
     place = f"data.source={config.data.source}"
     if config.data.source != before.data.source:
@@ -255,8 +259,8 @@ def check_same(job: Job, state: dict[str, Any], before: PretrainConfig, out: Pat
             "labels": f"the labels in {place} are not those that the run in {out} trains on",
             "test": f"the test split in {config.data.test_source or place} is not that of the run in {out}",
             "indices": (
-                f"prune.indices={config.prune.indices} does not hold the samples that the run in "
-                f"{out} was given"
+                f"prune.indices={getattr(config.prune, 'indices', None)} does not hold the samples that "
+                f"the run in {out} was given"
             ),
         }
         changed = next((line for name, line in words.items() if name in differing), None)
@@ -356,7 +360,7 @@ def _encoder_problem(out: Path, config: PretrainConfig, state: dict[str, Any]) -
 
 def _samples_problem(path: Path, state: dict[str, Any]) -> str | None:
     check_regular(path)
-    scores = state["scores"]
+    scores = state["pruner"]["record"]
     expected = {
         "loss": scores["last"][0],
         "times_trained": scores["times_trained"],
@@ -415,3 +419,67 @@ def restore_encoder(out: Path, config: PretrainConfig, state: dict[str, Any], si
             f"the checkpoint in {out} does not fit the run: {first}", "start again with another out=DIR"
         ) from error
     save_encoder(encoder, out / "encoder")
+
+
+def write_config(out: Path, config: PretrainConfig) -> None:
+    write_atomically(out / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
+
+
+def repair(
+    config: PretrainConfig,
+    before: PretrainConfig,
+    out: Path,
+    state: dict[str, Any],
+    report: Report,
+    held: Held | None,
+) -> bool:
+    """Look at every file of a finished run, and restore what its checkpoint alone can. Whether nothing is
+    left to do.
+
+    The images are needed for samples.parquet (their names), result.json (the test split), and where
+    data.source is another now.
+    """
+    if lost := lost_epochs(out, state["epoch"]):
+        what = (
+            f"metrics.jsonl has no row of {len(lost)} of {state['epoch']} epochs, the first is epoch "
+            f"{lost[0]}"
+        )
+        report.say(f"warning   {what}: only training could write them again")
+    broken = broken_files(out, config, state)
+    for name, problem in broken.items():
+        report.say(f"repair    {out / name}: {problem}")
+    if with_places(before, config) != before:  # written once it is known that they are the same images
+        return False
+    size, was_broken = image_size(config, state), bool(broken)
+    for name in list(broken):
+        if name == "encoder" and size is None or name in ("pruning/samples.parquet", "result.json"):
+            continue
+        if held is not None and name == "config.yaml":
+            write_config(out, before)
+        if held is not None and name == "environment.json":
+            write_environment(out / name, pick_device(config.device))
+        if held is not None and name == "encoder" and size is not None:
+            restore_encoder(out, config, state, size)
+        del broken[name]
+    if not broken:
+        rest = "and whole again" if was_broken else "nothing to do"
+        report.say(f"{out} is finished, {rest}. next: {next_command(out, config)}")
+    return not broken
+
+
+def longer_line(job: Job, before: PretrainConfig) -> str:
+    """What it means that the run is trained longer than was planned, when that begins; else empty."""
+    if job.config.epochs == before.epochs or not job.config.earlier_plans:
+        return ""
+    _, end = job.config.earlier_plans[-1]
+    step = sum(job.steps[:end])
+    rates = (
+        f"the learning rate goes from {job.schedule.lr(step - 1):.3g} to {job.schedule.lr(step):.3g} there"
+        if step
+        else "from the beginning"
+    )
+    what = (
+        f"{before.epochs} epochs were planned, and are {job.config.epochs} now: from epoch {end + 1} "
+        "on the learning rate's curve,"
+    )
+    return f"{what} pruning and annealing are laid out anew over all {job.config.epochs}; {rates}"

@@ -135,8 +135,8 @@ class Pruner:
             (scoring in ("stale", "pruned", "all"), f"scoring is {scoring!r}, allowed: stale, pruned or all"),
             (
                 covariates is not None or not self.policy.adjusts,
-                f"policy {self.policy.name} needs covariates, a function of (epoch, index) that says what the coming "
-                "views will be; where views are drawn by someone else, policy ucb needs none",
+                f"policy {self.policy.name} needs covariates, a function of (epoch, index) that says what "
+                "the coming views will be; where views are drawn by someone else, policy ucb needs none",
             ),
         )
         rounds = rounds_per_epoch
@@ -182,6 +182,10 @@ class Pruner:
             self.num_samples // self.batch_size
         )  # the sampler's last nominal epoch is filled up with full epochs
         return len(self.steps) + (step - self._ends[-1]) // full
+
+    def first_step(self, epoch: int) -> int:
+        """The step, counted over the run, that an epoch begins with."""
+        return self._ends[epoch - 1] if epoch else 0
 
     def batches(self, epoch: int) -> Tensor:
         """The samples of an epoch in the order of training: (steps, B) int64 on the device. Chosen once, then
@@ -247,7 +251,7 @@ class Pruner:
             else self.step
         )
         end = self._ends[epoch] if epoch < len(self.steps) else self.total_steps
-        return end > again or (
+        return end >= again or (
             self.plan.rounds > 1 and epoch // self.plan.rounds == self.epoch_of(self.step) // self.plan.rounds
         )
 
@@ -365,7 +369,7 @@ class Pruner:
         batches, chosen = self.batches(epoch), self._chosen[epoch]
         if chosen.rows is None:
             chosen.rows = batches.tolist()
-        first = self._ends[epoch] - self.steps[epoch] if epoch < len(self.steps) else self._ends[-1]
+        first = self.first_step(min(epoch, len(self.steps)))
         return chosen.rows[(step - first) % len(chosen.rows)]
 
     def update(self, index: Tensor, loss: Tensor, memory: Tensor | None = None) -> Tensor:
@@ -622,8 +626,7 @@ class Pruner:
         """Go on from what `state_dict` gave, from any device. Raises ValueError where it is of another run or
         damaged.
         """
-        problem = next(state_problems(state, self._identity(), self), None)
-        if problem:
+        if problem := self.state_problem(state):
             raise ValueError(f"the state does not fit this pruner: {problem}")
         device = self.record.terms.device
         self.record.load_state_dict(state["record"])
@@ -636,6 +639,10 @@ class Pruner:
             )
             for epoch, entry in state["chosen"].items()
         }
+
+    def state_problem(self, state: Any) -> str | None:
+        """The first entry in which a loaded state does not fit, before any of it is used; None: it fits."""
+        return next(state_problems(state, self._identity(), self), None)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same in a run that goes on from a state."""

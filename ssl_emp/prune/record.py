@@ -175,7 +175,7 @@ class Record:
         return residual - (residual - history).mean(1, keepdim=True)
 
     def explained(self, covariates: Tensor) -> Tensor:
-        """What the regression expects covariates (B, F) to add to loss and memory: (2, B), up to a constant."""
+        """What the regression expects covariates (B, F) to add to the terms: (2, B), up to a constant."""
         ridge = (RIDGE * self.gram.diagonal().mean()).clamp(min=1e-12)
         regular = self.gram + ridge * torch.eye(self.num_covariates, device=covariates.device)
         # solve() would wait for a GPU to check the result

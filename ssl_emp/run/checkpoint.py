@@ -20,7 +20,7 @@ from ssl_emp._version import __version__
 from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.safe_files import inner_folder, read_json, replacing, write_atomically
 
-FORMAT = 5
+FORMAT = 6
 KEPT = 2
 # one damaged byte in the only one would cost every checkpoint
 MANIFESTS = ("manifest.json", "manifest.copy.json")

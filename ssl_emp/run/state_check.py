@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ssl_emp.errors import UserError
+from ssl_emp.prune import Pruner
+from ssl_emp.prune.state import key_problems, tensor_problem
 from ssl_emp.text import shorten
 
 PLAIN = {
@@ -25,16 +26,6 @@ PLAIN = {
     "bf16": bool,
     "config": dict,
 }
-MAY_BE_INFINITE = ("last", "terms", "score")  # +inf: never scored
-LOWEST = {
-    "running_var": 0,
-    "num_batches_tracked": 0,
-    "variance": 0,
-    "times_scored": 0,
-    "times_trained": 0,
-    "scored_epoch": -1,
-    "trained_epoch": -1,
-}  # -1: never
 # what an optimizer keeps of a parameter, by its class
 KEPT = {"SGD": {"momentum_buffer"}, "Lars": {"momentum_buffer"}, "AdamW": {"step", "exp_avg", "exp_avg_sq"}}
 
@@ -54,24 +45,20 @@ def check_state(
     state: dict[str, Any],
     like: dict[str, Any],
     optimizer: torch.optim.Optimizer,
+    pruner: Pruner,
     folder: Path,
-    steps: Sequence[int] | None = None,
-    batch_size: int = 0,
 ) -> None:
     """Raise UserError with the first entry in which a loaded checkpoint does not fit the run, before any of
     it is used.
 
     Args:
         state: from `load_checkpoint`.
-        like: what a save would write now. Its dicts "model" and "scores" are compared entry by entry, of
-            the rest names and types.
-        optimizer: of the run, not loaded yet; what is kept for each parameter must be of the parameter's
-            shape.
+        like: what a save would write now. Its dict "model" is compared entry by entry, of the rest names
+            and types.
+        optimizer, pruner: of the run, not loaded yet.
         folder: for the message.
-        steps, batch_size: batches of every epoch, and samples of a batch; None: the position in the run
-            is not looked at.
     """
-    _raise_first(_misfits(state, like, optimizer, steps, batch_size), folder)
+    _raise_first(_misfits(state, like, optimizer, pruner), folder)
 
 
 def _raise_first(problems: Iterator[str], folder: Path) -> None:
@@ -83,37 +70,30 @@ def _raise_first(problems: Iterator[str], folder: Path) -> None:
 
 
 def _misfits(
-    state: dict[str, Any],
-    like: dict[str, Any],
-    optimizer: torch.optim.Optimizer,
-    steps: Sequence[int] | None,
-    batch_size: int,
+    state: dict[str, Any], like: dict[str, Any], optimizer: torch.optim.Optimizer, pruner: Pruner
 ) -> Iterator[str]:
-    yield from _names(
+    yield from key_problems(
         like, {name: part for name, part in state.items() if name not in ("format", "written_by")}, ""
     )
     for name, kind in PLAIN.items():
-        if name in like:
-            yield from _of_type(state[name], kind, name)
-    if "config" in like:
-        yield from _config(state["config"], "config", 3)
-    for section in ("model", "scores"):
-        yield from _tensors(like[section], state[section], f"{section}.")
+        yield from _of_type(state[name], kind, name)
+    yield from _config(state["config"], "config", 3)
+    yield from _weights(like["model"], state["model"])
     yield from _optimizer(optimizer, state["optimizer"], state["step"])
-    if "seconds" in like:
-        yield from _names(like["seconds"], state["seconds"], "seconds.")
-        for name, value in state["seconds"].items():
-            if not _is_number(value) or value < 0:
-                yield f"seconds.{name} is {_shown(value)}"
-    if "said" in like:
-        yield from _said(state["said"])
-    if "bad_in_a_row" in like:
-        yield from _tensor(like["bad_in_a_row"], state["bad_in_a_row"], "bad_in_a_row")
-        if state["bad_in_a_row"] < 0:
-            yield "bad_in_a_row is below 0"
-    if steps is not None:
-        yield from _position(state, steps)
-        yield from _of_the_epoch(state, like, steps, batch_size)
+    yield from key_problems(like["seconds"], state["seconds"], "seconds.")
+    for name, value in state["seconds"].items():
+        if not _is_number(value) or value < 0:
+            yield f"seconds.{name} is {_shown(value)}"
+    if problem := tensor_problem(like["bad_in_a_row"], state["bad_in_a_row"], "bad_in_a_row"):
+        yield problem
+    if state["bad_in_a_row"] < 0:
+        yield "bad_in_a_row is below 0"
+    yield from _position(state, pruner.steps)
+    if problem := pruner.state_problem(state["pruner"]):
+        yield f"pruner: {problem}"
+    if state["pruner"]["step"] != state["step"]:
+        yield f"step is {state['step']} and that of the pruner {state['pruner']['step']}"
+    yield from _of_the_epoch(state, pruner.steps)
 
 
 def _position(state: dict[str, Any], steps: Sequence[int]) -> Iterator[str]:
@@ -133,85 +113,38 @@ def _position(state: dict[str, Any], steps: Sequence[int]) -> Iterator[str]:
         yield f"finished is {state['finished']} at step {step} of {sum(steps)}"
 
 
-def _of_the_epoch(
-    state: dict[str, Any], like: dict[str, Any], steps: Sequence[int], batch_size: int
-) -> Iterator[str]:
-    """What there is only within an epoch: its batches, their weights, norms and what the epoch's diagnosis
-    compares with.
-    """
-    scores = like["scores"]
-    num_samples = scores["last"].shape[1]
+def _of_the_epoch(state: dict[str, Any], steps: Sequence[int]) -> Iterator[str]:
+    """What there is only within an epoch: its batches, and the norms of its gradients."""
+    norms = state["norms"]
     if not state["step_in_epoch"]:
-        yield from (
-            f"{name} is there between epochs"
-            for name in ("batches", "weight", "norms")
-            if state[name] is not None
-        )
-        if state["before"] != {}:
-            yield "before is there between epochs"
+        if norms is not None:
+            yield "norms is there between epochs"
         return
-    count = steps[state["epoch"]]
-    yield from _tensor(
-        torch.empty(count, batch_size, dtype=torch.int64, device="meta"), state["batches"], "batches"
-    )
-    if state["batches"].min() < 0 or state["batches"].max() >= num_samples:
-        yield f"batches name samples beyond 0 to {num_samples - 1}"
-    if len(state["batches"].unique()) < state["batches"].numel():
-        yield "batches name a sample twice"
-    if state["weight"] is not None:
-        yield from _tensor(torch.empty(num_samples, device="meta"), state["weight"], "weight")
-        if not (state["weight"].isfinite() & (state["weight"] >= 0)).all():
-            yield "weight is below 0 or not finite"
-    yield from _tensor(torch.empty(count, device="meta"), state["norms"], "norms")
-    if not state["norms"].is_contiguous():
+    if state["epoch"] not in state["pruner"]["chosen"]:
+        yield f"the batches of epoch {state['epoch'] + 1}, which is under way, are missing"
+    if problem := tensor_problem(torch.empty(steps[state["epoch"]], device="meta"), norms, "norms"):
+        yield problem
+    if not norms.is_contiguous():
         yield "norms share memory"  # they are written to one by one
-    if not (state["norms"] >= 0).all():  # +inf: a step that was skipped
+    if not (norms >= 0).all():  # +inf: a step that was skipped
         yield "norms are below 0 or NaN"
-    known = {
-        "trained_epoch": scores["trained_epoch"],
-        "scored_epoch": scores["scored_epoch"],
-        "score": scores["last"][0],
-    }
-    if not isinstance(state["before"], dict) or not set(state["before"]) <= set(known):
-        yield f"before is {_shown(state['before'])}"
-    if state["before"] and not {"trained_epoch", "scored_epoch"} <= set(state["before"]):
-        yield "before lacks trained_epoch or scored_epoch"
-    yield from _tensors({name: known[name] for name in state["before"]}, state["before"], "before.")
 
 
-def _tensors(ours: dict[str, Any], theirs: Any, where: str) -> Iterator[str]:
-    """Every tensor like ours, and in the range of its name."""
-    yield from _names(ours, theirs, where)
+def _weights(ours: dict[str, Any], theirs: Any) -> Iterator[str]:
+    """Every tensor of the model like ours, finite, and in the range of its name."""
+    yield from key_problems(ours, theirs, "model.")
     for name, mine in ours.items():
         value = theirs[name]
-        if isinstance(mine, Tensor) or isinstance(value, Tensor):
-            yield from _tensor(mine, value, f"{where}{name}")
-            if name in MAY_BE_INFINITE:
-                if (value.isnan() | (value == -torch.inf)).any():
-                    yield f"{where}{name} is NaN or minus infinity"
-            elif not value.isfinite().all():
-                yield f"{where}{name} is not finite"
-            lowest = LOWEST.get(name.rpartition(".")[2])
-            if lowest is not None and (value < lowest).any():
-                yield f"{where}{name} is below {lowest}"
-
-
-def _tensor(ours: Any, theirs: Any, name: str) -> Iterator[str]:
-    if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
-        yield f"{name} is of type {type(theirs).__name__}"
-    elif (
-        type(theirs) not in (Tensor, torch.nn.Parameter)
-        or theirs.layout != torch.strided
-        or theirs.is_quantized
-        or theirs.is_meta
-    ):
-        yield f"{name} is no plain tensor"
-    elif (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
-        yield f"{name} is {theirs.dtype} {tuple(theirs.shape)} and should be {ours.dtype} {tuple(ours.shape)}"
+        if problem := tensor_problem(mine, value, f"model.{name}"):
+            yield problem
+        if not value.isfinite().all():
+            yield f"model.{name} is not finite"
+        if name.rpartition(".")[2] in ("running_var", "num_batches_tracked") and (value < 0).any():
+            yield f"model.{name} is below 0"
 
 
 def _optimizer(optimizer: torch.optim.Optimizer, theirs: Any, step: Any) -> Iterator[str]:
-    yield from _names({"state": 0, "param_groups": 0}, theirs, "optimizer.")
+    yield from key_problems({"state": 0, "param_groups": 0}, theirs, "optimizer.")
     kept_of, groups = theirs["state"], theirs["param_groups"]
     own_groups = optimizer.state_dict()["param_groups"]
     if not isinstance(groups, list) or len(groups) != len(own_groups) or not isinstance(kept_of, dict):
@@ -243,22 +176,12 @@ def _optimizer(optimizer: torch.optim.Optimizer, theirs: Any, step: Any) -> Iter
             if value is None and not needed:
                 continue
             like = torch.empty((), dtype=torch.float32) if name == "step" else params[number]
-            yield from _tensor(like, value, f"{where}.{name}")
+            if problem := tensor_problem(like, value, f"{where}.{name}"):
+                yield problem
             if not value.isfinite().all() or (name in ("step", "exp_avg_sq") and (value < 0).any()):
                 yield f"{where}.{name} is not finite, or below 0"
     if needed and len(kept_of) < len(params):
         yield f"optimizer.state has {len(kept_of)} entries and should have {len(params)}"
-
-
-def _said(said: Any) -> Iterator[str]:
-    if not isinstance(said, dict):
-        yield f"said is of type {type(said).__name__}"
-    for kind, entry in said.items():
-        fits = (
-            isinstance(kind, str) and isinstance(entry, tuple) and len(entry) == 2 and type(entry[0]) is int
-        )
-        if not fits or not isinstance(entry[1], float | int) or math.isnan(entry[1]):
-            yield f"said.{_shown(kind)} is {_shown(entry)}"
 
 
 def _config(values: Any, where: str, depth: int) -> Iterator[str]:
@@ -277,14 +200,6 @@ def _config(values: Any, where: str, depth: int) -> Iterator[str]:
             yield from _config(value, where, depth - 1)
     elif not (values is None or isinstance(values, str | bool) or _is_number(values)):
         yield f"{where} is of type {type(values).__name__}"
-
-
-def _names(ours: dict[Any, Any], theirs: Any, where: str) -> Iterator[str]:
-    if not isinstance(theirs, dict):
-        yield f"{where.rstrip('.')} is of type {type(theirs).__name__}"
-        return
-    yield from (f"{where}{name} is missing" for name in ours if name not in theirs)
-    yield from (f"{where}{shorten(str(name))} is not known" for name in theirs if name not in ours)
 
 
 def _of_type(value: Any, kind: type, name: str) -> Iterator[str]:

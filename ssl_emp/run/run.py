@@ -1,0 +1,212 @@
+"""A run under way: where it stands, how long its parts took, when it is saved, and how it goes on from a
+checkpoint.
+"""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from ssl_emp.prune import Pruner
+from ssl_emp.run.checkpoint import save_checkpoint
+from ssl_emp.run.guard import Guard
+from ssl_emp.run.lock import Held
+from ssl_emp.run.ranks import Ranks
+from ssl_emp.run.report import Report, duration
+from ssl_emp.run.state_check import check_state
+from ssl_emp.run.stop import Stop
+from ssl_emp.text import quoted
+
+
+class Run:
+    """Position, clock, save and resume of one run; the position is the pruner's step.
+
+    Args:
+        folder: run directory.
+        held: the directory as it was locked, of the process that writes.
+        source: what a checkpoint says of where it comes from: config, fingerprint of the images, precision.
+        state: a loaded checkpoint to go on from, or None.
+        every_minutes, every_steps: how often a checkpoint is due; None: by the clock alone.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        held: Held | None,
+        report: Report,
+        ranks: Ranks,
+        model: nn.Module,
+        optimizer: Optimizer,
+        pruner: Pruner,
+        *,
+        max_bad_steps: int,
+        every_minutes: float,
+        every_steps: int | None,
+        source: dict[str, Any],
+        state: dict[str, Any] | None,
+    ) -> None:
+        self.folder, self.held, self.report, self.ranks = folder, held, report, ranks
+        self.model, self.optimizer, self.pruner, self.source = model, optimizer, pruner, source
+        self.device = pruner.record.terms.device
+        self.every_minutes, self.every_steps = every_minutes, every_steps
+        self.epoch = 0  # the one under way, until its row is in metrics.jsonl
+        self.seconds = {"training": 0.0, "scoring": 0.0, "monitoring": 0.0}
+        in_a_row, norms = torch.zeros((), dtype=torch.int64, device=self.device), None
+        self.guard = Guard(model, optimizer, max_bad_steps, in_a_row, None)
+        if state is not None:
+            self._restore(state)
+            in_a_row = state["bad_in_a_row"].to(self.device)
+            norms = state["norms"].to(self.device) if state["norms"] is not None else None
+            self.guard = Guard(model, optimizer, max_bad_steps, in_a_row, norms)
+        self.was_finished = False  # the state is that of a finished run, which need not be saved again
+        self._saved_at, self._saved_step = time.monotonic(), self.step
+        self._began = (self.step, self.seconds["training"])  # the epoch, or what is left of it
+
+    # ---- where it stands
+    # ---------------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Steps that were trained."""
+        return self.pruner.step
+
+    @property
+    def step_in_epoch(self) -> int:
+        return self.step - self.pruner.first_step(self.epoch)
+
+    def stream(self, store: Any, batches: Tensor, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(index (b,), images (b, 3, H, W)) of the batches of an epoch that are still to be trained, with a
+        progress line.
+        """
+        first = self.step_in_epoch
+        part = self.ranks.part(batches[first:])
+        with self.report.progress(store.stream(part), len(batches), self.label(epoch), first) as stream:
+            yield from stream
+
+    def label(self, epoch: int) -> str:
+        return f"epoch {epoch + 1}/{len(self.pruner.steps)}"
+
+    @contextmanager
+    def clock(self, part: str) -> Iterator[None]:
+        """Count the seconds in here as those of training, scoring or monitoring."""
+        began = self._now()
+        self._running = (part, began)
+        try:
+            yield
+        finally:
+            self.seconds[part] += self._now() - self._running[1]
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(
+                self.device
+            )  # without it we time kernel launches only; a few times an epoch
+        return time.perf_counter()
+
+    def figures(self, batches: Tensor) -> dict[str, Any]:
+        """Of the epoch that was trained: position, throughput, seconds since the run's start."""
+        size, (step, seconds) = self.pruner.batch_size, self._began
+        row = {
+            "epoch": self.epoch + 1,
+            "step": self.step,
+            "samples_seen": self.step * size,
+            "images_per_second": (self.step - step) * size / (self.seconds["training"] - seconds),
+            **{f"{name}_seconds": value for name, value in self.seconds.items()},
+        }
+        if self.epoch + 1 == len(self.pruner.steps):
+            full = self.pruner.epochs * (self.pruner.num_samples // size)
+            row |= {"asked_share": self.pruner.plan.asked_share(), "real_share": self.step / full}
+        return row
+
+    def end_epoch(self, row: dict[str, Any], *warnings: str | None) -> None:
+        """Write the row of the epoch, tell it and its warnings, and go on to the next."""
+        self.report.metrics(row)
+        epochs, seconds = len(self.pruner.steps), self.seconds
+        beside = (seconds["scoring"] + seconds["monitoring"]) / (self.epoch + 1)
+        left = (sum(self.pruner.steps) - self.step) * seconds["training"] / self.step + (
+            epochs - self.epoch - 1
+        ) * beside
+        self.report.say(f"{self.label(self.epoch)}  {epoch_line(row)}  eta {duration(left)}")
+        for line in filter(None, warnings):
+            self.report.say(f"warning   {line}")
+        self.guard.norms = None
+        self.epoch += 1
+        self._began = (self.step, seconds["training"])
+
+    # ---- save and resume
+    # ---------------------------------------------------------------------------------------------
+
+    def save_if_due(self, stop: Stop, batches: Tensor, epoch: int) -> int:
+        """After a step: save where the clock, the step count or a signal asks for it, on any process. -> that
+        signal, or 0.
+        """
+        minutes, steps = (time.monotonic() - self._saved_at) / 60, self.step - self._saved_step
+        is_due = minutes > self.every_minutes or steps == self.every_steps
+        stopping, due = self.ranks.highest(stop.signal, is_due)  # read once: a signal may come at any moment
+        if self.device.type == "cpu" or due or stopping:
+            self.guard.check(batches, epoch)  # .item() waits for a GPU, so there only when saving
+        if due or stopping:
+            part, began = self._running
+            now = self._now()
+            self.seconds[part] += now - began
+            self.save()
+            self._running = (part, self._now())
+            self._saved_at, self._saved_step = time.monotonic(), self.step
+        if stopping:
+            name = signal.Signals(stopping).name
+            again = f"python pretrain.py --resume {quoted(self.folder)}"
+            self.report.say(f"stopped by {name} after step {self.step}, saved. go on: {again}")
+        return stopping
+
+    def save(self) -> None:
+        """Write a checkpoint. Raises RunFailed where weights are not finite or the disk refuses."""
+        self.guard.check_weights(self.step)
+        if self.ranks.is_first:
+            if self.held is not None:
+                self.held.check()
+            save_checkpoint(self.folder / "checkpoints", self.state(), self.step)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: tensors and plain values only."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "pruner": self.pruner.state_dict(),
+            "norms": self.guard.norms if self.step_in_epoch else None,
+            "bad_in_a_row": self.guard.in_a_row,
+            "epoch": self.epoch,
+            "step_in_epoch": self.step_in_epoch,
+            "step": self.step,
+            "finished": self.step == sum(self.pruner.steps),
+            "seconds": dict(self.seconds),
+            **self.source,
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        folder = self.folder / "checkpoints"
+        check_state(state, self.state(), self.optimizer, self.pruner, folder)
+        self.model.load_state_dict(state["model"])
+        # the groups as the config makes them, since another torch has other keys there; what moves is that of
+        # the last step
+        own_groups = self.optimizer.state_dict()["param_groups"]
+        groups = [
+            own | {name: group[name] for name in ("lr", "momentum") if name in own and name in group}
+            for own, group in zip(own_groups, state["optimizer"]["param_groups"], strict=True)
+        ]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        self.pruner.load_state_dict(state["pruner"])
+        self.epoch, self.seconds = state["epoch"], dict(state["seconds"])
+
+
+def epoch_line(row: dict[str, Any]) -> str:
+    """The metrics of an epoch as a person reads them."""
+    knn = f"  kNN (train split) {100 * row['knn_train_split']:.1f}" if "knn_train_split" in row else ""
+    spread = f"std(loss) {row['std_loss']:.3f}  std(β·memory) {row['std_beta_memory']:.3f}"
+    correlation = f"rank corr {row['rank_correlation']:+.2f}  {row['images_per_second']:.0f} images/s"
+    return f"loss {row['loss']:.3f}{knn}  kept {row['kept_share']:.1%}  {spread}  {correlation}"

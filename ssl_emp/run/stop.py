@@ -1,0 +1,32 @@
+"""The signals that ask a run to finish its step, save and leave."""
+
+import signal
+from types import FrameType
+
+
+class Stop:
+    """In its context SIGTERM, SIGINT, SIGUSR1 and SIGHUP are noted in `signal`. A second one ends at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.signal: int = 0
+
+    def __enter__(self) -> "Stop":
+        self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
+        for number, handler in self._before.items():
+            # nohup ignores SIGHUP, so that a run outlives its terminal
+            if number != signal.SIGHUP or handler != signal.SIG_IGN:
+                signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        for again in self.SIGNALS:
+            if signal.getsignal(again) == self._note:
+                signal.signal(again, signal.SIG_DFL)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            if handler is not None:  # None: set by C code, Python cannot restore it
+                signal.signal(number, handler)
