@@ -130,13 +130,13 @@ class AugmentConfig(Section):
     crop_scale: Range = list(Recipe.crop_scale)  # share of the image's area
     crop_ratio: Range = list(Recipe.crop_ratio)
     # above 0: pad by reflection and crop at random, instead of the resized crop
-    crop_padding: Annotated[int, Field(ge=0, le=1024)] = 0
+    crop_padding: Annotated[int, Field(ge=0, le=1024)] = Recipe.crop_padding
     flip_prob: Probability = Recipe.flip_prob
     jitter_prob: Probability = Recipe.jitter_prob
     brightness: Strength = Recipe.brightness
     contrast: Strength = Recipe.contrast
     saturation: Strength = Recipe.saturation
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    hue: Annotated[float, Field(ge=0, le=0.5)] = Recipe.hue
     gray_prob: Probability = Recipe.gray_prob
     blur_prob: Probability = Recipe.blur_prob
     blur_sigma: Range = list(Recipe.blur_sigma)

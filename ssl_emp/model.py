@@ -31,7 +31,6 @@ ARCHS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet34": (BasicBlock, [3, 4, 6, 3]),
     "resnet50": (Bottleneck, [3, 4, 6, 3]),
 }
-STAGES = ("layer1", "layer2", "layer3", "layer4")
 FULL_WIDTH = 64  # channels of the first stage in the published ResNets
 # beyond [0, 1] that an encoder takes: what resizing makes of a 1 in floats, and no mistake does
 ROUNDING = 1e-3
@@ -83,16 +82,6 @@ class WidthResNet(ResNet):
         if planes == FULL_WIDTH:
             self.inplanes = self.width
         return super()._make_layer(block, planes * self.width // FULL_WIDTH, blocks, stride, dilate)
-
-    def forward_stages(self, images: Tensor, names: tuple[str, ...]) -> tuple[Tensor, list[Tensor]]:
-        """The features (B, D), and the pooled output (B, C) of each named stage, in the network's order."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        pooled = []
-        for name in STAGES:
-            x = getattr(self, name)(x)
-            if name in names:
-                pooled.append(x.mean((2, 3)))
-        return torch.flatten(self.avgpool(x), 1), pooled
 
 
 def resolve_stem(stem: str, image_size: int) -> str:
@@ -267,31 +256,19 @@ def build_encoder(
 
 
 class SimCLR(nn.Module):
-    """f and g together: normalised views (M, 3, S, S) -> h = f(x) (M, D), z = g(h) (M, P), neither
-    L2-normalised.
+    """f and g: normalised views (M, 3, S, S) -> h = f(x) (M, D), z = g(h) (M, P), neither L2-normalised."""
 
-    With `stages` of a ResNet, the h given out is their pooled outputs side by side, (M, sum of C): what the
-    score looks at.
-    """
-
-    def __init__(
-        self, encoder: Encoder, projection_hidden: int, projection_dim: int, stages: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, encoder: Encoder, projection_hidden: int, projection_dim: int) -> None:
         # imported here: it takes seconds, and a loaded encoder has no use for it
         from lightly.models.modules.heads import SimCLRProjectionHead
 
         super().__init__()
         self.backbone = encoder.backbone
-        self.stages = stages
         self.projector = SimCLRProjectionHead(encoder.feature_dim, projection_hidden, projection_dim)
 
     def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.stages:
-            h = self.backbone(views)
-            return h, self.projector(h)
-        assert isinstance(self.backbone, WidthResNet)
-        h, pooled = self.backbone.forward_stages(views, self.stages)
-        return torch.cat(pooled, 1), self.projector(h)
+        h = self.backbone(views)
+        return h, self.projector(h)
 
 
 def save_encoder(encoder: Encoder, folder: Path) -> None:
