@@ -63,8 +63,7 @@ class Ratio:
         return {self.numerator} | ({self.denominator} if self.denominator else set())
 
 
-# ----------------------------------------------------------------------------------------------------------
-# measuring
+# ---- measuring ---------------------------------------------------------------------------------------------
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -166,8 +165,7 @@ def process_environment(quick: bool) -> dict[str, str]:
     return os.environ | ({"TORCH_COMPILE_DISABLE": "1"} if quick else {})
 
 
-# -----------------------------------------------------------------------------------------------------------
-# reporting
+# ---- reporting ---------------------------------------------------------------------------------------------
 
 
 def summary(figures: dict[str, list[float]], ratios: Sequence[Ratio], unit: str) -> dict[str, Any]:
@@ -286,8 +284,7 @@ def _version(distributions: tuple[str, ...]) -> str | None:
     return None
 
 
-# ----------------------------------------------------------------------------------------------------------
-# command line
+# ---- command line ------------------------------------------------------------------------------------------
 
 
 def parser(description: str) -> Parser:

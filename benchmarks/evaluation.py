@@ -84,8 +84,7 @@ def make_features(
     return Features(x[:num_train], y[:num_train]), Features(x[num_train:], y[num_train:])
 
 
-# ---- 45 values of l2
-# -------------------------------------------------------------------------------------------------
+# ---- 45 values of l2 ---------------------------------------------------------------------------------------
 
 Solution = tuple[Tensor, Tensor]  # weight (C, D), bias (C,), float64
 
@@ -158,8 +157,7 @@ def compare_sweeps(
     return facts
 
 
-# ---- SGD heads
-# -------------------------------------------------------------------------------------------------------
+# ---- SGD heads ---------------------------------------------------------------------------------------------
 
 
 def head_contenders(train: Features, num_classes: int, device: torch.device) -> dict[str, Callable[[], None]]:
@@ -193,8 +191,7 @@ def head_contenders(train: Features, num_classes: int, device: torch.device) -> 
     }
 
 
-# ---- kNN
-# ----------------------------------------------------------------------------------------------------
+# ---- kNN ---------------------------------------------------------------------------------------------------
 
 
 def knn_contenders(

@@ -29,6 +29,7 @@ import yaml
 from PIL import Image
 from torch import Tensor, nn
 
+from linear_eval.errors import first_line
 from ssl_emp.augment import Recipe, cut_views, draw_features, draw_params, grid_of_views
 from ssl_emp.commands.job import Job, prepare
 from ssl_emp.commands.monitoring import Monitor
@@ -86,8 +87,7 @@ OUT_OF_MEMORY = (
 )
 
 
-# ---- the method
-# ------------------------------------------------------------------------------------------------------
+# ---- the method --------------------------------------------------------------------------------------------
 
 
 def forward(
@@ -126,9 +126,8 @@ def pretrain(job: Job, run: Run, stop: Stop) -> int:
     model, views_of = compiled(job, report)
     network = ranks.share_gradients(model)  # after the weights are those of the checkpoint on all ranks
     score = partial(score_batches, job, model, views_of)
-    rescore = partial(
-        score, recipe=replace(job.recipe, size=getattr(config.prune, "scoring_size", None) or job.recipe.size)
-    )
+    size = getattr(config.prune, "scoring_size", None) or job.recipe.size
+    rescore = partial(score, recipe=replace(job.recipe, size=size))
     monitor = Monitor(job, report)
     job.model.train()
     for epoch in range(run.epoch, len(pruner.steps)):
@@ -147,9 +146,7 @@ def pretrain(job: Job, run: Run, stop: Stop) -> int:
                 pruner.weighted(index, loss).backward()
                 seen = pruner.gather(index, loss, memory, draw)  # of all ranks
                 job.schedule.set(run.optimizer, run.step)
-                finite = guard.step(
-                    seen.terms, run.step_in_epoch, batches
-                )  # 0-d bool: nothing waits for the device
+                finite = guard.step(seen.terms, run.step_in_epoch, batches)  # 0-d bool: no host sync
                 pruner.observe(seen, where=finite)
                 if signal := run.save_if_due(stop, batches, epoch):
                     return 128 + signal
@@ -214,8 +211,7 @@ def compiled(job: Job, report: Report) -> tuple[Any, Any]:
     return torch.compile(job.model), torch.compile(cut_views, dynamic=False)
 
 
-# ---- what a run leaves behind
-# ----------------------------------------------------------------------------------------
+# ---- what a run leaves behind ------------------------------------------------------------------------------
 
 
 def export(job: Job, run: Run) -> None:
@@ -293,8 +289,7 @@ def saved_time(seconds: dict[str, float], steps: int, full_steps: int) -> list[t
     return [("pruning saved", f"about {duration(saved)} of training, {share:.0%} of that without pruning")]
 
 
-# ---- the command
-# -----------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 
 def parse_settings(arguments: argparse.Namespace) -> tuple[PretrainConfig, Path, bool]:
@@ -485,10 +480,70 @@ def main(argv: list[str] | None = None) -> int:
         code = start_or_resume(config, out, resumes, ranks, may_extend=arguments.resume is not None)
         leave_ranks(ranks)
         return code
-    except NoPlace as error:
-        return end_with_line(str(error), 2, ranks, True)
     except UserError as error:
-        return end_with_line(str(error), 2, ranks)
+        # without a place this may be the only process, so it tells the user itself
+        return end_with_line(str(error), 2, ranks, True if isinstance(error, NoPlace) else None)
+    except LostRank as error:
+        return end_with_line(str(error), error.code, ranks, error.speaks, error.lost)
+    except RunFailed as error:
+        return end_with_line(str(error), 3, ranks)
+    except OSError as error:
+        shown = (
+            f"cannot be written to {picture} ({error.strerror or error}); give out=DIR in a place "
+            "that can be written to"
+        )
+    report.say(
+        f"one batch loss {value:.3f}, {took:.2f}s: about {duration(took * job.total_steps)} for "
+        "the run, without torch.compile"
+    )
+    report.say(f"views     {shown}")
+    report.say("dry run: nothing was trained")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(
+        description="Pretrain an image encoder with SimCLR and EMP data pruning.",
+        epilog="Every key is in ssl_emp/config.py; override it with key=value.",
+    )
+    parser.add_argument(
+        "--config", type=path_argument, metavar="FILE", help="YAML file, such as configs/demo.yaml"
+    )
+    parser.add_argument(
+        "--resume", type=path_argument, metavar="RUN", help="go on with the run in this directory"
+    )
+    parser.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="start, or go on where the run directory has a run: for restarts",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show what would happen, train nothing")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as epochs=20 prune.fraction=0.5"
+    )
+    prepare_streams("replace")  # a terminal without a beta, or none at all, is no reason to end a run
+    ranks = ALONE
+    try:
+        arguments = parser.parse_intermixed_args(argv)
+        if arguments.resume and (arguments.config or arguments.dry_run or arguments.auto_resume):
+            raise UserError(
+                "--resume takes its config from the run", "drop --config, --auto-resume and --dry-run"
+            )
+        if not arguments.resume and not arguments.config:
+            raise UserError("nothing to do", "give --config FILE, such as configs/demo.yaml, or --resume RUN")
+        config, out, resumes = parse_settings(arguments)
+        if arguments.dry_run:
+            return dry_run(prepare(config, report := Report()), report)
+        command = [sys.executable, *(sys.orig_argv[1:] if argv is None else ["-c", AS_COMMAND, *argv])]
+        ranks = join_ranks(
+            config.devices, config.timeout_seconds, pick_device(config.device).type == "cuda", command
+        )
+        code = start_or_resume(config, out, resumes, ranks, may_extend=arguments.resume is not None)
+        leave_ranks(ranks)
+        return code
+    except UserError as error:
+        # without a place this may be the only process, so it tells the user itself
+        return end_with_line(str(error), 2, ranks, True if isinstance(error, NoPlace) else None)
     except LostRank as error:
         return end_with_line(str(error), error.code, ranks, error.speaks, error.lost)
     except RunFailed as error:
@@ -502,9 +557,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # before the first step: nothing to save
         return 130
     except Exception as error:
-        if "can't allocate memory" in str(error):  # how torch says it on a CPU
-            what = f"out of memory ({str(error).splitlines()[0][:100]})"
-            return end_with_line(f"{what}. fix: {OUT_OF_MEMORY}", 3, ranks)
+        # a RuntimeError that says so is how torch reports it on a CPU
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            return end_with_line(f"out of memory ({first_line(error)[:100]}). fix: {OUT_OF_MEMORY}", 3, ranks)
         if is_exchange(error, ranks):
             lost = ranks.lost_rank(error)
             return end_with_line(str(lost), lost.code, ranks, lost.speaks, lost.lost)

@@ -60,8 +60,7 @@ FREE_ON_RESUME = (
 NO_RUN = "give the directory that pretrain.py wrote"
 
 
-# ---- settings
-# --------------------------------------------------------------------------------------------------------
+# ---- settings ----------------------------------------------------------------------------------------------
 
 
 def is_run(out: Path) -> bool:
@@ -203,8 +202,7 @@ def fingerprint_of(state: dict[str, Any]) -> dict[str, str | None] | None:
     return dict(values)
 
 
-# ---- images
-# ----------------------------------------------------------------------------------------------------------
+# ---- images ------------------------------------------------------------------------------------------------
 
 
 def missing_source(config: PretrainConfig, out: Path, problem: UserError) -> UserError:
@@ -279,8 +277,7 @@ def check_same(job: Job, state: dict[str, Any], before: PretrainConfig, out: Pat
         )
 
 
-# ---- a finished run
-# --------------------------------------------------------------------------------------------------
+# ---- a finished run ----------------------------------------------------------------------------------------
 
 
 def is_finished(state: dict[str, Any], config: PretrainConfig) -> bool:

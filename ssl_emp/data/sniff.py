@@ -1,9 +1,9 @@
-"""The image format of a file by its first bytes, whatever its suffix."""
+"""What a file is by its first bytes, whatever it is called."""
 
 import re
 import struct
 
-HEAD_BYTES = 32  # bytes that `image_format` needs
+HEAD_BYTES = 32  # that `image_format` looks at
 
 _NETPBM = re.compile(rb"P[1-6][ \t\r\n]+[#\d]")
 _BRANDS = {
@@ -13,9 +13,10 @@ _BRANDS = {
 
 
 def image_format(head: bytes) -> str | None:
-    """Pillow's name of the image format that `head` is the beginning of, or None.
+    """Pillow's name of the image format that a file or cell begins like: JPEG, PNG, GIF, WEBP, BMP, TIFF,
+    PPM, AVIF or HEIF.
 
-    Two letters are not enough: a text may begin with `BM` or `P1`.
+    Two letters are not enough: text that begins with `BM` or `P1` is text.
     """
     if head.startswith(b"\xff\xd8\xff"):
         return "JPEG"
@@ -36,9 +37,9 @@ def image_format(head: bytes) -> str | None:
     if _NETPBM.match(head):
         return "PPM"
     if head[4:8] == b"ftyp":
-        # the major brand, then the compatible ones
+        # its own, then those it agrees with
         brands = [head[8:12], *(head[place : place + 4] for place in range(16, len(head), 4))]
         found = [_BRANDS[brand] for brand in brands if brand in _BRANDS]
-        # AVIF files list mif1, a brand of HEIF, as compatible too
+        # mif1, which stands for HEIF, is what both agree with
         return "AVIF" if "AVIF" in found else next(iter(found), None)
     return None

@@ -164,8 +164,7 @@ class Pruner:
         self._follows_losses = device is None
         self.record = Record(self.num_samples, self.policy.ema, width, self.policy.shrink, device or "cpu")
 
-    # ---- choose
-    # ------------------------------------------------------------------------------------------------------
+    # ---- choose --------------------------------------------------------------------------------------------
 
     @property
     def total_steps(self) -> int:
@@ -266,8 +265,7 @@ class Pruner:
         ]
         return torch.cat(parts, 1)
 
-    # ---- train: in our own loop
-    # --------------------------------------------------------------------------------------
+    # ---- train: in our own loop ----------------------------------------------------------------------------
 
     def weighted(self, index: Tensor, loss: Tensor) -> Tensor:
         """Mean of the losses (B,) or (kB,) of the samples `index` (B,), each times its weight where the
@@ -318,8 +316,7 @@ class Pruner:
         self.record.count_trained(seen.index, epoch, True if where is None else where)
         self.step += 1
 
-    # ---- train: in any loop
-    # ------------------------------------------------------------------------------------------
+    # ---- train: in any loop --------------------------------------------------------------------------------
 
     def indexed(self, dataset: Any) -> Indexed:
         """The dataset with the index of every item appended last: (*item, i), {**item, "sample_idx": i} or
@@ -436,8 +433,7 @@ class Pruner:
             chosen.weight = None if chosen.weight is None else chosen.weight.to(device)
             chosen.before = {name: tensor.to(device) for name, tensor in chosen.before.items()}
 
-    # ---- score without training
-    # --------------------------------------------------------------------------------------
+    # ---- score without training ----------------------------------------------------------------------------
 
     def rescore(self, epoch: int, score: Score) -> None:
         """Before a pruned epoch is chosen, score samples with the network of now: nothing where scoring is
@@ -531,8 +527,7 @@ class Pruner:
         figures |= {"foresight": rest[0]} if rest else {}
         return figures | ({"recall": record.slope()[0].item()} if rest and record.shrink else {})
 
-    # ---- look
-    # --------------------------------------------------------------------------------------------------------
+    # ---- look ----------------------------------------------------------------------------------------------
 
     def figures(self, labels: Tensor | None = None, is_noisy: Tensor | None = None) -> dict[str, float]:
         """The last finished epoch in numbers, see `describe_terms` and, of a pruned epoch, `diagnose`. Reads
@@ -602,8 +597,7 @@ class Pruner:
             "scored_epoch": record.scored_epoch,
         }
 
-    # ---- save and resume
-    # ---------------------------------------------------------------------------------------------
+    # ---- save and resume -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, the samples of the epochs under way among it; tensors and

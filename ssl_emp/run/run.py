@@ -68,8 +68,7 @@ class Run:
         self._saved_at, self._saved_step = time.monotonic(), self.step
         self._began = (self.step, self.seconds["training"])  # the epoch, or what is left of it
 
-    # ---- where it stands
-    # ---------------------------------------------------------------------------------------------
+    # ---- where it stands -----------------------------------------------------------------------------------
 
     @property
     def step(self) -> int:
@@ -139,8 +138,7 @@ class Run:
         self.epoch += 1
         self._began = (self.step, seconds["training"])
 
-    # ---- save and resume
-    # ---------------------------------------------------------------------------------------------
+    # ---- save and resume -----------------------------------------------------------------------------------
 
     def save_if_due(self, stop: Stop, batches: Tensor, epoch: int) -> int:
         """After a step: save where the clock, the step count or a signal asks for it, on any process. -> that
