@@ -9,13 +9,13 @@ from torch import nn
 
 from ssl_emp.optim import (
     Lars,
+    Schedule,
     build_optimizer,
     gradient_norm,
     lr_at,
     one_cycle_lr,
     one_cycle_momentum,
-    set_lr,
-    set_momentum,
+    step_where,
 )
 
 
@@ -30,6 +30,11 @@ def backward(model: nn.Module, step: int) -> None:
     model(x).square().mean().backward()
 
 
+def set_all(optimizer: torch.optim.Optimizer, name: str, value: float) -> None:
+    for group in optimizer.param_groups:
+        group[name] = value
+
+
 def test_lars_equals_a_plain_loop() -> None:
     """You et al., Algorithm 1: local rate trust * |w| / |g + wd w|, momentum on the scaled step; none of it
     for 1-d tensors.
@@ -40,7 +45,7 @@ def test_lars_equals_a_plain_loop() -> None:
     for step in range(5):
         backward(ours, step)
         backward(reference, step)
-        set_lr(optimizer, 0.3 / (step + 1))
+        set_all(optimizer, "lr", 0.3 / (step + 1))
         optimizer.step()
         with torch.no_grad():
             for p, v in zip(reference.parameters(), velocity, strict=True):
@@ -94,7 +99,7 @@ def test_the_gradient_norm_is_that_of_all_gradients() -> None:
     params = [nn.Parameter(torch.randn(shape)) for shape in [(3, 4), (5,), ()]] + [
         nn.Parameter(torch.ones(2))
     ]
-    sum((p.square() * torch.rand_like(p)).sum() for p in params[:3]).backward()  # type: ignore[union-attr]  # of tensors
+    torch.stack([(p.square() * torch.rand_like(p)).sum() for p in params[:3]]).sum().backward()
     squares = [float(g) ** 2 for p in params[:3] if p.grad is not None for g in p.grad.flatten()]
     assert len(squares) == 18 and float(gradient_norm(params)) == pytest.approx(
         math.sqrt(sum(squares)), rel=1e-6
@@ -157,9 +162,46 @@ def test_a_momentum_that_is_set_is_used(name: str) -> None:
     optimizer.step()
     fresh = small_model()
     fresh.load_state_dict(model.state_dict())
-    set_momentum(optimizer, 0.0)
+    set_all(optimizer, "momentum", 0.0)
     for m, o in ((model, optimizer), (fresh, build_optimizer(fresh, name, 0.1, 0.0, 0.0))):
         backward(m, 1)
         o.step()
     for p, q in zip(model.parameters(), fresh.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
+def test_a_step_that_is_skipped_leaves_no_trace(name: str) -> None:
+    """Steps 0 to 3 with gradients of NaN in 0 and 2, against steps 1 and 3 alone."""
+    ours, reference = small_model(), small_model()
+    optimizers = [build_optimizer(model, name, 0.1, 0.9, 0.01) for model in (ours, reference)]
+    for step in range(4):
+        backward(ours, step)
+        is_bad = step % 2 == 0
+        if is_bad:
+            for p in ours.parameters():
+                assert p.grad is not None
+                p.grad.fill_(math.nan)
+        step_where(optimizers[0], torch.tensor(not is_bad))
+        if not is_bad:
+            backward(reference, step)
+            optimizers[1].step()
+    for p, q in zip(ours.parameters(), reference.parameters(), strict=True):
+        assert p.equal(q)
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    for number, kept in states[1].items():
+        assert all(kept[key].equal(states[0][number][key]) for key in kept), number
+
+
+@pytest.mark.parametrize("one_cycle", [False, True])
+def test_the_schedule_writes_the_rates_of_a_step_into_every_group(one_cycle: bool) -> None:
+    """A run of 10 steps that was made longer after 4 of them: each plan's curve over all of its steps."""
+    schedule = Schedule(0.5, 3, ((4, 10), (25, 25)), one_cycle)
+    optimizer = build_optimizer(small_model(), "sgd", 1.0, 0.9, 0.0)
+    for step in range(25):
+        total = 10 if step < 4 else 25
+        schedule.set(optimizer, step)
+        lr = one_cycle_lr(step, total, 0.5) if one_cycle else lr_at(step, total, 3, 0.5)
+        momentum = one_cycle_momentum(step, total) if one_cycle else 0.9
+        assert [(group["lr"], group["momentum"]) for group in optimizer.param_groups] == [(lr, momentum)] * 2
+        assert schedule.lr(step) == lr and schedule.planned_steps(step) == total

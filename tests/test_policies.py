@@ -1,6 +1,9 @@
 """Every policy against its rule written out, exact budgets, and weighted ones against the full gradient."""
 
+import dataclasses
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,22 +13,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ssl_emp.commands.job import load_indices
 from ssl_emp.errors import UserError
-from ssl_emp.policies import (
-    RANKING,
-    Rule,
-    infobatch,
-    load_indices,
-    random_subset,
-    scan,
-    softened,
-    top,
-    ucb_score,
+from ssl_emp.prune import (
+    POLICIES,
+    Distance,
+    Emp,
+    EpsilonGreedy,
+    Foresight,
+    Indices,
+    InfoBatch,
+    Loss,
+    Policy,
+    Random,
+    Scan,
+    Ucb,
 )
-from ssl_emp.pruning import PrunePlan
-from ssl_emp.scores import ScoreState
+from ssl_emp.prune.policies import Kept, policy_named, random_subset, select_kept, softened, top
+from ssl_emp.prune.record import Known
 
 CPU = torch.device("cpu")
+WARMUP = 1
 
 
 def scores(num_samples: int, seed: int, unscored: int = 0) -> Tensor:
@@ -34,6 +42,20 @@ def scores(num_samples: int, seed: int, unscored: int = 0) -> Tensor:
         torch.inf
     )
     return values
+
+
+def known(loss: Tensor, memory: Tensor | None = None, variance: Tensor | None = None) -> Known:
+    """What a policy looks at; a sample without a loss has no memory either."""
+    memory = torch.where(loss < torch.inf, torch.zeros_like(loss) if memory is None else memory, torch.inf)
+    return Known(torch.stack([loss, memory]), torch.zeros_like(loss) if variance is None else variance)
+
+
+def infobatch(loss: Tensor, count: int, seed: int, epoch: int) -> Kept:
+    return InfoBatch().choose(known(loss), count, seed, epoch, WARMUP)
+
+
+def scan(loss: Tensor, count: int, seed: int, epoch: int) -> Kept:
+    return Scan().choose(known(loss), count, seed, epoch, WARMUP)
 
 
 @given(data=st.data(), num_samples=st.integers(1, 300), seed=st.integers(0, 10**6), epoch=st.integers(0, 300))
@@ -66,18 +88,22 @@ def test_budgets_are_exact_and_draws_depend_on_the_key_only(
             )
 
 
-@pytest.mark.parametrize("memory", ["raw", "normalized", "standardized"])
-@pytest.mark.parametrize("policy", RANKING)
-def test_a_score_does_not_change_with_what_it_was_made_of(policy: str, memory: str) -> None:
+@pytest.mark.parametrize(
+    "policy",
+    [Emp(memory=scale, beta=beta) for scale in ("raw", "normalized", "standardized") for beta in (0.0, 5.0)]
+    + [Emp(loss_weight=0.0), Loss(), Foresight(), EpsilonGreedy(), Ucb(), Distance()],
+    ids=str,
+)
+def test_a_score_does_not_change_with_what_it_was_made_of(policy: Policy) -> None:
     """Also at the settings where a term drops out of the formula, and one could be handed on as it is."""
-    for beta in (0.0, 5.0):
-        terms, variance = torch.stack([scores(50, 1), scores(50, 2)]).abs(), scores(50, 3).square()
-        terms[:, :5] = torch.inf  # never scored
-        rule = Rule(policy, PrunePlan(4, 0.3), beta=beta, memory=memory, confidence=beta)
-        score = rule.score(terms, variance, 1)
-        kept = score.clone()
-        terms[:, 20:], variance[20:] = 0.0, 7.0
-        assert score.equal(kept) and not rule.score(terms, variance, 1).equal(kept)
+    assert policy.is_ranking
+    now = known(scores(50, 1).abs(), scores(50, 2), scores(50, 3).square())
+    now.terms[:, :5] = torch.inf  # never seen
+    score = policy.score(now)
+    kept = score.clone()
+    assert kept[:5].eq(torch.inf).all() and kept[5:].isfinite().all()
+    now.terms[:, 20:], now.variance[20:] = 0.0, 7.0
+    assert score.equal(kept) and not policy.score(now).equal(kept)
 
 
 def test_top_without_exploration_is_the_papers_rule() -> None:
@@ -113,9 +139,9 @@ def test_softened_selection_is_a_draw_in_proportion_to_exp_of_the_score() -> Non
     assert (times / 4000 - expected).abs().max() < 4 * 0.5 / 4000**0.5
 
 
-def test_ucb_is_mean_plus_confidence_times_variance() -> None:
+def test_ucb_is_mean_plus_variance() -> None:
     mean, variance = torch.tensor([1.0, 2.0, torch.inf]), torch.tensor([3.0, 0.5, 0.0])
-    assert ucb_score(mean, variance, 2.0).tolist() == [7.0, 3.0, math.inf]
+    assert Ucb().score(known(mean, variance=variance)).tolist() == [4.0, 2.5, math.inf]
 
 
 def test_infobatch_is_its_published_rule_where_the_budget_is_the_published_one() -> None:
@@ -200,15 +226,18 @@ def test_random_sets_have_no_duplicate_and_change(
 
 
 def test_a_random_set_stays_for_as_many_epochs_as_asked() -> None:
-    state, plan = observed(scores(50, 1), scores(50, 2)), PrunePlan(12, 0.5, warmup_epochs=2)
-    often, seldom = (Rule("random", plan, redraw_every=every) for every in (1, 3))
-    sets = [set(seldom.choose(state, epoch, 20, seed=0).index.tolist()) for epoch in range(2, 10)]
-    redrawn = [set(often.choose(state, epoch, 20, seed=0).index.tolist()) for epoch in range(2, 10)]
+    seen = known(scores(50, 1))
+
+    def drawn(policy: Random, epoch: int, count: int = 20) -> set[int]:
+        return set(policy.choose(seen, count, seed=0, epoch=epoch, warmup_epochs=2).index.tolist())
+
+    seldom = Random(redraw_every=3)
+    sets = [drawn(seldom, epoch) for epoch in range(2, 10)]
+    redrawn = [drawn(Random(), epoch) for epoch in range(2, 10)]
     assert sets == [redrawn[0]] * 3 + [redrawn[3]] * 3 + [redrawn[6]] * 2
     assert len({frozenset(kept) for kept in redrawn}) == 8
-    assert sets[1] < set(seldom.choose(state, 3, 21, seed=0).index.tolist()), (
-        "an epoch with a batch more adds to the others"
-    )
+    assert sets[1] < drawn(seldom, 3, 21), "an epoch with a batch more adds to the others"
+    assert seldom.keeps_one_subset and not Random().keeps_one_subset
 
 
 def test_random_sets_are_uniform() -> None:
@@ -251,77 +280,98 @@ def test_indices_are_never_unpickled(tmp_path: Path) -> None:
             load_indices(tmp_path / name, 6)
 
 
-def observed(loss: Tensor, distance: Tensor) -> ScoreState:
-    state = ScoreState(len(loss), 1.0, False, CPU)
-    state.observe(torch.arange(len(loss)), torch.stack([loss, distance]), None, 0)
-    return state
+def test_an_indices_policy_keeps_its_first() -> None:
+    policy = Indices(index=torch.tensor([5, 0, 3, 9]))
+    assert policy.choose(known(scores(10, 1)), 3, 0, 1, WARMUP).index.tolist() == [5, 0, 3]
+    with pytest.raises(ValueError, match="names 4 samples, and a pruned epoch needs 5"):
+        policy.choose(known(scores(10, 1)), 5, 0, 1, WARMUP)
 
 
 def test_policies_that_rank_differ_in_the_score_only() -> None:
-    loss, distance = scores(50, 1).exp(), scores(50, 2).exp()
-    state, plan = observed(loss, distance), PrunePlan(10, 0.5)
-    expected = {
-        "emp": loss - 5 * distance,
-        "loss": loss,
-        "distance": -distance,
-        "epsilon_greedy": loss,
-        "ucb": loss,  # seen once: no variance yet
+    loss, memory = scores(50, 1).exp(), -scores(50, 2).exp()
+    expected: dict[Policy, Tensor] = {
+        Emp(): loss + 5 * memory,
+        Loss(): loss,
+        Distance(): memory,
+        EpsilonGreedy(explore=0.0): loss,
+        Ucb(): loss,  # seen once: no variance yet
+        Emp(beta=0.0, loss_weight=-1.0): -loss,
     }
     for policy, score in expected.items():
-        kept = Rule(policy, plan).choose(state, 1, 20, seed=0)
+        kept = policy.choose(known(loss, memory), 20, 0, 1, WARMUP)
         assert set(kept.index.tolist()) == set(score.argsort(descending=True)[:20].tolist()), policy
-        assert len(Rule(policy, plan).choose(state, 0, 20, seed=0).index) == 50, (
-            "the first epoch is a full one"
-        )
-    easy = Rule("emp", plan, beta=0.0, loss_weight=-1.0).choose(state, 1, 20, seed=0)
-    assert set(easy.index.tolist()) == set(loss.argsort()[:20].tolist())
+        assert kept.weight is None
 
 
-@pytest.mark.parametrize("policy", ["random", "loss", "emp", "scan"])
-def test_rescaled_the_kept_stand_for_all(policy: str) -> None:
-    """Weights sum to N where the epoch is pruned; which samples are kept does not change, nor do InfoBatch's
-    own weights.
-    """
-    state, plan = observed(scores(50, 1).exp(), scores(50, 2).exp()), PrunePlan(10, 0.5)
-    plain, rescaled = (
-        Rule(policy, plan, rescale=rescale).choose(state, 1, 20, seed=0) for rescale in (False, True)
-    )
-    assert plain.weight is None and rescaled.weight is not None and rescaled.index.equal(plain.index)
-    assert rescaled.weight.tolist() == [2.5] * 20
-    assert Rule(policy, plan, rescale=True).choose(state, 0, 20, seed=0).weight is None, (
-        "the first epoch is a full one"
-    )
-    own, same = (
-        Rule("infobatch", plan, rescale=rescale).choose(state, 1, 20, seed=0).weight
-        for rescale in (False, True)
-    )
-    assert own is not None and same is not None and own.equal(same)
+def test_epsilon_greedy_draws_a_tenth() -> None:
+    loss = scores(200, 1)
+    best = set(loss.argsort(descending=True)[:90].tolist())
+    kept = set(EpsilonGreedy().choose(known(loss), 100, 0, 1, WARMUP).index.tolist())
+    again = set(EpsilonGreedy().choose(known(loss), 100, 0, 2, WARMUP).index.tolist())
+    assert best <= kept & again and len(kept) == 100 and kept != again
 
 
-def test_random_rescaled_has_the_full_gradient_in_the_mean() -> None:
-    state, rule = (
-        observed(scores(1000, 1), scores(1000, 2)),
-        Rule("random", PrunePlan(4000, 0.7), rescale=True),
-    )
-    gradients = torch.randn(1000, 8, generator=torch.Generator().manual_seed(7)).double() + 0.3
+def test_rescaled_random_draws_have_the_full_gradient_in_the_mean() -> None:
+    """The weight N / K that the pruner gives the kept of a policy with `rescale`."""
+    seen, gradients = known(scores(1000, 1)), torch.randn(1000, 8).double() + 0.3
     draws = []
     for epoch in range(1, 2001):
-        kept = rule.choose(state, epoch, 300, seed=1)
-        assert kept.weight is not None
-        draws.append(kept.weight.double() @ gradients[kept.index])
+        kept = Random(rescale=True).choose(seen, 300, 1, epoch, WARMUP)
+        assert kept.weight is None
+        draws.append(1000 / 300 * gradients[kept.index].sum(0))
     summed = torch.stack(draws)
-    assert ((summed.mean(0) - gradients.sum(0)) / (summed.std(0) / 2000**0.5)).abs().max() < 4.5, (
-        "standard errors"
-    )
+    error = (summed.mean(0) - gradients.sum(0)) / (summed.std(0) / 2000**0.5)
+    assert error.abs().max() < 4.5, "standard errors"
 
 
-def test_weights_run_in_a_straight_line_over_the_pruned_epochs() -> None:
-    rule = Rule(
-        "emp",
-        PrunePlan(8, 0.5, warmup_epochs=2, anneal_fraction=0.125),
-        beta=1.0,
-        beta_end=3.0,
-        loss_weight=-1.0,
+@given(data=st.data(), num_samples=st.integers(1, 400))
+def test_the_highest_scores_are_kept(data: st.DataObject, num_samples: int) -> None:
+    count = data.draw(st.integers(1, num_samples))
+    values = data.draw(
+        st.lists(
+            st.floats(-1e6, 1e6, width=32) | st.just(math.inf), min_size=num_samples, max_size=num_samples
+        )
     )
-    assert [rule.beta_at(epoch) for epoch in range(8)] == [1, 1, 1, 1.5, 2, 2.5, 3, 3]
-    assert {rule.loss_weight_at(epoch) for epoch in range(8)} == {-1.0}
+    kept = select_kept(torch.tensor(values), count)
+    assert kept.dtype == torch.int64 and len(kept) == count == len(set(kept.tolist()))
+    assert sorted((values[i] for i in kept.tolist()), reverse=True) == sorted(values, reverse=True)[:count]
+
+
+def test_a_score_that_is_nan_does_not_shorten_the_epoch_unnoticed() -> None:
+    with pytest.raises(AssertionError, match="NaN"):
+        select_kept(torch.tensor([1.0, math.nan, 3.0, 2.0]), 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Emp(beta=-1.0), "policy emp: beta is -1.0, allowed: 0.0 <= beta <= 1000000000.0"),
+        (lambda: Emp(beta=math.nan), "policy emp: beta is nan"),
+        (
+            lambda: Emp(beta="5"),  # type: ignore[arg-type]
+            "policy emp: beta is '5'",
+        ),
+        (lambda: Emp(memory="raws"), "memory is 'raws', allowed: 'raw' or 'normalized' or 'standardized'"),
+        (lambda: Loss(ema=0), "policy loss: ema is 0"),
+        (lambda: Loss(ema=True), "policy loss: ema is True"),
+        (lambda: Ucb(explore=1.1), "policy ucb: explore is 1.1"),
+        (lambda: Distance(soften=-0.5), "policy distance: soften is -0.5"),
+        (lambda: Random(redraw_every=0), "policy random: redraw_every is 0"),
+        (lambda: Foresight(foresee=False), "policy foresight: foresee is False, allowed: True"),
+        (lambda: policy_named("epm"), "there is no policy 'epm'; did you mean emp?"),
+        (lambda: policy_named("?"), f"there is no policy '?'; known are {', '.join(POLICIES)}"),
+    ],
+)
+def test_a_key_out_of_its_range_is_one_line(make: Callable[[], Policy], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_every_policy_is_found_by_its_name_with_its_defaults() -> None:
+    for name, kind in POLICIES.items():
+        policy = policy_named(name)
+        assert type(policy) is kind and policy.name == name
+        assert dataclasses.is_dataclass(policy) and kind.__doc__
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            policy.ema = 0.5  # type: ignore[misc]

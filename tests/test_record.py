@@ -1,18 +1,21 @@
-"""The running score against a loop over its definition, and the adjustment on data whose truth is known."""
+"""What is remembered against a loop over its definition, and the adjustment on data whose truth is known."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from ssl_emp.augment import NUM_DRAW_FEATURES
-from ssl_emp.run.report import rank_correlation
-from ssl_emp.scores import ScoreState
+from ssl_emp.prune.figures import rank_correlation
+from ssl_emp.prune.record import Record
 
-CPU = torch.device("cpu")
+COVARIATES = 14
+
+
+def make_record(num_samples: int, ema: float = 1.0, covariates: int = 0, shrink: bool = False) -> Record:
+    return Record(num_samples, ema, covariates, shrink, "cpu")
 
 
 def test_the_last_score_is_kept_to_the_bit_where_ema_is_1() -> None:
-    state = ScoreState(5, ema=1.0, adjust=False, device=CPU)
+    state = make_record(5)
     assert state.terms.isinf().all() and state.scored_epoch.eq(-1).all()
     for epoch in range(3):
         terms = torch.randn(2, 2, generator=torch.Generator().manual_seed(epoch)) * 1e3
@@ -34,7 +37,7 @@ def test_the_running_mean_is_the_weighted_mean_of_what_was_seen(ema: float) -> N
     mean before.
     """
     values = torch.randn(6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    state = ScoreState(3, ema=ema, adjust=False, device=CPU)
+    state = make_record(3, ema)
     mean, variance = 0.0, 0.0
     for count in range(1, 7):
         state.observe(torch.tensor([2]), values[count - 1].float().unsqueeze(1), None, count)
@@ -49,9 +52,10 @@ def test_the_running_mean_is_the_weighted_mean_of_what_was_seen(ema: float) -> N
 
 
 def test_training_is_counted() -> None:
-    state = ScoreState(4, 1.0, False, CPU)
+    state = make_record(4)
     state.count_trained(torch.tensor([0, 2]), 0)
     state.count_trained(torch.tensor([2, 3]), 1)
+    state.count_trained(torch.tensor([0, 1]), 2, torch.tensor(False))
     assert state.times_trained.tolist() == [1, 0, 2, 1] and state.trained_epoch.tolist() == [0, -1, 1, 1]
 
 
@@ -61,8 +65,8 @@ def noisy_world(seed: int, num_samples: int, level: float) -> tuple[Tensor, Tens
     """
     fixed, drawn = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
     truth = torch.randn(num_samples, generator=fixed)
-    effect = torch.randn(NUM_DRAW_FEATURES, 2, generator=fixed)
-    draw = torch.randn(num_samples, NUM_DRAW_FEATURES, generator=drawn)
+    effect = torch.randn(COVARIATES, 2, generator=fixed)
+    draw = torch.randn(num_samples, COVARIATES, generator=drawn)
     terms = truth + (draw @ effect).T + level + 0.1 * torch.randn(2, num_samples, generator=drawn)
     return truth, terms, draw
 
@@ -70,7 +74,7 @@ def noisy_world(seed: int, num_samples: int, level: float) -> tuple[Tensor, Tens
 @pytest.mark.parametrize("adjust", [False, True])
 def test_adjusting_finds_the_sample_behind_the_draw(adjust: bool) -> None:
     """Rank correlation with the hidden truth: poor without, near one with."""
-    state = ScoreState(512, ema=1.0, adjust=adjust, device=CPU)
+    state = make_record(512, covariates=COVARIATES if adjust else 0)
     for epoch in range(3):
         truth, terms, draw = noisy_world(epoch + 1, 512, level=5.0 - epoch)
         for batch in torch.randperm(512, generator=torch.Generator().manual_seed(epoch)).view(-1, 64):
@@ -83,7 +87,7 @@ def test_an_adjusted_score_stays_comparable_while_the_level_moves_and_only_easy_
     """Ten epochs on the lower half only, the level falling: the halves keep their distance, in mean, as they
     had it.
     """
-    state = ScoreState(512, ema=0.5, adjust=True, device=CPU)
+    state = make_record(512, 0.5, COVARIATES)
     truth, terms, draw = noisy_world(1, 512, level=5.0)
     everyone, easy = torch.arange(512), truth.argsort()[:256]
     state.observe(everyone, terms, draw, 0)
@@ -98,7 +102,7 @@ def test_an_adjusted_score_stays_comparable_while_the_level_moves_and_only_easy_
 
 
 def test_state_survives_a_checkpoint() -> None:
-    state, other = (ScoreState(64, 0.3, True, CPU) for _ in range(2))
+    state, other = (make_record(64, 0.3, COVARIATES, shrink=True) for _ in range(2))
     _, terms, draw = noisy_world(1, 64, 0.0)
     state.observe(torch.arange(64), terms, draw, 0)
     other.load_state_dict(state.state_dict())
@@ -111,7 +115,7 @@ def test_what_a_draw_will_add_is_foreseen() -> None:
     """The regression, learnt on some draws, tells what another one adds: the truth and the expected addition
     make up the terms.
     """
-    state = ScoreState(512, ema=1.0, adjust=True, device=CPU)
+    state = make_record(512, 1.0, COVARIATES)
     truth, terms, draw = noisy_world(1, 512, level=3.0)
     state.observe(torch.arange(512), terms, draw, 0)
     _, terms, draw = noisy_world(2, 512, level=2.0)
@@ -122,7 +126,7 @@ def test_what_a_draw_will_add_is_foreseen() -> None:
     )
 
 
-def choose_and_observe(state: ScoreState, noise: float, epochs: int) -> tuple[Tensor, Tensor, Tensor]:
+def choose_and_observe(state: Record, noise: float, epochs: int) -> tuple[Tensor, Tensor, Tensor]:
     """Epochs on the better half by what is expected; the truth has variance 1, a sight of it `noise` more. ->
     last truth, terms, draws.
     """
@@ -143,14 +147,14 @@ def test_what_is_remembered_counts_for_as_much_as_it_tells(noise: float) -> None
     """The slope is the reliability of a single sight, 1 / (1 + noise²), though only those with the highest
     expectation are seen again.
     """
-    state = ScoreState(4096, ema=1.0, adjust=True, device=CPU, shrink=True)
+    state = make_record(4096, 1.0, COVARIATES, shrink=True)
     choose_and_observe(state, noise, epochs=4)
     covariance, variance = state.recall
     assert (covariance / variance)[0].item() == pytest.approx(1 / (1 + noise**2 + 0.1**2), rel=0.04)
 
 
 def test_nothing_is_remembered_until_a_sample_was_seen_twice() -> None:
-    state = ScoreState(64, ema=1.0, adjust=True, device=CPU, shrink=True)
+    state = make_record(64, 1.0, COVARIATES, shrink=True)
     _, terms, draw = noisy_world(1, 64, level=1.0)
     everyone = torch.arange(64)
     assert state.expected(everyone, draw).eq(torch.inf).all(), "never scored: always kept"
@@ -164,7 +168,7 @@ def test_shrinking_foresees_better_and_brings_more_samples_back() -> None:
     """
     found = {}
     for shrink in (False, True):
-        state = ScoreState(4096, ema=0.3, adjust=True, device=CPU, shrink=shrink)
+        state = make_record(4096, 0.3, COVARIATES, shrink)
         _, terms, draw = choose_and_observe(state, noise=5.0, epochs=12)
         expected = state.expected(torch.arange(4096), draw)
         found[shrink] = (

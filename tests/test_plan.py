@@ -1,21 +1,12 @@
-"""The score against the paper's formula; the plan, the selection and the batches as properties."""
+"""The plan and the batches as properties."""
 
-import math
 from dataclasses import replace
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_emp.pruning import (
-    PrunePlan,
-    combine_terms,
-    emp_score,
-    feature_distance,
-    select_kept,
-    shuffled_batches,
-)
+from ssl_emp.prune.plan import PrunePlan, shuffled_batches
 
 plans = st.builds(
     PrunePlan,
@@ -27,75 +18,13 @@ plans = st.builds(
 )
 
 
-def features(seed: int, count: int = 6, dim: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    h_a, h_b = (torch.randn(count, dim, generator=generator) for _ in range(2))
-    return h_a, h_b
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.5, 5.0])
-def test_emp_score_is_the_formula(beta: float) -> None:
-    h_a, h_b = features(0)
-    loss = torch.linspace(0.5, 3, 6)
-    expected = [
-        loss[i].item()
-        - beta * math.sqrt(sum((x - y) ** 2 for x, y in zip(h_a[i].tolist(), h_b[i].tolist(), strict=True)))
-        for i in range(6)
-    ]
-    torch.testing.assert_close(emp_score(loss, h_a, h_b, beta), torch.tensor(expected))
-
-
-def test_emp_score_is_float32_from_half_precision() -> None:
-    h_a, h_b = (h.to(torch.bfloat16) for h in features(1))
-    score = emp_score(torch.ones(6, dtype=torch.bfloat16), h_a, h_b, 5.0)
-    assert score.dtype == torch.float32
-    torch.testing.assert_close(score, 1 - 5 * (h_a.float() - h_b.float()).norm(dim=1))
-
-
-def test_normalized_distance_ignores_the_features_scale() -> None:
-    h_a, h_b = features(2)
-    torch.testing.assert_close(
-        feature_distance(7 * h_a, 0.1 * h_b, "normalized"), feature_distance(h_a, h_b, "normalized")
-    )
-    assert feature_distance(h_a, -h_a, "normalized").allclose(torch.tensor(2.0))
-    assert feature_distance(torch.zeros(3, 4), torch.zeros(3, 4), "normalized").eq(0).all()
-
-
-def test_combined_terms_equal_emp_score_and_keep_the_never_scored_first() -> None:
-    h_a, h_b = features(3)
-    loss = torch.rand(6, generator=torch.Generator().manual_seed(0))
-    terms = torch.stack([loss, feature_distance(h_a, h_b)])
-    torch.testing.assert_close(combine_terms(terms, 5.0, "raw"), emp_score(loss, h_a, h_b, 5.0))
-    terms[:, 4] = torch.inf
-    for memory in ("raw", "normalized", "standardized"):
-        scores = combine_terms(terms, 5.0, memory)
-        assert scores[4] == torch.inf and scores[[0, 1, 2, 3, 5]].isfinite().all(), memory
-
-
-def test_standardized_terms_have_equal_influence_whatever_their_scale() -> None:
-    h_a, h_b = features(4, count=200)
-    loss = torch.rand(200, generator=torch.Generator().manual_seed(1))
-    distance = feature_distance(h_a, h_b)
-    scores = combine_terms(torch.stack([loss, distance]), 1.0, "standardized")
-    torch.testing.assert_close(
-        combine_terms(torch.stack([1000 * loss + 3, 0.01 * distance - 7]), 1.0, "standardized"),
-        scores,
-        rtol=1e-3,
-        atol=1e-3,
-    )
-    expected = (loss - loss.mean()) / loss.std(correction=0) - (distance - distance.mean()) / distance.std(
-        correction=0
-    )
-    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
-
-
 @given(plan=plans, num_samples=st.integers(64, 3000), batch_size=st.integers(2, 64))
 def test_every_step_is_known_in_advance_and_the_budget_is_met(
     plan: PrunePlan, num_samples: int, batch_size: int
 ) -> None:
     full = num_samples // batch_size
     steps = plan.epoch_steps(num_samples, batch_size)
-    assert plan.total_steps(num_samples, batch_size) == sum(steps) and min(steps, default=0) >= 0
+    assert min(steps, default=0) >= 0
     assert abs(sum(steps) - plan.asked_share() * full * plan.epochs) <= 0.5 + 1e-6, (
         "half a batch in the whole run"
     )
@@ -117,7 +46,7 @@ def test_every_step_is_known_in_advance_and_the_budget_is_met(
 @given(plan=plans, num_samples=st.integers(100, 3000), batch_size=st.integers(2, 64))
 def test_shorter_costs_what_pruning_costs(plan: PrunePlan, num_samples: int, batch_size: int) -> None:
     other = replace(plan, shorter=not plan.shorter)
-    assert plan.total_steps(num_samples, batch_size) == other.total_steps(num_samples, batch_size)
+    assert sum(plan.epoch_steps(num_samples, batch_size)) == sum(other.epoch_steps(num_samples, batch_size))
 
 
 def test_what_is_rounded_off_in_one_epoch_is_made_up_for_in_the_next() -> None:
@@ -139,25 +68,6 @@ def test_first_and_last_epochs_train_on_everything(plan: PrunePlan) -> None:
     assert all(full[plan.epochs - anneal :])
     if plan.prune_fraction > 0:
         assert not any(full[plan.warmup_epochs : plan.epochs - anneal])
-
-
-@given(data=st.data(), num_samples=st.integers(1, 400))
-def test_the_highest_scores_are_kept(data: st.DataObject, num_samples: int) -> None:
-    count = data.draw(st.integers(1, num_samples))
-    values = data.draw(
-        st.lists(
-            st.floats(-1e6, 1e6, width=32) | st.just(math.inf), min_size=num_samples, max_size=num_samples
-        )
-    )
-    scores = torch.tensor(values)
-    kept = select_kept(scores, count)
-    assert kept.dtype == torch.int64 and len(kept) == count == len(set(kept.tolist()))
-    assert sorted((values[i] for i in kept.tolist()), reverse=True) == sorted(values, reverse=True)[:count]
-
-
-def test_a_sick_score_does_not_shorten_the_epoch_unnoticed() -> None:
-    with pytest.raises(AssertionError, match="NaN"):
-        select_kept(torch.tensor([1.0, math.nan, 3.0, 2.0]), 2)
 
 
 @given(
