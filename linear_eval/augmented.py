@@ -7,78 +7,59 @@ and std belong to them. Their scale is the encoder's own, so that one rate does 
 chosen on a held-out part of train.
 """
 
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from linear_eval.features import EvalError, check_frozen
+from linear_eval.errors import EvalError
+from linear_eval.features import check_frozen
 from linear_eval.finetune import (
-    IndexedPixels,
-    Progress,
+    ON_CPU,
+    Execution,
+    LabelledSplits,
     Recipe,
     TrainResult,
     Views,
-    Warn,
     state_hash,
     train_and_test,
 )
 
+EPOCHS = 90
 LRS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # SimCLR's is 0.1
+
+
+def probe_recipe(
+    views: Views, seed: int, *, epochs: int = EPOCHS, lr: float | Sequence[float] = LRS, **others: Any
+) -> Recipe:
+    """The recipe of the probe; `others` as in `Recipe`."""
+    plain = {"weight_decay": 0, "layer_decay": 1, "label_smoothing": 0, "warmup_epochs": 0}
+    return Recipe(views, seed, epochs, lr, **(plain | others))
 
 
 def augmented_probe(
     encoder: nn.Module,
     feature_dim: int,
-    train_pixels: IndexedPixels,
-    train_labels: Tensor,
-    test_pixels: IndexedPixels,
-    test_labels: Tensor,
-    *,
-    views: Views,
-    seed: int,
-    epochs: int = 90,
-    lr: float | Sequence[float] = LRS,
-    batch_size: int = 256,
-    bf16: bool = False,
-    val_fraction: float = 0.2,
-    device: str | torch.device = "cpu",
-    checkpoint: Path | None = None,
-    progress: Progress | None = None,
-    warn: Warn = warnings.warn,
+    splits: LabelledSplits,
+    recipe: Recipe,
+    execution: Execution = ON_CPU,
 ) -> TrainResult:
     """Trains a linear head over the frozen encoder, and scores it once on the test images.
 
+    All learning rates share one forward pass, so that choosing between any number of them doubles the time
+    of one.
+
     Args:
-        encoder: (B, 3, S, S) float32 in [0, 1] -> (B, feature_dim); in eval mode and on `device`.
-        lr: peak learning rate for 256 images a step, scaled with the real batch; several: chosen on a
-            held-out part of train, with all heads over one forward pass, so that any number of them doubles
-            the time of one.
-        All others: as for `linear_eval.finetune.finetune`.
+        encoder: (B, 3, S, S) float32 in [0, 1] -> (B, feature_dim); in eval mode and on the device.
+        recipe: see `probe_recipe`.
 
     Raises:
         EvalError: as for `finetune`; an encoder in training mode or on another device, or one that its
             forward pass changes.
     """
-    device = check_frozen(encoder, device)
-    recipe = Recipe(
-        views,
-        epochs,
-        batch_size,
-        warmup_epochs=0,
-        weight_decay=0,
-        layer_decay=1,
-        label_smoothing=0,
-        bf16=bf16,
-        seed=seed,
-    )
+    check_frozen(encoder, execution.device)
     before = state_hash(encoder)
-    splits = (train_pixels, train_labels, test_pixels, test_labels)
-    result = train_and_test(
-        encoder, feature_dim, *splits, lr, recipe, True, val_fraction, device, checkpoint, progress, warn
-    )
+    result = train_and_test(encoder, feature_dim, splits, recipe, execution, frozen=True)
     if state_hash(encoder) != before:
         raise EvalError(
             "the encoder changed while it was judged", "use one that has no state written in its forward pass"

@@ -21,6 +21,8 @@ from linear_eval.knn import exact_cosines
 from linear_eval.names import printable, shorten
 
 MapMethod = Literal["pca", "umap"]
+MAX_SAMPLES = 10_000  # that the figures come from
+NUM_QUERIES = NUM_NEIGHBORS = 8  # of the picture of neighbours
 PAIR_CHUNK = 1024  # rows whose distances to all others are held at once
 PCA_SIDE = 2048  # an eigendecomposition of this size takes about three seconds on one core
 TILE = 72  # pixels a side of a picture in the grid
@@ -55,7 +57,7 @@ class Diagnosis:
 
 
 def diagnose(
-    x: Tensor, *, views: tuple[Tensor, Tensor] | None = None, max_samples: int = 10_000, seed: int = 0
+    x: Tensor, *, views: tuple[Tensor, Tensor] | None = None, max_samples: int = MAX_SAMPLES, seed: int = 0
 ) -> Diagnosis:
     """All figures at once.
 
@@ -231,8 +233,8 @@ def draw_neighbors(
     queries: Tensor | None = None,
     labels: Tensor | None = None,
     class_names: Sequence[str] | None = None,
-    num_queries: int = 8,
-    num_neighbors: int = 8,
+    num_queries: int = NUM_QUERIES,
+    num_neighbors: int = NUM_NEIGHBORS,
     seed: int = 0,
 ) -> Tensor:
     """A PNG, one line for each query: the query at the left, then its nearest neighbours; gives their rows

@@ -28,6 +28,8 @@ __all__ = [
     "save_features",
 ]
 
+BATCH_SIZE = 256  # images a forward pass
+
 
 class Pixels(Protocol):
     """Images as a tensor, or anything else that gives tensors of them: (N, 3, H, W) uint8, `pixels[a:b]` on
@@ -64,7 +66,7 @@ def extract_features(
     pixels: Pixels,
     labels: Tensor | None,
     *,
-    batch_size: int = 256,
+    batch_size: int = BATCH_SIZE,
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
     distribute: Callable[[int, Callable[[range], Tensor]], Tensor] | None = None,

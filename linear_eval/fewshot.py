@@ -1,7 +1,7 @@
-"""Few labels: accuracy when only some train images are labeled, over several draws of which ones.
+"""Few labels: accuracy when only some train images are labeled, over several subsets of them.
 
 Protocol: class-balanced subsets (as for the 1 % and 10 % of SimCLR, arXiv 2002.05709, section 4.2); every
-draw is scored on the whole test split; mean and sample standard deviation over the draws. `fewshot` takes any
+one is scored on the whole test split; mean and sample standard deviation over the subsets. `fewshot` takes any
 way of training, `fewshot_probe` is the frozen one. Letters: N labeled images at hand, C classes.
 """
 
@@ -19,9 +19,9 @@ Score = Callable[[Tensor, int], float]  # train rows (K,) int64 ascending, seed 
 # few train features, test features, seed -> test accuracy, 0..1
 Probe = Callable[[Features, Features, int], float]
 
-MIN_DRAWS = 3
+MIN_SUBSETS, NUM_SUBSETS = 3, 5
 # Weight of ||W||^2 / 2 beside the mean cross-entropy where one image a class leaves nothing to choose it on.
-# It matters little: on MNIST (features of a trained and an untrained network, pixels; 8 draws) 1e-4 to 1 lie
+# It matters little: on MNIST (features of a trained and an untrained network, pixels; 8 subsets) 1e-4 to 1 lie
 # within 0.3 points of each other.
 FIXED_L2 = 0.1
 
@@ -31,9 +31,9 @@ class FewShotResult:
     """Accuracy with few labels.
 
     Attributes:
-        accuracies: of each draw, 0..1.
-        mean, std: of the accuracies; std is the sample's (over draws - 1).
-        num_labels: labeled images in each draw, `per_class` times the classes.
+        accuracies: of each subset, 0..1.
+        mean, std: of the accuracies; std is the sample's (over their number - 1).
+        num_labels: labeled images in each subset, `per_class` times the classes.
         per_class: labeled images of each class.
     """
 
@@ -51,7 +51,7 @@ def labels_per_class(labels: Tensor, fraction: float) -> int:
     return max(1, round(fraction * len(labels) / len(labels.unique())))
 
 
-def draw_subset(labels: Tensor, per_class: int, seed: int) -> Tensor:
+def balanced_subset(labels: Tensor, per_class: int, seed: int) -> Tensor:
     """Rows of exactly `per_class` images of every class, (K,) int64 ascending, drawn without replacement.
 
     With the same seed, a smaller subset is part of every larger one.
@@ -89,20 +89,20 @@ def fewshot(
     seed: int,
     fraction: float | None = None,
     per_class: int | None = None,
-    num_draws: int = 5,
+    num_subsets: int = NUM_SUBSETS,
     progress: Callable[[int, int], None] | None = None,
 ) -> FewShotResult:
-    """Trains on several draws of few labels.
+    """Trains on several subsets of few labels.
 
     Args:
         labels: (N,) class ids of all train images.
         score: trains on these rows only, with this seed, and gives the accuracy on the whole test split:
             fine-tuning, a probe.
-        seed: what is drawn; no draw's subset or seed depends on how many draws there are.
+        seed: what is drawn; no subset and no seed of one depends on how many there are.
         fraction: of the labels, see `labels_per_class`; or
         per_class: this many labels of each class.
-        num_draws: >= 3.
-        progress: called after each draw as `progress(draws_done, num_draws)`.
+        num_subsets: >= 3.
+        progress: called after each subset as `progress(subsets_done, num_subsets)`.
 
     Raises:
         EvalError: values out of range, both or neither of `fraction` and `per_class`, a class with too
@@ -110,18 +110,18 @@ def fewshot(
     """
     if (fraction is None) == (per_class is None):
         raise EvalError(f"fraction is {fraction}, per_class {per_class}", "give one of the two")
-    if num_draws < MIN_DRAWS:
+    if num_subsets < MIN_SUBSETS:
         raise EvalError(
-            f"num_draws is {num_draws}",
-            f"choose num_draws >= {MIN_DRAWS}: one subset says little about the next",
+            f"num_subsets is {num_subsets}",
+            f"choose num_subsets >= {MIN_SUBSETS}: one subset says little about the next",
         )
     count = per_class if per_class is not None else labels_per_class(labels, fraction or 0.0)
     accuracies = []
-    for draw in range(num_draws):
-        draw_seed = keyed_seed(seed, draw)
-        accuracies.append(score(draw_subset(labels, count, draw_seed), draw_seed))
+    for number in range(num_subsets):
+        subset_seed = keyed_seed(seed, number)
+        accuracies.append(score(balanced_subset(labels, count, subset_seed), subset_seed))
         if progress is not None:
-            progress(draw + 1, num_draws)
+            progress(number + 1, num_subsets)
     values = torch.tensor(accuracies, dtype=torch.float64)
     return FewShotResult(
         tuple(accuracies), values.mean().item(), values.std().item(), count * len(labels.unique()), count
@@ -135,7 +135,7 @@ def fewshot_probe(
     seed: int,
     fraction: float | None = None,
     per_class: int | None = None,
-    num_draws: int = 5,
+    num_subsets: int = NUM_SUBSETS,
     probe: Probe | None = None,
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
@@ -151,13 +151,13 @@ def fewshot_probe(
     """
     check_splits(train, test)
 
-    def score(rows: Tensor, draw_seed: int) -> float:
+    def score(rows: Tensor, subset_seed: int) -> float:
         few = Features(train.x[rows], train.y[rows])
         if len(rows) == len(few.y.unique()):
             return fixed_l2_probe(few, test, device=device)
         if probe is not None:
-            return probe(few, test, draw_seed)
-        return linear_probe(few, test, seed=draw_seed, device=device).top1
+            return probe(few, test, subset_seed)
+        return linear_probe(few, test, seed=subset_seed, device=device).top1
 
     return fewshot(
         train.y,
@@ -165,7 +165,7 @@ def fewshot_probe(
         seed=seed,
         fraction=fraction,
         per_class=per_class,
-        num_draws=num_draws,
+        num_subsets=num_subsets,
         progress=progress,
     )
 

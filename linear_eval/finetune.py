@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from linear_eval.artifacts import artifact
 from linear_eval.errors import EvalError, first_line
 from linear_eval.features import Pixels, content_hash
-from linear_eval.linear import LinearHead, number_in, split_rows
+from linear_eval.linear import VAL_FRACTION, LinearHead, check_val_fraction, number_in, split_rows
 from linear_eval.numeric import cosine_schedule
 
 # epoch, row numbers (B,), images (B, 3, H, W) uint8 -> (B, 3, S, S) in [0, 1]
@@ -40,6 +40,7 @@ Warn = Callable[[str], Any]
 # of checkpoints; raised when the training itself changes, too: what it left unfinished then begins anew
 FORMAT = 2
 MOMENTUM = 0.9
+LR = 0.05
 RATED_BATCH = 256  # learning rates are given for this many images a step
 
 
@@ -51,6 +52,15 @@ class IndexedPixels(Pixels, Protocol):
     def __getitem__(self, rows: slice | Tensor, /) -> Tensor: ...
 
 
+class LabelledSplits(NamedTuple):
+    """What is trained on and what is judged: pixels (N, 3, H, W) uint8, class ids (N,)."""
+
+    train_pixels: IndexedPixels
+    train_labels: Tensor
+    test_pixels: IndexedPixels
+    test_labels: Tensor
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """What training with labels gave.
@@ -58,11 +68,11 @@ class TrainResult:
     Attributes:
         top1: accuracy on the test split after the last epoch, 0..1.
         lr: the peak learning rate used, for 256 images a step.
-        val_top1: accuracy of `lr` on the held-out part of the train split, 0..1; None where there was nothing
-        to choose. train_loss: mean cross-entropy (nats) over the views of the last epoch. classifier: what
-        was tested, in eval mode, with one head. classes: (C,) int64 ascending, the class ids that its logits
-        stand for. checkpoint: the file that holds the finished training, where there is one; it may be
-        deleted.
+        val_top1: accuracy of `lr` on the held-out part of the train split, 0..1; None: there was no choice.
+        train_loss: mean cross-entropy (nats) over the views of the last epoch.
+        classifier: what was tested, in eval mode, with one head.
+        classes: (C,) int64 ascending, the class ids that its logits stand for.
+        checkpoint: the file that holds the finished training, where there is one; it may be deleted.
     """
 
     top1: float
@@ -84,17 +94,45 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a classifier is trained; the fields are the arguments of `finetune`."""
+    """How a classifier is trained: all that its result depends on beside the encoder and the images.
+
+    Attributes:
+        views: augmentation; gets the epoch, rows of the train pixels and their images, both on the device.
+            torch's global generators are seeded anew for each epoch, so that it may draw from them.
+        seed: order of the images, dropout, what is held out.
+        epochs: passes over the train images.
+        lr: peak learning rate for 256 images a step, scaled with the real batch; several: chosen on a
+            held-out part of train, then the whole train split is trained on. Equal ones: the lowest.
+        weight_decay: of weights; biases and BatchNorm have none.
+        batch_size: most images a step; an epoch's batches differ in size by one image at most. It takes
+            part in the scaling of lr.
+        layer_decay: a stage `layerK` of a ResNet learns at this multiple of the rate of the stage above
+            it, the stem below the first, the head on top at the full rate. 1: all alike.
+        label_smoothing: share of the target that is spread over all classes.
+        warmup_epochs: of linear rise to the peak; the rest falls as half a cosine to zero.
+        bf16: encoder in bfloat16 autocast, also when tested; head and loss stay in float32.
+        val_fraction: share of every class that is held out to choose between several `lr`.
+
+    Raises:
+        EvalError: a value out of range.
+    """
 
     views: Views
-    epochs: int
-    batch_size: int
-    warmup_epochs: float
-    weight_decay: float
-    layer_decay: float
-    label_smoothing: float
-    bf16: bool
     seed: int
+    epochs: int = 30
+    lr: float | Sequence[float] = LR
+    weight_decay: float = 0.0
+    batch_size: int = 256
+    layer_decay: float = 1.0
+    label_smoothing: float = 0.0
+    warmup_epochs: float = 0.0
+    bf16: bool = False
+    val_fraction: float = VAL_FRACTION
+
+    @property
+    def rates(self) -> list[float]:
+        """Learning rates to choose from, each once, ascending."""
+        return sorted({self.lr} if isinstance(self.lr, int | float) else set(self.lr))
 
     def __post_init__(self) -> None:
         for name, fits, values in (
@@ -108,6 +146,35 @@ class Recipe:
         ):
             if not fits:
                 raise EvalError(f"{name} is {getattr(self, name)}", f"choose a value {values}")
+        if not self.rates or not 0 < self.rates[0] <= self.rates[-1] < math.inf:
+            raise EvalError(f"lr is {self.lr}", "give one or several finite values > 0")
+        check_val_fraction(self.val_fraction)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where and how a training runs: nothing here changes its result.
+
+    Attributes:
+        device: where it runs.
+        checkpoint: a file written after every epoch. A call with the same arguments goes on from there,
+            on the CPU bit for bit; a finished one is only tested again. It holds a hash of all that the
+            training depends on: pixels and labels of both splits, encoder, settings, what `views` makes of
+            some images. `{key}` in its name stands for that hash, so that other trainings have other files
+            and what is unfinished of them stays as it is; of a file by another name, a training that is not
+            this one is refused.
+        progress: called after each step as `progress(steps_done, steps_in_all)`.
+        warn: called with a line where a checkpoint cannot be written, which costs only the resuming, or
+            one called `{key}` not read.
+    """
+
+    device: str | torch.device = "cpu"
+    checkpoint: Path | None = None
+    progress: Progress | None = None
+    warn: Warn = warnings.warn
+
+
+ON_CPU = Execution()
 
 
 class Classifier(nn.Module):
@@ -135,8 +202,8 @@ class Classifier(nn.Module):
             nn.init.zeros_(parameter)
 
     @property
-    def trained(self) -> nn.Module:
-        """What training changes."""
+    def learner(self) -> nn.Module:
+        """The part that training changes."""
         return self.heads if self.frozen else self
 
     def train(self, mode: bool = True) -> "Classifier":
@@ -163,191 +230,146 @@ class Classifier(nn.Module):
 def finetune(
     encoder: nn.Module,
     feature_dim: int,
-    train_pixels: IndexedPixels,
-    train_labels: Tensor,
-    test_pixels: IndexedPixels,
-    test_labels: Tensor,
-    *,
-    views: Views,
-    seed: int,
-    epochs: int = 30,
-    lr: float | Sequence[float] = 0.05,
-    weight_decay: float = 0.0,
-    batch_size: int = 256,
-    layer_decay: float = 1.0,
-    label_smoothing: float = 0.0,
-    warmup_epochs: float = 0.0,
-    bf16: bool = False,
-    val_fraction: float = 0.2,
-    device: str | torch.device = "cpu",
-    checkpoint: Path | None = None,
-    progress: Progress | None = None,
-    warn: Warn = warnings.warn,
+    splits: LabelledSplits,
+    recipe: Recipe,
+    execution: Execution = ON_CPU,
 ) -> TrainResult:
     """Trains a copy of the encoder and a linear head with labels, and scores it once on the test images.
+
+    Each of several learning rates costs one more training.
 
     Args:
         encoder: (B, 3, S, S) float32 in [0, 1] -> (B, feature_dim), on any device and in any mode; it is
             not changed.
-        train_pixels, test_pixels: (N, 3, H, W) uint8.
-        train_labels, test_labels: (N,) class ids; a test class that train lacks counts as wrong.
-        views: augmentation; gets the epoch, rows of `train_pixels` and their images, both on `device`.
-            torch's global generators are seeded anew for each epoch, so that it may draw from them.
-        seed: order of the images, dropout, what is held out.
-        epochs: passes over the train images.
-        lr: peak learning rate for 256 images a step, scaled with the real batch; several: chosen on a
-            held-out part of train, each at the price of one more training, then the whole train split is
-            trained on. Equal ones: the lowest.
-        weight_decay: of weights; biases and BatchNorm have none.
-        batch_size: most images a step; an epoch's batches differ in size by one image at most. It takes
-            part in the scaling of lr.
-        layer_decay: a stage `layerK` of a ResNet learns at this multiple of the rate of the stage above
-            it, the stem below the first, the head on top at the full rate. 1: all alike.
-        label_smoothing: share of the target that is spread over all classes.
-        warmup_epochs: of linear rise to the peak; the rest falls as half a cosine to zero.
-        bf16: encoder in bfloat16 autocast, also when tested; head and loss stay in float32.
-        val_fraction: share of every class that is held out to choose between several `lr`.
-        device: where training runs.
-        checkpoint: a file written after every epoch. A call with the same arguments goes on from there,
-            on the CPU bit for bit; a finished one is only tested again. It holds a hash of all that the
-            training depends on: pixels and labels of both splits, encoder, settings, what `views` makes of
-            some images. `{key}` in its name stands for that hash, so that other trainings have other files
-            and what is unfinished of them stays as it is; of a file by another name, a training that is not
-            this one is refused.
-        progress: called after each step as `progress(steps_done, steps_in_all)`.
-        warn: called with a line where a checkpoint cannot be written, which costs only the resuming, or
-            one called `{key}` not read.
+        splits: a test class that train lacks counts as wrong.
 
     Raises:
         EvalError: splits or labels that do not fit, values out of range, divergence, a checkpoint that is
             not of this training.
     """
-    recipe = Recipe(
-        views, epochs, batch_size, warmup_epochs, weight_decay, layer_decay, label_smoothing, bf16, seed
-    )
-    splits = (train_pixels, train_labels, test_pixels, test_labels)
-    return train_and_test(
-        encoder,
-        feature_dim,
-        *splits,
-        lr,
-        recipe,
-        False,
-        val_fraction,
-        torch.device(device),
-        checkpoint,
-        progress,
-        warn,
-    )
+    return train_and_test(encoder, feature_dim, splits, recipe, execution, frozen=False)
 
 
 def train_and_test(
     encoder: nn.Module,
     feature_dim: int,
-    train_pixels: IndexedPixels,
-    train_labels: Tensor,
-    test_pixels: IndexedPixels,
-    test_labels: Tensor,
-    lr: float | Sequence[float],
+    splits: LabelledSplits,
     recipe: Recipe,
+    execution: Execution,
+    *,
     frozen: bool,
-    val_fraction: float,
-    device: torch.device,
-    checkpoint: Path | None,
-    progress: Progress | None,
-    warn: Warn,
 ) -> TrainResult:
-    """Choose the learning rate on a held-out part of train, train on all of it, test. Heads on a frozen
-    encoder share its forward
-    pass, so that choosing between any number of rates doubles the work; a trained one needs a training for
-    each."""
-    classes, train_target, test_target = _check(train_pixels, train_labels, test_pixels, test_labels)
-    lrs = sorted({lr} if isinstance(lr, int | float) else set(lr))
-    if not lrs or not 0 < lrs[0] <= lrs[-1] < math.inf:
-        raise EvalError(f"lr is {lr}", "give one or several finite values > 0")
-    all_rows = torch.arange(len(train_target))
-    trials = [] if len(lrs) == 1 else [lrs] if frozen else [[one] for one in lrs]
-    if trials and train_target.bincount().min() < 2:
-        raise EvalError(
-            "a class has one train image, so that no lr can be chosen on others",
-            "give one lr, or two images of each class",
-        )
-    if not 0 < val_fraction < 1:
-        raise EvalError(f"val_fraction is {val_fraction}", "choose 0 < val_fraction < 1, e.g. 0.2")
-    fit_rows, val_rows = (
-        split_rows(train_target, val_fraction, recipe.seed) if trials else (all_rows, all_rows[:0])
-    )
+    """Choose the learning rate on a held-out part of train, train on all of it, test.
 
-    # one after the other: the trials on a part of train, then the training on all of it
-    lengths = [
-        recipe.epochs * _num_batches(len(rows), recipe.batch_size)
-        for rows in [fit_rows] * len(trials) + [all_rows]
-    ]
-    kept = None
-    if checkpoint is not None:
-        made_of = _fingerprint(encoder, train_pixels, test_pixels, recipe, device)
-        made_of |= {"lr": lrs, "val_fraction": val_fraction, "frozen": frozen}
-        made_of |= {"train labels": _hash(classes, train_target), "test labels": _hash(test_target)}
-        kept = _Checkpoint(checkpoint, made_of, warn)
-
-    def best(scores: list[float]) -> int:
-        # max: the first of equals, the lowest rate
-        return max(range(len(lrs)), key=scores.__getitem__) if scores else 0
-
-    def prepared(number: int, scores: list[float]) -> tuple[Classifier, torch.optim.SGD, Tensor]:
-        """What a training begins with: network, optimizer, rows."""
-        rates, rows = (trials[number], fit_rows) if number < len(trials) else ([lrs[best(scores)]], all_rows)
-        # a loaded encoder has it off
-        backbone = encoder if frozen else copy.deepcopy(encoder).requires_grad_(True)
-        model = Classifier(
-            backbone, feature_dim, len(classes), len(rates), frozen=frozen, bf16=recipe.bf16
-        ).to(device)
-        return model, _optimizer(model, rates, len(rows), recipe), rows
-
-    def check(state: dict[str, Any]) -> None:
-        number, scores = state["number"], state["scores"]
-        if not 0 <= number <= len(trials) or len(scores) != sum(map(len, trials[:number])):
-            raise ValueError("no such trial")
-        _resume(*prepared(number, scores)[:2], state, recipe.epochs)
-
-    saved = None if kept is None else kept.load(check)
-    scores: list[float] = saved["scores"] if saved else []  # held-out accuracy of each rate tried so far
-
-    def run(number: int) -> tuple[Classifier, Tensor]:
-        model, optimizer, rows = prepared(number, scores)
-        resumed = saved if saved and saved["number"] == number else None
-
-        def tick(done: int) -> None:
-            if progress is not None:
-                progress(sum(lengths[:number]) + done, sum(lengths))
-
-        def save(state: dict[str, Any]) -> None:
-            if kept is not None:
-                kept.save({"number": number, "scores": scores, **state})
-
-        return model, _train(
-            model, optimizer, train_pixels, train_target, rows, recipe, device, resumed, save, tick
-        )
-
-    for number in range(saved["number"] if saved else 0, len(trials)):
-        model, losses = run(number)
-        accuracy = _accuracy(model, train_pixels, train_target, val_rows, recipe.batch_size, device)
-        scores = scores + torch.where(losses.isfinite(), accuracy, -1.0).tolist()
-    rate = lrs[best(scores)]
-    model, losses = run(len(trials))
+    Heads on a frozen encoder share its forward pass, so that choosing between any number of rates doubles the
+    work; a trained one needs a training for each.
+    """
+    trainings = _Trainings(encoder, feature_dim, splits, recipe, execution, frozen)
+    saved, first = trainings.load(), 0
+    if saved is not None:
+        trainings.scores, first = saved["scores"], saved["number"]
+    for number in range(first, trainings.num_trials):
+        model, losses = trainings.run(number, saved if number == first else None)
+        accuracy = trainings.accuracy(model, splits.train_pixels, trainings.train_target, trainings.val_rows)
+        trainings.scores = trainings.scores + torch.where(losses.isfinite(), accuracy, -1.0).tolist()
+    model, losses = trainings.run(trainings.num_trials, saved if first == trainings.num_trials else None)
+    best = trainings.best(trainings.scores)
+    rate = recipe.rates[best]
     if not losses.isfinite():
         raise EvalError(
             f"training diverged at lr={rate:g}",
             f"lower it, e.g. lr={rate / 10:g}, or give several to choose from",
         )
-    top1 = _accuracy(
-        model, test_pixels, test_target, torch.arange(len(test_target)), recipe.batch_size, device
-    )
-    val_top1, path = (
-        scores[best(scores)] if scores else None,
-        kept.path if kept is not None and kept.path.is_file() else None,
-    )
-    return TrainResult(top1.item(), rate, val_top1, losses.item(), model.eval(), classes, path)
+    rows = torch.arange(len(trainings.test_target))
+    top1 = trainings.accuracy(model, splits.test_pixels, trainings.test_target, rows).item()
+    val_top1 = trainings.scores[best] if trainings.scores else None
+    kept = trainings.kept.path if trainings.kept is not None and trainings.kept.path.is_file() else None
+    return TrainResult(top1, rate, val_top1, losses.item(), model.eval(), trainings.classes, kept)
+
+
+class _Trainings:
+    """The trainings behind one result, by number: the trials on a part of train, then the one on all of it."""
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        feature_dim: int,
+        splits: LabelledSplits,
+        recipe: Recipe,
+        execution: Execution,
+        frozen: bool,
+    ) -> None:
+        self.encoder, self.feature_dim, self.splits, self.frozen = encoder, feature_dim, splits, frozen
+        self.recipe, self.execution, self.device = recipe, execution, torch.device(execution.device)
+        self.classes, self.train_target, self.test_target = _check(splits)
+        self.all_rows = torch.arange(len(self.train_target))
+        rates = recipe.rates
+        self.trials = [] if len(rates) == 1 else [rates] if frozen else [[rate] for rate in rates]
+        self.num_trials = len(self.trials)
+        self.fit_rows, self.val_rows = self.all_rows, self.all_rows[:0]
+        if self.trials:
+            if self.train_target.bincount().min() < 2:
+                raise EvalError(
+                    "a class has one train image, so that no lr can be chosen on others",
+                    "give one lr, or two images of each class",
+                )
+            self.fit_rows, self.val_rows = split_rows(self.train_target, recipe.val_fraction, recipe.seed)
+        self.scores: list[float] = []  # held-out accuracy of each rate tried so far
+        self.num_steps = [  # of each training
+            recipe.epochs * _num_batches(len(rows), recipe.batch_size)
+            for rows in [self.fit_rows] * self.num_trials + [self.all_rows]
+        ]
+        self.kept = None
+        if execution.checkpoint is not None:
+            made_of = _fingerprint(encoder, splits, recipe, self.device) | {"frozen": frozen}
+            made_of |= {"train labels": _hash(self.classes, self.train_target)}
+            made_of |= {"test labels": _hash(self.test_target)}
+            self.kept = _Checkpoint(execution.checkpoint, made_of, execution.warn)
+
+    def best(self, scores: list[float]) -> int:
+        """Place of the best learning rate by the scores of all; of equals, the lowest."""
+        return max(range(len(self.recipe.rates)), key=scores.__getitem__) if scores else 0
+
+    def begin(self, number: int, scores: list[float]) -> tuple["Classifier", torch.optim.SGD, Tensor]:
+        """What a training begins with: network, optimizer, rows."""
+        is_trial = number < self.num_trials
+        rates = self.trials[number] if is_trial else [self.recipe.rates[self.best(scores)]]
+        rows = self.fit_rows if is_trial else self.all_rows
+        # a loaded encoder has its gradients off
+        encoder = self.encoder if self.frozen else copy.deepcopy(self.encoder).requires_grad_(True)
+        shape = (self.feature_dim, len(self.classes), len(rates))
+        model = Classifier(encoder, *shape, frozen=self.frozen, bf16=self.recipe.bf16).to(self.device)
+        return model, _optimizer(model, rates, len(rows), self.recipe), rows
+
+    def load(self) -> dict[str, Any] | None:
+        """What the checkpoint holds of these trainings; None: nothing."""
+
+        def check(state: dict[str, Any]) -> None:
+            number, scores = state["number"], state["scores"]
+            if not 0 <= number <= self.num_trials or len(scores) != sum(map(len, self.trials[:number])):
+                raise ValueError("no such trial")
+            _resume(*self.begin(number, scores)[:2], state, self.recipe.epochs)
+
+        return None if self.kept is None else self.kept.load(check)
+
+    def run(self, number: int, saved: dict[str, Any] | None) -> tuple["Classifier", Tensor]:
+        """Train from the beginning, or from a saved state; the network and each head's loss (L,)."""
+        model, optimizer, rows = self.begin(number, self.scores)
+        progress, kept, scores = self.execution.progress, self.kept, self.scores
+
+        def tick(done: int) -> None:
+            if progress is not None:
+                progress(sum(self.num_steps[:number]) + done, sum(self.num_steps))
+
+        def save(state: dict[str, Any]) -> None:
+            if kept is not None:
+                kept.save({"number": number, "scores": scores, **state})
+
+        data = (self.splits.train_pixels, self.train_target, rows)
+        return model, _train(model, optimizer, *data, self.recipe, self.device, saved, save, tick)
+
+    def accuracy(self, model: "Classifier", pixels: IndexedPixels, target: Tensor, rows: Tensor) -> Tensor:
+        return _accuracy(model, pixels, target, rows, self.recipe.batch_size, self.device)
 
 
 def state_hash(module: nn.Module) -> str:
@@ -415,12 +437,11 @@ def _heights(encoder: nn.Module) -> dict[str, int]:
     return {name: stage + 1 - depth for name, depth in depths.items()}
 
 
-def _check(
-    train_pixels: IndexedPixels, train_labels: Tensor, test_pixels: IndexedPixels, test_labels: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _check(splits: LabelledSplits) -> tuple[Tensor, Tensor, Tensor]:
     """Class ids (C,) ascending, and the labels of both splits as numbers 0..C-1, on the CPU; of a test class
     that train lacks, -1.
     """
+    train_pixels, train_labels, test_pixels, test_labels = splits
     for name, pixels, labels in (("train", train_pixels, train_labels), ("test", test_pixels, test_labels)):
         if (
             len(pixels.shape) != 4
@@ -471,11 +492,11 @@ def _resume(model: Classifier, optimizer: torch.optim.SGD, state: dict[str, Any]
             for group in optimizer.param_groups
         ]
 
-    ours, asked = model.trained.state_dict(), settings()
+    ours, asked = model.learner.state_dict(), settings()
     for name, tensor in state["model"].items():
         if (tensor.shape, tensor.dtype) != (ours[name].shape, ours[name].dtype):
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}")
-    model.trained.load_state_dict(state["model"])
+    model.learner.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if settings() != asked:
         raise ValueError("other rates")
@@ -534,7 +555,7 @@ def _train(
         losses = (sums / len(rows)).cpu()
         if not losses.isfinite().any():
             break
-        state = {"model": model.trained.state_dict(), "optimizer": optimizer.state_dict()}
+        state = {"model": model.learner.state_dict(), "optimizer": optimizer.state_dict()}
         save({**state, "losses": losses, "epochs": epoch + 1})
     return losses
 
@@ -568,15 +589,16 @@ def _keyed_random(device: torch.device, *key: int) -> Iterator[None]:
 
 
 def _fingerprint(
-    encoder: nn.Module,
-    train_pixels: IndexedPixels,
-    test_pixels: IndexedPixels,
-    recipe: Recipe,
-    device: torch.device,
+    encoder: nn.Module, splits: LabelledSplits, recipe: Recipe, device: torch.device
 ) -> dict[str, Any]:
-    """What a training depends on besides labels and rates, by names for people. Views are known by what they
+    """What a training depends on besides labels, by names for people. Views are known by what they
     make of noise.
     """
+    train_pixels, settings = (
+        splits.train_pixels,
+        {part.name: getattr(recipe, part.name) for part in fields(recipe)},
+    )
+    del settings["views"]
     rows = torch.linspace(0, len(train_pixels) - 1, min(len(train_pixels), 8)).round().long()
     noise = torch.randint(
         256,
@@ -588,15 +610,19 @@ def _fingerprint(
     for epoch in sorted({0, recipe.epochs // 2, recipe.epochs - 1}):
         with torch.no_grad(), _keyed_random(device, recipe.seed, epoch):
             views.append(recipe.views(epoch, rows.to(device), noise.to(device)))
-    return {
-        "format": FORMAT,
-        "torch": torch.__version__,
-        "device": device.type,
-        "encoder": hashlib.sha256(f"{encoder!r} {state_hash(encoder)}".encode()).hexdigest(),
-        "train images": content_hash(train_pixels),
-        "test images": content_hash(test_pixels),
-        "views": _hash(*views),
-    } | {part.name: getattr(recipe, part.name) for part in fields(recipe) if part.name != "views"}
+    return (
+        {
+            "format": FORMAT,
+            "torch": torch.__version__,
+            "device": device.type,
+            "encoder": hashlib.sha256(f"{encoder!r} {state_hash(encoder)}".encode()).hexdigest(),
+            "train images": content_hash(train_pixels),
+            "test images": content_hash(splits.test_pixels),
+            "views": _hash(*views),
+        }
+        | settings
+        | {"lr": recipe.rates}
+    )
 
 
 def _hash(*tensors: Tensor) -> str:

@@ -14,6 +14,7 @@ Neither augments: a probe that crops and flips is another protocol.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -25,10 +26,15 @@ from linear_eval.lbfgs import BinaryClassifiers, fit_binary, fit_logistic
 from linear_eval.metrics import MULTI_LABEL, Metric, average_precision
 from linear_eval.numeric import cosine_schedule, ieee_matmul
 
-L2_GRID = tuple(10.0 ** (-6 + 11 * step / 44) for step in range(45))  # 1e-6 .. 1e5
+L2_GRID = tuple(10.0 ** (-6 + 11 * step / 44) for step in range(45))
+L2_RANGE = "1e-6..1e5"  # in words
 # 1e-3 .. 1, for standardised features
 LEARNING_RATES = tuple(10.0 ** (-3 + 3 * step / 9) for step in range(10))
 WEIGHT_DECAYS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2)
+BATCH_SIZE = 256  # of the heads that SGD trains
+VAL_FRACTION = 0.2  # of the train split, held out to choose on
+MAX_ITER = 1000  # L-BFGS steps of a fit
+EPOCHS = 100  # of those heads
 # of the loss: for the choice of l2, and of the probe that is reported
 SWEEP_TOLERANCE, FIT_TOLERANCE = 1e-5, 1e-7
 
@@ -133,10 +139,10 @@ def linear_probe(
     *,
     seed: int,
     val: Features | None = None,
-    val_fraction: float = 0.2,
+    val_fraction: float = VAL_FRACTION,
     l2_grid: Sequence[float] = L2_GRID,
     standardize: bool = True,
-    max_iter: int = 1000,
+    max_iter: int = MAX_ITER,
     precision: Literal["float32", "float64"] = "float32",
     device: str | torch.device = "cpu",
 ) -> LinearResult:
@@ -164,9 +170,7 @@ def linear_probe(
             two rows in one that is to be split, validation classes that are missing in train, a value out of
             range.
     """
-    grid = sorted(set(l2_grid))
-    if not grid or not all(0 < l2 < math.inf for l2 in grid):
-        raise EvalError(f"l2_grid is {list(l2_grid)}", "give at least one value, all > 0")
+    grid = _sorted_grid(l2_grid)
     if max_iter < 1:
         raise EvalError(f"max_iter is {max_iter}", "choose max_iter >= 1, e.g. 1000")
     if precision not in ("float32", "float64"):
@@ -174,45 +178,20 @@ def linear_probe(
     task = _prepare(
         train, val, test, val_fraction, seed, getattr(torch, precision), device, split=len(grid) > 1
     )
-    num_classes = len(task.classes)
+    fit = partial(fit_logistic, num_classes=len(task.classes), standardize=standardize, max_iter=max_iter)
     with ieee_matmul():
         val_top1, l2, start = None, grid[0], None
         if len(grid) > 1:
-            sweep = fit_logistic(
-                task.fit.x,
-                task.fit.y,
-                num_classes,
-                grid,
-                standardize=standardize,
-                max_iter=max_iter,
-                tolerance=SWEEP_TOLERANCE,
-            )
+            sweep = fit(task.fit.x, task.fit.y, l2=grid, tolerance=SWEEP_TOLERANCE)
             accuracy = (sweep.predict(task.val.x) == task.val.y).double().mean(1).tolist()  # (H,)
             best = max(range(len(grid)), key=lambda h: (accuracy[h], grid[h]))
             val_top1, l2, start = accuracy[best], grid[best], (sweep.weight[best], sweep.bias[best])
-        final = fit_logistic(
-            task.both.x,
-            task.both.y,
-            num_classes,
-            [l2],
-            standardize=standardize,
-            max_iter=max_iter,
-            tolerance=FIT_TOLERANCE,
-            start=start,
-        )
+        final = fit(task.both.x, task.both.y, l2=[l2], tolerance=FIT_TOLERANCE, start=start)
         head = LinearHead(final.center, torch.ones_like(final.center), final.weight[0], final.bias[0])
         predicted = head(task.test.x).argmax(1)
     top1 = (predicted == task.test.y).double().mean().item()
-    return LinearResult(
-        top1,
-        val_top1,
-        l2,
-        final.loss.item(),
-        int(final.num_steps),
-        task.labels(predicted),
-        head,
-        task.classes,
-    )
+    about = (final.loss.item(), int(final.num_steps), task.labels(predicted), head, task.classes)
+    return LinearResult(top1, val_top1, l2, *about)
 
 
 def multi_label_probe(
@@ -222,10 +201,10 @@ def multi_label_probe(
     *,
     seed: int,
     val: Features | None = None,
-    val_fraction: float = 0.2,
+    val_fraction: float = VAL_FRACTION,
     l2_grid: Sequence[float] = L2_GRID,
     standardize: bool = True,
-    max_iter: int = 1000,
+    max_iter: int = MAX_ITER,
     device: str | torch.device = "cpu",
 ) -> MultiLabelResult:
     """A binary logistic regression for each class: its l2 has the best average precision on validation rows,
@@ -244,40 +223,11 @@ def multi_label_probe(
             1, 0 and -1, a class that is on all or on none of the rows that are fitted or chosen on, a value
             out of range.
     """
-    grid = sorted(set(l2_grid))
-    if not grid or not all(0 < l2 < math.inf for l2 in grid):
-        raise EvalError(f"l2_grid is {list(l2_grid)}", "give at least one value, all > 0")
+    grid = _sorted_grid(l2_grid)
     if metric not in MULTI_LABEL:
         raise EvalError(f"metric is {metric!r}", f"choose one of {', '.join(MULTI_LABEL)}")
-    if not 0 < val_fraction < 1:
-        raise EvalError(f"val_fraction is {val_fraction}", "choose 0 < val_fraction < 1, e.g. 0.2")
-    for name, other in (("validation", val), ("test", test)):
-        if other is not None:
-            check_features(other, name, multi_label=True)
-            check_splits(train, other, multi_label=True)
-            if other.y.shape[1] != train.y.shape[1]:
-                raise EvalError(
-                    f"train labels have {train.y.shape[1]} classes, {name} labels {other.y.shape[1]}",
-                    "label all alike",
-                )
-    both = train if val is None else Features(torch.cat([train.x, val.x]), torch.cat([train.y, val.y]))
-    if val is None:
-        order = torch.randperm(len(train.x), generator=torch.Generator().manual_seed(seed))
-        held = min(max(round(val_fraction * len(order)), 1), len(order) - 1)
-        val, train = (
-            Features(train.x[rows], train.y[rows])
-            for rows in (order[:held].sort().values, order[held:].sort().values)
-        )
-    for name, part in (("fitted", train), ("held-out", val)):
-        one_sided = [
-            c for c in range(part.y.shape[1]) if not ((part.y[:, c] == 1).any() and (part.y[:, c] == 0).any())
-        ]
-        if one_sided:
-            raise EvalError(
-                f"classes {_shorten(one_sided)} are on all or on none of the {name} images",
-                "use more train images",
-            )
-
+    check_val_fraction(val_fraction)
+    train, val, both = _prepare_multi_label(train, val, test, val_fraction, seed)
     num_classes = train.y.shape[1]
     strengths = torch.tensor(grid, dtype=torch.float64)
 
@@ -307,11 +257,11 @@ def sgd_probe(
     *,
     seed: int,
     val: Features | None = None,
-    val_fraction: float = 0.2,
+    val_fraction: float = VAL_FRACTION,
     learning_rates: Sequence[float] = LEARNING_RATES,
     weight_decays: Sequence[float] = WEIGHT_DECAYS,
-    epochs: int = 100,
-    batch_size: int = 256,
+    epochs: int = EPOCHS,
+    batch_size: int = BATCH_SIZE,
     momentum: float = 0.9,
     device: str | torch.device = "cpu",
 ) -> HeadResult:
@@ -471,8 +421,7 @@ def _prepare(
                     f"classes {_shorten(missing)} of the {name} split have no train images",
                     "use more train images, or another split",
                 )
-    if not 0 < val_fraction < 1:
-        raise EvalError(f"val_fraction is {val_fraction}", "choose 0 < val_fraction < 1, e.g. 0.2")
+    check_val_fraction(val_fraction)
     classes = train.y.unique()  # (C,) ascending
     if len(classes) < 2:
         raise EvalError(f"the train split has only class {classes.tolist()}", "give at least two classes")
@@ -485,6 +434,51 @@ def _prepare(
         return Features(part.x.to(device, dtype), number_in(classes, part.y).to(device))
 
     return _Task(classes, *map(on_device, (train, val or train, both, test)))
+
+
+def _prepare_multi_label(
+    train: Features, val: Features | None, test: Features, val_fraction: float, seed: int
+) -> tuple[Features, Features, Features]:
+    """What is fitted, what is chosen on, and both, checked."""
+    for name, other in (("validation", val), ("test", test)):
+        if other is not None:
+            check_features(other, name, multi_label=True)
+            check_splits(train, other, multi_label=True)
+            if other.y.shape[1] != train.y.shape[1]:
+                raise EvalError(
+                    f"train labels have {train.y.shape[1]} classes, {name} labels {other.y.shape[1]}",
+                    "label all alike",
+                )
+    both = train if val is None else Features(torch.cat([train.x, val.x]), torch.cat([train.y, val.y]))
+    if val is None:
+        order = torch.randperm(len(train.x), generator=torch.Generator().manual_seed(seed))
+        held = min(max(round(val_fraction * len(order)), 1), len(order) - 1)
+        val, train = (
+            Features(train.x[rows], train.y[rows])
+            for rows in (order[:held].sort().values, order[held:].sort().values)
+        )
+    for name, part in (("fitted", train), ("held-out", val)):
+        one_sided = [
+            c for c in range(part.y.shape[1]) if not ((part.y[:, c] == 1).any() and (part.y[:, c] == 0).any())
+        ]
+        if one_sided:
+            raise EvalError(
+                f"classes {_shorten(one_sided)} are on all or on none of the {name} images",
+                "use more train images",
+            )
+    return train, val, both
+
+
+def check_val_fraction(val_fraction: float) -> None:
+    if not 0 < val_fraction < 1:
+        raise EvalError(f"val_fraction is {val_fraction}", "choose 0 < val_fraction < 1, e.g. 0.2")
+
+
+def _sorted_grid(l2_grid: Sequence[float]) -> list[float]:
+    grid = sorted(set(l2_grid))
+    if not grid or not all(0 < l2 < math.inf for l2 in grid):
+        raise EvalError(f"l2_grid is {list(l2_grid)}", "give at least one value, all > 0")
+    return grid
 
 
 def number_in(classes: Tensor, labels: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from linear_eval.features import EvalError
 
 Metric = Literal["top1", "mean_per_class", "voc_map", "map"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
+NUM_RESAMPLES = 1000  # of the bootstrap
 MULTI_LABEL: tuple[Metric, ...] = ("voc_map", "map")
 CHUNK_ELEMENTS = 2**23  # weights of (draws, samples) held at once: 32 MiB, and a few temporaries of that size
 
@@ -40,7 +41,7 @@ def measure(
     labels: Tensor,
     metric: Metric,
     *,
-    num_draws: int = 1000,
+    num_resamples: int = NUM_RESAMPLES,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Measured:
@@ -51,7 +52,7 @@ def measure(
             the class id; for voc_map and map (N, C) scores, the higher the more likely.
         labels: (N,) class ids; for voc_map and map (N, C): 1 present, 0 absent, -1 not counted for that
             class.
-        num_draws: R; at 1,000 the ends of the interval wander by about 2 % of its width.
+        num_resamples: R; at 1,000 the ends of the interval wander by about 2 % of its width.
         confidence: share of the draws within the interval, in (0, 1).
         seed: of the draws; equal seeds draw alike for equal labels.
 
@@ -61,14 +62,14 @@ def measure(
     """
     outputs, labels = outputs.detach().cpu(), labels.detach().cpu()
     _check(outputs, labels, metric)
-    if num_draws < 2 or not 0 < confidence < 1:
+    if num_resamples < 2 or not 0 < confidence < 1:
         raise EvalError(
-            f"num_draws is {num_draws}, confidence {confidence}",
-            "choose num_draws >= 2, e.g. 1000, and 0 < confidence < 1",
+            f"num_resamples is {num_resamples}, confidence {confidence}",
+            "choose num_resamples >= 2, e.g. 1000, and 0 < confidence < 1",
         )
     if metric in MULTI_LABEL:
         value = average_precision(outputs, labels, metric).nanmean().item()
-        draws = _bootstrap_map(outputs, labels, metric, num_draws, seed)  # (R,)
+        draws = _bootstrap_map(outputs, labels, metric, num_resamples, seed)  # (R,)
     else:
         hit = (outputs.argmax(dim=1) if outputs.ndim == 2 else outputs) == labels  # (N,)
         groups = (
@@ -82,7 +83,9 @@ def measure(
         cells = torch.bincount(2 * groups + hit, minlength=2 * int(groups.max()) + 2).numpy()
         value = _accuracy_of_cells(cells[None]).item()
         shares = cells / cells.sum()
-        draws = _accuracy_of_cells(np.random.default_rng(seed).multinomial(len(labels), shares, num_draws))
+        draws = _accuracy_of_cells(
+            np.random.default_rng(seed).multinomial(len(labels), shares, num_resamples)
+        )
     draws = draws[~draws.isnan()]  # a class of one image, or all positives, may be missing in a draw
     tail = (1 - confidence) / 2
     low, high = draws.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
@@ -125,15 +128,15 @@ def _weighted_ap(scores: Tensor, labels: Tensor, weights: Tensor, metric: Metric
     return torch.where(positives.squeeze(1) > 0, ap, torch.nan)
 
 
-def _bootstrap_map(scores: Tensor, labels: Tensor, metric: Metric, num_draws: int, seed: int) -> Tensor:
+def _bootstrap_map(scores: Tensor, labels: Tensor, metric: Metric, num_resamples: int, seed: int) -> Tensor:
     """(R,) means over the classes, all of one draw weighted alike. 1,000 draws of 5,000 x 20 take about ten
     seconds on one core.
     """
     generator = torch.Generator().manual_seed(seed)
     num, num_classes = scores.shape
     answers = []
-    for start in range(0, num_draws, step := max(1, CHUNK_ELEMENTS // num)):
-        count = min(step, num_draws - start)
+    for start in range(0, num_resamples, step := max(1, CHUNK_ELEMENTS // num)):
+        count = min(step, num_resamples - start)
         drawn = torch.randint(num, (count, num), generator=generator) + num * torch.arange(count)[:, None]
         weights = torch.bincount(drawn.flatten(), minlength=count * num).view(count, num).float()
         aps = [_weighted_ap(scores[:, c], labels[:, c], weights, metric) for c in range(num_classes)]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from linear_eval.artifacts import COLOURS, new_figure, save_figure
 from linear_eval.errors import EvalError, did_you_mean, first_line
-from linear_eval.metrics import MULTI_LABEL, Measured, Metric, measure
+from linear_eval.metrics import MULTI_LABEL, NUM_RESAMPLES, Measured, Metric, measure
 from linear_eval.names import csv_cell, markdown_cell, printable, shorten
 from linear_eval.targets import TARGETS
 
@@ -119,18 +119,18 @@ class Transfer:
     """The table of a suite: cells in the order of encoders, then of targets.
 
     Attributes:
-        ranks: (encoder, data set) -> 1 for the best of that data set; equal values share their mean rank.
+        places: (encoder, data set) -> 1 for the best of that data set; equal values share their mean place.
         complete: data sets that every encoder was judged on.
         macro: encoder -> mean value (0..1) over `complete`; empty when that is.
-        mean_rank: encoder -> mean rank over `complete`; empty likewise.
+        mean_place: encoder -> mean place over `complete`; empty likewise.
     """
 
     suite: str
     cells: tuple[Cell, ...]
-    ranks: dict[tuple[str, str], float]
+    places: dict[tuple[str, str], float]
     complete: tuple[str, ...]
     macro: dict[str, float]
-    mean_rank: dict[str, float]
+    mean_place: dict[str, float]
 
     @property
     def encoders(self) -> list[str]:
@@ -200,7 +200,7 @@ def run_suite(
     evaluate: Evaluate,
     *,
     missing: tuple[type[Exception], ...] = (EvalError,),
-    num_draws: int = 1000,
+    num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
     done: Callable[[Cell], None] | None = None,
 ) -> Transfer:
@@ -211,7 +211,7 @@ def run_suite(
         evaluate: fits on train (and validation) and gives what it says of the test split; called target
             by target, so that a cache of one data set serves all encoders.
         missing: exceptions that mean "not on this data set"; their text becomes the reason in the table.
-        num_draws, seed: of the bootstrap; every encoder is judged on the same draws of test samples.
+        num_resamples, seed: of the bootstrap; every encoder is judged on the same draws of test samples.
         done: called with every cell as soon as it is known.
 
     Raises:
@@ -224,7 +224,7 @@ def run_suite(
         for encoder in encoders:
             try:
                 outputs, labels, protocol = evaluate(encoder, target)
-                measured = measure(outputs, labels, target.metric, num_draws=num_draws, seed=seed)
+                measured = measure(outputs, labels, target.metric, num_resamples=num_resamples, seed=seed)
                 cell = Cell(encoder, target, protocol, measured)
             except missing as error:
                 cell = Cell(encoder, target, "", None, first_line(error, 2000))
@@ -237,31 +237,31 @@ def run_suite(
 
 
 def tabulate(suite: str, cells: Sequence[Cell]) -> Transfer:
-    """Ranks and averages of cells, one for each encoder and data set."""
+    """Places and averages of cells, one for each encoder and data set."""
     encoders = list(dict.fromkeys(cell.encoder for cell in cells))
     values: dict[str, dict[str, float]] = {}  # data set -> encoder -> value
     for cell in cells:
         of_target = values.setdefault(cell.target.name, {})
         if cell.measured is not None:
             of_target[cell.encoder] = cell.measured.value
-    ranks = {}
+    places = {}
     for name, judged in values.items():
         for encoder, value in judged.items():
             better = sum(other > value for other in judged.values())
             equal = sum(other == value for other in judged.values())
-            ranks[encoder, name] = better + (equal + 1) / 2
+            places[encoder, name] = better + (equal + 1) / 2
     complete = tuple(name for name, judged in values.items() if len(judged) == len(encoders))
     macro = {
         encoder: math.fsum(values[name][encoder] for name in complete) / len(complete)
         for encoder in encoders
         if complete
     }
-    mean_rank = {
-        encoder: math.fsum(ranks[encoder, name] for name in complete) / len(complete)
+    mean_place = {
+        encoder: math.fsum(places[encoder, name] for name in complete) / len(complete)
         for encoder in encoders
         if complete
     }
-    return Transfer(suite, tuple(cells), ranks, complete, macro, mean_rank)
+    return Transfer(suite, tuple(cells), places, complete, macro, mean_place)
 
 
 # ---- the table, for machines and for people
@@ -287,7 +287,7 @@ def to_rows(transfer: Transfer) -> list[dict[str, Any]]:
             for name in ("value", "low", "high")
         }
         row |= {
-            "rank": transfer.ranks.get((cell.encoder, cell.target.name)),
+            "rank": transfer.places.get((cell.encoder, cell.target.name)),
             "n_test": 0 if measured is None else measured.num_test,
         }
         rows.append(row | {"reason": cell.reason})
@@ -299,7 +299,7 @@ def to_rows(transfer: Transfer) -> list[dict[str, Any]]:
             "value": _percent(value),
         }
         rows.append(
-            row | {"low": None, "high": None, "rank": transfer.mean_rank[encoder], "n_test": 0, "reason": ""}
+            row | {"low": None, "high": None, "rank": transfer.mean_place[encoder], "n_test": 0, "reason": ""}
         )
     return rows
 
@@ -320,7 +320,7 @@ def to_csv(transfer: Transfer) -> str:
 
 
 def to_markdown(transfer: Transfer) -> str:
-    """A line for each data set, a column for each encoder: value [interval] (rank); then what is missing and
+    """A line for each data set, a column for each encoder: value [interval] (place); then what is missing and
     why.
     """
     several = len(transfer.encoders) > 1
@@ -331,16 +331,18 @@ def to_markdown(transfer: Transfer) -> str:
             continue
         num_test = max(cell.measured.num_test for cell in cells if cell.measured is not None)
         texts = [
-            _cell_text(cell.measured, transfer.ranks.get((cell.encoder, target.name)) if several else None)
+            _cell_text(cell.measured, transfer.places.get((cell.encoder, target.name)) if several else None)
             for cell in cells
         ]
         lines.append([markdown_cell(target.name), f"{METRIC_NAMES[target.metric]} %", str(num_test), *texts])
     if transfer.complete:
         count = f"{len(transfer.complete)} of {len(transfer.targets)} data sets"
-        ranks = [f" ({transfer.mean_rank[encoder]:.3g})" if several else "" for encoder in transfer.encoders]
+        places = [
+            f" ({transfer.mean_place[encoder]:.3g})" if several else "" for encoder in transfer.encoders
+        ]
         texts = [
-            f"{100 * transfer.macro[encoder]:.2f}{rank}"
-            for encoder, rank in zip(transfer.encoders, ranks, strict=True)
+            f"{100 * transfer.macro[encoder]:.2f}{place}"
+            for encoder, place in zip(transfer.encoders, places, strict=True)
         ]
         lines.append(["macro average", count, "", *texts])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -379,7 +381,7 @@ def draw_bars(transfer: Transfer, path: Path) -> None:
         EvalError: nothing was judged, matplotlib is not installed, the file cannot be written.
     """
     targets = [
-        target for target in transfer.targets if any(target.name == name for _, name in transfer.ranks)
+        target for target in transfer.targets if any(target.name == name for _, name in transfer.places)
     ]
     if not targets:
         raise EvalError(
@@ -426,8 +428,8 @@ def _percent(share: float) -> float:
     return round(100 * share, 2)
 
 
-def _cell_text(measured: Measured | None, rank: float | None) -> str:
+def _cell_text(measured: Measured | None, place: float | None) -> str:
     if measured is None:
         return "-"
     text = f"{100 * measured.value:.2f} [{100 * measured.low:.1f}, {100 * measured.high:.1f}]"
-    return text if rank is None else f"{text} ({rank:g})"
+    return text if place is None else f"{text} ({place:g})"

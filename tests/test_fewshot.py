@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from linear_eval import EvalError, Features, linear_probe
-from linear_eval.fewshot import draw_subset, fewshot, fewshot_probe, fixed_l2_probe, labels_per_class
+from linear_eval.fewshot import balanced_subset, fewshot, fewshot_probe, fixed_l2_probe, labels_per_class
 
 
 def blobs(num: int, seed: int, *, dim: int = 12, classes: int = 4, spread: float = 1.5) -> Features:
@@ -36,22 +36,22 @@ def test_subsets_are_exactly_balanced_and_nested(counts: list[int], seed: int, d
     shuffled = torch.tensor([labels[place] for place in order])
     smaller: set[int] = set()
     for per_class in range(1, min(counts) + 1):
-        rows = draw_subset(shuffled, per_class, seed).tolist()
+        rows = balanced_subset(shuffled, per_class, seed).tolist()
         assert rows == sorted(set(rows))
         assert Counter(shuffled[rows].tolist()) == dict.fromkeys(labels, per_class)
         assert smaller <= set(rows)
         smaller = set(rows)
-    assert torch.equal(draw_subset(shuffled, 1, seed), draw_subset(shuffled, 1, seed))
+    assert torch.equal(balanced_subset(shuffled, 1, seed), balanced_subset(shuffled, 1, seed))
     with pytest.raises(
         EvalError,
         match=f"has {min(counts)} train images, {min(counts) + 1} of every class.*fix: .*<= {min(counts)}",
     ):
-        draw_subset(shuffled, min(counts) + 1, seed)
+        balanced_subset(shuffled, min(counts) + 1, seed)
 
 
 def test_every_row_is_drawn_equally_often() -> None:
     labels = torch.tensor([0, 1, 0, 1, 0, 0])  # 4 and 2
-    drawn = Counter(row for seed in range(600) for row in draw_subset(labels, 1, seed).tolist())
+    drawn = Counter(row for seed in range(600) for row in balanced_subset(labels, 1, seed).tolist())
     assert all(abs(drawn[row] - 150) < 55 for row in (0, 2, 4, 5))  # 5 standard deviations of a binomial
     assert all(abs(drawn[row] - 300) < 62 for row in (1, 3))
 
@@ -78,7 +78,7 @@ def test_draws_and_their_figures() -> None:
         return 1 / (1 + rows[0].item() + len(seen))
 
     result = fewshot(
-        TRAIN.y, score, fraction=0.1, num_draws=4, seed=0, progress=lambda *step: done.append(step)
+        TRAIN.y, score, fraction=0.1, num_subsets=4, seed=0, progress=lambda *step: done.append(step)
     )
     assert result.accuracies == tuple(1 / (1 + rows[0] + number) for number, (rows, _) in enumerate(seen, 1))
     assert result.mean == pytest.approx(statistics.mean(result.accuracies), rel=1e-12)
@@ -87,10 +87,10 @@ def test_draws_and_their_figures() -> None:
     assert len({tuple(rows) for rows, _ in seen}) == 4 and len({seed for _, seed in seen}) == 4
 
     first, seen = seen, []
-    fewshot(TRAIN.y, score, per_class=5, num_draws=3, seed=0)
+    fewshot(TRAIN.y, score, per_class=5, num_subsets=3, seed=0)
     assert seen == first[:3]  # no draw depends on how many there are
     seen = []
-    fewshot(TRAIN.y, score, per_class=5, num_draws=4, seed=1)
+    fewshot(TRAIN.y, score, per_class=5, num_subsets=4, seed=1)
     assert not {seed for _, seed in seen} & {seed for _, seed in first}  # neighbouring seeds share no draw
 
 
@@ -98,7 +98,7 @@ def test_bad_arguments() -> None:
     for given_, match in (
         ({}, "give one of the two"),
         ({"fraction": 0.1, "per_class": 2}, "give one of the two"),
-        ({"per_class": 2, "num_draws": 2}, "num_draws is 2.*>= 3"),
+        ({"per_class": 2, "num_subsets": 2}, "num_subsets is 2.*>= 3"),
         ({"per_class": 0}, "per_class is 0"),
         ({"per_class": 51}, "class 0 has 50 train images, 51 of every class"),
         ({"fraction": 0.0}, "fraction is 0"),
@@ -118,15 +118,15 @@ def test_the_probe_fits_only_what_is_labeled() -> None:
         given_subsets.append(few)
         return linear_probe(few, test, seed=seed).top1
 
-    passed = fewshot_probe(TRAIN, TEST, per_class=4, num_draws=3, seed=5, probe=probe)
-    assert fewshot_probe(TRAIN, TEST, per_class=4, num_draws=3, seed=5) == passed
+    passed = fewshot_probe(TRAIN, TEST, per_class=4, num_subsets=3, seed=5, probe=probe)
+    assert fewshot_probe(TRAIN, TEST, per_class=4, num_subsets=3, seed=5) == passed
     for few in given_subsets:
         assert few.x.shape == (16, 12) and Counter(few.y.tolist()) == {0: 4, 3: 4, 6: 4, 9: 4}
         assert all(
             any(torch.equal(x, row) for row in TRAIN.x[TRAIN.y == y])
             for x, y in zip(few.x, few.y, strict=True)
         )
-    more = fewshot_probe(TRAIN, TEST, per_class=40, num_draws=3, seed=5)
+    more = fewshot_probe(TRAIN, TEST, per_class=40, num_subsets=3, seed=5)
     assert more.mean > passed.mean > 0.3 and more.num_labels == 160
 
 
@@ -134,7 +134,7 @@ def test_one_label_a_class_takes_a_fixed_l2() -> None:
     def never(few: Features, test: Features, seed: int) -> float:
         raise AssertionError("there is nothing to hold out")
 
-    result = fewshot_probe(TRAIN, TEST, per_class=1, num_draws=3, seed=0, probe=never)
+    result = fewshot_probe(TRAIN, TEST, per_class=1, num_subsets=3, seed=0, probe=never)
     assert result.num_labels == 4 and 0.25 < result.mean < 1
 
 

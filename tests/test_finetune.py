@@ -12,7 +12,7 @@ import resource
 import signal
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,12 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from linear_eval import EvalError
-from linear_eval.augmented import augmented_probe
+from linear_eval.augmented import augmented_probe, probe_recipe
 from linear_eval.finetune import (
     Classifier,
+    Execution,
+    LabelledSplits,
+    Recipe,
     TrainResult,
     finetune,
     keyed_seed,
@@ -90,10 +93,25 @@ def flips(epoch: int, index: Tensor, images: Tensor) -> Tensor:
     return torch.where(mirrored[:, None, None, None], x.flip(3), x)
 
 
+def trained(
+    how: Callable[..., TrainResult],
+    encoder: nn.Module,
+    dim: int,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    **given: Any,
+) -> TrainResult:
+    """`finetune` or `augmented_probe` with the fields of its recipe and of its execution by their names."""
+    names = {part.name for part in fields(Execution)} & given.keys()
+    execution = Execution(**{name: given.pop(name) for name in names})
+    recipe = (probe_recipe if how is augmented_probe else Recipe)(**given)
+    return how(encoder, dim, LabelledSplits(*train, *test), recipe, execution)
+
+
 def tuned(encoder: nn.Module | None = None, **given: Any) -> TrainResult:
     """finetune with settings that suffice for `colors`."""
     settings: dict[str, Any] = {"views": flips, "seed": 0, "epochs": 12, "lr": 0.4, "batch_size": 16} | given
-    return finetune(encoder or tiny_encoder(), DIM, *TRAIN, *TEST, **settings)
+    return trained(finetune, encoder or tiny_encoder(), DIM, TRAIN, TEST, **settings)
 
 
 def test_finetuning_learns_and_leaves_the_encoder_alone() -> None:
@@ -327,7 +345,7 @@ def of_another(**given: Any) -> TrainResult:
     }
     settings |= {"lr": 0.4, "batch_size": 24, "warn": pytest.fail} | given
     encoder, train, test = (settings.pop(part) for part in ("encoder", "train", "test"))
-    return finetune(encoder, DIM, *train, *test, **settings)
+    return trained(finetune, encoder, DIM, train, test, **settings)
 
 
 def test_a_checkpoint_belongs_to_one_training(tmp_path: Path) -> None:
@@ -386,19 +404,20 @@ def test_the_probe_has_checkpoints_of_its_own(tmp_path: Path) -> None:
         for lr in (0.5, [0.5, 2.0]):
             settings = given | {"lr": lr}
             with pytest.raises(KeyboardInterrupt):
-                augmented_probe(
+                trained(
+                    augmented_probe,
                     encoder,
                     48,
-                    *train,
-                    *TEST,
+                    train,
+                    TEST,
                     checkpoint=tmp_path / "{key}.pt",
                     progress=stop_after(5),
                     **settings,
                 )
     assert len(list(tmp_path.iterdir())) == 4
     for train in (TRAIN, turned):
-        again = augmented_probe(encoder, 48, *train, *TEST, checkpoint=tmp_path / "{key}.pt", **given)
-        alone = augmented_probe(encoder, 48, *train, *TEST, **given)
+        again = trained(augmented_probe, encoder, 48, train, TEST, checkpoint=tmp_path / "{key}.pt", **given)
+        alone = trained(augmented_probe, encoder, 48, train, TEST, **given)
         assert again == alone and state_hash(again.classifier) == state_hash(alone.classifier)
     assert len(list(tmp_path.iterdir())) == 4
 
@@ -516,7 +535,7 @@ def test_where_no_checkpoint_can_be_written_the_training_goes_on(kind: str, tmp_
 
 def probed(encoder: nn.Module, dim: int, **given: Any) -> TrainResult:
     settings: dict[str, Any] = {"views": flips, "seed": 0, "epochs": 6, "batch_size": 16} | given
-    return augmented_probe(encoder, dim, *TRAIN, *TEST, **settings)
+    return trained(augmented_probe, encoder, dim, TRAIN, TEST, **settings)
 
 
 def test_the_probe_learns_over_a_frozen_encoder() -> None:
@@ -582,9 +601,9 @@ def test_the_rate_is_chosen_as_by_hand(frozen: bool) -> None:
     def run(
         train_rows: Tensor, pixels_test: Tensor, labels_test: Tensor, lr: float | tuple[float, ...]
     ) -> TrainResult:
-        splits = (pixels[train_rows], labels[train_rows], pixels_test, labels_test)
+        data, test = (pixels[train_rows], labels[train_rows]), (pixels_test, labels_test)
         plain = lambda epoch, index, images: images.float() / 255  # noqa: E731
-        return train(encoder, dim, *splits, views=plain, seed=1, epochs=4, batch_size=16, lr=lr)
+        return trained(train, encoder, dim, data, test, views=plain, seed=1, epochs=4, batch_size=16, lr=lr)
 
     fit, val = split_rows(labels, 0.2, 1)
     by_hand = {}
@@ -608,12 +627,12 @@ def test_heads_trained_together_equal_heads_trained_alone(tmp_path: Path) -> Non
 
     def run(rows: Tensor, **given: Any) -> None:
         plain = lambda epoch, index, images: images.float() / 255  # noqa: E731
-        augmented_probe(
+        trained(
+            augmented_probe,
             encoder,
             48,
-            pixels[rows],
-            labels[rows],
-            *TEST,
+            (pixels[rows], labels[rows]),
+            TEST,
             views=plain,
             seed=0,
             epochs=3,
@@ -693,7 +712,7 @@ def test_settings_out_of_range(given: dict[str, Any], match: str) -> None:
 
 def test_data_that_does_not_fit() -> None:
     def run(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], lr: Any = 0.1, dim: int = DIM) -> None:
-        finetune(tiny_encoder(), dim, *train, *test, views=flips, seed=0, epochs=1, lr=lr)
+        trained(finetune, tiny_encoder(), dim, train, test, views=flips, seed=0, epochs=1, lr=lr)
 
     pixels, labels = TRAIN
     for train, test, match in (
@@ -716,9 +735,9 @@ def test_test_classes_that_train_lacks_count_as_wrong(of_class: int) -> None:
     pixels, labels = TEST
     rows = labels == labels.unique()[of_class]
     changed = torch.where(rows, 99, labels)
-    trained: dict[str, Any] = {"views": flips, "seed": 0, "epochs": 1, "lr": 0.1}
-    everything = finetune(tiny_encoder(), DIM, *TRAIN, pixels, changed, **trained)
-    known = finetune(tiny_encoder(), DIM, *TRAIN, pixels[~rows], labels[~rows], **trained)
+    given: dict[str, Any] = {"views": flips, "seed": 0, "epochs": 1, "lr": 0.1}
+    everything = trained(finetune, tiny_encoder(), DIM, TRAIN, (pixels, changed), **given)
+    known = trained(finetune, tiny_encoder(), DIM, TRAIN, (pixels[~rows], labels[~rows]), **given)
     assert everything.top1 == pytest.approx(known.top1 * float((~rows).double().mean()))
 
 

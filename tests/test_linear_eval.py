@@ -648,7 +648,7 @@ def test_test_classes_that_train_lacks_count_as_wrong_for_every_probe(unknown: l
         lambda test: linear_probe(train, test, seed=0).top1,
         lambda test: sgd_probe(train, test, seed=0, epochs=2).top1,
         lambda test: knn_accuracy(train, test, num_neighbors=3, temperature=None),
-        lambda test: fewshot_probe(train, test, seed=0, per_class=2, num_draws=3).mean,
+        lambda test: fewshot_probe(train, test, seed=0, per_class=2, num_subsets=3).mean,
     ]
     for probe in probes:
         assert probe(more) == pytest.approx(share * probe(test))

@@ -69,7 +69,7 @@ def test_average_precision_equals_scikit_learn_and_the_rule_told_by_hand(levels:
             average_precision_score(truth.numpy(), mine.numpy()), abs=1e-12
         )
         assert points[c].item() == pytest.approx(eleven_points(mine.tolist(), truth.tolist()), abs=1e-12)
-    assert measure(scores, labels, "voc_map", num_draws=2).value == pytest.approx(
+    assert measure(scores, labels, "voc_map", num_resamples=2).value == pytest.approx(
         points.mean().item(), abs=1e-12
     )
 
@@ -87,7 +87,7 @@ def test_a_class_without_positives_counts_in_no_mean() -> None:
     labels[:, 1] = 0
     aps = average_precision(scores, labels, "voc_map")
     assert aps[1].isnan()
-    assert measure(scores, labels, "voc_map", num_draws=50).value == pytest.approx(
+    assert measure(scores, labels, "voc_map", num_resamples=50).value == pytest.approx(
         ((aps[0] + aps[2]) / 2).item()
     )
 
@@ -97,7 +97,7 @@ def test_the_interval_of_an_accuracy_is_the_binomials(num: int, right: float) ->
     """The bootstrap distribution of a share is Binomial(N, share) / N, whose quantiles are known."""
     correct = round(num * right)
     predicted, labels = torch.zeros(num, dtype=torch.int64), (torch.arange(num) >= correct).long()
-    found = measure(predicted, labels, "top1", num_draws=20_000)
+    found = measure(predicted, labels, "top1", num_resamples=20_000)
     assert found.value == pytest.approx(right) and found.num_test == num
     cumulative = np.cumsum(
         [
@@ -126,7 +126,7 @@ def test_intervals_agree_with_a_loop_that_resamples(metric: Metric) -> None:
             loop.append(balanced_accuracy_score(labels[rows].numpy(), outputs[rows].numpy()))
         else:
             loop.append(average_precision(outputs[rows], labels[rows], metric).nanmean().item())
-    found = measure(outputs, labels, metric, num_draws=2000)
+    found = measure(outputs, labels, metric, num_resamples=2000)
     low, high = np.quantile(loop, [0.025, 0.975])
     width = high - low
     assert found.low == pytest.approx(low, abs=0.12 * width) and found.high == pytest.approx(
@@ -137,12 +137,12 @@ def test_intervals_agree_with_a_loop_that_resamples(metric: Metric) -> None:
 
 def test_a_seed_repeats_the_interval_and_chunks_do_not_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
     scores, labels = multi_label(40, 3)
-    once = measure(scores, labels, "voc_map", num_draws=64, seed=5)
-    assert measure(scores, labels, "voc_map", num_draws=64, seed=5) == once
-    assert measure(scores, labels, "voc_map", num_draws=64, seed=6) != once
+    once = measure(scores, labels, "voc_map", num_resamples=64, seed=5)
+    assert measure(scores, labels, "voc_map", num_resamples=64, seed=5) == once
+    assert measure(scores, labels, "voc_map", num_resamples=64, seed=6) != once
     assert CHUNK_ELEMENTS > 64 * 40
     monkeypatch.setattr("linear_eval.metrics.CHUNK_ELEMENTS", 16 * 40)
-    assert measure(scores, labels, "voc_map", num_draws=64, seed=5) == once
+    assert measure(scores, labels, "voc_map", num_resamples=64, seed=5) == once
 
 
 def test_an_order_of_the_samples_does_not_matter() -> None:
@@ -175,8 +175,8 @@ def test_an_order_of_the_samples_does_not_matter() -> None:
             torch.zeros(3, dtype=torch.int64),
             torch.zeros(3, dtype=torch.int64),
             "top1",
-            {"num_draws": 1},
-            "num_draws",
+            {"num_resamples": 1},
+            "num_resamples",
         ),
         (
             torch.zeros(3, dtype=torch.int64),

@@ -121,7 +121,7 @@ def transfer_of(names: list[str]) -> Transfer:
             raise EvalError(f"no {target.name}", "give it")
         return Outcome(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), f"protocol of {target.name}")
 
-    return run_suite(Suite(name=names[0], targets=targets), names[:3], evaluate, num_draws=100)
+    return run_suite(Suite(name=names[0], targets=targets), names[:3], evaluate, num_resamples=100)
 
 
 @pytest.mark.parametrize("first", range(0, len(NAMES), 4))

@@ -181,13 +181,13 @@ def test_a_suite_runs_and_a_missing_data_set_is_a_line() -> None:
         share = {"good": 0.9, "bad": 0.5}[encoder] - 0.3 * (target.name == "hard")
         return Outcome(*predictions(share), protocol=f"lbfgs of {encoder}")
 
-    transfer = run_suite(suite, ["good", "bad"], evaluate, num_draws=100, seed=3)
+    transfer = run_suite(suite, ["good", "bad"], evaluate, num_resamples=100, seed=3)
     assert calls[:3] == [("good", "easy"), ("bad", "easy"), ("good", "gone")]  # target by target
     assert transfer.complete == ("easy", "hard")
     for encoder, share in (("good", 0.9), ("bad", 0.5)):
         expected = [
-            measure(*predictions(share), "top1", num_draws=100, seed=3),
-            measure(*predictions(share - 0.3), "mean_per_class", num_draws=100, seed=3),
+            measure(*predictions(share), "top1", num_resamples=100, seed=3),
+            measure(*predictions(share - 0.3), "mean_per_class", num_resamples=100, seed=3),
         ]
         assert [
             transfer.cell(encoder, target).measured for target in (suite.targets[0], suite.targets[2])
@@ -214,14 +214,14 @@ def test_ranks_share_ties_as_scipy_does() -> None:
     transfer = table_of({encoder: list(row) for encoder, row in values.items()})
     for column in range(3):
         expected = rankdata([-row[column] for row in values.values()])
-        assert [transfer.ranks[encoder, f"d{column}"] for encoder in values] == expected.tolist()
-    assert transfer.mean_rank["b"] == pytest.approx((2 + 1 + 2.5) / 3)
+        assert [transfer.places[encoder, f"d{column}"] for encoder in values] == expected.tolist()
+    assert transfer.mean_place["b"] == pytest.approx((2 + 1 + 2.5) / 3)
 
 
 def test_the_macro_average_is_over_what_all_encoders_have() -> None:
     transfer = table_of({"a": [0.9, None, 0.3], "b": [0.7, 0.99, 0.4]})
     assert transfer.complete == ("d0", "d2") and transfer.macro == pytest.approx({"a": 0.6, "b": 0.55})
-    assert transfer.ranks["b", "d1"] == 1 and ("a", "d1") not in transfer.ranks
+    assert transfer.places["b", "d1"] == 1 and ("a", "d1") not in transfer.places
     text = to_markdown(transfer)
     assert "not judged: d1 with a: no such folder" in text and "2 of 3 data sets" in text
     nothing = table_of({"a": [0.9, None], "b": [None, 0.8]})

@@ -4,7 +4,14 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
 
+from linear_eval.diagnose import MAX_SAMPLES, NUM_NEIGHBORS, NUM_QUERIES
 from linear_eval.errors import did_you_mean
+from linear_eval.features import BATCH_SIZE
+from linear_eval.fewshot import MIN_SUBSETS, NUM_SUBSETS
+from linear_eval.finetune import LR as FINETUNE_LR
+from linear_eval.finetune import Recipe
+from linear_eval.linear import MAX_ITER, VAL_FRACTION
+from linear_eval.metrics import NUM_RESAMPLES
 from ssl_emp.config import (
     LARGEST_BATCH,
     MOST_EPOCHS,
@@ -16,6 +23,7 @@ from ssl_emp.config import (
     apply_override,
 )
 from ssl_emp.errors import UserError
+from ssl_emp.run.ranks import TIMEOUT_SECONDS
 
 Checked = TypeVar("Checked", bound=Section)
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -35,10 +43,10 @@ class KnnConfig(Section):
 
 class LinearConfig(Section):
     protocol: Literal["lbfgs", "cached", "augmented"] = "lbfgs"
-    val_fraction: Share = 0.2  # of the train split, held out to choose l2, or the learning rate
-    max_iter: Count = 1000  # lbfgs: steps a fit
+    val_fraction: Share = VAL_FRACTION  # of the train split, held out to choose l2, or the learning rate
+    max_iter: Count = MAX_ITER  # lbfgs: steps a fit
     precision: Literal["float32", "float64"] = "float32"  # lbfgs
-    epochs: Count | None = None  # null: 100 for cached, 90 for augmented
+    epochs: Count | None = None  # null: linear.EPOCHS for cached, augmented.EPOCHS for augmented
     # keep the classifier, for `evaluate.py predict`, in classifier-linear/ beside the rows
     save: bool = False
 
@@ -46,23 +54,24 @@ class LinearConfig(Section):
 class FewshotConfig(Section):
     fractions: Annotated[list[Share], BeforeValidator(as_list)] = [0.01, 0.1]  # of the labels
     per_class: Annotated[list[Count], BeforeValidator(as_list)] = []
-    num_draws: Annotated[int, Field(ge=3, le=1000)] = 5
+    num_draws: Annotated[int, Field(ge=MIN_SUBSETS, le=1000)] = NUM_SUBSETS
     finetune: bool = False  # train the network too, besides the frozen features
     epochs: Count = 60  # of finetune
 
 
 class FinetuneConfig(Section):
-    epochs: Count = 30
+    epochs: Count = Recipe.epochs
+    # for 256 images a step; several: chosen on a held-out part of train
     lr: Annotated[
         list[Annotated[float, Field(gt=0, le=1e6)]], Field(min_length=1), BeforeValidator(as_list)
-    ] = [0.05]  # for 256 images a step; several: chosen on a held-out part of train
-    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    batch_size: Annotated[int, Field(ge=4, le=LARGEST_BATCH)] = 256
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    warmup_epochs: Annotated[float, Field(ge=0, le=MOST_EPOCHS)] = 0.0
-    bf16: bool = False
-    val_fraction: Share = 0.2
+    ] = [FINETUNE_LR]
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = Recipe.weight_decay
+    batch_size: Annotated[int, Field(ge=4, le=LARGEST_BATCH)] = Recipe.batch_size
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Recipe.layer_decay
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Recipe.label_smoothing
+    warmup_epochs: Annotated[float, Field(ge=0, le=MOST_EPOCHS)] = Recipe.warmup_epochs
+    bf16: bool = Recipe.bf16
+    val_fraction: Share = Recipe.val_fraction
     # keep the classifier, for `evaluate.py predict`, in classifier-finetune/ beside the rows
     save: bool = False
 
@@ -70,9 +79,9 @@ class FinetuneConfig(Section):
 class DiagnoseConfig(Section):
     # a run's train split has scores and times trained beside its embeddings
     split: Literal["test", "train"] = "test"
-    max_samples: Annotated[int, Field(ge=2, le=50_000)] = 10_000
-    num_queries: Annotated[int, Field(ge=1, le=64)] = 8
-    num_neighbors: Annotated[int, Field(ge=1, le=20)] = 8
+    max_samples: Annotated[int, Field(ge=2, le=50_000)] = MAX_SAMPLES
+    num_queries: Annotated[int, Field(ge=1, le=64)] = NUM_QUERIES
+    num_neighbors: Annotated[int, Field(ge=1, le=20)] = NUM_NEIGHBORS
     map: Literal["pca", "umap"] = "pca"
 
 
@@ -80,7 +89,7 @@ class TransferConfig(Section):
     suite: Place = "configs/suites/small.yaml"
     root: Place = "data"  # where torchvision keeps its data sets
     download: bool = False
-    num_draws: Annotated[int, Field(ge=100, le=100_000)] = 1000  # of the bootstrap
+    num_draws: Annotated[int, Field(ge=100, le=100_000)] = NUM_RESAMPLES  # of the bootstrap
 
 
 class EvalConfig(Section):
@@ -94,9 +103,9 @@ class EvalConfig(Section):
     transfer: TransferConfig = TransferConfig()
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # initialises `random`, draws what is held out
     device: str = "auto"
-    batch_size: Count = 256
+    batch_size: Count = BATCH_SIZE
     # of several processes: how long one may give no sign of life before the others end
-    timeout_seconds: Patience = 600.0
+    timeout_seconds: Patience = TIMEOUT_SECONDS
     cache_dir: Place | None = ".cache/ssl_emp/features"  # null: features are not kept
 
 

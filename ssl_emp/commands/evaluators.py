@@ -11,16 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linear_eval import Features, extract_features
-from linear_eval.augmented import augmented_probe
+from linear_eval import Features, augmented, extract_features
+from linear_eval.augmented import augmented_probe, probe_recipe
 from linear_eval.diagnose import diagnose, draw_map, draw_neighbors, map_2d, verdict, write_embeddings
 from linear_eval.errors import first_line
 from linear_eval.features import load_features, save_features
-from linear_eval.fewshot import FewShotResult, fewshot, fewshot_probe
-from linear_eval.finetune import TrainResult, finetune, state_hash
+from linear_eval.fewshot import FIXED_L2, FewShotResult, fewshot, fewshot_probe
+from linear_eval.finetune import (
+    LR,
+    MOMENTUM,
+    RATED_BATCH,
+    Execution,
+    LabelledSplits,
+    Recipe,
+    TrainResult,
+    finetune,
+    state_hash,
+)
 from linear_eval.knn import import_faiss, knn_accuracies
-from linear_eval.linear import HeadResult, LinearResult, linear_probe, sgd_probe
-from ssl_emp.augment import Recipe, cut_views, draw_params
+from linear_eval.linear import BATCH_SIZE, EPOCHS, L2_GRID, HeadResult, LinearResult, linear_probe, sgd_probe
+from ssl_emp.augment import Recipe as Augmentation
+from ssl_emp.augment import cut_views, draw_params
 from ssl_emp.classifier import check_keepable, save_classifier
 from ssl_emp.commands.eval_config import EvalConfig
 from ssl_emp.commands.eval_images import Splits
@@ -109,19 +120,21 @@ class Judged:
         """Of the train and the test split, with labels. Raises UserError or EvalError where there is nothing
         to predict.
         """
-        _, train_labels, _, test_labels = self.splits
-        return Features(self.rows["train"], train_labels), Features(self.rows["test"], test_labels)
+        splits = self.splits
+        return Features(self.rows["train"], splits.train_labels), Features(
+            self.rows["test"], splits.test_labels
+        )
 
     @property
     def feature_dim(self) -> int:
         return self.rows["train"].shape[1]
 
     @property
-    def splits(self) -> tuple[Any, Tensor, Any, Tensor]:
-        """(train pixels, train labels, test pixels, test labels); raises as `features`."""
+    def splits(self) -> LabelledSplits:
+        """The images that `features` are of; raises as they do."""
         train, test = self.data.labelled
         assert train.labels is not None and test.labels is not None
-        return train.pixels, train.labels, test.pixels, test.labels
+        return LabelledSplits(train.pixels, train.labels, test.pixels, test.labels)
 
     def checkpoint(self, evaluator: str) -> Path | None:
         """The file that an interrupted training goes on from, its name for `linear_eval.finetune` to
@@ -135,12 +148,17 @@ class Judged:
         check_inner(self.out, f"{evaluator}.pt")
         return self.out / f"{evaluator}.pt" / "{key}.pt"
 
+    def execution(self, evaluator: str, steps: str) -> Execution:
+        """How a training runs that `checkpoint` keeps; `steps` is what its progress counts."""
+        progress = show_progress(f"{self.subject.name}: {steps}")
+        return Execution(self.device, self.checkpoint(evaluator), progress, self.note)
+
     def views(self) -> Callable[[int, Tensor, Tensor], Tensor]:
         """Random crop and flip, as in the literature's probes: (epoch, rows, uint8 images) -> (B, 3, S, S) in
         [0, 1].
         """
         size = self.train.pixels.shape[-1]
-        recipe = Recipe(size, jitter_prob=0.0, gray_prob=0.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+        recipe = Augmentation(size, jitter_prob=0.0, gray_prob=0.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
         seed = self.config.seed
         return lambda epoch, index, images: cut_views(
             images, draw_params(seed, epoch, index, recipe, size)[:1], recipe
@@ -263,49 +281,39 @@ def run_linear(judged: Judged) -> list[Result]:
     linear, seed, device = judged.config.linear, judged.config.seed, judged.device
     if linear.save:
         check_savable(judged, "linear")
-    chosen = f"chosen on {100 * linear.val_fraction:g}% of {len(judged.train.names)} train, refit"
+    found: TrainResult | LinearResult | HeadResult
     if linear.protocol == "augmented":
-        epochs = linear.epochs or 90
-        progress = show_progress(f"{judged.subject.name}: linear steps")
-        given: dict[str, Any] = {
-            "views": judged.views(),
-            "seed": seed,
-            "epochs": epochs,
-            "val_fraction": linear.val_fraction,
-        }
-        given |= {"checkpoint": judged.checkpoint("linear"), "warn": judged.note}
-        tuned = augmented_probe(
-            judged.encoder, judged.feature_dim, *judged.splits, device=device, progress=progress, **given
+        recipe = probe_recipe(
+            judged.views(),
+            seed,
+            epochs=linear.epochs or augmented.EPOCHS,
+            val_fraction=linear.val_fraction,
         )
-        how = (
-            f"augmented linear probe, crop+flip, raw features, SGD Nesterov 0.9, {epochs} epochs, "
-            "batch 256, cosine"
+        execution = judged.execution("linear", "linear steps")
+        found = augmented_probe(judged.encoder, judged.feature_dim, judged.splits, recipe, execution)
+        how = f"augmented linear probe, crop+flip, raw features, SGD Nesterov {MOMENTUM}, {recipe.epochs} "
+        how += f"epochs, batch {recipe.batch_size}, cosine, lr={found.lr:g}*batch/{RATED_BATCH}"
+    elif linear.protocol == "cached":
+        epochs = linear.epochs or EPOCHS
+        found = sgd_probe(
+            *judged.features, seed=seed, epochs=epochs, val_fraction=linear.val_fraction, device=device
         )
-        how += f", lr={tuned.lr:g}*batch/256"
-        return [finished(judged, "linear", f"{how} {chosen}", tuned, linear.save)]
-    train, test = judged.features
-    if linear.protocol == "cached":
-        epochs = linear.epochs or 100
-        heads = sgd_probe(
-            train, test, seed=seed, val_fraction=linear.val_fraction, epochs=epochs, device=device
+        how = f"linear heads on cached features, SGD, {epochs} epochs, batch {BATCH_SIZE}, "
+        how += f"lr={found.learning_rate:g} wd={found.weight_decay:g}"
+    else:
+        found = linear_probe(
+            *judged.features,
+            seed=seed,
+            device=device,
+            val_fraction=linear.val_fraction,
+            max_iter=linear.max_iter,
+            precision=linear.precision,
         )
-        how = (
-            f"linear heads on cached features, SGD, {epochs} epochs, batch 256, "
-            f"lr={heads.learning_rate:g} wd={heads.weight_decay:g}"
-        )
-        return [finished(judged, "linear", f"{how} {chosen}", heads, linear.save)]
-    settings: dict[str, Any] = {
-        "val_fraction": linear.val_fraction,
-        "max_iter": linear.max_iter,
-        "precision": linear.precision,
-    }
-    probe = linear_probe(train, test, seed=seed, device=device, **settings)
-    how = (
-        f"logistic regression on standardised frozen features, L-BFGS, <= {linear.max_iter} steps, "
-        f"l2={probe.l2:.3g} of 45"
-    )
-    how += f", {linear.precision}" if linear.precision != "float32" else ""
-    return [finished(judged, "linear", f"{how} {chosen}", probe, linear.save)]
+        how = "logistic regression on standardised frozen features, L-BFGS, "
+        how += f"<= {linear.max_iter} steps, l2={found.l2:.3g} of {len(L2_GRID)}"
+        how += f", {linear.precision}" if linear.precision != "float32" else ""
+    how += f" chosen on {100 * linear.val_fraction:g}% of {len(judged.train.names)} train, refit"
+    return [finished(judged, "linear", how, found, linear.save)]
 
 
 def run_fewshot(judged: Judged) -> list[Result]:
@@ -319,35 +327,29 @@ def run_fewshot(judged: Judged) -> list[Result]:
             "fewshot.fractions and fewshot.per_class are both empty",
             "give at least one, such as fewshot.per_class=[10]",
         )
-    train_pixels, train_labels, test_pixels, test_labels = judged.splits
+    splits = judged.splits
 
-    def tuned(rows: Tensor, draw_seed: int) -> float:
-        given: dict[str, Any] = {
-            "views": judged.views(),
-            "seed": draw_seed,
-            "epochs": few.epochs,
-            "device": device,
-        }
-        subset = (train_pixels[rows], train_labels[rows], test_pixels, test_labels)
-        return finetune(judged.encoder, judged.feature_dim, *subset, **given).top1
+    def tuned(rows: Tensor, subset_seed: int) -> float:
+        subset = splits._replace(
+            train_pixels=splits.train_pixels[rows], train_labels=splits.train_labels[rows]
+        )
+        recipe = Recipe(judged.views(), subset_seed, few.epochs)
+        return finetune(judged.encoder, judged.feature_dim, subset, recipe, Execution(device)).top1
 
     def line(found: FewShotResult, how: str) -> Result:
-        what = (
-            f"few labels: {found.per_class} a class, {found.num_labels} labels, "
-            f"{len(found.accuracies)} draws, {how}"
-        )
+        what = f"few labels: {found.per_class} a class, {found.num_labels} labels, "
+        what += f"{len(found.accuracies)} draws, {how}"
         return Result(what, 100 * found.mean, std=100 * found.std)
 
     results = []
     for size in wanted:
-        found = fewshot_probe(train, test, seed=seed, num_draws=few.num_draws, device=device, **size)
-        l2 = "l2=0.1 fixed" if found.per_class == 1 else "l2 chosen on held-out labels"
+        found = fewshot_probe(train, test, seed=seed, num_subsets=few.num_draws, device=device, **size)
+        l2 = f"l2={FIXED_L2:g} fixed" if found.per_class == 1 else "l2 chosen on held-out labels"
         results.append(line(found, f"logistic regression on frozen features, {l2}"))
         if few.finetune:
-            found = fewshot(train_labels, tuned, seed=seed, num_draws=few.num_draws, **size)
-            results.append(
-                line(found, f"fine-tuned {few.epochs} epochs, crop+flip, batch <= 256, lr=0.05*batch/256")
-            )
+            found = fewshot(splits.train_labels, tuned, seed=seed, num_subsets=few.num_draws, **size)
+            how = f"fine-tuned {few.epochs} epochs, crop+flip, batch <= {Recipe.batch_size}, "
+            results.append(line(found, f"{how}lr={LR:g}*batch/{RATED_BATCH}"))
     return results
 
 
@@ -355,25 +357,15 @@ def run_finetune(judged: Judged) -> list[Result]:
     tune = judged.config.finetune
     if tune.save:
         check_savable(judged, "finetune")
-    progress = show_progress(f"{judged.subject.name}: fine-tuning steps")
-    given: dict[str, Any] = {
-        **tune.model_dump(exclude={"save"}),
-        "views": judged.views(),
-        "seed": judged.config.seed,
-    }
-    given |= {
-        "device": judged.device,
-        "checkpoint": judged.checkpoint("finetune"),
-        "progress": progress,
-        "warn": judged.note,
-    }
-    result = finetune(judged.encoder, judged.feature_dim, *judged.splits, **given)
+    recipe = Recipe(judged.views(), judged.config.seed, **tune.model_dump(exclude={"save"}))
+    execution = judged.execution("finetune", "fine-tuning steps")
+    result = finetune(judged.encoder, judged.feature_dim, judged.splits, recipe, execution)
     chosen = f" (chosen on {100 * tune.val_fraction:g}% of train, refit)" if len(set(tune.lr)) > 1 else ""
     how = (
-        f"fine-tuned on {len(judged.train.names)} train, crop+flip, SGD Nesterov 0.9, {tune.epochs} "
+        f"fine-tuned on {len(judged.train.names)} train, crop+flip, SGD Nesterov {MOMENTUM}, {tune.epochs} "
         f"epochs, batch {tune.batch_size}"
     )
-    how += f", cosine, lr={result.lr:g}*batch/256{chosen}, wd={tune.weight_decay:g}"
+    how += f", cosine, lr={result.lr:g}*batch/{RATED_BATCH}{chosen}, wd={tune.weight_decay:g}"
     for text, value, usual in (
         ("warm-up {:g} epochs", tune.warmup_epochs, 0),
         ("label smoothing {:g}", tune.label_smoothing, 0),
@@ -424,7 +416,7 @@ def keep_classifier(
         "data": subject.data.source,
         "protocol": f"{protocol}, {subject.weights}",
     }
-    about |= {"top1": found.top1, "n_test": len(judged.splits[3])}
+    about |= {"top1": found.top1, "n_test": len(judged.splits.test_labels)}
     size = judged.train.pixels.shape[-1]
     save_classifier(folder, encoder, subject.name, head, class_names, size, bf16=bf16, judged=about)
     judged.note(f"the classifier is in {folder}; use it: python evaluate.py predict {quoted(folder)} IMAGES")

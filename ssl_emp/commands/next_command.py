@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ssl_emp.commands.eval_config import KnnConfig
 from ssl_emp.config import PretrainConfig
 from ssl_emp.data.holdout import held_out_rows
 from ssl_emp.data.images import ImageSet, NoSplit, find_split
@@ -16,7 +17,7 @@ from ssl_emp.errors import UserError
 from ssl_emp.text import quoted
 
 HOLDOUT = 0.2
-NEIGHBORS = 20  # the default of knn.num_neighbors
+NEIGHBORS = KnnConfig().num_neighbors[0]
 # of evaluate.py
 WORDS = (
     "random",

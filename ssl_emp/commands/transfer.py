@@ -7,7 +7,7 @@ import torch
 
 from linear_eval import EvalError, Features
 from linear_eval.knn import knn_predict
-from linear_eval.linear import linear_probe, multi_label_probe, sgd_probe
+from linear_eval.linear import L2_GRID, L2_RANGE, linear_probe, multi_label_probe, sgd_probe
 from linear_eval.metrics import MULTI_LABEL
 from linear_eval.transfer import (
     Cell,
@@ -76,7 +76,7 @@ def judge_target(
         low, high = found.l2.min().item(), found.l2.max().item()
         protocol = (
             f"lbfgs, a binary regression for each of {test.y.shape[1]} classes, "
-            f"l2={low:.3g}..{high:.3g} of 45 in 1e-6..1e5 by {points}"
+            f"l2={low:.3g}..{high:.3g} of {len(L2_GRID)} in {L2_RANGE} by {points}"
         )
         protocol += (
             f" on {chosen}, refit on train+val, difficult objects not counted, {size}px, {subject.weights}"
@@ -95,7 +95,7 @@ def judge_target(
         train, test, seed=config.seed, val=val, val_fraction=config.linear.val_fraction, device=device
     )
     protocol = (
-        f"lbfgs, l2={probe.l2:.3g} of 45 in 1e-6..1e5 chosen on {chosen}, refit on train+val, "
+        f"lbfgs, l2={probe.l2:.3g} of {len(L2_GRID)} in {L2_RANGE} chosen on {chosen}, refit on train+val, "
         f"{size}px, {subject.weights}"
     )
     return Outcome(probe.predicted, test.y, protocol), weights
@@ -143,10 +143,10 @@ def run_transfer(session: Session, subjects: list[Subject], folder: Path | None)
 
     def keep(cell: Cell) -> None:
         cells[cell.encoder, cell.target.name] = cell
-        if ranks.is_first and cell.measured is not None:  # its rank is known at the end
+        if ranks.is_first and cell.measured is not None:  # its place among all is known at the end
             ledger.keep(folder, [rows_of(tabulate(suite.name, [cell]))[0] | {"rank": None}], in_table=False)
 
-    given: dict[str, Any] = {"num_draws": config.transfer.num_draws, "seed": config.seed, "done": keep}
+    given: dict[str, Any] = {"num_resamples": config.transfer.num_draws, "seed": config.seed, "done": keep}
     try:
         run_suite(suite, list(by_name), evaluate_pair, missing=MISTAKES, **given)
     finally:  # a suite that was stopped has its cells

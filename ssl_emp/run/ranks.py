@@ -40,6 +40,7 @@ LAUNCHED = "SSL_EMP_LAUNCHED"  # set for the processes that `launch` starts
 PRIVATE_STORE = "SSL_EMP_STORE"  # the file that serves as the store of those processes
 STARTED: dict[int, "subprocess.Popen[bytes]"] = {}  # by `launch`, by rank
 START_SECONDS = 60.0  # from the first rank's start to the last one's
+TIMEOUT_SECONDS = 600.0  # without a sign of life from a rank
 LEAVE_SECONDS = 60.0  # for Python to end in the others, after the work
 INTACT = "; the last checkpoint is intact. fix: --resume"
 LAUNCHERS = "start by torchrun, srun or devices=N, or unset RANK and WORLD_SIZE for one process"
@@ -86,7 +87,7 @@ class Ranks:
         world_size: int = 1,
         local_rank: int = 0,
         store: BoundedStore | None = None,
-        timeout_seconds: float = 600.0,
+        timeout_seconds: float = TIMEOUT_SECONDS,
         advice: str = INTACT,
     ) -> None:
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
