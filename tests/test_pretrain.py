@@ -489,7 +489,7 @@ def test_no_compiler_is_one_line_not_an_end(
     job = make_job(tiny_config, "compile=true")
     report = Report()
     assert passes.compiled(job, report) == (job.model, cut_views)
-    assert "compile   not available" in report.early[-1]
+    assert "compile   not available" in report.unwritten[-1]
 
 
 def test_cuda_graphs_need_compile_and_a_gpu(tiny_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -504,7 +504,7 @@ def test_cuda_graphs_need_compile_and_a_gpu(tiny_config: Path, monkeypatch: pyte
     monkeypatch.setattr(torch, "compile", noted)
     report = Report()
     passes.compiled(make_job(tiny_config, "compile=true", "cuda_graphs=true"), report)
-    assert modes == [None] * 3 and "cuda_graphs needs a GPU" in report.early[-1]
+    assert modes == [None] * 3 and "cuda_graphs needs a GPU" in report.unwritten[-1]
 
 
 @pytest.mark.gpu

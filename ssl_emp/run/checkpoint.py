@@ -1,6 +1,6 @@
-"""Training state on disk: written whole or not at all, and never trusted unread.
+"""Training state on disk: written whole or not at all, and read only if its hash is right.
 
-`checkpoints/step_XXXXXXXX.pt` holds tensors and plain values only, so it loads with `weights_only=True`;
+`checkpoints/step_XXXXXXXX.pt` holds tensors and plain values only, so it loads with `weights_only=True`.
 `checkpoints/manifest.json` and its copy hold the SHA-256 of each. The newest two are kept.
 """
 
@@ -22,21 +22,18 @@ from ssl_emp.safe_files import inner_folder, read_json, replacing, write_atomica
 
 FORMAT = 6
 KEPT = 2
-# one damaged byte in the only one would cost every checkpoint
+# two copies: a damaged byte in a single one would make every checkpoint unusable
 MANIFESTS = ("manifest.json", "manifest.copy.json")
 
 
 def cannot_write(path: Path, error: Exception, needed: int | None = None) -> RunFailed:
-    """The line for a file of the run that could not be written. `needed`: its bytes, where they are known."""
+    """The error for a file of the run that could not be written. needed: its size in bytes, if known."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
-        # torch.save reports a full disk as "unexpected pos", on top of what it was
+        # torch.save reports a full disk as "unexpected pos", with the OSError as its context
         cause = cause.__cause__ or cause.__context__
-    number = cause.errno if isinstance(cause, OSError) else None
-    what = (
-        f"cannot write {path}: "
-        f"{cause.strerror if isinstance(cause, OSError) and cause.strerror else cause or error}"
-    )
+    number = cause.errno if cause else None
+    what = f"cannot write {path}: {(cause.strerror if cause else '') or cause or error}"
     fix = "see to the disk and its permissions, then --resume"
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         room = [] if needed is None else [f"it needs {needed / 1e6:.1f} MB"]
@@ -49,7 +46,7 @@ def cannot_write(path: Path, error: Exception, needed: int | None = None) -> Run
 
 
 class _Hashed:
-    """A file that is hashed on its way to the disk, not read again for it."""
+    """A file that hashes what is written to it, so that it need not be read again."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.sha256 = file, hashlib.sha256()
@@ -73,9 +70,8 @@ def _read_manifests(folder: Path) -> dict[str, list[str]]:
     for name in MANIFESTS:
         with suppress(UserError, TypeError, AttributeError):
             for file, digests in read_json(folder / name).items():
-                known.setdefault(str(file), []).extend(
-                    [digests] if isinstance(digests, str) else map(str, digests)
-                )
+                digests = [digests] if isinstance(digests, str) else map(str, digests)
+                known.setdefault(str(file), []).extend(digests)
     return known
 
 
@@ -88,13 +84,12 @@ def num_bytes(tree: Any) -> int:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], step: int) -> None:
-    """Write `state` as `step_XXXXXXXX.pt`: temporary sibling, fsync, hash, manifests, rename; older ones go
-    last.
+    """Write `state` as `step_XXXXXXXX.pt`: temporary file, fsync, hash, manifests, rename, removals.
 
-    The folder above `folder` must be there. Checkpoints of later steps go too: the run went back behind them.
+    The parent of `folder` must exist. Checkpoints of later steps are removed, too: the run went back.
 
     Raises:
-        RunFailed: the disk is full or refuses; the checkpoints before are intact.
+        RunFailed: the disk is full or cannot be written; earlier checkpoints are intact.
     """
     path = folder / f"step_{step:08d}.pt"
     try:
@@ -104,49 +99,40 @@ def save_checkpoint(folder: Path, state: dict[str, Any], step: int) -> None:
             content = {"format": FORMAT, "written_by": f"ssl_emp {__version__}", **state}
             torch.save(content, hashed)  # type: ignore[arg-type]  # it only writes
             known = _read_manifests(folder)
-            kept = sorted(
-                [
-                    *(old for old in folder.glob("step_*.pt") if old.name in known and old.name < path.name),
-                    path,
-                ]
-            )[-KEPT:]
-            digests = {old.name: sorted(set(known[old.name])) for old in kept[:-1]} | {
-                path.name: [hashed.sha256.hexdigest()]
-            }
-            # saved again at the same step: until the rename, what has the name is the one before
+            older = [old for old in folder.glob("step_*.pt") if old.name in known and old.name < path.name]
+            kept = [*sorted(older), path][-KEPT:]
+            digests = {old.name: sorted(set(known[old.name])) for old in kept[:-1]}
+            digests[path.name] = [hashed.sha256.hexdigest()]
+            # saved before at this step: until the rename, the name belongs to that file
             if path.is_file():
                 digests[path.name].append(_sha256(path))
-            # the hash is on disk before the file has its name: killed in between, the checkpoint before is
-            # still the newest
+            # manifests before the rename: a kill in between leaves the previous checkpoint as the newest
             for name in MANIFESTS:
                 write_atomically(folder / name, json.dumps(digests, indent=1).encode())
     except (OSError, RuntimeError) as error:  # a full disk surfaces from torch.save as RuntimeError
         raise cannot_write(path, error, num_bytes(state)) from error
     for old in folder.glob("step_*.pt"):
         if old not in kept:
-            with suppress(OSError):  # what cannot be removed only takes room, and goes with the next
+            with suppress(
+                OSError
+            ):  # a file that cannot be removed only takes room; the next save tries again
                 old.unlink(missing_ok=True)
 
 
 def _check_zip(path: Path) -> None:
-    """Raise ValueError where the archive would unpack to more than it is: torch.save neither compresses nor
-    shares parts.
-    """
+    """Raise ValueError if the archive would unpack to more than its size; torch.save never compresses."""
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
-    if (
-        any(part.compress_type != zipfile.ZIP_STORED for part in parts)
-        or sum(part.file_size for part in parts) > path.stat().st_size
-    ):
+    is_compressed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+    if is_compressed or sum(part.file_size for part in parts) > path.stat().st_size:
         raise ValueError("it is compressed")
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest checkpoint whose hash is right, on the CPU, and one warning line for each that was passed
-    over.
+    """The newest checkpoint whose hash is right, on the CPU, and one warning for each newer one.
 
     Returns:
-        (state, warnings); state is None where no checkpoint was ever written.
+        (state, warnings); state is None if no checkpoint was ever written.
 
     Raises:
         UserError: there are checkpoints, but none can be used.
@@ -156,7 +142,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     warnings: list[str] = []
     for path in paths:
         try:
-            # reading a pipe would wait for ever
+            # not a regular file: reading a pipe would block for ever
             if not path.is_file() or _sha256(path) not in known.get(path.name, ()):
                 warnings.append(f"warning: {path} is damaged or incomplete, passed over")
                 continue
@@ -164,17 +150,14 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
             state = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(state, dict):
                 raise TypeError
-        # torch.load raises pickle, zip, runtime and key errors; all mean: not a checkpoint of ours
+        # torch.load raises pickle, zip, runtime and key errors; each means that this is not our checkpoint
         except Exception as error:
             warnings.append(f"warning: {path} cannot be loaded ({type(error).__name__}), passed over")
             continue
         if state.get("format") != FORMAT:
-            what = (
-                f"{path} was written by {state.get('written_by', 'another version')} in format "
-                f"{state.get('format')}"
-            )
+            writer = f"{state.get('written_by', 'another version')} in format {state.get('format')}"
             raise UserError(
-                f"{what}, this is ssl_emp {__version__} and reads format {FORMAT}",
+                f"{path} was written by {writer}, this is ssl_emp {__version__} and reads format {FORMAT}",
                 "resume with the version that wrote it",
             )
         return state, warnings

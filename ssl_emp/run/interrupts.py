@@ -1,6 +1,4 @@
-"""Signals that end a command, as an exception: what was done is kept, and the exit code is 128 + the signal's
-number.
-"""
+"""Signals that end a command, as an exception; the exit code is then 128 + the number of the signal."""
 
 import signal
 import threading
@@ -10,7 +8,7 @@ from types import FrameType
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked for the end. As a KeyboardInterrupt it passes by whatever catches ordinary errors."""
+    """A signal asks the command to end. A KeyboardInterrupt, so that `except Exception` does not catch it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -18,11 +16,11 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupts:
-    """In its context SIGTERM, SIGINT and SIGHUP raise `Stopped`, but not while `held()`. A second one ends
-    the process at once.
+    """In this context SIGTERM, SIGINT and SIGHUP raise `Stopped`, inside `held()` at its end. A second signal
+    ends the process at once.
 
-    What is ignored stays so: nohup ignores SIGHUP, and a shell SIGINT for what it runs in the background.
-    Only the main thread gets signals; in another one this does nothing.
+    Signals that are ignored stay ignored: nohup ignores SIGHUP, and shells SIGINT for background jobs. In
+    other threads than the main one, which get no signals, this does nothing.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -34,9 +32,9 @@ class Interrupts:
         self._before = {}
         if threading.current_thread() is threading.main_thread():
             found = {number: signal.getsignal(number) for number in self.SIGNALS}
-            self._before = {
-                number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)
-            }
+            # None: set by C code, Python cannot restore it
+            ignored = (signal.SIG_IGN, None)
+            self._before = {number: handler for number, handler in found.items() if handler not in ignored}
         for number in self._before:
             signal.signal(number, self._note)
         return self
@@ -54,7 +52,7 @@ class Interrupts:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """What happens in here is finished first: rows that are computed are written, a table is printed."""
+        """Delay signals until this block has ended, so that rows are written and a table is printed whole."""
         self._depth += 1
         try:
             yield

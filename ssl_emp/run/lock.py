@@ -1,4 +1,4 @@
-"""One process writes into a run directory at a time, and what a killed one left half written goes."""
+"""Only one process writes into a run directory at a time; temporary files of a killed one are removed."""
 
 import errno
 import fcntl
@@ -9,38 +9,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.safe_files import check_own, inner_folder, open_own
 
 LOCK = ".lock"
-# some cluster file systems: better without than not at all
+# errors of file systems without locks, as on some clusters: there the run goes on without one
 CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-TRIES = 1000  # at a lock that others make and remove all the time
+TRIES = 1000  # to open a lock that other processes create and remove
 WRITTEN_INTO = (".", "checkpoints", "encoder", "pruning")
 WRITTEN = ("config.yaml", "environment.json", "train.log", "metrics.jsonl", "result.json")
 
 
 def is_unused(folder: Path) -> bool:
-    """Whether a new run may start in `folder`: it is not there, or holds at most what a killed start left."""
+    """Whether a new run may start in `folder`: it does not exist, or a killed start left what is in it."""
     if not os.path.isdir(folder):
         return not os.path.lexists(folder)
     return all(path.name == LOCK or _is_leftover(path) for path in folder.iterdir())
 
 
 def _is_leftover(path: Path) -> bool:
-    """`.NAME.tmp` is pretrain.py's; other programs put their process number before `.tmp`."""
+    """Whether it is a temporary file of pretrain.py, `.NAME.tmp`; other programs write `.NAME.PID.tmp`."""
     return path.name.startswith(".") and path.suffix == ".tmp" and not path.stem.rpartition(".")[2].isdigit()
 
 
 def refuse_strange(folder: Path) -> None:
-    """Raise UserError where a name that a run writes stands for something else: a link, a pipe, a file with a
-    second name.
+    """Raise UserError if a file that a run writes is a link, a pipe, a device, or has a second name.
 
-    Each file is looked at again as it is opened; here all of them are, before the first byte is written. What
-    is only ever replaced whole (checkpoints, the encoder) may have second names: they keep what they had. A
-    strange thing in the place of a checkpoint is passed over with a warning when one is loaded, and a save
-    takes its name without touching what it leads to.
+    Every file is checked again when it is opened; this checks all of them before the first byte is written.
+    Files that are only replaced as a whole (checkpoints, the encoder) may have second names, which keep the
+    old content. Anything in the place of a checkpoint is allowed: loading skips it with a warning, and saving
+    replaces the name without writing through it.
     """
     for name in WRITTEN:
         check_own(folder / name, replaced=name not in ("train.log", "metrics.jsonl"))
@@ -54,15 +54,16 @@ def refuse_strange(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Held:
-    """A run directory while its lock is held: it, and no other that came by its name."""
+    """A run directory while its lock is held, so that another directory of the same name is noticed."""
 
     folder: Path
     directory: os.stat_result
     lock: os.stat_result
 
     def is_ours(self) -> bool:
-        """Whether the folder's name still leads to the folder that was locked. A lock that was only removed
-        is no other run's.
+        """Whether the folder's name still leads to the folder that was locked.
+
+        A lock file that was removed does not matter; one that was replaced belongs to another run.
         """
         with suppress(FileNotFoundError):
             if not os.path.samestat(os.stat(self.folder), self.directory):
@@ -73,70 +74,30 @@ class Held:
         return False
 
     def check(self) -> None:
-        """Before a file is written by its name. Raises RunFailed where it would land in another's folder, or
-        nowhere.
-        """
+        """Call before writing a file by its name. Raises RunFailed if the folder was moved."""
         if not self.is_ours():
-            what = (
-                f"the directory {self.folder} is gone, or another is in its place, so nothing more is "
-                "written into it"
-            )
             raise RunFailed(
-                f"{what}; what was saved before is intact. fix: put it back, or --resume it by "
+                f"the directory {self.folder} is gone, or another is in its place, so nothing more is "
+                "written into it; what was saved before is intact. fix: put it back, or --resume it by "
                 "the name that it has now"
             )
 
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[Held]:
-    """Hold `folder/.lock`, made with its folder where missing. The kernel frees the lock of a process that
-    dies, however it dies.
+    """Hold `folder/.lock`, creating it and the folder if needed. The kernel frees it when the process dies.
 
-    For the process that writes (rank 0 of several), before anything that takes time. Temporary files that a
-    killed process left are removed; folders made here go again where nothing was put into them.
+    For the process that writes (rank 0 of several), before anything that takes time. Temporary files of
+    killed processes are removed. Folders created here are removed at the end if they are empty.
 
     Raises:
-        UserError: another process holds it, the folder cannot be written, or names in it stand for what
-            must not be written to.
+        UserError: another process holds the lock, the folder cannot be written, or see `refuse_strange`.
     """
     path = folder / LOCK
     made = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
     try:
-        for tries_left in reversed(range(TRIES)):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                refuse_strange(folder)
-                file = open_own(path, "a+b")  # open until the lock is given back
-            except FileNotFoundError:  # the process that had it has just removed the folder that it had made
-                if not tries_left:
-                    raise
-                continue
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder, patience = "", 20
-                while not holder and patience:  # it has the lock, and writes its name in a moment
-                    file.seek(0)
-                    holder, patience = file.read(200).decode("utf-8", "replace").strip(), patience - 1
-                    time.sleep(0 if holder else 0.05)
-                file.close()
-                raise UserError(
-                    f"{folder} is in use by {holder or 'another process'}",
-                    "wait for it, or choose another out=DIR",
-                ) from None
-            except OSError as error:
-                if error.errno not in CANNOT_LOCK:
-                    raise
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    break
-            file.close()  # removed by the process that had it, between our open and our lock: once more
-        else:
-            raise UserError(
-                f"the lock of {folder} comes and goes",
-                "wait for the processes that use it, or choose another out=DIR",
-            )
-        with suppress(OSError):  # for the message to the next one: on a full disk it is shorter
+        file = _locked(folder, path)
+        with suppress(OSError):  # for the next process's message; a full disk makes that message shorter
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
         for part in WRITTEN_INTO:
@@ -156,9 +117,52 @@ def sole_writer(folder: Path) -> Iterator[Held]:
             ours = held.is_ours()
         with suppress(OSError):
             if ours:
-                path.unlink()  # while it is locked: nobody else can have it by this name
+                path.unlink()  # still locked, so no other process can hold it
         with suppress(OSError):
             file.close()
         with suppress(OSError):  # not empty
             for place in made if ours else ():
                 place.rmdir()
+
+
+def _locked(folder: Path, path: Path) -> IO[bytes]:
+    """The lock file `path`, open and locked. Raises UserError if another process holds it."""
+    for tries_left in reversed(range(TRIES)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            refuse_strange(folder)
+            file = open_own(path, "a+b")  # stays open until the lock is released
+        except FileNotFoundError:  # the previous holder has just removed the folder that it had created
+            if not tries_left:
+                raise
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(file)
+            file.close()
+            raise UserError(
+                f"{folder} is in use by {holder}", "wait for it, or choose another out=DIR"
+            ) from None
+        except OSError as error:
+            if error.errno not in CANNOT_LOCK:
+                raise
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()  # the previous holder removed it between our open and our lock: try again
+    raise UserError(
+        f"the lock of {folder} comes and goes",
+        "wait for the processes that use it, or choose another out=DIR",
+    )
+
+
+def _holder(file: IO[bytes]) -> str:
+    """What the process that holds the lock wrote into it; that takes it a moment."""
+    for _ in range(20):
+        file.seek(0)
+        holder = file.read(200).decode("utf-8", "replace").strip()
+        if holder:
+            return holder
+        time.sleep(0.05)
+    return "another process"

@@ -1,6 +1,4 @@
-"""What a person sees and what a run leaves behind: console, train.log, metrics.jsonl, TensorBoard, parquet,
-environment.
-"""
+"""What a run prints and writes: console, train.log, metrics.jsonl, TensorBoard, parquet, environment."""
 
 import errno
 import json
@@ -40,7 +38,7 @@ from ssl_emp.safe_files import (
 from ssl_emp.text import printable
 
 Item = TypeVar("Item")
-PLAIN_EVERY_SECONDS = 60.0  # not on a terminal: a line at least this often within an epoch
+PLAIN_EVERY_SECONDS = 60.0  # between two lines of progress within an epoch, where there is no terminal
 
 
 class _Console(Console):
@@ -48,49 +46,46 @@ class _Console(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        # else the interpreter complains of it at exit, with exit code 120
+        # else Python flushes the stream at exit, fails, and exits with 120
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Report:
-    """Console of one run, and its files once there is a folder for them.
+    """Console of a run, and its files once `attach` names their folder.
 
     Args:
-        silent: say and write nothing: of the ranks of a run the first one speaks.
+        silent: print and write nothing, as all ranks but the first.
     """
 
     def __init__(self, silent: bool = False) -> None:
         self.silent = silent
-        # names are text: neither rich's [markup] nor its :emoji:
+        # names are shown as they are: without rich's [markup] and :emoji:
         self.console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=silent)
         self.folder: Path | None = None
         self.held: Held | None = None
         self.writer: Any = None
-        # lines of train.log said before there was a folder, or while its disk was full
-        self.early: list[str] = []
+        # lines not in train.log yet: there is no folder, or its disk is full
+        self.unwritten: list[str] = []
 
     def attach(self, folder: Path, tensorboard: bool, held: Held | None = None) -> None:
-        """From now on write train.log (with what was said so far), metrics.jsonl and TensorBoard events into
-        `folder`.
+        """Write train.log (with all lines so far), metrics.jsonl and TensorBoard events into `folder`.
 
-        Where it is `held` and was moved or replaced, train.log stays as it is and `metrics` raises RunFailed.
+        If a `held` folder is moved or replaced, train.log ends there and `metrics` raises RunFailed.
         """
         if self.silent:
             return
         self.folder, self.held = folder, held
         self._log([])
         if tensorboard:
-            from torch.utils.tensorboard import (
-                SummaryWriter,  # half a second of import, so only where it is asked for
-            )
+            # imported here: it takes half a second
+            from torch.utils.tensorboard import SummaryWriter
 
-            # the writer opens whatever has the name of its file: nobody can have put a link under one that
-            # nobody knows
+            # the writer would follow a link under the name of its file, so the name cannot be guessed
             self.writer = SummaryWriter(str(folder), filename_suffix=f".{secrets.token_hex(8)}")
 
     def say(self, line: str) -> None:
-        """One line to the console and to train.log, whatever it holds: see `ssl_emp.text.printable`."""
+        """Write one line to the console and to train.log, escaped by `ssl_emp.text.printable`."""
         line = printable(line)
         self._print(line)
         self._log([line])
@@ -104,18 +99,18 @@ class Report:
     def _log(self, lines: list[str]) -> None:
         if self.silent:
             return
-        self.early += [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n" for line in lines]
+        self.unwritten += [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n" for line in lines]
         if self.folder is not None:
-            with suppress(OSError):  # they wait for room: a log is no reason to end a run
+            with suppress(OSError):  # a full disk: the run goes on, and the lines are written later
                 if self.held is None or self.held.is_ours():
-                    _append(self.folder / "train.log", self.early)
-                    self.early = []
+                    _append(self.folder / "train.log", self.unwritten)
+                    self.unwritten = []
 
     def metrics(self, row: dict[str, Any]) -> None:
-        """One JSON line an epoch, and the same numbers to TensorBoard (key `epoch` is the x axis).
+        """Write an epoch as a line of JSON, and its numbers to TensorBoard (key `epoch` is the x axis).
 
         Raises:
-            RunFailed: the line cannot be written; a checkpoint after it would leave a gap for ever.
+            RunFailed: the line cannot be written. Going on would leave a gap that no resume can fill.
         """
         if self.folder is not None:
             path = self.folder / "metrics.jsonl"
@@ -134,7 +129,7 @@ class Report:
                 self.say(f"warning   no more TensorBoard events: {error.strerror}")
 
     def forget_from(self, epoch: int) -> None:
-        """Drop the lines of metrics.jsonl that a resumed run is about to write again."""
+        """Drop the rows of metrics.jsonl from `epoch` on: a resumed run writes them again."""
         if self.folder is None:
             return
         path = self.folder / "metrics.jsonl"
@@ -143,27 +138,24 @@ class Report:
             for line in read_bytes(path, LARGE).decode("utf-8", "replace").splitlines():
                 try:
                     rows += [line] if json.loads(line)["epoch"] < epoch else []
-                # cut off by a crash: its epoch runs again
+                # a line that a crash cut off: its epoch runs again
                 except (ValueError, KeyError, TypeError, RecursionError):
                     break
             write_atomically(path, "".join(f"{line}\n" for line in rows).encode())
         self._rewrite_events([json.loads(line) for line in rows], epoch)
 
     def _rewrite_events(self, rows: list[dict[str, Any]], epoch: int) -> None:
-        """Make TensorBoard's points those of metrics.jsonl: each once, none from `epoch` on, and what a crash
-        swallowed again.
-        """
+        """Make TensorBoard show the rows of metrics.jsonl, each once; a crash may have lost some."""
         assert self.folder is not None
         own = None if self.writer is None else Path(self.writer.file_writer.event_writer._file_name).name
         paths = [path for path in sorted(self.folder.glob("events.out.tfevents.*")) if path.name != own]
+        again = {row["epoch"]: row for row in rows} if self.writer is not None else {}
         try:
-            times = cut_events(
-                paths, {row["epoch"]: row for row in rows} if self.writer is not None else {}, epoch
-            )
+            times = cut_events(paths, again, epoch)
             for row in rows if self.writer is not None else ():
                 for name, value in scalars(row):
                     self.writer.add_scalar(name, value, row["epoch"], times.get(row["epoch"]))
-        except Exception as error:  # damaged events: the numbers are in metrics.jsonl
+        except Exception as error:  # damaged events; metrics.jsonl has the numbers
             self.say(f"warning   the TensorBoard events of before could not be read ({type(error).__name__})")
 
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
@@ -213,17 +205,17 @@ class Report:
 
 
 def scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """What TensorBoard shows of a row: its finite numbers but for the epoch, which is the x axis."""
+    """(name, value) of the finite numbers of a row, without the epoch: the curves of TensorBoard."""
     for name, value in row.items():
         if isinstance(value, int | float) and math.isfinite(value) and name != "epoch":
             yield name, value
 
 
 def cut_events(paths: list[Path], again: dict[int, dict[str, Any]], epoch: int) -> dict[int, float]:
-    """Drop the points of event files from `epoch` on, and those that are written `again`: epoch -> row.
+    """Drop points of event files: those from `epoch` on, and those in `again`, epoch -> row to be rewritten.
 
     Returns:
-        Epoch -> the time (seconds) of a point of it that was dropped.
+        Epoch -> wall time (seconds) of a dropped point of that epoch.
     """
     if not paths:
         return {}
@@ -259,9 +251,7 @@ def cut_events(paths: list[Path], again: dict[int, dict[str, Any]], epoch: int) 
 
 
 def _append(path: Path, lines: list[str]) -> None:
-    """Add whole lines to a file: all of them or, where the disk is full, none. A line that a crash cut off is
-    ended first.
-    """
+    """Append lines to a file, on a full disk none of them. A line cut off by a crash is ended first."""
     if not lines:
         return
     data = "".join(lines).encode(errors="backslashreplace")  # names of files need not be text
@@ -279,7 +269,7 @@ def _append(path: Path, lines: list[str]) -> None:
 
 
 def write_environment(path: Path, device: torch.device) -> None:
-    """What a number depends on besides the config: versions, device, threads, command."""
+    """Write what results depend on besides the config: versions, device, threads, command."""
 
     def installed(name: str) -> str | None:
         try:
@@ -287,17 +277,7 @@ def write_environment(path: Path, device: torch.device) -> None:
         except PackageNotFoundError:
             return None
 
-    packages = (
-        "torch",
-        "torchvision",
-        "lightly",
-        "numpy",
-        "faiss-gpu",
-        "faiss-cpu",
-        "pyarrow",
-        "pillow",
-        "safetensors",
-    )
+    packages = "torch torchvision lightly numpy faiss-gpu faiss-cpu pyarrow pillow safetensors".split()
     environment = {
         "command": sys.argv,
         "device": describe_device(device),
@@ -311,7 +291,7 @@ def write_environment(path: Path, device: torch.device) -> None:
 
 
 def write_samples(path: Path, names: list[str], columns: dict[str, Tensor]) -> None:
-    """One row a sample: its index and name, then the columns, each (N,). Readable by pandas and DuckDB."""
+    """Write parquet, a row per sample: its index and name, then the columns, each (N,)."""
     inner_folder(path.parents[1], path.parent.name)
     table = pa.table(
         {"index": pa.array(range(len(names)), pa.int64()), "name": pa.array(names)}
@@ -334,7 +314,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def show_progress(label: str) -> Callable[[int, int], None] | None:
-    """A counter (done, total) on standard error where a person watches, else None."""
+    """A callback (done, total) that prints to standard error, or None if that is not a terminal."""
     if not sys.stderr.isatty():
         return None
     label = printable(label)

@@ -1,8 +1,7 @@
-"""Standard output and error may be closed, full, in ASCII, or left by their reader: showing something never
-ends the work.
+"""Standard output and error may be closed, full, ASCII only, or a broken pipe: printing never ends a run.
 
-What is closed leads to the null device, what an encoding lacks is escaped, and a stream that failed once is
-not tried again.
+A closed stream is replaced by the null device, letters that an encoding lacks are escaped, and a stream that
+failed once is not used again.
 """
 
 import io
@@ -17,11 +16,11 @@ Stream = Literal["stdout", "stderr"]
 def prepare_streams(errors: str = "backslashreplace") -> None:
     """Call first in a command, before any file is opened.
 
-    A closed descriptor would be given to the next file that is opened, and what a library complains of would
-    be written into it.
+    Otherwise the next file that is opened would get a closed descriptor's number, and warnings of libraries
+    would be written into it.
 
     Args:
-        errors: what becomes of a letter that the stream's encoding lacks; the default leaves names readable.
+        errors: how letters are written that the stream's encoding lacks; the default keeps names readable.
     """
     for number in range(3):
         try:
@@ -40,16 +39,12 @@ def prepare_streams(errors: str = "backslashreplace") -> None:
 
 
 def is_shown(name: Stream) -> bool:
-    """False where the stream was closed when the program started; one that is sent to the null device on
-    purpose counts as shown.
-    """
+    """False if the stream was closed when the program started; `> /dev/null` counts as shown."""
     return getattr(sys, name) is not None and getattr(sys, f"__{name}__") is not None
 
 
 def put(name: Stream, text: str) -> OSError | None:
-    """Write a text and flush it. Where that fails, the error is given back, and the stream leads to the null
-    device from now on.
-    """
+    """Write a text and flush it. After an error, which is returned, the stream leads to the null device."""
     stream = getattr(sys, name)
     if stream is None:
         return None
@@ -65,9 +60,7 @@ def put(name: Stream, text: str) -> OSError | None:
 
 
 def abandon(stream: TextIO) -> None:
-    """Send what is left in its buffer to the null device: the interpreter would complain of it at exit, with
-    exit code 120.
-    """
+    """Send the stream to the null device: else Python fails to flush it at exit, with exit code 120."""
     with suppress(OSError, ValueError):
         opened = os.open(os.devnull, os.O_WRONLY)
         os.dup2(opened, stream.fileno())
