@@ -1,5 +1,4 @@
-"""What saving costs: seconds in which training stands still for a checkpoint, and their share of the time at
-the default interval.
+"""What saving costs: seconds that training waits for a checkpoint, and their share at the default interval.
 
     python -m benchmarks.checkpoint
 
@@ -20,8 +19,8 @@ from benchmarks.common import Ratio
 from ssl_emp.config import CheckpointConfig
 from ssl_emp.model import SimCLR, build_encoder
 from ssl_emp.optim import build_optimizer
+from ssl_emp.prune.record import Record
 from ssl_emp.run.checkpoint import num_bytes, save_checkpoint
-from ssl_emp.scores import ScoreState
 
 CASES = {
     "ResNet-18, 50,000 samples": ("resnet18", 50_000),
@@ -30,18 +29,18 @@ CASES = {
 
 
 def state_of(arch: str, num_samples: int, device: torch.device, width: int = 64) -> dict[str, Any]:
-    """What `pretrain.py` saves in the midst of an epoch, after one step."""
+    """What `pretrain.py` saves within an epoch, after one step."""
     model = SimCLR(build_encoder(arch, width, "imagenet", 32, [0.5] * 3, [0.25] * 3), 2048, 128).to(device)
     optimizer = build_optimizer(model, "sgd", 0.1, 0.9, 1e-4)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    scores = ScoreState(num_samples, 1.0, False, device)
+    record = Record(num_samples, ema=1.0, num_covariates=0, shrink=False, device=device)
     batches = torch.randperm(num_samples, device=device)[: num_samples // 256 * 256].view(-1, 256)
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "scores": scores.state_dict(),
+        "record": record.state_dict(),
         "batches": batches,
     }
 

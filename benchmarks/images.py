@@ -33,7 +33,7 @@ from ssl_emp.data.images import ImageSet, load_images
 from ssl_emp.data.stores import HostImages
 from ssl_emp.device import keep_freed_memory
 from ssl_emp.errors import UserError
-from ssl_emp.pruning import shuffled_batches
+from ssl_emp.prune.plan import shuffled_batches
 
 SIZE = 64
 # the defaults of SimCLRTransform

@@ -22,8 +22,10 @@ from ssl_emp.augment import Recipe, cut_views, draw_params
 from ssl_emp.loss import nt_xent
 from ssl_emp.model import SimCLR, build_encoder
 from ssl_emp.optim import build_optimizer
-from ssl_emp.pruning import PrunePlan, combine_terms, feature_distance, select_kept, shuffled_batches
-from ssl_emp.scores import ScoreState
+from ssl_emp.prune import Emp, closeness
+from ssl_emp.prune.plan import PrunePlan, shuffled_batches
+from ssl_emp.prune.policies import select_kept
+from ssl_emp.prune.record import Record
 
 CONFIG = "configs/cifar10_emp.yaml"
 FRACTIONS = (0.3, 0.5, 0.7)
@@ -67,10 +69,10 @@ def whole_runs(arguments: Any) -> dict[str, Any]:
         f"s={fraction}": partial(run_seconds, fraction, sizes, arguments) for fraction in FRACTIONS
     }
     ratios = []
-    unpruned = PrunePlan(epochs, 0.0).total_steps(images, batch_size)
+    unpruned = sum(PrunePlan(epochs, 0.0).epoch_steps(images, batch_size))
     for fraction in FRACTIONS:
         name, limit = f"s={fraction}", 1 / (1 - fraction * (1 - ANNEAL))
-        exact = unpruned / PrunePlan(epochs, fraction, 1, ANNEAL).total_steps(images, batch_size)
+        exact = unpruned / sum(PrunePlan(epochs, fraction, 1, ANNEAL).epoch_steps(images, batch_size))
         ratios += [
             Ratio("none", name, name=f"speed-up, {name}"),
             Ratio("none", name, per=limit, goal=0.97, name=f"speed-up / {limit:.3f} (limit), {name}"),
@@ -93,8 +95,8 @@ def added_cost(
     views_of: Any = torch.compile(cut_views, dynamic=False) if compiled else cut_views
     images = torch.randint(0, 256, (batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
     index = torch.randperm(num_samples, device=device)[:batch_size]
-    state = ScoreState(num_samples, ema=1.0, adjust=False, device=device)
-    state.observe(
+    record = Record(num_samples, ema=1.0, num_covariates=0, shrink=False, device=device)
+    record.observe(
         torch.arange(num_samples, device=device), torch.rand(2, num_samples, device=device), None, 0
     )
     h_a, h_b = torch.rand(2, batch_size, encoder.feature_dim, device=device).unbind()
@@ -111,13 +113,13 @@ def added_cost(
         optimizer.step()
 
     def score() -> None:
-        state.observe(index, torch.stack([loss_now, feature_distance(h_a, h_b)]), None, 1)
-        state.count_trained(index, 1)
+        record.observe(index, torch.stack([loss_now, closeness(h_a, h_b)]), None, 1)
+        record.count_trained(index, 1)
 
     count = PrunePlan(10, max(FRACTIONS)).kept_count(1, num_samples)
 
     def select() -> None:
-        shuffled_batches(select_kept(combine_terms(state.terms, 5.0, "raw"), count), batch_size, seed, 1)
+        shuffled_batches(select_kept(Emp().score(record.known), count), batch_size, seed, 1)
 
     def mean_seconds(work: Callable[[], None], times: int) -> float:
         def repeat() -> None:

@@ -16,7 +16,8 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import Ratio
-from ssl_emp.pruning import select_kept, shuffled_batches
+from ssl_emp.prune.plan import shuffled_batches
+from ssl_emp.prune.policies import select_kept
 
 FRACTION = 0.3
 FIGURES = ("seconds", "memory / scores")

@@ -24,15 +24,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common
 from benchmarks.common import Ratio
-from ssl_emp import passes
 from ssl_emp.augment import draw_params
 from ssl_emp.commands.job import prepare
+from ssl_emp.commands.pretrain import compiled, through
 from ssl_emp.config import load_config
 from ssl_emp.loss import nt_xent
 from ssl_emp.optim import build_optimizer
-from ssl_emp.pruning import feature_distance, shuffled_batches
+from ssl_emp.prune import closeness
+from ssl_emp.prune.plan import shuffled_batches
+from ssl_emp.prune.record import Record
 from ssl_emp.run.report import Report
-from ssl_emp.scores import ScoreState
 
 STAGES = ("gather", "views", "forward", "loss", "scores", "backward", "optimizer")
 
@@ -41,7 +42,7 @@ def profile(config: str, overrides: list[str], steps: int, keeps: bool) -> dict[
     """Seconds of each stage of a step, its operations and bytes, and what this machine can do at most."""
     job = prepare(load_config(config, [*overrides, f"keep_freed_memory={str(keeps).lower()}"]), Report())
     settings = job.config
-    model, views_of = passes.compiled(job, Report())
+    model, views_of = compiled(job, Report())
     optimizer = build_optimizer(
         job.model,
         settings.optimizer.name,
@@ -49,7 +50,9 @@ def profile(config: str, overrides: list[str], steps: int, keeps: bool) -> dict[
         settings.optimizer.momentum,
         settings.optimizer.weight_decay,
     )
-    remembered = ScoreState(job.num_samples, settings.prune.score_ema, False, job.device)
+    policy = job.pruner.policy
+    record = Record(job.num_samples, getattr(policy, "ema", 1.0), 0, False, job.device)
+    normalized = getattr(policy, "memory", "raw") == "normalized"
     job.model.train()
     batches = shuffled_batches(torch.arange(job.num_samples, device=job.device), settings.batch_size, 0, 0)
     times: dict[str, list[float]] = {stage: [] for stage in STAGES}
@@ -63,17 +66,17 @@ def profile(config: str, overrides: list[str], steps: int, keeps: bool) -> dict[
         state["views"] = views_of(state["images"], params, job.recipe)
 
     def forward(index: Tensor) -> None:
-        state["out"] = passes.forward_views(job, model, *state["views"])
+        state["out"] = through(job, model, torch.cat(state["views"]))
 
     def loss(index: Tensor) -> None:
-        _, _, z_a, z_b = state["out"]
+        z_a, z_b = state["out"][1].chunk(2)
         state["loss"] = nt_xent(z_a, z_b, settings.temperature)
 
     def scores(index: Tensor) -> None:
-        h_a, h_b, _, _ = state["out"]
-        distance = feature_distance(h_a.detach(), h_b.detach(), settings.prune.memory)
-        remembered.observe(state["index"], torch.stack([state["loss"].detach(), distance]), None, 0)
-        remembered.count_trained(state["index"], 0)
+        h_a, h_b = state["out"][0].chunk(2)
+        memory = closeness(h_a, h_b, normalized=normalized)
+        record.observe(state["index"], torch.stack([state["loss"].detach(), memory]), None, 0)
+        record.count_trained(state["index"], 0)
 
     def backward(index: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -91,7 +94,7 @@ def profile(config: str, overrides: list[str], steps: int, keeps: bool) -> dict[
                 times[stage].append(took)
 
     with FlopCounterMode(display=False) as flops:
-        passes.forward_views(job, job.model, *state["views"])[3].sum().backward()
+        through(job, job.model, torch.cat(state["views"]))[1].chunk(2)[1].sum().backward()
     kept, seen = 0, set()
 
     def note(tensor: Tensor) -> Tensor:
@@ -102,7 +105,7 @@ def profile(config: str, overrides: list[str], steps: int, keeps: bool) -> dict[
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        alive = passes.forward_views(job, job.model, *state["views"])
+        alive = through(job, job.model, torch.cat(state["views"]))
     del alive
     weights = sum(parameter.nbytes for parameter in job.model.parameters())
     medians = {stage: statistics.median(values) for stage, values in times.items()}

@@ -1,5 +1,4 @@
-"""How much of a sample's score is the sample: draws of the same samples on fixed weights, compared with each
-other.
+"""How much of a score is the sample and not the draw: repeated scores of the same samples at fixed weights.
 
     python -m experiments.run experiments/reliability_runs.yaml --keep-checkpoints data.source=PATH
     python -m experiments.reliability runs/reliability_runs/* --data PATH
@@ -28,15 +27,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl_emp import passes
 from ssl_emp.augment import cut_views, draw_features, draw_params
 from ssl_emp.commands.job import Job, prepare
+from ssl_emp.commands.pretrain import through
 from ssl_emp.config import load_config
 from ssl_emp.errors import UserError
 from ssl_emp.loss import nt_xent
-from ssl_emp.pruning import feature_distance, shuffled_batches
+from ssl_emp.prune import closeness
+from ssl_emp.prune.figures import rank_correlation
+from ssl_emp.prune.plan import shuffled_batches
+from ssl_emp.prune.pruner import RELIABILITY_EPOCHS
 from ssl_emp.run.checkpoint import load_checkpoint
-from ssl_emp.run.report import Report, rank_correlation
+from ssl_emp.run.report import Report
 
 RESULTS = Path(__file__).parent / "results" / "reliability.jsonl"
 BETA = 5.0
@@ -58,7 +60,7 @@ def draws(
     place = torch.empty(job.num_samples, dtype=torch.int64)
     place[sample] = torch.arange(len(sample))
     for draw in range(count):
-        key = passes.RELIABILITY_EPOCHS + draw
+        key = RELIABILITY_EPOCHS + draw
         # NaN: in the remainder of this draw
         rows = {name: torch.full((len(sample),), torch.nan) for name in scores}
         drawn = torch.empty(len(sample), 0)
@@ -70,12 +72,13 @@ def draws(
                 job.recipe,
                 images.shape[-1],
             )
-            h_a, h_b, z_a, z_b = passes.forward_views(job, job.model, *cut_views(images, params, job.recipe))
+            h, z = through(job, job.model, torch.cat(cut_views(images, params, job.recipe)))
+            (h_a, h_b), (z_a, z_b) = h.chunk(2), z.chunk(2)
             what = draw_features(*params, images.shape[-1])
             drawn = drawn if drawn.shape[1] else torch.empty(len(sample), what.shape[1])
             where = place[index]
-            loss, raw = nt_xent(z_a, z_b, job.config.temperature), feature_distance(h_a, h_b)
-            values = (loss, raw, feature_distance(h_a, h_b, "normalized"), loss - BETA * raw)
+            loss, raw = nt_xent(z_a, z_b, job.config.temperature), -closeness(h_a, h_b)
+            values = (loss, raw, -closeness(h_a, h_b, normalized=True), loss - BETA * raw)
             for name, value in zip(rows, values, strict=True):
                 rows[name][where] = value
             drawn[where] = what
