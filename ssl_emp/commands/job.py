@@ -241,7 +241,7 @@ def build_pruner(
         seed=config.seed,
         device=device,
         covariates=coming_views if config.objective == "simclr" else None,
-        gather=ranks.gather,
+        gather=ranks.gather if ranks.world_size > 1 else None,
         scoring=getattr(prune, "scoring", "stale"),
         scoring_draws=getattr(prune, "scoring_draws", 1),
         earlier=earlier,

@@ -22,43 +22,33 @@ from ssl_emp.prune.record import Known, Record
 from ssl_emp.prune.sampler import Indexed, PrunedSampler
 from ssl_emp.prune.state import state_problems
 
-# where the epoch numbers begin that key draws which are not trained on, so that no such draw equals one of
-# training
+# first epoch numbers of draws that are not trained on, so that none of them equals one of training
 RELIABILITY_EPOCHS, SCORING_EPOCHS = 10**6, 10**8
-CHUNK = (
-    2**16
-)  # samples whose covariates are computed at once: on the way a draw of views takes 150 bytes and more
+CHUNK = 2**16  # samples whose covariates are computed at once: a draw of views takes 150 bytes and more
 
-Covariates = Callable[
-    [int, Tensor], Tensor
-]  # (epoch, index (n,)) -> (n, F): what these samples' coming views will be
-Score = Callable[
-    [Tensor, int], "Seen"
-]  # (batches (steps, B), key of the draws) -> what a pass over them sees
+# (epoch, index (n,)) -> (n, F): what these samples' coming views will be
+Covariates = Callable[[int, Tensor], Tensor]
+# (batches (steps, B), key of the draws) -> what a pass over them sees
+Score = Callable[[Tensor, int], "Seen"]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What all processes saw of a batch: index (B,) int64, loss and memory (2, B) float32, covariates (B, F)
-    or None.
-    """
+    """What all processes saw of a batch."""
 
-    index: Tensor
-    terms: Tensor
-    covariates: Tensor | None = None
+    index: Tensor  # (B,) int64
+    terms: Tensor  # (2, B) float32: loss and memory
+    covariates: Tensor | None = None  # (B, F)
 
 
 @dataclass
 class Chosen:
-    """An epoch's samples: batches (steps, B), the weights of their losses (N,) or None, and what there was
-    before it.
-    """
+    """The samples of an epoch."""
 
-    batches: Tensor | None = None
-    weight: Tensor | None = None
-    before: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # per-sample tensors that the epoch's figures compare with
+    batches: Tensor | None = None  # (steps, B) int64
+    weight: Tensor | None = None  # (N,) of the losses; None: all 1
+    # per-sample tensors from before the epoch, which its figures compare with
+    before: dict[str, Tensor] = field(default_factory=dict)
     rows: list[list[int]] | None = None  # the batches on the host
 
 
@@ -125,12 +115,9 @@ class Pruner:
             (0 <= fraction < 1, f"fraction is {fraction}, allowed: 0 <= fraction < 1"),
             (
                 warmup_epochs >= 1,
-                f"warmup_epochs is {warmup_epochs}: no sample has a score before it was seen once",
+                f"warmup_epochs is {warmup_epochs}: before it is seen, no sample has a score",
             ),
-            (
-                0 <= anneal_fraction <= 1,
-                f"anneal_fraction is {anneal_fraction}, allowed: 0 <= anneal_fraction <= 1",
-            ),
+            (0 <= anneal_fraction <= 1, f"anneal_fraction is {anneal_fraction}, give a share of the epochs"),
             (rounds_per_epoch >= 1, f"rounds_per_epoch is {rounds_per_epoch}, give at least 1"),
             (scoring in ("stale", "pruned", "all"), f"scoring is {scoring!r}, allowed: stale, pruned or all"),
             (
@@ -145,12 +132,7 @@ class Pruner:
             self.policy.is_shorter, tuple((old * rounds, end * rounds) for old, end in earlier), rounds,
         )  # fmt: skip
         self.steps = self.plan.epoch_steps(self.num_samples, batch_size)
-        _check(
-            (
-                bool(self.steps) and min(self.steps) >= 1,
-                f"an epoch keeps less than a batch of {batch_size} samples",
-            )
-        )
+        _check((min(self.steps, default=0) >= 1, f"an epoch keeps less than a batch of {batch_size} samples"))
         self._ends = list(accumulate(self.steps))
         self.steps_per_epoch = -(-self._ends[-1] // epochs)
         self.step = 0  # batches heard of
@@ -168,28 +150,22 @@ class Pruner:
 
     @property
     def total_steps(self) -> int:
-        """Batches of a run over `sampler()`, len(loader) * epochs: what a learning-rate schedule is laid
-        over.
-        """
+        """Batches of a run over `sampler()`, len(loader) * epochs: for a learning-rate schedule."""
         return self.steps_per_epoch * self.epochs
 
     def epoch_of(self, step: int) -> int:
         """The epoch (with rounds, the round) that a step, counted from 0, belongs to."""
         if step < self._ends[-1]:
             return bisect_right(self._ends, step)
-        full = (
-            self.num_samples // self.batch_size
-        )  # the sampler's last nominal epoch is filled up with full epochs
-        return len(self.steps) + (step - self._ends[-1]) // full
+        # the sampler's last nominal epoch is filled up with full epochs
+        return len(self.steps) + (step - self._ends[-1]) // (self.num_samples // self.batch_size)
 
     def first_step(self, epoch: int) -> int:
         """The step, counted over the run, that an epoch begins with."""
         return self._ends[epoch - 1] if epoch else 0
 
     def batches(self, epoch: int) -> Tensor:
-        """The samples of an epoch in the order of training: (steps, B) int64 on the device. Chosen once, then
-        kept.
-        """
+        """The samples of an epoch in the order of training: (steps, B) int64 on the device, chosen once."""
         chosen = self._begin(epoch)
         if chosen.batches is None:
             chosen.batches, chosen.weight = self._choose(epoch)
@@ -224,19 +200,14 @@ class Pruner:
         return shuffled_batches(index, size, self.seed, epoch), weight
 
     def _begin(self, epoch: int) -> Chosen:
-        """The entry of an epoch. A new one notes what its figures will compare with, before anything is
-        scored anew.
-        """
+        """The entry of an epoch; a new one first notes what the epoch's figures will compare with."""
         if epoch not in self._chosen:
             for old in [old for old in self._chosen if not self._is_needed(old) and old < epoch - 1]:
                 del self._chosen[old]
             before = {}
             if epoch < len(self.steps) and self.plan.is_pruned(epoch):
                 record = self.record
-                before = {
-                    "trained_epoch": record.trained_epoch.clone(),
-                    "scored_epoch": record.scored_epoch.clone(),
-                }
+                before = {name: getattr(record, name).clone() for name in ("trained_epoch", "scored_epoch")}
                 if self.policy.is_ranking:
                     before["score"] = self.policy.score(record.known._replace(terms=record.last))
             self._chosen[epoch] = Chosen(before=before)
@@ -244,33 +215,28 @@ class Pruner:
 
     def _is_needed(self, epoch: int) -> bool:
         """Whether the batches of an epoch may be asked for again by a run that goes on from here."""
-        again = (
-            self.step // self.steps_per_epoch * self.steps_per_epoch
-            if self._samples_are_streamed
-            else self.step
-        )
+        size, rounds, again = self.steps_per_epoch, self.plan.rounds, self.step
+        if self._samples_are_streamed:
+            again = self.step // size * size  # some trainers read a nominal epoch again from its beginning
         end = self._ends[epoch] if epoch < len(self.steps) else self.total_steps
-        return end >= again or (
-            self.plan.rounds > 1 and epoch // self.plan.rounds == self.epoch_of(self.step) // self.plan.rounds
-        )
+        same_epoch = rounds > 1 and epoch // rounds == self.epoch_of(self.step) // rounds
+        return end >= again or same_epoch
 
     def _expected(self, epoch: int) -> Tensor:
-        """Loss and memory (2, N) that each sample is expected to have under its coming views, without drawing
-        these.
-        """
-        assert self._covariates is not None
+        """Loss and memory (2, N) expected of each sample under its coming views, without drawing these."""
         everyone = torch.arange(self.num_samples, device=self.record.terms.device)
-        parts = [
-            self.record.expected(index, self._covariates(epoch, index)) for index in everyone.split(CHUNK)
-        ]
+        parts = [self.record.expected(part, self._views_of(epoch, part)) for part in everyone.split(CHUNK)]
         return torch.cat(parts, 1)
+
+    def _views_of(self, epoch: int, index: Tensor) -> Tensor:
+        """The covariates of samples (n,) in an epoch, or in the epoch of a round: (n, F)."""
+        assert self._covariates is not None
+        return self._covariates(epoch // self.plan.rounds, index)
 
     # ---- train: in our own loop ----------------------------------------------------------------------------
 
     def weighted(self, index: Tensor, loss: Tensor) -> Tensor:
-        """Mean of the losses (B,) or (kB,) of the samples `index` (B,), each times its weight where the
-        policy weighs.
-        """
+        """Mean of the losses (B,) or (kB,) of the samples `index` (B,), times their weights if any."""
         chosen = self._chosen.get(self.epoch_of(self.step))
         if chosen is None or chosen.batches is None:
             raise ValueError(
@@ -279,14 +245,12 @@ class Pruner:
             )
         if chosen.weight is None:
             return loss.mean()
-        weight = chosen.weight[index]
-        return (loss * (weight if len(loss) == len(index) else weight.repeat(len(loss) // len(index)))).mean()
+        return (loss * chosen.weight[index].repeat(len(loss) // len(index))).mean()
 
     def gather(
         self, index: Tensor, loss: Tensor, memory: Tensor | None = None, covariates: Tensor | None = None
     ) -> Seen:
-        """What this process saw of its part of a batch -> what all saw of the whole batch. One exchange, no
-        host sync.
+        """What this process saw of its part of a batch -> what all saw. One exchange, no host sync.
 
         Args:
             index: (b,) int64.
@@ -298,9 +262,10 @@ class Pruner:
         if not self.policy.adjusts:
             covariates = None
         elif covariates is None:
-            assert self._covariates is not None
-            covariates = self._covariates(self.epoch_of(self.step), index)
-        gather = self._gather or _gather_by_torch
+            covariates = self._views_of(self.epoch_of(self.step), index)
+        gather = self._gather or _gather_by_torch()
+        if gather is None:
+            return Seen(index, terms.T, covariates)
         # an int64 travels as the bits of two float32, which a copy does not change
         parts = [index.view(-1, 1).view(torch.float32), terms, *([] if covariates is None else [covariates])]
         whole = gather(torch.cat(parts, 1))
@@ -308,9 +273,7 @@ class Pruner:
         return Seen(index, whole[:, 2:4].T, None if covariates is None else whole[:, 4:])
 
     def observe(self, seen: Seen, where: Tensor | None = None) -> None:
-        """Take in a batch that was trained on, where `where` (0-d bool on the device) holds; the next batch
-        is then due.
-        """
+        """Take in a batch that was trained on, where `where` (0-d bool on the device) holds."""
         epoch = self.epoch_of(self.step)
         self.record.observe(seen.index, seen.terms, seen.covariates, epoch, where)
         self.record.count_trained(seen.index, epoch, True if where is None else where)
@@ -319,9 +282,7 @@ class Pruner:
     # ---- train: in any loop --------------------------------------------------------------------------------
 
     def indexed(self, dataset: Any) -> Indexed:
-        """The dataset with the index of every item appended last: (*item, i), {**item, "sample_idx": i} or
-        (item, i).
-        """
+        """The dataset with its index in every item: (*item, i), {**item, "sample_idx": i} or (item, i)."""
         return Indexed(dataset, self.num_samples)
 
     def sampler(
@@ -343,13 +304,12 @@ class Pruner:
         self.step = max(self.step, nominal * self.steps_per_epoch)
 
     def next_pass(self) -> tuple[int, int]:
-        """For the sampler: the steps, first and last (excluded), that are left of the nominal epoch under way."""
+        """For the sampler: first and last step (excluded) that are left of the nominal epoch under way."""
         self._samples_are_streamed = True
         first, last = self._drawn
         if first < self.step < last:
-            raise ValueError(
-                f"update heard of {self.step - first} of the last pass's {last - first} batches: call it once a batch"
-            )
+            heard = f"update heard of {self.step - first} of the last pass's {last - first} batches"
+            raise ValueError(f"{heard}: call it once a batch")
         if self.step >= self.total_steps:
             raise ValueError(
                 f"all {self.epochs} planned epochs are trained: make a new Pruner, or one with more"
@@ -657,11 +617,16 @@ def _check(*rules: tuple[bool, str]) -> None:
             raise ValueError(what)
 
 
-def _gather_by_torch(part: Tensor) -> Tensor:
-    """What all processes of the default group hold, in the order of ranks; each holds as much."""
+def _gather_by_torch() -> Callable[[Tensor], Tensor] | None:
+    """What all processes of the default group hold, in the order of ranks; None: there is one process."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return part
-    whole = part.new_empty(dist.get_world_size() * len(part), *part.shape[1:])
+        return None
     # its name since torch 2.14, which warns of the old one
-    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(whole, part.contiguous())
-    return whole
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+    def gather(part: Tensor) -> Tensor:
+        whole = part.new_empty(dist.get_world_size() * len(part), *part.shape[1:])
+        all_gather(whole, part.contiguous())
+        return whole
+
+    return gather
