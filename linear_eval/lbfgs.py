@@ -21,7 +21,7 @@ from torch import Tensor
 # points (A, P), their problems (A,) -> values (A,), gradients (A, P)
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-MEMORY = 10  # pairs of step and gradient change that are kept; 20 saved under 2 % of the evaluations
+HISTORY = 10  # pairs of step and gradient change that are kept; 20 saved under 2 % of the evaluations
 ARMIJO = 1e-4  # share of the slope's promise that a step must keep
 MAX_TRIALS = 12  # step lengths a problem may try in one iteration
 # nats: below it, the tolerance on the mean loss is that of this loss; what is left there decides no
@@ -68,14 +68,13 @@ def minimize(
             next would, by less than this share of it (of `floor`, if that is larger); or when rounding hides
             any descent.
     """
-    num_problems, m, device = len(start), MEMORY, start.device
+    num_problems, m, device = len(start), HISTORY, start.device
     minima = Minima(
         start.clone(),
         torch.zeros(num_problems, dtype=torch.float64, device=device),
         torch.zeros(num_problems, dtype=torch.int64, device=device),
         torch.zeros(num_problems, dtype=torch.bool, device=device),
     )
-    rounding = 8 * torch.finfo(start.dtype).eps
     problems, point = torch.arange(num_problems, device=device), start  # the open ones: (A,), (A, P)
     value, gradient = objective(point, problems)
     # m steps, m gradient changes, the gradient
@@ -88,22 +87,9 @@ def minimize(
         direction = torch.bmm(-coefficients.to(basis.dtype).unsqueeze(1), basis).squeeze(1)  # (A, P)
         slope = -(coefficients * gram[:, -1]).sum(1)  # (A,) along it
 
-        length, new_value, new_gradient = torch.ones_like(value), value.clone(), gradient.clone()
-        trying = torch.arange(len(problems), device=device)
-        for _ in range(MAX_TRIALS):
-            trial = point[trying] + length[trying].to(point.dtype).unsqueeze(1) * direction[trying]
-            tried, tried_gradient = objective(trial, problems[trying])
-            before, promise = value[trying], length[trying] * slope[trying]
-            good = tried <= before + ARMIJO * promise + rounding * before.abs()
-            new_value[trying[good]], new_gradient[trying[good]] = tried[good], tried_gradient[good]
-            # to the lowest point of the parabola through value, slope and trial; not a number: far too long
-            shrink = (-promise / (2 * (tried - before - promise))).nan_to_num(0.1).clamp(0.1, 0.5)
-            length[trying[~good]] *= shrink[~good]
-            trying = trying[~good]
-            if not len(trying):
-                break
-        length[trying] = 0
-
+        length, new_value, new_gradient = _line_search(
+            lambda trial, rows: objective(trial, problems[rows]), point, value, gradient, direction, slope
+        )
         move, slot = length.to(point.dtype).unsqueeze(1) * direction, step % m
         basis[:, slot], basis[:, m + slot], basis[:, -1] = move, new_gradient - gradient, new_gradient
         _refresh(gram, basis, [slot, m + slot, 2 * m])
@@ -126,6 +112,36 @@ def minimize(
             )
             basis, gram = basis[~ended], gram[~ended]
     return minima
+
+
+def _line_search(
+    objective: Objective, point: Tensor, value: Tensor, gradient: Tensor, direction: Tensor, slope: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Step lengths (A,) that lower the values, by backtracking; values and gradients there.
+
+    A length is 0, and its value and gradient are those at hand, where MAX_TRIALS do not lower it. `objective`
+    gets rows of `point`.
+    """
+    rounding = 8 * torch.finfo(point.dtype).eps
+    length, new_value, new_gradient = torch.ones_like(value), value.clone(), gradient.clone()
+    trying = torch.arange(len(point), device=point.device)
+    for _ in range(MAX_TRIALS):
+        trial = point[trying] + length[trying].to(point.dtype).unsqueeze(1) * direction[trying]
+        tried, tried_gradient = objective(trial, trying)
+        previous, promise = value[trying], length[trying] * slope[trying]
+        accepted = tried <= previous + ARMIJO * promise + rounding * previous.abs()
+        new_value[trying[accepted]], new_gradient[trying[accepted]] = (
+            tried[accepted],
+            tried_gradient[accepted],
+        )
+        # to the lowest point of the parabola through value, slope and trial; not a number: far too long
+        shrink = (-promise / (2 * (tried - previous - promise))).nan_to_num(0.1).clamp(0.1, 0.5)
+        length[trying[~accepted]] *= shrink[~accepted]
+        trying = trying[~accepted]
+        if not len(trying):
+            break
+    length[trying] = 0
+    return length, new_value, new_gradient
 
 
 def _refresh(gram: Tensor, basis: Tensor, rows: list[int]) -> None:
@@ -234,7 +250,7 @@ def fit_logistic(
     )
     logs = torch.tensor(l2, dtype=torch.float64).log()
     by_strength = logs.argsort().tolist()
-    most = max(1, STATE_ELEMENTS // ((2 * MEMORY + 1) * points[0].numel()))
+    most = max(1, STATE_ELEMENTS // ((2 * HISTORY + 1) * points[0].numel()))
     solved: list[int] = []
     stride = 2 ** max(0, (len(l2) // 4).bit_length() - 1)  # the coarsest grid has at least four values
     while stride:
@@ -382,7 +398,7 @@ def fit_binary(
         max_iter, tolerance: as for `fit_logistic`.
     """
     center, scale, axes, variance, rows = _coordinates(x, standardize)
-    most = max(1, STATE_ELEMENTS // ((2 * MEMORY + 1) * (len(variance) + 1)))
+    most = max(1, STATE_ELEMENTS // ((2 * HISTORY + 1) * (len(variance) + 1)))
     points, loss, num_steps, converged = [], [], [], []
     for part in torch.arange(len(classes), device=x.device).split(most):
         problem = _Binary(rows, y, classes[part], l2[part], variance)

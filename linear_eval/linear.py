@@ -283,19 +283,7 @@ def sgd_probe(
     Raises:
         EvalError: as for `linear_probe`; every head diverged.
     """
-    for name, values, least in (
-        ("learning_rates", learning_rates, 1e-30),
-        ("weight_decays", weight_decays, 0.0),
-    ):
-        if not len(values) or not all(least <= value < math.inf for value in values):
-            raise EvalError(
-                f"{name} is {list(values)}", f"give at least one value, all {'>' if least else '>='} 0"
-            )
-    if epochs < 1 or batch_size < 1 or not 0 <= momentum < 1:
-        raise EvalError(
-            f"epochs is {epochs}, batch_size {batch_size}, momentum {momentum}",
-            "choose epochs >= 1, batch_size >= 1, 0 <= momentum < 1",
-        )
+    _check_sgd(learning_rates, weight_decays, epochs, batch_size, momentum)
     settings = [
         (rate, decay)
         for rate in sorted(set(learning_rates))
@@ -339,6 +327,28 @@ def sgd_probe(
     return HeadResult(
         top1, val_top1, *settings[best], loss.item(), task.labels(predicted), head, task.classes
     )
+
+
+def _check_sgd(
+    learning_rates: Sequence[float],
+    weight_decays: Sequence[float],
+    epochs: int,
+    batch_size: int,
+    momentum: float,
+) -> None:
+    for name, values, least in (
+        ("learning_rates", learning_rates, 1e-30),
+        ("weight_decays", weight_decays, 0.0),
+    ):
+        if not len(values) or not all(least <= value < math.inf for value in values):
+            raise EvalError(
+                f"{name} is {list(values)}", f"give at least one value, all {'>' if least else '>='} 0"
+            )
+    if epochs < 1 or batch_size < 1 or not 0 <= momentum < 1:
+        raise EvalError(
+            f"epochs is {epochs}, batch_size {batch_size}, momentum {momentum}",
+            "choose epochs >= 1, batch_size >= 1, 0 <= momentum < 1",
+        )
 
 
 def train_heads(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from linear_eval import EvalError, extract_features
 from ssl_emp.commands.evaluators import distribute
+from ssl_emp.commands.ledger import MISTAKES
 from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.loss import nt_xent
 from ssl_emp.loss import nt_xent as nt_xent_alone
@@ -392,6 +393,10 @@ def test_ranks_share_the_batches_and_get_the_features_of_one(world_size: int) ->
         before = "" if rank == world_size - 1 else f"rank {world_size - 1}: "
         assert picky == f"{before}the seventh shade came. fix: leave it out"
         assert "columns for 5, 9 images" in differing
+
+
+def test_a_lost_rank_ends_the_command_and_does_not_cost_a_row() -> None:
+    assert not issubclass(ranks_module.LostRank, MISTAKES)
 
 
 LAUNCHERS = (

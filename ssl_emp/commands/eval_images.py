@@ -14,7 +14,6 @@ from linear_eval.transfer import (
 )
 from ssl_emp.commands.eval_config import EvalConfig
 from ssl_emp.commands.ledger import Voice
-from ssl_emp.commands.rows import write_rows as write_rows  # for scripts that add rows of their own
 from ssl_emp.config import DataConfig
 from ssl_emp.data.holdout import hold_out
 from ssl_emp.data.images import (

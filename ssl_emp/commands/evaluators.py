@@ -36,7 +36,6 @@ from ssl_emp.classifier import check_keepable, save_classifier
 from ssl_emp.commands.eval_config import EvalConfig
 from ssl_emp.commands.eval_images import Splits
 from ssl_emp.commands.ledger import Ledger, Voice
-from ssl_emp.commands.rows import write_rows as write_rows  # for scripts that add rows of their own
 from ssl_emp.commands.samples_table import training_columns
 from ssl_emp.commands.subjects import Subject
 from ssl_emp.data.images import (

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from linear_eval.errors import first_line
-from ssl_emp.commands.rows import write_rows as write_rows  # for scripts that add rows of their own
 from ssl_emp.commands.subjects import Subject, is_run, read_run_data
 from ssl_emp.data.images import (
     ImageSet,

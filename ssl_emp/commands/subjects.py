@@ -79,64 +79,75 @@ def find_subjects(
         if is_run(Path(name))
     }
     datas = {name: _or_problem(partial(read_run_data, Path(name), given)) for name in runs}
-    first = next(iter(runs), None)
-    host = None if first is None else runs[first]
-    host_data = config.data if first is None else datas[first]
-    given_size = config.data.image_size
+    host = _Host(config, given, next(iter(runs), None), runs, datas)
 
     def run_subject(name: str) -> Subject:
         run, data = _right(runs[name]), _right(datas[name])
-        return Subject(
-            name, "last epoch", data, given_size or run.image_size, fixed(run), Path(name) / "eval"
-        )
-
-    def guest_subject(name: str) -> Subject:
-        """What is no run itself, beside the first one."""
-        if isinstance(host, UserError) or isinstance(host_data, UserError):
-            what = f"{name} is judged on the data of the first run, {first}, which cannot be loaded"
-            raise UserError(what, f"see to {first}, leave it out, or name another run first")
-        eval_dir = None if first is None else Path(first) / "eval"
-        if name == "random":
-            spec, mean, std = config.model.model_dump(), AugmentConfig().mean, AugmentConfig().std
-            if host is not None:
-                spec |= host.spec | given.get("model", {})
-                mean, std = host.mean.flatten().tolist(), host.std.flatten().tolist()
-
-            def untrained(image_size: int) -> nn.Module:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(config.seed)
-                    return build_encoder(spec["arch"], spec["width"], spec["stem"], image_size, mean, std)
-
-            size = given_size if host is None or given_size else host.image_size
-            weights = f"untrained {spec['arch']} of width {spec['width']}, {spec['stem']} stem"
-            return Subject(name, weights, host_data, size, untrained, eval_dir)
-        if name == "pixels":
-            size = given_size if host is None or given_size else host.image_size
-            return Subject(name, "raw pixels", host_data, size, Pixels, eval_dir)
-        if name.startswith("timm:"):
-            network, own_size, is_fixed = load_timm(name.removeprefix("timm:"))
-            size = own_size if is_fixed else given_size or own_size
-            return Subject(name, "timm weights", host_data, size, fixed(network), eval_dir)
-        if name.startswith("torchvision:"):
-            network, own_size, is_fixed, weights = load_torchvision(name.removeprefix("torchvision:"))
-            size = own_size if is_fixed else given_size or own_size
-            return Subject(name, f"torchvision weights {weights}", host_data, size, fixed(network), eval_dir)
-        if (Path(name) / "config.yaml").is_file():
-            raise UserError(
-                f"the run {name} has no encoder yet", f"finish it: python pretrain.py --resume {quoted(name)}"
-            )
-        encoder = load_encoder(name, check_range=False)
-        return Subject(
-            name, "as exported", host_data, given_size or encoder.image_size, fixed(encoder), eval_dir
-        )
+        size = config.data.image_size or run.image_size
+        return Subject(name, "last epoch", data, size, fixed(run), Path(name) / "eval")
 
     subjects = []
     for name in names:
-        made = _or_problem(partial(run_subject if name in runs else guest_subject, name))
+        made = _or_problem(partial(run_subject if name in runs else host.guest, name))
         if isinstance(made, UserError):
             made = Subject(name, "", config.data, None, Pixels, None, made)
         subjects.append(made)
     return subjects
+
+
+@dataclass(frozen=True)
+class _Host:
+    """The first run, if there is one, beside which what is no run itself is judged."""
+
+    config: EvalConfig
+    given: dict[str, Any]
+    name: str | None
+    runs: dict[str, Encoder | UserError]
+    datas: dict[str, DataConfig | UserError]
+
+    def guest(self, name: str) -> Subject:
+        """What is no run: on the host's data and images of its size, its rows among the host's."""
+        run = None if self.name is None else self.runs[self.name]
+        data = self.config.data if self.name is None else self.datas[self.name]
+        if isinstance(run, UserError) or isinstance(data, UserError):
+            what = f"{name} is judged on the data of the first run, {self.name}, which cannot be loaded"
+            raise UserError(what, f"see to {self.name}, leave it out, or name another run first")
+        eval_dir = None if self.name is None else Path(self.name) / "eval"
+        given_size = self.config.data.image_size
+        size = given_size if run is None or given_size else run.image_size
+        if name == "random":
+            weights, untrained = self._untrained(run)
+            return Subject(name, weights, data, size, untrained, eval_dir)
+        if name == "pixels":
+            return Subject(name, "raw pixels", data, size, Pixels, eval_dir)
+        if name.startswith("timm:"):
+            network, own_size, is_fixed = load_timm(name.removeprefix("timm:"))
+            size = own_size if is_fixed else given_size or own_size
+            return Subject(name, "timm weights", data, size, fixed(network), eval_dir)
+        if name.startswith("torchvision:"):
+            network, own_size, is_fixed, weights = load_torchvision(name.removeprefix("torchvision:"))
+            size = own_size if is_fixed else given_size or own_size
+            return Subject(name, f"torchvision weights {weights}", data, size, fixed(network), eval_dir)
+        if (Path(name) / "config.yaml").is_file():
+            what = f"the run {name} has no encoder yet"
+            raise UserError(what, f"finish it: python pretrain.py --resume {quoted(name)}")
+        encoder = load_encoder(name, check_range=False)
+        size = given_size or encoder.image_size
+        return Subject(name, "as exported", data, size, fixed(encoder), eval_dir)
+
+    def _untrained(self, run: Encoder | None) -> tuple[str, Callable[[int], nn.Module]]:
+        """What `random` is, and how it is built: the run's architecture and normalisation where there is one."""
+        spec, mean, std = self.config.model.model_dump(), AugmentConfig().mean, AugmentConfig().std
+        if run is not None:
+            spec |= run.spec | self.given.get("model", {})
+            mean, std = run.mean.flatten().tolist(), run.std.flatten().tolist()
+
+        def untrained(image_size: int) -> nn.Module:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.config.seed)
+                return build_encoder(spec["arch"], spec["width"], spec["stem"], image_size, mean, std)
+
+        return f"untrained {spec['arch']} of width {spec['width']}, {spec['stem']} stem", untrained
 
 
 def _or_problem(make: Callable[[], Made]) -> Made | UserError:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from linear_eval import EvalError, Features
 from linear_eval.knn import knn_predict
@@ -12,6 +13,7 @@ from linear_eval.metrics import MULTI_LABEL
 from linear_eval.transfer import (
     Cell,
     Outcome,
+    Suite,
     Target,
     Transfer,
     draw_bars,
@@ -27,7 +29,6 @@ from ssl_emp.commands.eval_images import Splits, images_hash, load_target
 from ssl_emp.commands.evaluators import Judged, Session, beside, build, extract, weights_hash
 from ssl_emp.commands.ledger import MISTAKES
 from ssl_emp.commands.rows import Row
-from ssl_emp.commands.rows import write_rows as write_rows  # for scripts that add rows of their own
 from ssl_emp.commands.subjects import Subject
 from ssl_emp.config import parse_yaml
 from ssl_emp.data.images import (
@@ -50,67 +51,58 @@ def judge_target(
     val = extract(judged, splits["val"], "val") if "val" in splits else None
     if not session.ranks.is_first:
         raise EvalError("process 0 goes on with the features", "see there")
-    weights = weights_hash(encoder)
-    if target.protocol == "knn":
-        both = train if val is None else Features(torch.cat([train.x, val.x]), torch.cat([train.y, val.y]))
-        k = config.knn.num_neighbors[0]
-        predicted = knn_predict(
-            both, test, num_neighbors=k, temperature=config.knn.temperature, device=device
-        )
-        vote = "majority" if config.knn.temperature is None else f"T={config.knn.temperature:g}"
-        return Outcome(
-            predicted, test.y, f"cosine kNN, k={k}, {vote}, bank {len(both.x)}, {size}px, {subject.weights}"
-        ), weights
-    chosen = f"val ({len(val.x)})" if val is not None else f"{100 * config.linear.val_fraction:g}% of train"
+    probe = _knn if target.protocol == "knn" else _linear
+    outputs, protocol = probe(session, target, train, val, test)
+    protocol = f"{protocol}, {size}px, {subject.weights}"
+    return Outcome(outputs, test.y, protocol), weights_hash(encoder)
+
+
+def _knn(
+    session: Session, target: Target, train: Features, val: Features | None, test: Features
+) -> tuple[Tensor, str]:
+    knn, k = session.config.knn, session.config.knn.num_neighbors[0]
+    bank = train if val is None else Features(torch.cat([train.x, val.x]), torch.cat([train.y, val.y]))
+    predicted = knn_predict(bank, test, num_neighbors=k, temperature=knn.temperature, device=session.device)
+    vote = "majority" if knn.temperature is None else f"T={knn.temperature:g}"
+    return predicted, f"cosine kNN, k={k}, {vote}, bank {len(bank.x)}"
+
+
+def _linear(
+    session: Session, target: Target, train: Features, val: Features | None, test: Features
+) -> tuple[Tensor, str]:
+    """Outputs for the test split and the protocol: a regression for each class where images have several
+    labels, heads by SGD, or logistic regression.
+    """
+    val_fraction = session.config.linear.val_fraction
+    given: dict[str, Any] = {"seed": session.config.seed, "val": val, "val_fraction": val_fraction}
+    given |= {"device": session.device}
+    chosen = f"val ({len(val.x)})" if val is not None else f"{100 * val_fraction:g}% of train"
+    grid = f"{len(L2_GRID)} in {L2_RANGE}"
     if target.metric in MULTI_LABEL:
-        found = multi_label_probe(
-            train,
-            test,
-            target.metric,
-            seed=config.seed,
-            val=val,
-            val_fraction=config.linear.val_fraction,
-            device=device,
-        )
+        found = multi_label_probe(train, test, target.metric, **given)
         points = "11-point AP of VOC2007" if target.metric == "voc_map" else "AP over all points"
         low, high = found.l2.min().item(), found.l2.max().item()
-        protocol = (
-            f"lbfgs, a binary regression for each of {test.y.shape[1]} classes, "
-            f"l2={low:.3g}..{high:.3g} of {len(L2_GRID)} in {L2_RANGE} by {points}"
-        )
-        protocol += (
-            f" on {chosen}, refit on train+val, difficult objects not counted, {size}px, {subject.weights}"
-        )
-        return Outcome(found.scores, test.y, protocol), weights
+        protocol = f"lbfgs, a binary regression for each of {test.y.shape[1]} classes, "
+        protocol += f"l2={low:.3g}..{high:.3g} of {grid} by {points} on {chosen}, refit on train+val, "
+        return found.scores, f"{protocol}difficult objects not counted"
     if target.protocol == "linear":
-        heads = sgd_probe(
-            train, test, seed=config.seed, val=val, val_fraction=config.linear.val_fraction, device=device
-        )
-        return Outcome(
-            heads.predicted,
-            test.y,
-            f"linear heads, SGD, chosen on {chosen}, refit, {size}px, {subject.weights}",
-        ), weights
-    probe = linear_probe(
-        train, test, seed=config.seed, val=val, val_fraction=config.linear.val_fraction, device=device
-    )
-    protocol = (
-        f"lbfgs, l2={probe.l2:.3g} of {len(L2_GRID)} in {L2_RANGE} chosen on {chosen}, refit on train+val, "
-        f"{size}px, {subject.weights}"
-    )
-    return Outcome(probe.predicted, test.y, protocol), weights
+        heads = sgd_probe(train, test, **given)
+        return heads.predicted, f"linear heads, SGD, chosen on {chosen}, refit"
+    probe = linear_probe(train, test, **given)
+    return probe.predicted, f"lbfgs, l2={probe.l2:.3g} of {grid} chosen on {chosen}, refit on train+val"
+
+
+def read_suite(path: Path) -> Suite:
+    if not path.is_file():  # a pipe or a device would be read for ever
+        what = f"transfer.suite={path} is no file"
+        raise UserError(what, "give transfer.suite=FILE.yaml, such as configs/suites/small.yaml")
+    return parse_suite(parse_yaml(read_text(path), str(path)), str(path))
 
 
 def run_transfer(session: Session, subjects: list[Subject], folder: Path | None) -> None:
     """Every encoder on every target of transfer.suite; each cell is kept in `folder` at once."""
     config, ranks, ledger = session.config, session.ranks, session.ledger
-    path = Path(config.transfer.suite)
-    if not path.is_file():  # a pipe or a device would be read for ever
-        raise UserError(
-            f"transfer.suite={path} is no file",
-            "give transfer.suite=FILE.yaml, such as configs/suites/small.yaml",
-        )
-    suite = parse_suite(parse_yaml(read_text(path), str(path)), str(path))
+    suite = read_suite(Path(config.transfer.suite))
     by_name = {subject.name: subject for subject in subjects}
     loaded: dict[tuple[str, int | None], dict[str, ImageSet] | Exception] = {}
     judged: dict[tuple[str, str], Row] = {}  # (encoder, data set) -> hashes of its weights and images
@@ -156,15 +148,21 @@ def run_transfer(session: Session, subjects: list[Subject], folder: Path | None)
             suite.name, [cells.get((name, t.name), Cell(name, t, "", None, left)) for name, t in pairs]
         )
         if ranks.is_first and cells:
-            with ledger.interrupts.held():
-                # a mean over what was done is no result of the suite
-                means = len(transfer.cells) if len(cells) == len(pairs) else 0
-                ledger.keep(folder, rows_of(transfer)[: len(transfer.cells) + means], in_table=False)
-                if folder is not None:
-                    with beside(session.voice, folder / "transfer.csv"):
-                        write_atomically(folder / "transfer.csv", to_csv(transfer).encode(), shared=True)
-                ledger.show()
-                ledger.print(to_markdown(transfer) + "".join(f"{line}\n" for line in missing_lines(transfer)))
+            # a mean over what was done is no result of the suite
+            num_rows = None if len(cells) == len(pairs) else len(transfer.cells)
+            show(session, transfer, rows_of(transfer)[:num_rows], folder)
     if ranks.is_first and folder is not None and any(cell.measured is not None for cell in transfer.cells):
         with beside(session.voice, folder / "transfer.png"):
             draw_bars(transfer, folder / "transfer.png")
+
+
+def show(session: Session, transfer: Transfer, rows: list[Row], folder: Path | None) -> None:
+    """Keep the rows, and print the table of the suite after that of the other evaluators."""
+    ledger = session.ledger
+    with ledger.interrupts.held():
+        ledger.keep(folder, rows, in_table=False)
+        if folder is not None:
+            with beside(session.voice, folder / "transfer.csv"):
+                write_atomically(folder / "transfer.csv", to_csv(transfer).encode(), shared=True)
+        ledger.show()
+        ledger.print(to_markdown(transfer) + "".join(f"{line}\n" for line in missing_lines(transfer)))

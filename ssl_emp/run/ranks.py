@@ -49,8 +49,8 @@ BYTES_AT_ONCE = 2**28  # of `Ranks.gather_rows`
 FIXABLE = "!"  # before the text of a mistake that the user can fix, in `Ranks.together`
 
 
-class LostRank(RunFailed):
-    """Another rank is gone, hangs, or failed.
+class LostRank(Exception):
+    """Another rank is gone, hangs, or failed. Nothing can be done together any more: exit code 3.
 
     Args:
         speaks: whether this rank is the one that tells the user; the first may be the one that is lost.
