@@ -1,8 +1,8 @@
-"""Judging a frozen encoder by its features alone.
+"""Judging encoders by labelled images.
 
 Data flow: encoder + uint8 images -> `extract_features` -> `Features` (cached on the CPU) -> `knn_accuracy` or
-`linear_probe` -> a number in 0..1. The encoder is never trained here and never changes. Mistakes in the input
-raise `EvalError`.
+`linear_probe` -> a number in 0..1. Only `linear_eval.finetune` trains an encoder, and that a copy: the
+encoder that is given never changes. Mistakes in the input raise `EvalError`.
 """
 
 from linear_eval.features import EvalError, Features, extract_features

@@ -183,7 +183,7 @@ def uniformity(x: Tensor, *, t: float = 2) -> float:
     total = 0.0
     for start in range(0, len(unit), PAIR_CHUNK):
         cosine = unit[start : start + PAIR_CHUNK] @ unit[start:].T  # (R, N - start)
-        # ||a - b||^2 = 2 - 2 cosine for unit rows; only what is right of the diagonal
+        # ||a - b||^2 = 2 - 2 cosine for unit rows; each pair once, above the diagonal
         total += (2 * t * (cosine - 1)).exp().triu(diagonal=1).sum(dtype=torch.float64).item()
     return math.log(total / (len(unit) * (len(unit) - 1) / 2))
 
@@ -269,7 +269,7 @@ def draw_neighbors(
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=10)
     for line, (query, row) in enumerate(zip(queries.tolist(), neighbors.tolist(), strict=True)):
         for column, sample in enumerate([query, *row]):
-            left = gap + step * column + (2 * gap if column else 0)  # the query stands apart
+            left = gap + step * column + (2 * gap if column else 0)  # a wider gap beside the query
             top = gap + (step + text) * line
             same = labels is None or bool(labels[sample] == labels[query])
             colour = NEUTRAL if column == 0 or labels is None else SAME if same else OTHER
@@ -277,7 +277,7 @@ def draw_neighbors(
             image = Image.fromarray(pixels[sample : sample + 1][0].permute(1, 2, 0).numpy())
             smoothing = Image.Resampling.NEAREST if image.width < TILE else Image.Resampling.LANCZOS
             canvas.paste(image.resize((TILE, TILE), smoothing), (left + frame, top + frame))
-            if not same:  # told apart without colours too
+            if not same:  # a cross, for readers who cannot tell the colours apart
                 right, low = left + frame + TILE - 3, top + frame + 2
                 pen.rectangle((right - 11, low - 2, right + 2, low + 11), fill="white")
                 pen.line((right - 9, low, right, low + 9), fill=OTHER, width=2)
@@ -316,7 +316,7 @@ def map_2d(x: Tensor, *, method: MapMethod = "pca", seed: int = 0) -> Tensor:
     if method != "umap":
         raise EvalError(f"the map's method is {method!r}", "choose pca or umap")
     try:
-        umap = importlib.import_module("umap")  # an extra, and without types
+        umap = importlib.import_module("umap")  # an optional package without types
     except ImportError as error:
         raise EvalError(
             "a UMAP map needs the package umap-learn", "pip install umap-learn (extra `umap`), or choose pca"
@@ -375,7 +375,7 @@ def draw_map(
             axes.scatter(across, up, s=size, color=shade, linewidths=0, label=str(turn), rasterized=True)
         if len(classes) <= 20:
             legend = axes.legend(fontsize=7, markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
-            # a name with _ in front would be left out as a label
+            # set as text: matplotlib leaves labels out that begin with _
             for text, label in zip(legend.get_texts(), classes, strict=True):
                 text.set_text(shorten(class_names[label] if class_names else str(label)))
     axes.set(xticks=[], yticks=[])
@@ -468,7 +468,7 @@ def _unit_rows(x: Tensor) -> Tensor:
     largest = x.abs().amax(dim=1, keepdim=True)
     if ((largest > 1e-12) & (largest < 1e15) | (largest == 0)).all():
         return torch.nn.functional.normalize(x, dim=1)
-    # their squares leave float32
+    # squares of these would overflow or underflow float32
     return torch.nn.functional.normalize(x / torch.where(largest > 0, largest, 1.0), dim=1)
 
 

@@ -19,6 +19,6 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 def did_you_mean(
     word: str, known: Iterable[str], otherwise: str, cutoff: float = 0.6, prefix: str = ""
 ) -> str:
-    """A fix for a word that is not among those `known`: the nearest one, or `otherwise` where none is near."""
+    """A fix for a word that is not one of `known`: the nearest one, or `otherwise` where none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f"did you mean {prefix}{near[0]}?" if near else otherwise

@@ -54,7 +54,7 @@ class Features:
     Attributes:
         x: (N, D) float32 on the CPU, one row per image.
         y: (N,) int64 on the CPU, class ids >= 0; of images with several labels (N, C): 1 present, 0 absent,
-        -1 not counted.
+            -1 not counted.
     """
 
     x: Tensor
@@ -129,7 +129,7 @@ def content_hash(pixels: Pixels) -> str:
     if own is not None:
         return own()
     digest = hashlib.sha256(str(tuple(pixels.shape)).encode())
-    for start in range(0, len(pixels), 256):  # a mapped file may be larger than memory
+    for start in range(0, len(pixels), 256):  # in parts: the file may be larger than memory
         digest.update(pixels[start : start + 256].contiguous().numpy().data)
     return digest.hexdigest()
 
@@ -167,7 +167,9 @@ def save_features(path: Path, features: Features) -> None:
     """Keep the rows for `load_features` (safetensors). A full disk costs the cache, not the result."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, shared=True) as file:  # by its name: as bytes they would be in memory twice
+        with replacing(
+            path, shared=True
+        ) as file:  # save_file takes a path; `save` would hold a second copy in memory
             save_file({"x": features.x.contiguous()}, file.name)
 
 
@@ -198,7 +200,7 @@ def check_features(features: Features, name: str, *, multi_label: bool = False) 
         )
     if len(x) == 0:
         raise EvalError(f"the {name} split is empty", "give at least one image")
-    # one pass; finite numbers may have an infinite sum, hence the second look
+    # a row's sum finds suspects in one pass; a sum of finite numbers may overflow, so they are looked at
     suspects = x[~x.sum(dim=1).isfinite()]
     bad_rows = int((~suspects.isfinite().all(dim=1)).sum())
     if bad_rows:

@@ -1,8 +1,8 @@
 """Few labels: accuracy when only some train images are labeled, over several subsets of them.
 
 Protocol: class-balanced subsets (as for the 1 % and 10 % of SimCLR, arXiv 2002.05709, section 4.2); every
-one is scored on the whole test split; mean and sample standard deviation over the subsets. `fewshot` takes any
-way of training, `fewshot_probe` is the frozen one. Letters: N labeled images at hand, C classes.
+one is scored on the whole test split; mean and sample standard deviation over the subsets. `fewshot` takes
+any way of training, `fewshot_probe` is the frozen one. Letters: N labeled images at hand, C classes.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ Score = Callable[[Tensor, int], float]  # train rows (K,) int64 ascending, seed 
 Probe = Callable[[Features, Features, int], float]
 
 MIN_SUBSETS, NUM_SUBSETS = 3, 5
-# Weight of ||W||^2 / 2 beside the mean cross-entropy where one image a class leaves nothing to choose it on.
-# It matters little: on MNIST (features of a trained and an untrained network, pixels; 8 subsets) 1e-4 to 1 lie
-# within 0.3 points of each other.
+# Weight of ||W||^2 / 2 beside the mean cross-entropy where a class has one image, and none to choose it on.
+# It matters little: on MNIST (features of a trained and an untrained network, pixels; 8 subsets) 1e-4 to 1
+# lie within 0.3 points of each other.
 FIXED_L2 = 0.1
 
 
@@ -176,7 +176,7 @@ def fixed_l2_probe(
     """Test accuracy (0..1) of `linear_probe` with a given l2 beside the mean cross-entropy, so nothing is
     held out.
     """
-    # there l2 stands beside the sum
+    # linear_probe weighs l2 against the sum of cross-entropies, not their mean
     return linear_probe(
         train, test, seed=0, l2_grid=[l2 * len(train.x)], precision="float64", device=device
     ).top1

@@ -37,7 +37,7 @@ Views = Callable[[int, Tensor, Tensor], Tensor]
 Progress = Callable[[int, int], None]  # steps done, steps in all
 Warn = Callable[[str], Any]
 
-# of checkpoints; raised when the training itself changes, too: what it left unfinished then begins anew
+# of checkpoints; raised also when the training changes, so that an unfinished one begins anew
 FORMAT = 2
 MOMENTUM = 0.9
 LR = 0.05
@@ -137,7 +137,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, fits, values in (
             ("epochs", self.epochs >= 1, ">= 1"),
-            # batches are evened out, and BatchNorm needs two images in each
+            # an epoch is cut into equal batches, and BatchNorm needs two images in each
             ("batch_size", self.batch_size >= 4, ">= 4"),
             ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, ">= 0 and below epochs"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, ">= 0"),
@@ -288,7 +288,7 @@ def train_and_test(
 
 
 class _Trainings:
-    """The trainings behind one result, by number: the trials on a part of train, then the one on all of it."""
+    """The trainings behind one result, by number: trials on a part of train, then the one on all of it."""
 
     def __init__(
         self,
@@ -335,7 +335,7 @@ class _Trainings:
         is_trial = number < self.num_trials
         rates = self.trials[number] if is_trial else [self.recipe.rates[self.best(scores)]]
         rows = self.fit_rows if is_trial else self.all_rows
-        # a loaded encoder has its gradients off
+        # requires_grad_: load_encoder turns gradients off
         encoder = self.encoder if self.frozen else copy.deepcopy(self.encoder).requires_grad_(True)
         shape = (self.feature_dim, len(self.classes), len(rates))
         model = Classifier(encoder, *shape, frozen=self.frozen, bf16=self.recipe.bf16).to(self.device)
@@ -424,7 +424,7 @@ def _heights(encoder: nn.Module) -> dict[str, int]:
     comes before.
     """
     depths, stage = {}, 0
-    for name, _ in encoder.named_parameters():  # in the order of registration, which is that of depth
+    for name, _ in encoder.named_parameters():  # registered from the stem to the head
         number = next(
             (part[5:] for part in name.split(".") if part[:5] == "layer" and part[5:].isdigit()), None
         )
@@ -475,7 +475,7 @@ def _num_batches(num_images: int, batch_size: int) -> int:
 
 
 def _optimizer(model: Classifier, lrs: list[float], num_rows: int, recipe: Recipe) -> torch.optim.SGD:
-    # by the batches as they are: few labels make small ones
+    # the real batch size: few labels make small batches
     scale = num_rows / _num_batches(num_rows, recipe.batch_size) / RATED_BATCH
     groups = parameter_groups(model, [lr * scale for lr in lrs], recipe.weight_decay, recipe.layer_decay)
     return torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, nesterov=True)
@@ -548,7 +548,9 @@ def _train(
                     label_smoothing=recipe.label_smoothing,
                 )  # (B, L)
                 optimizer.zero_grad()
-                each.mean(0).sum().backward()  # a sum: no head feels the others
+                each.mean(
+                    0
+                ).sum().backward()  # summed over heads: the gradient of one does not depend on the others
                 optimizer.step()
                 sums += each.detach().sum(0)
                 tick(step + 1)
@@ -659,7 +661,7 @@ class _Checkpoint:
             state = self._read()
             if state["fingerprint"] == self.made_of:
                 check(state)
-        # torch.load raises pickle, zip, runtime and key errors; all mean: not a checkpoint of ours
+        # torch.load raises pickle, zip, runtime and key errors for what is no checkpoint of ours
         except Exception as error:
             if self.is_keyed:
                 self.warn(
@@ -683,7 +685,7 @@ class _Checkpoint:
 
     def _read(self) -> dict[str, Any]:
         """The file's state, of the right types and extent."""
-        if self.path.is_symlink() or not self.path.is_file():  # a pipe would be waited for
+        if self.path.is_symlink() or not self.path.is_file():  # opening a pipe would wait for ever
             raise TypeError("no regular file")
         with zipfile.ZipFile(self.path) as archive:
             parts = archive.infolist()
@@ -718,7 +720,7 @@ class _Checkpoint:
         try:
             with artifact(self.path) as file:
                 torch.save({"fingerprint": self.made_of, **state}, file)
-        # a full disk surfaces from torch.save as RuntimeError
+        # torch.save raises RuntimeError on a full disk
         except (EvalError, OSError, RuntimeError) as error:
             if not self.warned:
                 why = getattr(error.__cause__, "strerror", None) or first_line(error)

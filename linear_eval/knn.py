@@ -20,11 +20,10 @@ Backend = Literal["auto", "faiss", "torch"]
 Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 TIE = 1e-6  # cosine similarities closer than this may be ordered differently by two float32 matmuls
-# where all neighbours found are as similar as this, float32 (6e-8 near 1, and a matmul's errors) may find
-# others
+# where all neighbours found are this similar, rounding in float32 may have hidden nearer ones
 NARROW = 1e-4
 SPARE = 16  # neighbours found beyond the k-th, so that a tie at the cut is settled among a few
-EXACT = 1e-14  # cosines in float64 that are closer than this are equal; of how far the bank spreads
+EXACT = 1e-14  # float64 cosines closer than this share of the bank's spread count as equal
 CHUNK_ELEMENTS = 2**27  # float32 similarities held at once: 512 MiB
 
 
@@ -184,7 +183,7 @@ def exact_cosines(queries: Tensor, bank: Tensor) -> tuple[Tensor, float]:
 
 
 def _unit_rows_exactly(x: Tensor) -> Tensor:
-    x = x.detach().cpu().double()  # whose range holds the squares of all float32
+    x = x.detach().cpu().double()  # float64: squares of large float32 numbers do not overflow
     return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=1e-300)
 
 
@@ -212,7 +211,7 @@ def _settle(
     below = (similarity - similarity[:, :1]).double()
     tie = torch.full((len(below), 1), TIE, dtype=torch.float64)
     if narrow.any():
-        index = index.clone()  # it is a part of what was found for every k
+        index = index.clone()  # the caller's tensor serves every k
         for rows in narrow.nonzero().squeeze(1).split(max(1, CHUNK_ELEMENTS // 8 // len(bank))):
             exact, tie[rows] = exact_cosines(raw_queries[rows], raw_bank)  # (R, N)
             index[rows] = exact.argsort(dim=1, descending=True, stable=True)[:, :k]
@@ -231,7 +230,7 @@ def _settle_cut(
     if k == len(bank):
         return similarity, index
     tied = ((similarity[:, k - 1] - similarity[:, k] < TIE) & among).nonzero().squeeze(1)
-    # every row that may come in is among the ones found
+    # all candidates for the first k rows are among those found
     complete = similarity[tied, k - 1] - similarity[tied, -1] >= TIE
     few, many = (tied, tied[:0]) if index.shape[1] == len(bank) else (tied[complete], tied[~complete])
     found = index
@@ -288,14 +287,14 @@ def _faiss_search(faiss: ModuleType, bank: Tensor, device: torch.device) -> Sear
         with suppress(RuntimeError, MemoryError):  # the GPU is full: the CPU gives the same answer
             index = faiss.GpuIndexFlatIP(resources, bank.shape[1], config)
             index.add(bank.numpy())
-            on_gpu = index  # only now: an index without its bank would answer too
+            on_gpu = index  # set last: an index that was not filled would answer too
 
     def search(queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         answer = None
         if on_gpu is not None:
             with suppress(RuntimeError, MemoryError):  # the GPU is full, or k is beyond its limit of 2048
                 answer = on_gpu.search(queries.numpy(), k)
-        if answer is None:  # without an index: it would copy the bank
+        if answer is None:  # brute force: an index would copy the bank
             answer = faiss.knn(queries.numpy(), bank.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
         similarity, rows = map(torch.from_numpy, answer)
         return similarity, rows

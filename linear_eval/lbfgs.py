@@ -22,15 +22,14 @@ from torch import Tensor
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 HISTORY = 10  # pairs of step and gradient change that are kept; 20 saved under 2 % of the evaluations
-ARMIJO = 1e-4  # share of the slope's promise that a step must keep
+ARMIJO = 1e-4  # a step must lower the value by this share of what the slope predicts
 MAX_TRIALS = 12  # step lengths a problem may try in one iteration
-# nats: below it, the tolerance on the mean loss is that of this loss; what is left there decides no
-# prediction
+# nats; the tolerance is relative to the mean loss, and to this where the loss is smaller
 FLOOR = 1e-2
 # an eigendecomposition of this size takes half a minute on a CPU; wider features are only scaled
 MAX_ROTATED = 4096
 STATE_ELEMENTS = 2**29  # numbers of history held at once: 2 GiB in float32
-# logits held at once: what a CPU keeps in its cache, what keeps a GPU busy
+# logits held at once: as many as fit a CPU's cache, enough to occupy a GPU
 CPU_ELEMENTS, GPU_ELEMENTS = 2**20, 2**26
 
 
@@ -75,9 +74,9 @@ def minimize(
         torch.zeros(num_problems, dtype=torch.int64, device=device),
         torch.zeros(num_problems, dtype=torch.bool, device=device),
     )
-    problems, point = torch.arange(num_problems, device=device), start  # the open ones: (A,), (A, P)
+    problems, point = torch.arange(num_problems, device=device), start  # those not ended: (A,), (A, P)
     value, gradient = objective(point, problems)
-    # m steps, m gradient changes, the gradient
+    # rows of the basis: m steps, m gradient changes, the gradient
     basis = start.new_zeros(num_problems, 2 * m + 1, start.shape[1])
     basis[:, -1] = gradient
     gram = torch.zeros(num_problems, 2 * m + 1, 2 * m + 1, dtype=torch.float64, device=device)
@@ -88,7 +87,7 @@ def minimize(
         slope = -(coefficients * gram[:, -1]).sum(1)  # (A,) along it
 
         length, new_value, new_gradient = _line_search(
-            lambda trial, rows: objective(trial, problems[rows]), point, value, gradient, direction, slope
+            objective, problems, point, value, gradient, direction, slope
         )
         move, slot = length.to(point.dtype).unsqueeze(1) * direction, step % m
         basis[:, slot], basis[:, m + slot], basis[:, -1] = move, new_gradient - gradient, new_gradient
@@ -98,7 +97,7 @@ def minimize(
         minima.points[problems], minima.values[problems], minima.num_steps[problems] = point, value, step + 1
 
         limit = tolerance * value.abs().clamp_min(floor)
-        # the first has no model, only a gradient
+        # not in the first step, which has no quadratic model yet
         ended = ((-slope / 2 <= limit) & (lowered <= limit) & (step > 0)) | (length == 0)
         minima.converged[problems[ended]] = True
         if ended.all():
@@ -115,26 +114,31 @@ def minimize(
 
 
 def _line_search(
-    objective: Objective, point: Tensor, value: Tensor, gradient: Tensor, direction: Tensor, slope: Tensor
+    objective: Objective,
+    problems: Tensor,
+    point: Tensor,
+    value: Tensor,
+    gradient: Tensor,
+    direction: Tensor,
+    slope: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Step lengths (A,) that lower the values, by backtracking; values and gradients there.
 
-    A length is 0, and its value and gradient are those at hand, where MAX_TRIALS do not lower it. `objective`
-    gets rows of `point`.
+    A length is 0, and its value and gradient are those at hand, where MAX_TRIALS do not lower it.
     """
     rounding = 8 * torch.finfo(point.dtype).eps
     length, new_value, new_gradient = torch.ones_like(value), value.clone(), gradient.clone()
     trying = torch.arange(len(point), device=point.device)
     for _ in range(MAX_TRIALS):
         trial = point[trying] + length[trying].to(point.dtype).unsqueeze(1) * direction[trying]
-        tried, tried_gradient = objective(trial, trying)
+        tried, tried_gradient = objective(trial, problems[trying])
         previous, promise = value[trying], length[trying] * slope[trying]
         accepted = tried <= previous + ARMIJO * promise + rounding * previous.abs()
         new_value[trying[accepted]], new_gradient[trying[accepted]] = (
             tried[accepted],
             tried_gradient[accepted],
         )
-        # to the lowest point of the parabola through value, slope and trial; not a number: far too long
+        # minimum of the parabola through value, slope and trial; NaN: the step was far too long
         shrink = (-promise / (2 * (tried - previous - promise))).nan_to_num(0.1).clamp(0.1, 0.5)
         length[trying[~accepted]] *= shrink[~accepted]
         trying = trying[~accepted]
@@ -162,14 +166,14 @@ def _two_loops(gram: Tensor, slots: list[int]) -> Tensor:
         gram.diagonal(m, 1, 2)[:, :m],
     )
     usable = curvature > 1e-8 * (length * change).sqrt()
-    inverse = torch.where(usable, 1 / curvature, 0)  # 0: the pair has no effect
+    inverse = torch.where(usable, 1 / curvature, 0)  # 0 leaves the pair out
     coefficients = torch.zeros_like(gram[:, 0])
     coefficients[:, -1] = 1
     alpha, scale = torch.zeros_like(inverse), torch.ones_like(inverse[:, 0])
     for slot in reversed(slots):
         alpha[:, slot] = inverse[:, slot] * (coefficients * gram[:, slot]).sum(1)
         coefficients[:, m + slot] -= alpha[:, slot]
-    for slot in slots:  # the newest usable pair's
+    for slot in slots:  # ends as that of the newest usable pair
         scale = torch.where(usable[:, slot], curvature[:, slot] / change[:, slot], scale)
     coefficients *= scale.unsqueeze(1)
     for slot in slots:
@@ -255,7 +259,7 @@ def fit_logistic(
     stride = 2 ** max(0, (len(l2) // 4).bit_length() - 1)  # the coarsest grid has at least four values
     while stride:
         level = [h for h in by_strength[::stride] if h not in solved]
-        if solved:  # the solutions are smooth in log l2: most of these then need one iteration or two
+        if solved:  # start between solved neighbours: most then need one or two iterations
             points[level] = _interpolate(logs, points, solved, level)
         for batch in (level[begin : begin + most] for begin in range(0, len(level), most)):
             rows = torch.tensor(batch, device=x.device)
@@ -287,10 +291,10 @@ class _Logistic:
         self.penalty = torch.cat([self.penalty, self.penalty.new_zeros(len(l2), 1)], dim=1)
         variance = torch.cat([variance, variance.new_ones(1)])
         scaling = (variance / num_classes + self.penalty).rsqrt()
-        # along an axis without variance there is no gradient but rounding
+        # an axis without variance has only rounding for a gradient
         self.scaling = torch.where(variance > 1e-12 * variance[:-1].max(), scaling, 0)  # (H, R + 1)
         elements = GPU_ELEMENTS if x.is_cuda else CPU_ELEMENTS
-        # no batch has more than half of the problems
+        # after the first level a batch has at most half of the problems
         num_rows = max(64, elements // (num_classes * -(-len(l2) // 2)))
         columns = torch.cat([x, x.new_ones(len(x), 1)], dim=1).T  # (R + 1, N)
         self.chunks = [
@@ -438,7 +442,7 @@ class _Binary:
         self.penalty = torch.cat([self.penalty, self.penalty.new_zeros(len(l2), 1)], dim=1)
         variance = torch.cat([variance, variance.new_ones(1)])
         scaling = ((share * (1 - share)).to(x.dtype) * variance + self.penalty).rsqrt()
-        # along an axis without variance there is no gradient but rounding
+        # an axis without variance has only rounding for a gradient
         self.scaling = torch.where(variance > 1e-12 * variance[:-1].max(), scaling, 0)  # (P, R + 1)
         num_rows = max(64, (GPU_ELEMENTS if x.is_cuda else CPU_ELEMENTS) // len(l2))
         columns = torch.cat([x, x.new_ones(len(x), 1)], dim=1).T  # (R + 1, N)
@@ -495,7 +499,7 @@ def _principal_axes(x: Tensor) -> tuple[Tensor | None, Tensor]:
     num, dim = x.shape
     if min(num, dim) > MAX_ROTATED:
         return None, x.square().mean(0)
-    # fewer rows than columns: the solution is a sum of rows
+    # fewer rows than columns: the solution lies in the span of the rows
     span = torch.linalg.qr(x.double().T).Q if num < dim else None
     inner = x if span is None else x.double() @ span
     variance, vectors = torch.linalg.eigh((inner.T @ inner).double() / num)

@@ -1,12 +1,10 @@
 """Linear probes on frozen, cached features: a linear classifier, its settings chosen without the test split.
 
-`linear_probe`  logistic regression to the optimum, by L-BFGS: the transfer protocol of Kornblith et al. 2019,
-Do better ImageNet
-                models transfer better? (appendix A), and of SimCLR: 45 strengths of l2, refitted on train and
-                validation.
-`multi_label_probe`  the same for images with several labels: a binary regression for each class, its l2
-chosen for that class. `sgd_probe`     heads of many learning rates and weight decays, trained side by side on
-the same batches by SGD with momentum.
+`linear_probe`: logistic regression to the optimum, by L-BFGS, the transfer protocol of Kornblith et al. 2019,
+Do better ImageNet models transfer better? (appendix A), and of SimCLR: 45 strengths of l2, refitted on train
+and validation. `multi_label_probe`: the same for images with several labels, a binary regression for each
+class, its l2 chosen for that class. `sgd_probe`: heads of many learning rates and weight decays, trained side
+by side on the same batches by SGD with momentum.
 
 Neither augments: a probe that crops and flips is another protocol.
 """
@@ -35,7 +33,7 @@ BATCH_SIZE = 256  # of the heads that SGD trains
 VAL_FRACTION = 0.2  # of the train split, held out to choose on
 MAX_ITER = 1000  # L-BFGS steps of a fit
 EPOCHS = 100  # of those heads
-# of the loss: for the choice of l2, and of the probe that is reported
+# relative, of the loss: while l2 is chosen, and of the probe that is reported
 SWEEP_TOLERANCE, FIT_TOLERANCE = 1e-5, 1e-7
 
 
@@ -70,12 +68,15 @@ class LinearResult:
 
     Attributes:
         top1: accuracy on the test split, 0..1.
-        val_top1: accuracy on the validation rows at the chosen `l2`, 0..1; None: there was one value, and no
-        choice. l2: the chosen weight of ||W||^2 / 2 beside the sum of the cross-entropies, 1 / C of
-        scikit-learn's LogisticRegression. train_loss: mean cross-entropy (nats) plus penalty / N of the final
-        fit. num_steps: L-BFGS steps of the final fit, from the solution for the train part; `max_iter`: it
-        had not converged. predicted: (N_test,) int64 class ids. head: the final fit. classes: (C,) int64
-        ascending, the class ids that its logits stand for.
+        val_top1: accuracy on the validation rows at the chosen `l2`, 0..1; None: there was no choice.
+        l2: the chosen weight of ||W||^2 / 2 beside the sum of the cross-entropies, 1 / C of scikit-learn's
+            LogisticRegression.
+        train_loss: mean cross-entropy (nats) plus penalty / N of the final fit.
+        num_steps: L-BFGS steps of the final fit, from the solution for the train part; `max_iter`: it had
+            not converged.
+        predicted: (N_test,) int64 class ids.
+        head: the final fit.
+        classes: (C,) int64 ascending, the class ids that its logits stand for.
     """
 
     top1: float
@@ -316,7 +317,7 @@ def sgd_probe(
         center, scale, weight, loss = train_on(task.fit, settings)
         predicted = (_with_ones((task.val.x - center) / scale) @ weight.transpose(1, 2)).argmax(2)  # (H, N)
         accuracy = torch.where(loss.isfinite(), (predicted == task.val.y).double().mean(1), -1)
-        best = int(accuracy.argmax())  # the first of equal ones: low learning rate, high weight decay
+        best = int(accuracy.argmax())  # argmax: of equals the first, of low rate and high decay
         val_top1 = float(accuracy[best])
     center, scale, weight, loss = train_on(task.both, [settings[best]])
     if not loss.isfinite():

@@ -23,7 +23,7 @@ Metric = Literal["top1", "mean_per_class", "voc_map", "map"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 NUM_RESAMPLES = 1000  # of the bootstrap
 MULTI_LABEL: tuple[Metric, ...] = ("voc_map", "map")
-CHUNK_ELEMENTS = 2**23  # weights of (draws, samples) held at once: 32 MiB, and a few temporaries of that size
+CHUNK_ELEMENTS = 2**23  # weights (resamples, samples) held at once: 32 MiB, and temporaries of that size
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def measure(
             if metric == "mean_per_class"
             else torch.zeros(len(labels), dtype=torch.int64)
         )
-        # A sample matters through (its class, right or wrong) alone: drawing N samples again is one
-        # multinomial draw over these cells.
+        # Only (class, right or wrong) of a sample matters, so that resampling N samples is one multinomial
+        # draw over these cells.
         # (2C,) wrong, right of every class
         cells = torch.bincount(2 * groups + hit, minlength=2 * int(groups.max()) + 2).numpy()
         value = _accuracy_of_cells(cells[None]).item()
@@ -147,7 +147,7 @@ def _bootstrap_map(scores: Tensor, labels: Tensor, metric: Metric, num_resamples
 def _accuracy_of_cells(cells: np.ndarray) -> Tensor:
     """(R,) mean over the classes that occur of right / (right + wrong), from counts (R, 2C)."""
     counts = torch.from_numpy(cells).double().view(len(cells), -1, 2)  # (R, C, wrong and right)
-    return (counts[:, :, 1] / counts.sum(dim=2)).nanmean(dim=1)  # 0 / 0 is NaN: the class is not in this draw
+    return (counts[:, :, 1] / counts.sum(dim=2)).nanmean(dim=1)  # 0 / 0 is NaN: the resample lacks the class
 
 
 def _check(outputs: Tensor, labels: Tensor, metric: str) -> None:

@@ -1,6 +1,6 @@
-"""Names of others (classes, encoders, suites) as text in pictures and tables: nothing of them is acted upon."""
+"""Names of classes, encoders and suites as plain text in pictures and tables."""
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for one
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet takes what begins so for a formula
 
 
 def printable(text: str) -> str:

@@ -232,7 +232,7 @@ def _voc2007(root: Path, split: str, download: bool) -> Listing:
 def _cub200(root: Path, split: str, download: bool) -> Listing:
     folder = root / "CUB_200_2011"
 
-    def column(file_name: str) -> dict[str, str]:  # image number -> what the file says of it
+    def column(file_name: str) -> dict[str, str]:  # image number -> value
         return dict((number, text) for number, text in (line.split() for line in _lines(folder / file_name)))
 
     paths, labels, is_train = (
@@ -270,8 +270,8 @@ TARGETS = {
     ),
     "cars": TargetSource(
         _through_torchvision("StanfordCars"),
-        advice="its first home is gone and torchvision cannot download it: copy its files into {root}/stanford_cars as torchvision's "
-        "StanfordCars describes",
+        advice="its first home is gone and torchvision cannot download it: copy its files into "
+        "{root}/stanford_cars as torchvision's StanfordCars describes",
     ),
     "aircraft": TargetSource(_through_torchvision("FGVCAircraft"), WITH_VAL),
     "voc2007": TargetSource(_voc2007, WITH_VAL, multi_label=True),

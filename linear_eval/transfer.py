@@ -42,10 +42,13 @@ class Target(_Strict):
     Attributes:
         name: what the table calls it.
         source: a name of `linear_eval.targets.TARGETS`, or whatever else the caller can load (a folder, a
-        parquet file). train_split, test_split: what is fitted, what is judged. val_split: where the
-        regularisation is chosen; it then joins train. None: a part of train is held out. metric: see
-        `linear_eval.metrics`. protocol: `lbfgs` (SimCLR's), `linear` or `knn`; images with several labels
-        take `lbfgs`, a regression for each class. image_size: pixels a side. None: as the encoder wants it.
+            parquet file).
+        train_split, test_split: what is fitted, what is judged.
+        val_split: where the regularisation is chosen; it then joins train. None: a part of train is held out.
+        metric: see `linear_eval.metrics`.
+        protocol: `lbfgs` (SimCLR's), `linear` or `knn`; images with several labels take `lbfgs`, a regression
+            for each class.
+        image_size: pixels a side. None: as the encoder wants it.
         max_images: of the train split; all of the test split counts.
     """
 
@@ -398,7 +401,7 @@ def draw_bars(transfer: Transfer, path: Path) -> None:
             if measured is not None:
                 places.append(column + (turn - (len(encoders) - 1) / 2) * width)
                 heights.append(100 * measured.value)
-                # an interval may lie beside the value
+                # a bootstrap interval need not contain the value
                 below.append(100 * max(0.0, measured.value - measured.low))
                 above.append(100 * max(0.0, measured.high - measured.value))
         hatch = "//" if turn // len(COLOURS) % 2 else None
@@ -418,7 +421,7 @@ def draw_bars(transfer: Transfer, path: Path) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     legend = axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    # a name with _ in front would be left out as a label
+    # set as text: matplotlib leaves labels out that begin with _
     for text, encoder in zip(legend.get_texts(), encoders, strict=True):
         text.set_text(shorten(encoder))
     save_figure(figure, path)

@@ -42,10 +42,12 @@ class ClassifierConfig(Section):
     format: Literal[1]
     written_by: str
     family: Literal["ssl_emp", "timm", "torchvision", "pixels"]  # who builds the encoder
-    architecture: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_.]*$")]  # its name there
-    width: Annotated[int, Field(ge=8, le=512, multiple_of=8)] | None  # of ssl_emp's
+    architecture: Annotated[
+        str, Field(max_length=200, pattern=r"^[A-Za-z0-9_.]*$")
+    ]  # its name in that family
+    width: Annotated[int, Field(ge=8, le=512, multiple_of=8)] | None  # of a WidthResNet
     stem: Literal["cifar", "imagenet"] | None
-    mean: Three | None  # of pixels in [0, 1], taken off by the encoder
+    mean: Three | None  # of pixels in [0, 1]; the encoder normalises by them
     std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] | None
     image_size: Annotated[int, Field(ge=1, le=4096)]
     bf16: bool  # the encoder's forward pass
@@ -106,7 +108,7 @@ def check_keepable(encoder: nn.Module, name: str) -> None:
     spec = _describe(encoder, name)
     try:
         expected = _shapes(_skeleton(spec, meta=True))
-    except Exception as error:  # whatever its library finds
+    except Exception as error:  # libraries raise errors of many types
         raise UserError(f"a classifier on {name} cannot be kept ({error})", "leave save=true out") from error
     if expected != _shapes(_core(encoder)):
         raise UserError(
@@ -333,7 +335,7 @@ def _skeleton(spec: Mapping[str, Any], meta: bool = False) -> nn.Module:
     if family == "timm":
         import timm
 
-        # other names would be fetched, or read from a folder
+        # a name with a prefix would be downloaded, or read from a folder
         if ":" in name or "/" in name or not timm.is_model(name):
             raise ValueError(f"timm has no model {name!r}")
         return timm.create_model(name, pretrained=False, num_classes=0)

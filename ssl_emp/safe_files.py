@@ -22,7 +22,7 @@ from ssl_emp.errors import UserError
 from ssl_emp.text import quoted
 
 SMALL = 16 << 20  # bytes; configs, manifests, an encoder's description: kilobytes where we wrote them
-LARGE = 1 << 30  # what grows with a run: metrics, rows of evaluations
+LARGE = 1 << 30  # for files that grow with a run: metrics, rows of evaluations
 
 
 # ---- writing
@@ -52,7 +52,7 @@ def open_own(path: Path, mode: str) -> IO[bytes]:
 
     def opener(name: str, flags: int) -> int:
         with suppress(FileNotFoundError):
-            _check_own(path, os.lstat(name))  # before it is opened: opening a device may do something
+            _check_own(path, os.lstat(name))  # before opening: to open a device may have effects
         descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         try:
             _check_own(path, os.fstat(descriptor))
@@ -72,7 +72,7 @@ def check_own(path: Path, replaced: bool = False) -> None:
         replaced: the file is only ever replaced as a whole, so that a second name of it would keep what
             it has.
     """
-    with suppress(OSError):  # not there, or not to be looked at: whoever opens it says so
+    with suppress(OSError):  # missing or unreadable: opening it raises
         _check_own(path, os.lstat(path), replaced)
 
 
@@ -152,12 +152,12 @@ def read_bytes(path: str | Path, limit: int = SMALL) -> bytes:
     """
     check_regular(path, limit)
     try:
-        # a pipe by now: no waiting
+        # O_NONBLOCK: should it be a pipe by now
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             data = file.read(limit + 1)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})", "see to its permissions") from error
-    if len(data) > limit:  # it grew
+    if len(data) > limit:  # it grew since it was measured
         raise UserError(
             f"{path} has more than {limit:,} bytes", "give the file that was written under this name"
         )

@@ -346,7 +346,7 @@ def test_every_setting_is_in_the_row_or_known_to_move_nothing(
     assert sorted(keys) == sorted([*UNMOVED, *MOVED, "data"][:-1]), (
         "say of a new key whether it can move a number"
     )
-    said = {*eval_images.DATA_SAID, *eval_images.DATA_UNSAID}
+    said = {*eval_images.DESCRIBED_KEYS, *eval_images.UNDESCRIBED_KEYS}
     assert said < set(DataConfig.model_fields), "what is in neither list is named where it is not the default"
     quick = (
         "finetune.epochs=1",

@@ -35,7 +35,7 @@ def as_list(value: Any) -> Any:
 
 
 class KnnConfig(Section):
-    # one, or several from one search
+    # several k share one search
     num_neighbors: Annotated[list[Count], Field(min_length=1), BeforeValidator(as_list)] = [20]
     temperature: Annotated[float, Field(ge=0.001, le=1000)] | None = 0.1  # null: every neighbour has one vote
     backend: Literal["auto", "faiss", "torch"] = "auto"
@@ -133,7 +133,7 @@ def check(section: type[Checked], values: Any, where: str) -> Checked:
         return section.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(part for part in first["loc"] if isinstance(part, str))  # not the place in a list
+        key = ".".join(part for part in first["loc"] if isinstance(part, str))  # without places in lists
         raise UserError(
             f"{key}: {first['msg']} (is {str(first['input'])[:60]!r}), in {where}", f"correct {key}"
         ) from error

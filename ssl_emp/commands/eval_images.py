@@ -28,9 +28,17 @@ from ssl_emp.data.images import (
 from ssl_emp.data.matching import match_labels
 from ssl_emp.errors import UserError
 
-DATA_SAID = ("source", "image_size", "test_source", "max_images", "subset_seed", "holdout", "jpeg_quality")
-# cannot move a number of an evaluation, or only through what is said
-DATA_UNSAID = ("labels", "label_noise", "download_dir", "store", "cache_dir")
+DESCRIBED_KEYS = (
+    "source",
+    "image_size",
+    "test_source",
+    "max_images",
+    "subset_seed",
+    "holdout",
+    "jpeg_quality",
+)
+# keys that change no number, or only through those above
+UNDESCRIBED_KEYS = ("labels", "label_noise", "download_dir", "store", "cache_dir")
 
 HOLD_OUT = "hold a part of the train images out with data.holdout=0.2"
 
@@ -61,29 +69,29 @@ class Splits:
 
     @property
     def described(self) -> str:
-        """Every setting of the data that moves a number, for the row; `DATA_UNSAID` has the others."""
+        """Every setting of the data that moves a number, for the row; `UNDESCRIBED_KEYS` has the others."""
         data = self.data
-        said = [f"{data.source} {self.train.pixels.shape[-1]}px"]
-        said += [f"test {data.test_source}"] if data.test_source else []
-        said += [f"judged on {self.test.stand_in}"] if self.test is not None and self.test.stand_in else []
-        said += (
+        parts = [f"{data.source} {self.train.pixels.shape[-1]}px"]
+        parts += [f"test {data.test_source}"] if data.test_source else []
+        parts += [f"judged on {self.test.stand_in}"] if self.test is not None and self.test.stand_in else []
+        parts += (
             [f"subset {data.subset_seed} of {data.max_images} images"] if data.max_images is not None else []
         )
-        said += (
+        parts += (
             [f"{100 * (data.holdout or 0):g}% of every class held out by seed {data.subset_seed}"]
             if self.held_out
             else []
         )
-        said += [f"JPEG quality {data.jpeg_quality}"] if self.train.store == "encoded" else []
+        parts += [f"JPEG quality {data.jpeg_quality}"] if self.train.store == "encoded" else []
         others = {
             key: value
             for key, value in data.model_dump().items()
-            if key not in DATA_SAID and key not in DATA_UNSAID
+            if key not in DESCRIBED_KEYS and key not in UNDESCRIBED_KEYS
         }
-        said += [
+        parts += [
             f"{key}={value}" for key, value in others.items() if value != DataConfig.model_fields[key].default
         ]
-        return ", ".join(said)
+        return ", ".join(parts)
 
 
 def load_splits(data: DataConfig, image_size: int | None, voice: Voice) -> Splits:
@@ -106,7 +114,7 @@ def load_splits(data: DataConfig, image_size: int | None, voice: Voice) -> Split
     if data.holdout is not None and test is not None:
         voice.note(f"data.holdout is not used: {data.test_source or data.source} has a test split")
     elif may_hold_out and isinstance(no_test, NoSplit):
-        if train.store == "raw":  # parts of a mapped tensor would be copied into memory
+        if train.store == "raw":  # indexing a mapped tensor would copy it into memory
             train = _load_train(data, image_size, "encoded", voice)
         held_out = True
         train, test, no_test = _held_out(data, train, voice)
@@ -150,7 +158,7 @@ def _load_train(data: DataConfig, image_size: int | None, store: str, voice: Voi
         "train",
         kind=data.kind,
         image_size=image_size,
-        max_images=data.max_images,  # of the train split only: all of the test split counts
+        max_images=data.max_images,  # of the train split only
         subset_seed=data.subset_seed,
         store=store,
         progress=voice.progress("train images"),
@@ -164,7 +172,7 @@ def _load_test(data: DataConfig, train: ImageSet, voice: Voice) -> ImageSet:
         data.test_source,
         kind=data.kind,
         image_size=train.pixels.shape[-1],
-        # both splits lose what JPEG loses, or neither
+        # JPEG for both splits or for none
         store="encoded" if train.store == "encoded" else data.store,
         progress=voice.progress("test images"),
         **_common(data),

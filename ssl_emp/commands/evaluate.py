@@ -4,17 +4,14 @@ table, and the rows as JSON.
     python evaluate.py ENCODER [ENCODER ...] EVALUATOR [EVALUATOR ...] [key=value ...] [--out DIR]
 
 ENCODER    a run directory, an encoder directory (model.safetensors and config.json), `random` (the same
-network, untrained),
-           `pixels` (no network at all), `timm:NAME`, `torchvision:NAME`
+           network, untrained), `pixels` (no network at all), `timm:NAME`, `torchvision:NAME`
 EVALUATOR  `knn` (every k of knn.num_neighbors from one search), `linear` (linear.protocol: lbfgs, cached or
-augmented), `fewshot` (few
-           labels, several draws; fewshot.finetune trains the network too), `finetune` (the whole network),
-           `transfer` (transfer.suite, a YAML file of target data sets). Without labels and without a test
-           split: `diagnose` (collapse, effective rank, neighbours, a map, embeddings.parquet), `embed`
-           (embeddings.parquet of all images)
+           augmented), `fewshot` (few labels, several draws; fewshot.finetune trains the network too),
+           `finetune` (the whole network), `transfer` (transfer.suite, a YAML file of target data sets).
+           Without labels and without a test split: `diagnose` (collapse, effective rank, neighbours, a map,
+           embeddings.parquet), `embed` (embeddings.parquet of all images)
 key=value  data.* and model.* as in pretrain.py; the sections knn, linear, fewshot, finetune, diagnose,
-transfer; seed, device,
-           batch_size, cache_dir (all of them in ssl_emp/commands/eval_config.py)
+           transfer; seed, device, batch_size, cache_dir (all of them in ssl_emp/commands/eval_config.py)
 
 A run is judged on the data in its own config.yaml, all others on that of the first run named, without one on
 mnist5k; data.source replaces the whole of it. data.max_images limits the train split only; data.holdout=0.2
@@ -97,7 +94,7 @@ ALL_EVALUATORS = (*EVALUATORS, "transfer")
 def main(argv: list[str] | None = None) -> int:
     prepare_streams()
     keep_freed_memory()
-    # what model hubs download is read as tensors: no code in it runs
+    # checkpoints from model hubs are read without pickle
     os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     words = sys.argv[1:] if argv is None else argv
     ranks = ALONE
@@ -105,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         with Interrupts() as interrupts:
             if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
                 ranks = connect(EvalConfig().timeout_seconds, advice=AGAIN)
-            if words[:1] == ["predict"]:  # a folder of that name is ./predict
+            if words[:1] == ["predict"]:  # write ./predict for a folder of that name
                 code = predict(words[1:])
             else:
                 code = evaluate(argv, interrupts, ranks)
@@ -130,8 +127,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(argv: list[str] | None, interrupts: Interrupts, ranks: Ranks = ALONE) -> int:
     """Everything that the command line asks for; the exit code."""
-    # also mistakes on the command line are told together: torchrun ends all processes as soon as one has
-    # ended
+    # mistakes on the command line are raised together too: torchrun ends all processes once one has ended
     with ranks.first_then_others():
         subjects, evaluators, config, device, out = find_work(argv, ranks)
     ranks.set_timeout(config.timeout_seconds)
@@ -147,7 +143,7 @@ def evaluate(argv: list[str] | None, interrupts: Interrupts, ranks: Ranks = ALON
                 with ranks.first_then_others():
                     splits = load_splits(*key, session.voice)
                 try:
-                    with ranks.together():  # where one process finds no test split, none has one
+                    with ranks.together():  # all have a test split, or none
                         if splits.no_test is not None:
                             raise splits.no_test
                 except MISTAKES as error:
@@ -256,7 +252,7 @@ def judge(
         "metric": "",
         "seed": session.config.seed,
     }
-    with one_failure(session, [row | {"evaluator": evaluator} for evaluator in evaluators], shared=True):
+    with failure_as_rows(session, [row | {"evaluator": evaluator} for evaluator in evaluators], shared=True):
         with ranks.together():
             subject.check()
         check_places(folder, subject)
@@ -272,7 +268,7 @@ def judge(
         row |= {"weights": weights_hash(encoder), "images": images_hash((found.train, found.test))}
         for evaluator in evaluators:
             row |= {"evaluator": evaluator}
-            with one_failure(session, [row]):
+            with failure_as_rows(session, [row]):
                 results = EVALUATORS[evaluator](judged)
                 if state_hash(judged.encoder) != before:
                     what = f"{subject.name} changed while {evaluator} judged it"
@@ -311,7 +307,7 @@ def columns(result: Result, subject: Subject) -> Row:
 
 
 @contextmanager
-def one_failure(session: Session, rows: list[Row], *, shared: bool = False) -> Iterator[None]:
+def failure_as_rows(session: Session, rows: list[Row], *, shared: bool = False) -> Iterator[None]:
     """What goes wrong in here costs these rows, and nothing else.
 
     Args:
@@ -332,7 +328,7 @@ def one_failure(session: Session, rows: list[Row], *, shared: bool = False) -> I
     except Exception as caught:
         if shared and ranks.world_size > 1:
             raise
-        # as torch says it on a CPU
+        # the message of torch on a CPU
         error = out_of_memory(config, device) if "can't allocate memory" in str(caught) else caught
     if ranks.is_first:
         for row in rows:

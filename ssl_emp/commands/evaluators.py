@@ -61,7 +61,7 @@ class Result:
     value: float
     metric: str = "top1 %"
     std: float | None = None
-    n_test: int | None = None  # images that it is about; None: the test split
+    n_test: int | None = None  # number of images judged; None: the test split
     then: Callable[[], None] | None = None  # what is left to do once the row is kept
 
 
@@ -172,7 +172,7 @@ def build(subject: Subject, image_size: int, device: torch.device) -> nn.Module:
             encoder(torch.zeros(1, 3, image_size, image_size, device=device))
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, AssertionError) as error:  # each network complains in its own way
+    except (RuntimeError, ValueError, AssertionError) as error:  # networks raise errors of many types
         reason = first_line(error, 120)
         what = f"{subject.name} takes no images of {image_size}x{image_size} pixels ({reason})"
         raise UserError(what, f"set data.image_size={subject.image_size or 224}, or leave it out") from error
@@ -203,10 +203,10 @@ def features_key(encoder: nn.Module, images: ImageSet, *how: object) -> str:
 def features_path(judged: Judged, images: ImageSet) -> Path | None:
     """Where these features are kept; None where they are not."""
     config, device = judged.config, judged.device
-    # pixels are their own cache
+    # without parameters there is nothing to save
     if config.cache_dir is None or not any(True for _ in judged.encoder.parameters()):
         return None
-    # what the rounding depends on is part of the key: a number is the same with a cache and without
+    # all that rounding depends on: a row has the same number with a cache and without
     processor = describe_device(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     key = features_key(judged.encoder, images, config.batch_size, device.type, processor, torch.__version__)
     return Path(config.cache_dir) / f"{key}.safetensors"
@@ -312,7 +312,7 @@ def run_linear(judged: Judged) -> list[Result]:
         how += f"<= {linear.max_iter} steps, l2={found.l2:.3g} of {len(L2_GRID)}"
         how += f", {linear.precision}" if linear.precision != "float32" else ""
     how += f" chosen on {100 * linear.val_fraction:g}% of {len(judged.train.names)} train, refit"
-    return [finished(judged, "linear", how, found, linear.save)]
+    return [classifier_result(judged, "linear", how, found, linear.save)]
 
 
 def run_fewshot(judged: Judged) -> list[Result]:
@@ -372,7 +372,7 @@ def run_finetune(judged: Judged) -> list[Result]:
     ):
         how += f", {text.format(value)}" if value != usual else ""
     how += ", bf16" if tune.bf16 else ""
-    return [finished(judged, "finetune", how, result, tune.save)]
+    return [classifier_result(judged, "finetune", how, result, tune.save)]
 
 
 def check_savable(judged: Judged, evaluator: str) -> None:
@@ -384,7 +384,7 @@ def check_savable(judged: Judged, evaluator: str) -> None:
     check_keepable(judged.encoder, judged.subject.name)
 
 
-def finished(
+def classifier_result(
     judged: Judged, evaluator: str, protocol: str, found: TrainResult | LinearResult | HeadResult, save: bool
 ) -> Result:
     """The row of a classifier. Once it is kept, so is the classifier where that is asked for, and a
@@ -396,8 +396,8 @@ def finished(
             keep_classifier(judged, judged.out / f"classifier-{evaluator}", protocol, found)
         if isinstance(found, TrainResult) and found.checkpoint is not None:
             with suppress(OSError):
-                found.checkpoint.unlink(missing_ok=True)  # a second call trains anew
-                found.checkpoint.parent.rmdir()  # not where the checkpoints of other settings wait in it
+                found.checkpoint.unlink(missing_ok=True)  # so that a second call trains anew
+                found.checkpoint.parent.rmdir()  # fails where other checkpoints are in it
 
     return Result(protocol, 100 * found.top1, then=then)
 
@@ -474,16 +474,16 @@ def draw_diagnosis(judged: Judged, split: str) -> None:
         "num_neighbors": min(settings.num_neighbors, len(x) - 1),
     }
     about: dict[str, Any] = {"names": images.names, **picture}
-    with beside(judged.session.voice, folder / "neighbors.png"):
+    with or_warn(judged.session.voice, folder / "neighbors.png"):
         draw_neighbors(folder / "neighbors.png", images.pixels, x, **picture, **counts, seed=seed)
     coords = None
-    with beside(judged.session.voice, folder / "map.png"):
+    with or_warn(judged.session.voice, folder / "map.png"):
         coords = map_2d(x, method=settings.map, seed=seed)
         draw_map(folder / "map.png", coords, **picture, title=judged.subject.name)
-    with beside(judged.session.voice, folder / "embeddings.parquet", "its columns score and times_trained"):
+    with or_warn(judged.session.voice, folder / "embeddings.parquet", "its columns score and times_trained"):
         columns, has_columns = training_columns(judged.subject, images, split)
         about |= {"columns": columns, "has_columns": has_columns}
-    with beside(judged.session.voice, folder / "embeddings.parquet"):
+    with or_warn(judged.session.voice, folder / "embeddings.parquet"):
         write_embeddings(folder / "embeddings.parquet", x, coords, **about)
     there = [name for name in ("neighbors.png", "map.png", "embeddings.parquet") if (folder / name).is_file()]
     if there:
@@ -491,13 +491,13 @@ def draw_diagnosis(judged: Judged, split: str) -> None:
 
 
 @contextmanager
-def beside(voice: Voice, path: Path, part: str = "") -> Iterator[None]:
+def or_warn(voice: Voice, path: Path, part: str = "") -> Iterator[None]:
     """Makes a picture or a table beside the numbers. Where it cannot be made, a line says so: it never costs
     a number.
     """
     try:
         yield
-    # whatever a library of pictures, a font, a full disk or a missing package comes up with
+    # matplotlib, fonts, a full disk and missing packages raise errors of many types
     except Exception as error:
         reason = first_line(error, 2000)
         voice.note(

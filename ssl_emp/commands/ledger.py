@@ -16,7 +16,7 @@ from ssl_emp.run.interrupts import Interrupts
 from ssl_emp.run.report import show_progress
 from ssl_emp.run.streams import is_shown, put
 
-# RunFailed: another process failed in what is done together
+# what costs a row; RunFailed: another process failed in work that all do together
 MISTAKES = (UserError, EvalError, RunFailed)
 
 
@@ -67,7 +67,7 @@ class Ledger:
     def _write(self, folder: Path) -> UserError | None:
         try:
             write_rows(folder, self.waiting[folder], self.voice.note)
-        except UserError as error:  # they are in the table, and tried again with the next
+        except UserError as error:  # still in the table, and written with the next rows
             return error
         del self.waiting[folder]
         self.kept_in += [] if folder in self.kept_in else [folder]
@@ -114,7 +114,7 @@ class Ledger:
             return
         why = "standard output is closed" if error is None else error.strerror
         where = ", ".join(map(str, self.kept_in))
-        # nobody waits for it; a full disk is another matter
+        # the reader left, which is no error as a full disk is
         left = closed or isinstance(error, BrokenPipeError)
         if left and where and not self.waiting:
             self.voice.note(f"warning: the table is not shown ({why}), its rows are in {where}")

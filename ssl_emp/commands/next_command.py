@@ -18,7 +18,7 @@ from ssl_emp.text import quoted
 
 HOLDOUT = 0.2
 NEIGHBORS = KnnConfig().num_neighbors[0]
-# of evaluate.py
+# words of evaluate.py, which a run of that name would be taken for
 WORDS = (
     "random",
     "pixels",
@@ -38,7 +38,7 @@ def next_command(out: Path, config: PretrainConfig) -> str:
     images held out.
     """
     words = "diagnose embed"
-    with suppress(Exception):  # the images are gone, or damaged by now: what was trained is no worse for it
+    with suppress(Exception):  # missing or damaged images by now are no reason to fail after training
         words = _words(config) or words
     name = os.fspath(out)
     name = f"./{name}" if name in WORDS else name
@@ -60,7 +60,7 @@ def _words(config: PretrainConfig) -> str | None:
         match_labels(train, test)
     except NoSplit:
         held = held_out_rows(labels, train.names, HOLDOUT, config.data.subset_seed)
-        # it was trained with the labels of all of them
+        # a supervised run has seen all labels
         if config.objective == "supervised" or not held.any():
             return None
         labels, more = labels[~held], f" data.holdout={HOLDOUT:g}"
@@ -71,7 +71,7 @@ def _words(config: PretrainConfig) -> str | None:
     if len(labels) < NEIGHBORS:
         more += f" knn.num_neighbors={max(1, len(labels) // 4)}"
     counts = labels.unique(return_counts=True)[1]
-    # a linear probe chooses its strength on held-out images of two classes or more
+    # a linear probe holds images out, and needs two classes
     can_fit = len(counts) > 1 and int(counts.min()) > 1 and config.data.max_images is None
     return f"knn linear{more}" if can_fit else f"knn{more}"
 

@@ -32,16 +32,17 @@ from ssl_emp.run.streams import put
 from ssl_emp.safe_files import replacing
 
 USAGE = "python evaluate.py predict CLASSIFIER IMAGES [IMAGES ...] [key=value ...] [--out FILE]"
-DESCRIPTION = """Say of every image which class it is, by a classifier that finetune.save=true or linear.save=true kept.
+DESCRIPTION = """Say of every image which class it is, by a classifier that finetune.save=true or
+linear.save=true kept.
 
 CLASSIFIER  its folder, such as RUN/eval/classifier-finetune
 IMAGES      an image, a folder of images, parquet, a name such as cifar10: with labels or without
-key=value   top_k (so many classes an image, the likeliest first), split (train or test of what has both; all), max_pixels (of an
-            image), batch_size, device
+key=value   top_k (so many classes an image, the likeliest first), split (train or test of what has both;
+            all), max_pixels (of an image), batch_size, device
 
-CSV on standard output, or in FILE: name, class, probability (and class_2, probability_2, ... for top_k above 1), problem. An
-image that cannot be read has a row too, without a class: `problem` says why. A name is the path below IMAGES, or FILE.parquet#ROW;
-where several IMAGES are given, it begins with the one it is from.
+CSV on standard output, or in FILE: name, class, probability (and class_2, probability_2, ... for top_k above
+1), problem. An image that cannot be read has a row too, without a class: `problem` says why. A name is the
+path below IMAGES, or FILE.parquet#ROW; where several IMAGES are given, it begins with the one it is from.
 """
 
 
@@ -72,7 +73,9 @@ def predict(argv: list[str]) -> int:
         raise UserError(f"predict needs a classifier and images, {len(paths)} of the two is named", USAGE)
     config = check(PredictConfig, parse_overrides(overrides, PredictConfig), "the command line")
     device = pick_device(config.device)
-    classifier = load_classifier(paths[0], check_range=False).to(device)  # they are bytes divided by 255
+    classifier = load_classifier(paths[0], check_range=False).to(
+        device
+    )  # unchecked: bytes divided by 255 are in range
     sources = [
         (_prefix(path, found, len(paths) > 2), found)
         for path in paths[1:]
@@ -89,7 +92,7 @@ def predict(argv: list[str]) -> int:
                     total += 1
                     if row[-1]:
                         unread, first = unread + 1, first or f"{prefix + row[0]}: {row[-1]}"
-    except BrokenPipeError:  # whoever read it has enough, such as head
+    except BrokenPipeError:  # the reader, such as head, has left
         return 0
     if unread == total:
         raise UserError(
@@ -108,7 +111,7 @@ def _prefix(path: str, source: Source, is_one_of_several: bool) -> str:
     """What goes before the names of a source, so that those of several can be told apart."""
     if not is_one_of_several or source.names == [path]:
         return ""
-    # a table's own name is in the names of its rows
+    # names of rows begin with the name of their table
     folder = os.path.dirname(path) if os.path.isfile(path) else path.rstrip("/")
     return f"{folder}/" if folder else ""
 

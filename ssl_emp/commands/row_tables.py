@@ -27,7 +27,9 @@ def markdown_table(rows: list[Row]) -> str:
     for row, line in zip(rows, cells, strict=True):
         if row["value"] is None:
             del line[reason + 1 :]
-        sized = line[:reason] if row["value"] is None else line  # a long reason makes no column wide
+        sized = (
+            line[:reason] if row["value"] is None else line
+        )  # a reason, which may be long, does not widen its column
         widths[: len(sized)] = map(max, widths, map(len, sized))
     lines = [list(COLUMNS), ["-" * width for width in widths], *cells]
     return "".join("| " + " | ".join(map(str.ljust, line, widths)) + " |\n" for line in lines)
@@ -50,7 +52,7 @@ def terminal_table(rows: list[Row]) -> str:
         table.add_row(
             *map(Text, [*line[:place], f"({protocols.index(line[place]) + 1})", *line[place + 1 :]])
         )
-    with console.capture() as captured:  # as text: what writes it then is the same for terminals and files
+    with console.capture() as captured:  # captured as text, so that one function writes all tables
         console.print(table)
         for number, protocol in enumerate(protocols, 1):
             console.print(Text(f"({number}) {protocol}"))

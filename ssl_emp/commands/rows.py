@@ -20,7 +20,7 @@ from ssl_emp.run.lock import CANNOT_LOCK
 from ssl_emp.safe_files import LARGE, as_json, open_own, read_json, write_atomically
 
 Row = dict[str, Any]
-# of the table
+# columns of the table
 COLUMNS = ("encoder", "evaluator", "data", "protocol", "metric", "value", "std", "n_test", "seed")
 # A new row replaces the one that agrees with it in these. `weights` and `images` are short hashes: an encoder
 # that was trained further, or a folder with other images in it, keeps its name.
@@ -76,7 +76,7 @@ def _read(path: Path, note: Callable[[str], None]) -> list[Row]:
         ):
             raise TypeError
         return rows
-    except (UserError, TypeError):  # TypeError also from a list or dict in the place of a name
+    except (UserError, TypeError):  # TypeError: not a list of rows, or a value that cannot be hashed
         aside = next(
             place
             for n in range(1, 1_000_000)
@@ -94,13 +94,13 @@ def _locked(path: Path) -> Iterator[None]:
     """
     until = time.monotonic() + PATIENCE_SECONDS
     while True:
-        file = open_own(path, "a+b")  # open until the lock is given back
+        file = open_own(path, "a+b")  # stays open while the lock is held
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                     break
-            file.close()  # removed by the process that had it, between our open and our lock: once more
+            file.close()  # its holder removed it between our open and our lock
         except OSError as error:
             if error.errno in CANNOT_LOCK:
                 break
@@ -116,6 +116,6 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            path.unlink()  # while it is locked: nobody else can have it by this name
+            path.unlink()  # while it is locked, so that nobody holds a lock on a removed file
         with suppress(OSError):
             file.close()

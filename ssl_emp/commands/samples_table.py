@@ -16,7 +16,7 @@ from ssl_emp.errors import UserError
 from ssl_emp.safe_files import check_regular
 from ssl_emp.text import quoted
 
-LONGEST_NAME = 16_384  # bytes; paths have up to 4,096, and a letter may be written as four
+LONGEST_NAME = 16_384  # bytes; paths have up to 4,096, and an escaped byte takes four
 
 
 def training_columns(
@@ -79,7 +79,7 @@ def read_samples(path: Path) -> Any:
     for name, fits in kinds.items():
         if schema.names.count(name) != 1 or not fits(schema.field(name).type):
             raise ValueError(f"it has no column {name} of the type that a run writes")
-    if rows > size:  # every name is another one, and takes a byte at the least
+    if rows > size:  # names differ, so that each takes a byte or more
         raise ValueError(f"{rows:,} rows in {size:,} bytes")
     table = file.read(columns=list(kinds))
     names = table["name"].combine_chunks() if len(table) else table["name"]

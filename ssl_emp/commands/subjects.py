@@ -136,7 +136,7 @@ class _Host:
         return Subject(name, "as exported", data, size, fixed(encoder), eval_dir)
 
     def _untrained(self, run: Encoder | None) -> tuple[str, Callable[[int], nn.Module]]:
-        """What `random` is, and how it is built: the run's architecture and normalisation where there is one."""
+        """What `random` is and how it is built: with the run's architecture where there is a run."""
         spec, mean, std = self.config.model.model_dump(), AugmentConfig().mean, AugmentConfig().std
         if run is not None:
             spec |= run.spec | self.given.get("model", {})
@@ -177,7 +177,7 @@ def read_run_data(run: Path, given: dict[str, Any]) -> DataConfig:
     if not isinstance(own, dict):
         raise UserError(f"{path} has no data section", "give a run directory that pretrain.py wrote")
     overrides = given.get("data", {})
-    # a run may train without labels, judging needs them
+    # a run may train without labels; judging needs them
     inherited = {} if "source" in overrides else own | {"labels": "auto"}
     if inherited and overrides.get("holdout") is not None and values.get("objective") == "supervised":
         what = (
@@ -211,12 +211,12 @@ class Normalized(nn.Module):
 
 
 def load_timm(name: str) -> tuple[nn.Module, int, bool]:
-    """A pretrained timm model without its classifier: (module, image size, whether it takes that size only)."""
+    """A pretrained timm model without its classifier: (module, image size, whether only that size)."""
     try:
         import timm
     except ImportError as error:
         raise UserError(f"timm:{name} needs the package timm", "pip install timm") from error
-    # it reports every retry; the error below says it once
+    # it logs every retry; the error below is enough
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         network = timm.create_model(name, pretrained=True, num_classes=0)
@@ -240,14 +240,14 @@ def load_torchvision(name: str) -> tuple[nn.Module, int, bool, str]:
     """
     from torchvision import models
 
-    known = models.list_models(module=models)  # those that classify images: their last layer can be left out
+    known = models.list_models(module=models)  # image classifiers, whose last layer can be left out
     if name not in known:
         otherwise = "see torchvision.models.list_models(module=torchvision.models)"
         fix = did_you_mean(name, known, otherwise, prefix="torchvision:")
         raise UserError(f"torchvision has no image classifier {name!r}", fix)
     weights = models.get_model_weights(name).DEFAULT
     try:
-        # torch.hub says that it downloads
+        # torch.hub prints that it downloads
         with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
             network = models.get_model(name, weights=weights, progress=sys.stderr.isatty())
     # no network, a damaged or another file: torch.hub and the unpickler have no common error
@@ -262,7 +262,7 @@ def load_torchvision(name: str) -> tuple[nn.Module, int, bool, str]:
         ) from error
     drop_last_layer(network)
     about = weights.transforms()
-    # position embeddings, windows that must fit
+    # position embeddings and windows fix the image size
     is_fixed = isinstance(network, models.VisionTransformer | models.MaxVit)
     return Normalized(network, list(about.mean), list(about.std)), about.crop_size[0], is_fixed, weights.name
 

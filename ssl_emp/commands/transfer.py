@@ -26,7 +26,7 @@ from linear_eval.transfer import (
     to_rows,
 )
 from ssl_emp.commands.eval_images import Splits, images_hash, load_target
-from ssl_emp.commands.evaluators import Judged, Session, beside, build, extract, weights_hash
+from ssl_emp.commands.evaluators import Judged, Session, build, extract, or_warn, weights_hash
 from ssl_emp.commands.ledger import MISTAKES
 from ssl_emp.commands.rows import Row
 from ssl_emp.commands.subjects import Subject
@@ -115,7 +115,7 @@ def run_transfer(session: Session, subjects: list[Subject], folder: Path | None)
         key = (target.name, target.image_size or subject.image_size)
         if key not in loaded:
             for other in [other for other in loaded if other[0] != target.name]:
-                del loaded[other]  # one target's images at a time
+                del loaded[other]  # hold the images of one target at a time
             try:
                 with ranks.first_then_others():
                     loaded[key] = load_target(target, subject.image_size, config, session.voice)
@@ -141,18 +141,18 @@ def run_transfer(session: Session, subjects: list[Subject], folder: Path | None)
     given: dict[str, Any] = {"num_resamples": config.transfer.num_draws, "seed": config.seed, "done": keep}
     try:
         run_suite(suite, list(by_name), evaluate_pair, missing=MISTAKES, **given)
-    finally:  # a suite that was stopped has its cells
+    finally:  # also of a suite that was stopped
         pairs = [(name, target) for name in by_name for target in suite.targets]
         left = "stopped before it was judged"
         transfer = tabulate(
             suite.name, [cells.get((name, t.name), Cell(name, t, "", None, left)) for name, t in pairs]
         )
         if ranks.is_first and cells:
-            # a mean over what was done is no result of the suite
+            # no mean over a part of the suite
             num_rows = None if len(cells) == len(pairs) else len(transfer.cells)
             show(session, transfer, rows_of(transfer)[:num_rows], folder)
     if ranks.is_first and folder is not None and any(cell.measured is not None for cell in transfer.cells):
-        with beside(session.voice, folder / "transfer.png"):
+        with or_warn(session.voice, folder / "transfer.png"):
             draw_bars(transfer, folder / "transfer.png")
 
 
@@ -162,7 +162,7 @@ def show(session: Session, transfer: Transfer, rows: list[Row], folder: Path | N
     with ledger.interrupts.held():
         ledger.keep(folder, rows, in_table=False)
         if folder is not None:
-            with beside(session.voice, folder / "transfer.csv"):
+            with or_warn(session.voice, folder / "transfer.csv"):
                 write_atomically(folder / "transfer.csv", to_csv(transfer).encode(), shared=True)
         ledger.show()
         ledger.print(to_markdown(transfer) + "".join(f"{line}\n" for line in missing_lines(transfer)))

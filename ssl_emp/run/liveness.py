@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import torch.distributed as dist
 
-GRACE_SECONDS = 5.0  # for the main thread to notice by itself and say more, before it is ended
+GRACE_SECONDS = 5.0  # for the main thread to notice and report it, before it is ended
 TICK_SECONDS = 0.2
 LONGEST_INTERVAL = 5.0  # seconds between two signs
 LEFT = b"left"  # the last sign of a process that is done
@@ -154,15 +154,15 @@ class Liveness:
         self.lost: Lost | None = None
         now = time.monotonic()
         self.signs = {other: (b"", b"") for other in self.watched}  # the two counters as last heard
-        self.runs_at = dict.fromkeys(self.watched, now)  # when the first of them last went up
-        self.moves_at = dict.fromkeys(self.watched, now)  # and the second
-        self.gone: set[int] = set()  # done, and not waited for
-        self.answered_at = now  # when the store last did
+        self.runs_at = dict.fromkeys(self.watched, now)  # when the first counter last went up
+        self.moves_at = dict.fromkeys(self.watched, now)  # when the second did
+        self.gone: set[int] = set()  # left, and not watched any more
+        self.answered_at = now  # when the store last answered
         self.num_waiting = self.runs = self.moves = 0
         self.told_clock = self.seen_clock = 0
         self.still_since = now
         self.lost_at: float | None = None
-        self.signals: list[tuple[int, float]] = []  # of the system, and when
+        self.signals: list[tuple[int, float]] = []  # number, and when it came
         self.pipe: tuple[int, int] | None = None
         self.over = threading.Event()
         self.threads: list[threading.Thread] = []
@@ -186,7 +186,7 @@ class Liveness:
             for end in self.pipe:
                 os.set_blocking(end, False)
             signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
-        with suppress(Exception):  # the others wait for the next one
+        with suppress(Exception):  # a sign that is not given is made up for by the next
             self._round()
         self.threads = [
             threading.Thread(target=work, name=f"liveness-{work.__name__}", daemon=True)
@@ -242,7 +242,7 @@ class Liveness:
 
     def _give(self) -> None:
         while not self.over.wait(self.interval):
-            with suppress(Exception):  # how long nothing answers is measured by `_watch`
+            with suppress(Exception):  # `_watch` measures how long nothing answers
                 self._round()
 
     def _round(self) -> None:
@@ -272,7 +272,7 @@ class Liveness:
         before = time.monotonic()
         while not self.over.wait(TICK_SECONDS):
             now = time.monotonic()
-            # it was this process that was stopped, and its own clock that ran on
+            # this process itself was stopped: its silence is not that of others
             if now - before > GRACE_SECONDS:
                 self._shift(now - before)
             before = now

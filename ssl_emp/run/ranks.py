@@ -36,7 +36,7 @@ from ssl_emp.run.liveness import GRACE_SECONDS, BoundedStore, Liveness, Lost, en
 from ssl_emp.run.streams import put
 from ssl_emp.text import printable, shorten
 
-LAUNCHED = "SSL_EMP_LAUNCHED"  # set for the processes that `launch` starts
+LAUNCHED = "SSL_EMP_LAUNCHED"  # process number of rank 0, in those that `launch` starts
 PRIVATE_STORE = "SSL_EMP_STORE"  # the file that serves as the store of those processes
 STARTED: dict[int, "subprocess.Popen[bytes]"] = {}  # by `launch`, by rank
 START_SECONDS = 60.0  # from the first rank's start to the last one's
@@ -55,7 +55,7 @@ class LostRank(Exception):
     Args:
         speaks: whether this rank is the one that tells the user; the first may be the one that is lost.
         code: the exit code of this process.
-        lost: the ranks that give no sign of life; none where one failed and said so.
+        lost: the ranks that give no sign of life; none where one reported a failure.
     """
 
     def __init__(self, line: str, speaks: bool, code: int = 3, lost: Collection[int] = ()) -> None:
@@ -76,7 +76,7 @@ class Ranks:
     """
 
     control: dist.ProcessGroup | None = None  # gloo, for what the hosts agree on
-    # gloo too, and without a time limit: who works is waited for, and who hangs is noticed by `liveness`
+    # gloo, without a time limit: a rank that works is waited for, one that hangs is found by `liveness`
     patient: dist.ProcessGroup | None = None
     liveness: Liveness | None = None  # of several processes, from `watch` on
     failed: "Failed | None" = None  # the rank that was found to have failed
@@ -127,7 +127,7 @@ class Ranks:
         """The largest of each over the ranks; on the hosts, so that no device is waited for."""
         if self.world_size == 1:
             return list(numbers)
-        self._raise_if_lost()  # an exchange with it would take its whole time limit
+        self._raise_if_lost()  # else the exchange would wait for its whole time limit
         values = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self.control)
         return cast(list[int], values.tolist())
@@ -141,7 +141,7 @@ class Ranks:
         total = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
         for tensor in tensors:
             bits = tensor.flatten().view(torch.int32) if tensor.dtype == torch.float32 else tensor.flatten()
-            # wraps, and may
+            # a sum of hashes may overflow: it wraps the same everywhere
             total = (
                 total
                 + keyed_bits(FINGERPRINT, torch.arange(len(bits), device=bits.device), bits.long()).sum()
@@ -166,7 +166,7 @@ class Ranks:
             return [text]
         own = text.encode(errors="replace")
         lengths = [int(length) for length in self._of_all_hosts(torch.tensor([len(own)]))]
-        padded = torch.zeros(max(lengths), dtype=torch.uint8)  # a gather is of equal sizes
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)  # all_gather takes tensors of one size
         padded[: len(own)] = torch.tensor(list(own), dtype=torch.uint8)
         rows = self._of_all_hosts(padded) if len(padded) else [padded] * self.world_size
         pairs = zip(rows, lengths, strict=True)
@@ -223,7 +223,7 @@ class Ranks:
         or caches is there for them.
         """
         if self.local_rank:
-            with self.together():  # to decode a million images takes its time
+            with self.together():  # wait for the first, which may have a million images to decode
                 pass
         with self.together():
             yield
@@ -272,7 +272,7 @@ class Ranks:
             self._raise_if_failed()
             for rank in missing & STARTED.keys():
                 if (code := STARTED[rank].poll()) is not None:
-                    self._raise_if_failed()  # it may have said why in the meantime
+                    self._raise_if_failed()  # it may have reported why since the last look
                     line = f"rank {rank} was lost while starting ({ending(code)})"
                     line += (
                         ". fix: see what it wrote above; where it was killed, memory may be short: "
@@ -325,7 +325,7 @@ class Ranks:
         """
         end_lost(lost)
         if STARTED:
-            # who failed first may still be writing why; the others may be waiting for this one in C code
+            # a rank that failed first gets time to write why; others may wait for this one in C code
             _wait_for(list(STARTED.values()), 1.0 if self.failed is None else GRACE_SECONDS)
         elif self.is_first:
             time.sleep(at_least)
@@ -351,7 +351,7 @@ class Ranks:
     def report_failure(self, line: str, code: int) -> None:
         """Tell the others why this rank ends, before it does."""
         if self.store is not None:
-            with suppress(Exception):  # the store may be what is gone
+            with suppress(Exception):  # it may be the store that is gone
                 self.store.set("failed", f"{self.rank}\0{code}\0{line}")
 
     def _raise_if_failed(self) -> None:
@@ -360,7 +360,7 @@ class Ranks:
             failed = Failed.parse(self.store.get("failed"))
             if failed.rank != self.rank:
                 self.failed = failed
-                # rank 0 says itself why it ends
+                # rank 0 needs no name: it is the one that speaks
                 line = f"rank {failed.rank}: {failed.line}" if failed.rank else failed.line
                 raise LostRank(line, self.rank == 0, failed.code)
         self._raise_if_lost()
@@ -391,25 +391,24 @@ class Ranks:
         except Exception:  # no store: its host, rank 0, or the launcher is gone
             return self._no_store()
         names = f"rank {', '.join(map(str, sorted(lost)))} is lost" if lost else "the ranks lost each other"
-        said = first_line(error, 120)
         speaks = self.rank == min(set(range(self.world_size)) - lost, default=0)
-        return LostRank(f"{names} ({said}){self.advice}", speaks, lost=lost)
+        return LostRank(f"{names} ({first_line(error, 120)}){self.advice}", speaks, lost=lost)
 
 
 @dataclass(frozen=True)
 class Failed:
-    """What a rank said before it ended, as another finds it in the store."""
+    """What a rank reported before it ended, as another finds it in the store."""
 
     rank: int
     code: int
     line: str
 
     @classmethod
-    def parse(cls, said: bytes) -> "Failed":
+    def parse(cls, report: bytes) -> "Failed":
         """Of `rank, code, line` with zero bytes between them. The store may be open to others: whatever is no
         such thing is rank 0's.
         """
-        rank, _, rest = said[:4000].decode(errors="replace").partition("\0")
+        rank, _, rest = report[:4000].decode(errors="replace").partition("\0")
         code, separator, line = rest.partition("\0")
         if not (
             separator
@@ -495,7 +494,7 @@ def connect(
         store = _open_store(place)
     except (dist.DistError, RuntimeError, ValueError, OSError) as error:
         raise _not_connected(place, where, error) from error
-    # torchrun's outlives a restart
+    # torchrun's store survives a restart: a prefix for each attempt
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     bounded = BoundedStore(dist.PrefixStore("run", store))
     ranks = Ranks(place.rank, place.world_size, place.local_rank, bounded, timeout_seconds, advice)
@@ -610,7 +609,7 @@ def started_by_srun(devices: int) -> bool:
             does not know which it is.
     """
     environ = os.environ
-    # srun's; not in a batch script, nor in salloc's shell
+    # set by srun, not in a batch script nor in salloc's shell
     in_step = "SLURM_STEP_ID" in environ or "SLURM_STEPID" in environ
     asked = environ.get("SLURM_NTASKS", "1") or "1"
     tasks = environ.get("SLURM_STEP_NUM_TASKS", "") or asked if in_step else asked
@@ -655,7 +654,7 @@ def _open_store(place: Place) -> dist.Store:
         return next(dist.rendezvous("env://", timeout=within))[0]
     if place.rank:
         return dist.TCPStore("127.0.0.1", port, place.world_size, False, within)
-    with socket.socket() as listening:  # torch's own would listen on all interfaces
+    with socket.socket() as listening:  # a socket of ours: torch's would listen on all interfaces
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(("127.0.0.1", port))
         listening.listen(place.world_size + 128)
@@ -673,8 +672,8 @@ def _open_store(place: Place) -> dist.Store:
 
 
 def _not_connected(place: Place, where: str, error: Exception) -> UserError:
-    said = first_line(error, 120)
-    what = f"rank {place.rank} of {place.world_size} does not meet the others at {where} ({said})"
+    what = f"rank {place.rank} of {place.world_size} does not meet the others at {where} "
+    what += f"({first_line(error, 120)})"
     fix = "see that MASTER_ADDR and MASTER_PORT are rank 0's, the port is free, and all are started"
     return UserError(what, f"{fix} (by srun, not by python alone)" if "SLURM_JOB_ID" in os.environ else fix)
 
@@ -682,7 +681,7 @@ def _not_connected(place: Place, where: str, error: Exception) -> UserError:
 def _take_slurm_for_torchrun() -> None:
     """srun starts one process a task: the names that torchrun would have given them."""
     from lightning_fabric.plugins.environments import (
-        SLURMEnvironment,  # it reads SLURM's lists of nodes; seconds to import
+        SLURMEnvironment,  # parses SLURM's node lists; imported here, for it takes seconds
     )
 
     try:
@@ -700,7 +699,7 @@ def _take_slurm_for_torchrun() -> None:
             what, "give sbatch --ntasks-per-node and start by srun, or unset SLURM_NTASKS for one process"
         ) from error
     nodes = os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES", "")
-    per_node = os.environ.get("SLURM_NTASKS_PER_NODE", "")  # so many at most
+    per_node = os.environ.get("SLURM_NTASKS_PER_NODE", "")  # an upper bound
     if nodes == "1":
         os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
     elif nodes.isdecimal() and per_node.isdecimal() and int(nodes) * int(per_node) == slurm.world_size():
@@ -719,7 +718,7 @@ def launch(count: int, command: Sequence[str]) -> None:
     if hasattr(os, "memfd_create"):
         handed = (os.memfd_create("ssl_emp", 0),)
         common[PRIVATE_STORE] = f"/proc/self/fd/{handed[0]}"
-    else:  # macOS: in a folder that is this user's alone
+    else:  # macOS: a file in a folder that only this user can open
         common[PRIVATE_STORE] = os.path.join(tempfile.mkdtemp(prefix="ssl_emp-"), "store")
     for rank in range(1, count):
         environment = (
@@ -784,7 +783,7 @@ def end_lost(ranks: Collection[int]) -> None:
     terminal, for ever.
     """
     for rank in set(ranks) & STARTED.keys():
-        STARTED[rank].kill()  # nothing, where it has ended
+        STARTED[rank].kill()  # does nothing where it has ended
     parent = os.environ.get(LAUNCHED)
     if 0 in ranks and parent is not None and os.getppid() == int(parent):
         with suppress(ProcessLookupError):
@@ -820,7 +819,7 @@ def end_with_launcher() -> None:
     def watch() -> None:
         while os.getppid() == int(parent):
             time.sleep(0.5)
-        time.sleep(2 * GRACE_SECONDS)  # an orphan that ends by itself says more
+        time.sleep(2 * GRACE_SECONDS)  # time to end by itself, with a message
         os._exit(3)
 
     threading.Thread(target=watch, name="ssl_emp-orphan", daemon=True).start()
