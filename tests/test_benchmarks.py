@@ -207,6 +207,7 @@ def test_the_sweeps_are_compared_at_the_same_objective() -> None:
             },
         ),
         pytest.param("loss", False, {"lightly / ours", "ours / lightly"}, marks=pytest.mark.slow),
+        ("plain_loop", False, {"pruner / plain"}),
         pytest.param(
             "selection",
             False,

@@ -1,0 +1,87 @@
+"""Whoever copies an example or a snippet of docs/your_loop.md gets something that runs."""
+
+import importlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from conftest import striped_images, write_parquet
+from torch.utils.data import TensorDataset
+
+from ssl_emp.prune import POLICIES
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "your_loop.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 200 images of 32 pixels to train on and 40 to test."""
+    folder = tmp_path_factory.mktemp("stripes")
+    write_parquet(folder / "train.parquet", *striped_images(200, size=32))
+    write_parquet(folder / "test.parquet", *striped_images(40, size=32, seed=1))
+    return folder
+
+
+def shown(
+    name: str, argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """What an example prints."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    with mock.patch.dict(os.environ):  # Lightning leaves its seed there
+        importlib.import_module(name).main(argv)
+    return capsys.readouterr().out
+
+
+def test_plain_loop(
+    stripes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shown(
+        "plain_loop", ["--data", str(stripes), "--epochs", "4", "--batch-size", "32"], monkeypatch, capsys
+    )
+    # 6 batches in the first epoch and 12 or 13 in three, in passes of equal length
+    assert [int(found) for found in re.findall(r"(\d+) steps", out)] == [5, 10, 15, 20]
+    assert float(re.findall(r"test accuracy (.*)%", out)[0]) > 25.0, "four classes, more than chance"
+
+
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore:.*LeafSpec.*:FutureWarning", "ignore::DeprecationWarning"
+)
+def test_lightly_simclr(
+    stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # Lightning's checkpoints
+    argv = ["--data", str(stripes), "--epochs", "2", "--batch-size", "64"]
+    out = shown("lightly_simclr", argv, monkeypatch, capsys)
+    steps, accuracy = re.findall(r"^(\d+) steps, kNN accuracy (.*)%$", out, re.MULTILINE)[0]
+    assert int(steps) == 6 and float(accuracy) > 40.0, "stripes of four kinds are told apart by any network"
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
+def test_snippets_of_the_page_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Linear(6, 3)
+    world: dict[str, Any] = {
+        "dataset": TensorDataset(torch.randn(1200, 6), torch.randint(3, (1200,))),
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+    }
+    snippets = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    assert len(snippets) == 4
+    for number, snippet in enumerate(snippets):
+        exec(compile(snippet, f"docs/your_loop.md, snippet {number}", "exec"), world)  # noqa: S102
+    pruner = world["pruner"]
+    assert pruner.step == pruner.total_steps == world["schedule"].last_epoch
+    assert world["figures"]["kept_share"] == 4 * 256 / 1200, "the last epoch is a full one, of four batches"
+    assert world["state"]["pruner"]["step"] == pruner.step
+
+
+def test_the_page_names_every_policy() -> None:
+    table = PAGE.partition("## Which policy")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE)))) == set(
+        POLICIES
+    )
