@@ -16,8 +16,6 @@ from linear_eval.finetune import keyed_seed
 from linear_eval.linear import linear_probe
 
 Score = Callable[[Tensor, int], float]  # train rows (K,) int64 ascending, seed -> test accuracy, 0..1
-# few train features, test features, seed -> test accuracy, 0..1
-Probe = Callable[[Features, Features, int], float]
 
 MIN_SUBSETS, NUM_SUBSETS = 3, 5
 # Weight of ||W||^2 / 2 beside the mean cross-entropy where a class has one image, and none to choose it on.
@@ -90,7 +88,6 @@ def fewshot(
     fraction: float | None = None,
     per_class: int | None = None,
     num_subsets: int = NUM_SUBSETS,
-    progress: Callable[[int, int], None] | None = None,
 ) -> FewShotResult:
     """Trains on several subsets of few labels.
 
@@ -102,7 +99,6 @@ def fewshot(
         fraction: of the labels, see `labels_per_class`; or
         per_class: this many labels of each class.
         num_subsets: >= 3.
-        progress: called after each subset as `progress(subsets_done, num_subsets)`.
 
     Raises:
         EvalError: values out of range, both or neither of `fraction` and `per_class`, a class with too
@@ -120,8 +116,6 @@ def fewshot(
     for number in range(num_subsets):
         subset_seed = keyed_seed(seed, number)
         accuracies.append(score(balanced_subset(labels, count, subset_seed), subset_seed))
-        if progress is not None:
-            progress(number + 1, num_subsets)
     values = torch.tensor(accuracies, dtype=torch.float64)
     return FewShotResult(
         tuple(accuracies), values.mean().item(), values.std().item(), count * len(labels.unique()), count
@@ -136,17 +130,13 @@ def fewshot_probe(
     fraction: float | None = None,
     per_class: int | None = None,
     num_subsets: int = NUM_SUBSETS,
-    probe: Probe | None = None,
     device: str | torch.device = "cpu",
-    progress: Callable[[int, int], None] | None = None,
 ) -> FewShotResult:
     """Few labels over a frozen encoder: l2-regularised logistic regression on the features of the labeled
-    images alone.
+    images alone: `linear_probe`, or with one image a class, where nothing can be held out, `fixed_l2_probe`.
 
     Args:
-        probe: chooses its l2 on a held-out part of the few and fits them all; `linear_probe` unless
-            given. With one image a class nothing can be held out: `fixed_l2_probe` takes its place.
-        device: where the fits run (a given `probe` sees to that itself).
+        device: where the fits run.
         All others: as for `fewshot`.
     """
     check_splits(train, test)
@@ -155,19 +145,9 @@ def fewshot_probe(
         few = Features(train.x[rows], train.y[rows])
         if len(rows) == len(few.y.unique()):
             return fixed_l2_probe(few, test, device=device)
-        if probe is not None:
-            return probe(few, test, subset_seed)
         return linear_probe(few, test, seed=subset_seed, device=device).top1
 
-    return fewshot(
-        train.y,
-        score,
-        seed=seed,
-        fraction=fraction,
-        per_class=per_class,
-        num_subsets=num_subsets,
-        progress=progress,
-    )
+    return fewshot(train.y, score, seed=seed, fraction=fraction, per_class=per_class, num_subsets=num_subsets)
 
 
 def fixed_l2_probe(

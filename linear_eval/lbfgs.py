@@ -376,14 +376,7 @@ class BinaryClassifiers:
 
 
 def fit_binary(
-    x: Tensor,
-    y: Tensor,
-    classes: Tensor,
-    l2: Tensor,
-    *,
-    standardize: bool,
-    max_iter: int,
-    tolerance: float,
+    x: Tensor, y: Tensor, classes: Tensor, l2: Tensor, *, standardize: bool, max_iter: int, tolerance: float
 ) -> BinaryClassifiers:
     """Minimises sum of log(1 + exp(-s z)) + l2 / 2 ||w||^2 for P pairs of class and l2; s is 1 for a row that
     has the class, else -1.

@@ -4,6 +4,7 @@ scikit-learn.
 
 import statistics
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -71,19 +72,16 @@ def test_a_fraction_in_labels_per_class() -> None:
 
 def test_draws_and_their_figures() -> None:
     seen: list[tuple[list[int], int]] = []
-    done: list[tuple[int, int]] = []
 
     def score(rows: Tensor, seed: int) -> float:
         seen.append((rows.tolist(), seed))
         return 1 / (1 + rows[0].item() + len(seen))
 
-    result = fewshot(
-        TRAIN.y, score, fraction=0.1, num_subsets=4, seed=0, progress=lambda *step: done.append(step)
-    )
+    result = fewshot(TRAIN.y, score, fraction=0.1, num_subsets=4, seed=0)
     assert result.accuracies == tuple(1 / (1 + rows[0] + number) for number, (rows, _) in enumerate(seen, 1))
     assert result.mean == pytest.approx(statistics.mean(result.accuracies), rel=1e-12)
     assert result.std == pytest.approx(statistics.stdev(result.accuracies), rel=1e-12)
-    assert (result.num_labels, result.per_class) == (20, 5) and done == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert (result.num_labels, result.per_class) == (20, 5)
     assert len({tuple(rows) for rows, _ in seen}) == 4 and len({seed for _, seed in seen}) == 4
 
     first, seen = seen, []
@@ -110,31 +108,29 @@ def test_bad_arguments() -> None:
 
 
 def test_the_probe_fits_only_what_is_labeled() -> None:
-    """The default against linear_probe on hand-made subsets; a probe passed in gets the same."""
-    given_subsets: list[Features] = []
+    """Against linear_probe on the same subsets, taken by hand."""
+    by_hand = []
 
-    def probe(few: Features, test: Features, seed: int) -> float:
-        assert test is TEST
-        given_subsets.append(few)
-        return linear_probe(few, test, seed=seed).top1
-
-    passed = fewshot_probe(TRAIN, TEST, per_class=4, num_subsets=3, seed=5, probe=probe)
-    assert fewshot_probe(TRAIN, TEST, per_class=4, num_subsets=3, seed=5) == passed
-    for few in given_subsets:
+    def score(rows: Tensor, seed: int) -> float:
+        few = Features(TRAIN.x[rows], TRAIN.y[rows])
         assert few.x.shape == (16, 12) and Counter(few.y.tolist()) == {0: 4, 3: 4, 6: 4, 9: 4}
-        assert all(
-            any(torch.equal(x, row) for row in TRAIN.x[TRAIN.y == y])
-            for x, y in zip(few.x, few.y, strict=True)
-        )
-    more = fewshot_probe(TRAIN, TEST, per_class=40, num_subsets=3, seed=5)
-    assert more.mean > passed.mean > 0.3 and more.num_labels == 160
+        by_hand.append(linear_probe(few, TEST, seed=seed).top1)
+        return by_hand[-1]
+
+    given: dict[str, Any] = {"num_subsets": 3, "seed": 5}
+    found = fewshot_probe(TRAIN, TEST, per_class=4, **given)
+    assert found == fewshot(TRAIN.y, score, per_class=4, **given) and len(set(by_hand)) > 1
+    more = fewshot_probe(TRAIN, TEST, per_class=40, **given)
+    assert more.mean > found.mean > 0.3 and more.num_labels == 160
 
 
 def test_one_label_a_class_takes_a_fixed_l2() -> None:
-    def never(few: Features, test: Features, seed: int) -> float:
-        raise AssertionError("there is nothing to hold out")
+    def score(rows: Tensor, seed: int) -> float:
+        return fixed_l2_probe(Features(TRAIN.x[rows], TRAIN.y[rows]), TEST)
 
-    result = fewshot_probe(TRAIN, TEST, per_class=1, num_subsets=3, seed=0, probe=never)
+    given: dict[str, Any] = {"per_class": 1, "num_subsets": 3, "seed": 0}
+    result = fewshot_probe(TRAIN, TEST, **given)
+    assert result == fewshot(TRAIN.y, score, **given)
     assert result.num_labels == 4 and 0.25 < result.mean < 1
 
 

@@ -70,18 +70,6 @@ def test_a_process_and_a_main_thread_that_hang_are_lost(silent: str) -> None:
     assert lost.why.startswith("rank 1 is lost")
 
 
-def test_who_waits_for_others_may_be_still() -> None:
-    store = dist.HashStore()
-    first, second = watched(0, store, 2), watched(1, store, 2, clock=lambda: 7)
-    second._round()
-    first._round()
-    first.moves_at[1] -= 91
-    with second.waiting():
-        second._round()
-    first._round()
-    assert find(first, 0) is None and find(first, 91) is not None
-
-
 def test_who_is_done_is_not_lost() -> None:
     store = dist.HashStore()
     first, second = watched(0, store, 2), watched(1, store, 2)
@@ -200,6 +188,7 @@ def stopped_server() -> Iterator[Callable[[], dist.Store]]:
     def stop() -> dist.Store:
         assert process.pid is not None
         os.kill(process.pid, signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)  # until it has stopped
         return client
 
     yield stop

@@ -9,9 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from linear_eval.targets import TARGETS, torchvision_target
-from linear_eval.transfer import (
-    Target,
-)
+from linear_eval.transfer import Target
 from ssl_emp.commands.eval_config import EvalConfig
 from ssl_emp.commands.ledger import Voice
 from ssl_emp.config import DataConfig

@@ -38,14 +38,10 @@ from ssl_emp.commands.eval_images import Splits
 from ssl_emp.commands.ledger import Ledger, Voice
 from ssl_emp.commands.samples_table import training_columns
 from ssl_emp.commands.subjects import Subject
-from ssl_emp.data.images import (
-    ImageSet,
-)
+from ssl_emp.data.images import ImageSet
 from ssl_emp.device import describe_device
 from ssl_emp.errors import UserError
-from ssl_emp.run.ranks import (
-    Ranks,
-)
+from ssl_emp.run.ranks import Ranks
 from ssl_emp.run.report import show_progress
 from ssl_emp.safe_files import check_inner
 from ssl_emp.text import quoted
@@ -283,10 +279,7 @@ def run_linear(judged: Judged) -> list[Result]:
     found: TrainResult | LinearResult | HeadResult
     if linear.protocol == "augmented":
         recipe = probe_recipe(
-            judged.views(),
-            seed,
-            epochs=linear.epochs or augmented.EPOCHS,
-            val_fraction=linear.val_fraction,
+            judged.views(), seed, epochs=linear.epochs or augmented.EPOCHS, val_fraction=linear.val_fraction
         )
         execution = judged.execution("linear", "linear steps")
         found = augmented_probe(judged.encoder, judged.feature_dim, judged.splits, recipe, execution)

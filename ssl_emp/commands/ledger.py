@@ -49,7 +49,6 @@ class Ledger:
     voice: Voice = field(default_factory=Voice)
     rows: list[Row] = field(default_factory=list)  # of the table, in order
     problems: list[str] = field(default_factory=list)  # `what. fix: how`, each once
-    refused: int = 0  # rows without a value
     kept_in: list[Path] = field(default_factory=list)
     # rows that could not be written yet, and why
     waiting: dict[Path, list[Row]] = field(default_factory=dict)
@@ -77,7 +76,6 @@ class Ledger:
         """A row without a value: why there is none stands in the place of its protocol."""
         reason = printable(str(error))
         self.rows.append(row | {"value": None, "std": None, "protocol": f"not judged: {reason}"})
-        self.refused += 1
         self._problem(reason, 2)
 
     def crash(self, row: Row, error: Exception) -> None:

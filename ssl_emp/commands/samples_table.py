@@ -9,9 +9,7 @@ from torch import Tensor
 
 from linear_eval.errors import first_line
 from ssl_emp.commands.subjects import Subject, is_run, read_run_data
-from ssl_emp.data.images import (
-    ImageSet,
-)
+from ssl_emp.data.images import ImageSet
 from ssl_emp.errors import UserError
 from ssl_emp.safe_files import check_regular
 from ssl_emp.text import quoted

@@ -31,9 +31,7 @@ from ssl_emp.commands.ledger import MISTAKES
 from ssl_emp.commands.rows import Row
 from ssl_emp.commands.subjects import Subject
 from ssl_emp.config import parse_yaml
-from ssl_emp.data.images import (
-    ImageSet,
-)
+from ssl_emp.data.images import ImageSet
 from ssl_emp.errors import UserError
 from ssl_emp.safe_files import read_text, write_atomically
 

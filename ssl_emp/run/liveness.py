@@ -16,8 +16,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -118,8 +118,8 @@ class Liveness:
     0.
 
     A sign has two counters: one goes up as long as the process runs at all, the other as long as its main
-    thread does something, or waits in `waiting()`. If either stands still for `timeout_seconds` (and two
-    intervals), the process is lost.
+    thread does something, be it to look again and again for others. If either stands still for
+    `timeout_seconds` (and two intervals), the process is lost.
 
     Args:
         store: reached by all, with a connection of its own.
@@ -158,7 +158,7 @@ class Liveness:
         self.moves_at = dict.fromkeys(self.watched, now)  # when the second did
         self.gone: set[int] = set()  # left, and not watched any more
         self.answered_at = now  # when the store last answered
-        self.num_waiting = self.runs = self.moves = 0
+        self.runs = self.moves = 0
         self.told_clock = self.seen_clock = 0
         self.still_since = now
         self.lost_at: float | None = None
@@ -214,17 +214,6 @@ class Liveness:
             self.pipe = None
         atexit.unregister(self.stop)
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """While this process waits for others, however long they work, it is not still: it is they who are
-        watched.
-        """
-        self.num_waiting += 1
-        try:
-            yield
-        finally:
-            self.num_waiting -= 1
-
     def ended(self) -> set[int]:
         """Ranks of which this process knows from the system that they are no more."""
         found = {rank for rank, process in self.children.items() if process.poll() is not None}
@@ -249,7 +238,7 @@ class Liveness:
         """Give a sign and hear those of others."""
         clock = self.clock()
         self.runs += 1
-        self.moves += clock != self.told_clock or self.num_waiting > 0
+        self.moves += clock != self.told_clock
         self.told_clock = clock
         self.store.set(f"sign/{self.rank}", f"{self.runs} {self.moves}")
         for rank in self.watched:
