@@ -39,14 +39,14 @@ def run_seconds(fraction: float, sizes: dict[str, Any], arguments: Any) -> float
         "data.source": arguments.data,
         "data.labels": "none",
         "compile": "false",
-        "prune.policy": "emp" if fraction else "none",
-        "prune.fraction": fraction or 0.3,
-        "prune.anneal_fraction": ANNEAL,
-        "prune.scoring": "stale",
         "monitor.knn_every": 0,
         "monitor.tensorboard": "false",
         "checkpoint.every_minutes": 1000,
     }
+    if fraction:
+        overrides |= {"prune.policy": "emp", "prune.fraction": fraction, "prune.anneal_fraction": ANNEAL}
+    else:
+        overrides["prune.policy"] = "none"
     last = common.run_pretrain(CONFIG, [f"{key}={value}" for key, value in overrides.items()], arguments)[-1]
     return float(last["training_seconds"] + last["scoring_seconds"])
 
