@@ -1,10 +1,9 @@
-"""Random views of a whole batch at once, each sample with its own parameters: SimCLR's two, or one for
-supervised training.
+"""Random views of a whole batch, each sample with its own parameters: two for SimCLR, one if supervised.
 
-Parameters are drawn first, as tensors keyed on (seed, epoch, index, view), then applied: a sample gets the
-same two views in any batch, on any rank, after any restart. Shapes are static and nothing waits for the
-device, so `torch.compile` and CUDA graphs take it whole. The semantics are those of torchvision's transforms
-on float tensors.
+Parameters are drawn first, as tensors keyed on (seed, epoch, index, view), and then applied: a sample gets
+the same two views in any batch, on any rank, after any restart. Shapes are static and nothing waits for the
+device, so `torch.compile` and CUDA graphs take all of it. The operations equal torchvision's transforms of
+float tensors.
 """
 
 import math
@@ -24,14 +23,12 @@ CROP_TRIES = 10  # torchvision's RandomResizedCrop falls back to a centre crop a
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
 NUM_DRAW_FEATURES = 14  # F of `draw_features`
 
-Planes = list[Tensor]  # [red, green, blue], each (N, S, S) float32 in [0, 1]: grey needs no strided reads
+Planes = list[Tensor]  # [red, green, blue], each (N, S, S) float32 in [0, 1] and contiguous, for speed
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to draw from. Strengths and probabilities as in torchvision; an op of strength or probability 0
-    costs nothing.
-    """
+    """The distribution of views, in torchvision's units. An op of strength or probability 0 costs nothing."""
 
     size: int  # side of a view, pixels
     crop_scale: tuple[float, float] = (0.08, 1.0)  # area of the crop / area of the image
@@ -81,7 +78,7 @@ class ViewParams(NamedTuple):
 def draw_params(
     seed: int, epoch: int | Tensor, index: Tensor, recipe: Recipe, image_size: int | tuple[int, int]
 ) -> tuple[ViewParams, ViewParams]:
-    """Draw both views' parameters, a pure function of (seed, epoch, index).
+    """Draw the parameters of both views, a pure function of (seed, epoch, index).
 
     Args:
         seed, epoch: ints, or 0-d int64 tensors on the index's device (inside `torch.compile`, see
@@ -95,50 +92,35 @@ def draw_params(
     """
     rows, cols = (image_size, image_size) if isinstance(image_size, int) else image_size
     view = torch.arange(2, device=index.device).view(2, 1, 1)
-    # append new draws at the end: the old ones keep their value
+    # add new draws at the end only, so that the existing ones keep their values
     slot = torch.arange(2 * CROP_TRIES + 16, device=index.device)
     u = keyed_uniform(seed, epoch, index.view(1, -1, 1), view, slot)  # (2, B, slots)
     area, ratio = u[..., :CROP_TRIES], u[..., CROP_TRIES : 2 * CROP_TRIES]
-    (
-        u_top,
-        u_left,
-        flip,
-        jitter,
-        brightness,
-        contrast,
-        saturation,
-        hue,
-        *order,
-        gray,
-        blur,
-        sigma,
-        solarize,
-    ) = u[..., 2 * CROP_TRIES :].unbind(-1)
+    u_top, u_left, flip, jitter, *colors, gray, blur, sigma, solarize = u[..., 2 * CROP_TRIES :].unbind(-1)
+    brightness, contrast, saturation, hue, *order = colors
     both = ViewParams(
         *_crop_box(area, ratio, u_top, u_left, recipe, rows, cols),
         flip=flip < recipe.flip_prob,
         jitter=jitter < recipe.jitter_prob,
-        brightness=_between(brightness, max(0.0, 1 - recipe.brightness), 1 + recipe.brightness),
-        contrast=_between(contrast, max(0.0, 1 - recipe.contrast), 1 + recipe.contrast),
-        saturation=_between(saturation, max(0.0, 1 - recipe.saturation), 1 + recipe.saturation),
-        hue=_between(hue, -recipe.hue, recipe.hue),
+        brightness=_uniform(brightness, max(0.0, 1 - recipe.brightness), 1 + recipe.brightness),
+        contrast=_uniform(contrast, max(0.0, 1 - recipe.contrast), 1 + recipe.contrast),
+        saturation=_uniform(saturation, max(0.0, 1 - recipe.saturation), 1 + recipe.saturation),
+        hue=_uniform(hue, -recipe.hue, recipe.hue),
         order=torch.stack(order, -1).argsort(dim=-1, stable=True),
         gray=gray < recipe.gray_prob,
         blur=blur < recipe.blur_prob,
-        blur_sigma=_between(sigma, *recipe.blur_sigma),
+        blur_sigma=_uniform(sigma, *recipe.blur_sigma),
         solarize=solarize < recipe.solarize_prob,
     )
     return ViewParams(*(field[0] for field in both)), ViewParams(*(field[1] for field in both))
 
 
 def cut_views(images: Tensor, params: tuple[ViewParams, ...], recipe: Recipe) -> tuple[Tensor, ...]:
-    """Cut a view of a batch for each set of parameters: crop, resize, flip, jitter, grey, blur, solarize,
-    normalise.
+    """A view of a batch per set of parameters: crop, resize, flip, jitter, grey, blur, solarize, normalise.
 
     Args:
         images: (B, 3, H, W) uint8.
-        params: from `draw_params` with the images' size, on the images' device; `[:1]` of it for one view
-            at half the cost.
+        params: from `draw_params` with the images' size, on the images' device; its `[:1]` for one view.
 
     Returns:
         (B, 3, size, size) float32 each, equal parts of one contiguous tensor.
@@ -153,12 +135,11 @@ def cut_views(images: Tensor, params: tuple[ViewParams, ...], recipe: Recipe) ->
 
 
 def crop_resize_flip(images: Tensor, params: ViewParams, recipe: Recipe) -> Planes:
-    """Cut n views of each image, (B, 3, H, W) uint8, with (nB,) parameters, the views of sample i at i, B +
-    i, ...
+    """Cut n views of each image (B, 3, H, W) uint8 with (nB,) parameters: sample i has views i, B + i, ...
 
-    Resampling is separable: a pass over the rows, a transposition, a pass over what were the columns, each
-    with the sample's own weights. Equals torchvision's `resized_crop(antialias=True)`, which never looks
-    outside the crop, of the image padded with its reflection.
+    Resampling is separable: one pass over the rows, a transposition, one pass over the columns, each with the
+    sample's own weights. Equals torchvision's `resized_crop(antialias=True)`, which reads no pixel outside
+    the crop, of the image padded with its reflection.
     """
     count, _, rows, cols = images.shape
     size, num_views, mirrors = recipe.size, len(params.top), recipe.crop_padding > 0
@@ -175,9 +156,7 @@ def crop_resize_flip(images: Tensor, params: ViewParams, recipe: Recipe) -> Plan
 
 
 def color_tail(planes: Planes, params: ViewParams, recipe: Recipe) -> Planes:
-    """Apply all that follows the geometry, but for the normalisation: jitter, grey, blur, solarize. (N,)
-    parameters.
-    """
+    """Jitter, grey, blur and solarize, with (N,) parameters."""
     if recipe.jitter_prob > 0:
         planes = _jitter(planes, params, recipe)
     if recipe.gray_prob > 0:
@@ -234,32 +213,27 @@ def draw_features(params_a: ViewParams, params_b: ViewParams, image_size: int) -
 
 
 def grid_of_views(view_a: Tensor, view_b: Tensor, recipe: Recipe, columns: int = 8) -> Tensor:
-    """Lay pairs of normalised (B, 3, S, S) views side by side, `columns` pairs a row: (3, H, W) uint8 for a
-    PNG.
-    """
-    mean, std = (
-        torch.tensor(value, device=view_a.device).view(3, 1, 1) for value in (recipe.mean, recipe.std)
-    )
+    """Pairs of normalised (B, 3, S, S) views, `columns` pairs a row: a picture (3, H, W) uint8."""
+    mean, std = (torch.tensor(x, device=view_a.device).view(3, 1, 1) for x in (recipe.mean, recipe.std))
     pairs = torch.cat([view_a, view_b], 3) * std + mean  # (B, 3, S, 2S)
     return make_grid((pairs.clamp(0, 1) * 255).round().byte(), nrow=columns, pad_value=255)
 
 
-def _between(u: Tensor, low: float, high: float) -> Tensor:
+def _uniform(u: Tensor, low: float, high: float) -> Tensor:
+    """A number in [low, high) from one in [0, 1)."""
     return low + (high - low) * u
 
 
 def _column(per_sample: Tensor) -> Tensor:
-    return per_sample[:, None, None]  # (N,) -> (N, 1, 1), to meet the planes
+    return per_sample[:, None, None]  # (N,) -> (N, 1, 1), which broadcasts to planes
 
 
 def _crop_box(
     area: Tensor, ratio: Tensor, u_top: Tensor, u_left: Tensor, recipe: Recipe, rows: int, cols: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Top, left, height, width as RandomResizedCrop.get_params draws them: the first of (..., tries) boxes
-    that fits.
+    """Top, left, height, width, as RandomResizedCrop draws them: the first of (..., tries) boxes that fits.
 
-    With `crop_padding` as RandomCrop draws them: uniform over the places of the image's own size in the
-    padded image.
+    With `crop_padding`, as RandomCrop draws them: a box of the image's size, uniform in the padded image.
     """
     if recipe.crop_padding > 0:
         assert rows == cols == recipe.size > recipe.crop_padding, (
@@ -269,8 +243,8 @@ def _crop_box(
         top, left = ((u * places).long() - recipe.crop_padding for u in (u_top, u_left))
         return top, left, side, side
     low, high = recipe.crop_ratio
-    area = _between(area, *recipe.crop_scale) * (rows * cols)
-    ratio = _between(ratio, math.log(low), math.log(high)).exp()
+    area = _uniform(area, *recipe.crop_scale) * (rows * cols)
+    ratio = _uniform(ratio, math.log(low), math.log(high)).exp()
     widths, heights = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
     fits = (widths > 0) & (widths <= cols) & (heights > 0) & (heights <= rows)
     first = fits.int().argmax(-1, keepdim=True)  # argmax takes the first of equals
@@ -286,12 +260,11 @@ def _crop_box(
 def _resize_taps(
     start: Tensor, length: Tensor, flip: Tensor | None, size_in: int, size_out: int, mirrors: bool
 ) -> tuple[Tensor, Tensor]:
-    """(N, size_out, K) int32 input pixels and float32 weights of every output pixel, from [start, start +
-    length) only.
+    """Input pixels (N, size_out, K) int32 and their float32 weights for every output pixel.
 
-    A triangle filter with half-pixel centres, widened by the scale when shrinking (antialias), weights
-    summing to one. Where `mirrors`, pixels outside the image are their mirror images, the edge itself not
-    repeated.
+    The filter is a triangle with half-pixel centres, widened by the scale when shrinking (antialias), within
+    [start, start + length); weights sum to one. With `mirrors`, pixels outside the image are reflected, the
+    edge pixel not repeated.
     """
     start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
     place = torch.arange(size_out, device=start.device).view(1, -1, 1) + 0.5
@@ -299,14 +272,14 @@ def _resize_taps(
         place = torch.where(flip.view(-1, 1, 1), size_out - place, place)
     scale = length / size_out
     support = scale.clamp_min(1)  # (N, 1, 1), input pixels
-    centre = place * scale  # (N, size_out, 1), from the crop's edge: start would cost digits
-    # as many centres lie within the widest support
+    centre = place * scale  # (N, size_out, 1), relative to the crop's edge for float32 precision
+    # K: number of pixel centres within the widest support
     taps = torch.arange(math.ceil(2 * max(1, size_in / size_out)), device=start.device)
     pixel = (centre - support + 0.5).floor() + taps  # (N, size_out, K)
     weight = 1 - (pixel + 0.5 - centre).abs_() / support
     weight = torch.where((pixel >= 0) & (pixel < length), weight.clamp_min_(0), 0)
     pixel = start + pixel
-    if mirrors:  # at the first pixel, then at the last; crops that stay inside need not pay for it
+    if mirrors:  # reflect at the first pixel, then at the last; skipped for crops inside the image
         pixel = pixel.abs_()
         pixel = torch.minimum(pixel, 2 * (size_in - 1) - pixel)
     return pixel.clamp_(0, size_in - 1).int(), weight.div_(weight.sum(2, keepdim=True))
@@ -315,32 +288,29 @@ def _resize_taps(
 def _mix_rows(rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """Weighted sums of rows (R, D), by index (..., K) and weight that broadcasts to it: -> (..., D).
 
-    A batched matmul whose matrices have K non-zeros a row: at 224 pixels the dense one is many times slower
-    on a CPU.
+    A batched product with sparse matrices, K non-zeros a row; dense ones are many times slower on a CPU.
     """
     taps = index.shape[-1]
     weight = weight.expand(index.shape).reshape(-1, taps)
-    return F.embedding_bag(index.reshape(-1, taps), rows, mode="sum", per_sample_weights=weight).view(
-        *index.shape[:-1], -1
-    )
+    mixed = F.embedding_bag(index.reshape(-1, taps), rows, mode="sum", per_sample_weights=weight)
+    return mixed.view(*index.shape[:-1], -1)
 
 
 def _numbers(num_views: int, device: torch.device) -> Tensor:
-    """Each plane's number among all planes of all views, (num_views, 3, 1, 1) int32."""
+    """Index of each plane among the planes of all views, (num_views, 3, 1, 1) int32."""
     return torch.arange(3 * num_views, dtype=torch.int32, device=device).view(-1, 3, 1, 1)
 
 
 def _jitter(planes: Planes, params: ViewParams, recipe: Recipe) -> Planes:
     """Brightness, contrast, saturation and hue, each sample in its own order.
 
-    Every sample shifts its hue once, at a place of its own. To compute it once and not in each of four slots,
-    blend slots run on both sides of it, and each sample's blends take effect on the right side only: a blend
-    by factor 1 changes nothing.
+    The place of the hue shift in the order differs between samples. To compute the shift once and not in each
+    of four places, the other ops (blends) run both before and after it. On the side where a sample's blend
+    does not belong its factor is 1, which changes nothing.
     """
     one = torch.ones_like(params.brightness)
-    factors = torch.stack([params.brightness, params.contrast, params.saturation, one], 1).gather(
-        1, params.order
-    )
+    factors = torch.stack([params.brightness, params.contrast, params.saturation, one], 1)
+    factors = factors.gather(1, params.order)
     factors = torch.where(params.jitter.unsqueeze(1), factors, 1.0)  # (N, 4), in the order of application
     has_blends = recipe.brightness > 0 or recipe.contrast > 0 or recipe.saturation > 0
     if recipe.hue == 0:
@@ -358,9 +328,7 @@ def _jitter(planes: Planes, params: ViewParams, recipe: Recipe) -> Planes:
 def _blends(
     planes: Planes, factors: Tensor, order: Tensor, slots: tuple[int, ...] | range, recipe: Recipe
 ) -> Planes:
-    """f x + (1 - f) g, clamped to [0, 1]; g is 0 for brightness, the image's mean grey for contrast, grey for
-    saturation.
-    """
+    """f x + (1 - f) g in [0, 1]: g is 0 for brightness, mean grey for contrast, grey for saturation."""
     for slot in slots:
         factor, op = _column(factors[:, slot]), _column(order[:, slot])
         gray = _gray(planes)
@@ -378,7 +346,7 @@ def _gray(planes: Planes) -> Tensor:
 
 
 def _shift_hue(planes: Planes, turns: Tensor) -> Planes:
-    """Turn the hue of the HSV colour, value and saturation fixed; the shift is in turns, (N,)."""
+    """Shift the hue of the HSV colour by (N,) turns; value and saturation stay."""
     red, green, blue = planes
     value = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)
@@ -387,9 +355,9 @@ def _shift_hue(planes: Planes, turns: Tensor) -> Planes:
         value == green, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)
     )
     sector = torch.where(value == red, green - blue, sector)
-    sector = sector.div_(chroma.clamp_min(1e-12))  # hue in sixths of a turn; grey has none, and 0 will do
+    sector = sector.div_(chroma.clamp_min(1e-12))  # hue in sixths of a turn; 0 for grey
     sector = sector.add_(_column(6 * turns)).remainder_(6)
-    # how much of the chroma each channel shows, as piecewise linear functions of the hue
+    # share of the chroma in each channel, a piecewise linear function of the hue
     shares = (
         (sector - 3).abs_().sub_(1),
         (sector - 2).abs_().neg_().add_(2),

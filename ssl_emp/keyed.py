@@ -1,6 +1,4 @@
-"""Randomness as a pure function of a key: the same (seed, epoch, index, ...) gives the same number in any
-batch, rank or restart.
-"""
+"""Random numbers as a function of a key (seed, epoch, index, ...): equal in any batch, rank or restart."""
 
 from torch import Tensor
 
@@ -14,10 +12,10 @@ _MASK64 = (1 << 64) - 1
 def keyed_bits(*key: int | Tensor) -> Tensor:
     """Hash a key to 62 random bits, bit for bit the same on CPU and GPU, eager and compiled.
 
-    Ints are folded on the host (no tensor, no copy); put them and the small tensors first: each part costs
-    one pass over the broadcast shape of the parts so far. An int and a tensor of the same value give the same
-    bits. Inside `torch.compile` an int must be a constant: one that changes from call to call (an epoch) does
-    not compile, pass it as a 0-d tensor.
+    An int and a tensor of the same value give the same bits. Ints are hashed on the host, without a tensor.
+    Put them and small tensors first: each part costs a pass over the broadcast shape of the parts so far.
+    Inside `torch.compile` an int must be a constant; pass one that changes between calls (an epoch) as a 0-d
+    tensor.
 
     Args:
         key: ints (taken modulo 2^64) and int64 tensors that broadcast; at least one tensor. Order matters.
@@ -58,7 +56,7 @@ def _mix_int(state: int) -> int:
 
 
 def _shifted(state: Tensor, bits: int) -> Tensor:
-    return (state >> bits) & ((1 << (64 - bits)) - 1)  # int64's >> drags the sign along: mask it off
+    return (state >> bits) & ((1 << (64 - bits)) - 1)  # int64's >> copies the sign bit: mask it
 
 
 def _signed(value: int) -> int:

@@ -1,7 +1,7 @@
 """NT-Xent, the contrastive loss of SimCLR, one value per sample.
 
-Letters: B pairs, M = 2B views, P projection dimensions. Where several ranks share a batch these are of one
-rank, and A are the views of all; with one process A = M.
+Letters: B pairs, M = 2B views, P projection dimensions, all of one rank; A views of all ranks that share the
+batch, so A = M with one process.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ssl_emp.run.ranks import ALONE, Ranks
 
-# similarities held at once: on the CPU what its caches hold, on a GPU all of them up to 8,192 views (256 MiB)
+# similarities computed at a time: on a CPU what its caches hold, on a GPU all of 8,192 views (256 MiB)
 BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 
 
@@ -24,20 +24,18 @@ def nt_xent(z_a: Tensor, z_b: Tensor, temperature: float, ranks: Ranks = ALONE) 
         z_a, z_b: (B, P) projections of the two views of the same B samples; any float type, computed in
             float32 (float64 stays float64).
         temperature: softmax temperature, > 0, on cosine similarities.
-        ranks: the processes that share the batch, each with as many pairs; the views of all of them are
-            negatives, and the gradient is that of the sum of all ranks' losses with respect to this rank's
-            projections.
+        ranks: the processes that share the batch, with B pairs each. The views of all ranks are negatives.
+            The gradient is that of the sum of all ranks' losses with respect to this rank's projections.
 
     Returns:
         (B,) losses. Each of the 2B views has one positive and A - 2 negatives; identical projections give
-        log(A - 1).
-        Differentiable once; the memory beyond inputs and outputs does not grow with B².
+        log(A - 1). Differentiable once. Memory does not grow with B².
     """
     assert z_a.shape == z_b.shape and z_a.dim() == 2, (z_a.shape, z_b.shape)
     z = torch.cat([z_a, z_b])
     z = z if z.dtype == torch.float64 else z.float()
     norm = z.norm(dim=1, keepdim=True)  # (2B, 1)
-    # (2B, P); a zero row stays zero, with gradient zero; NaN stays NaN, so that a sick network is noticed
+    # (2B, P); a zero row stays zero, with gradient zero; NaN stays NaN, so that divergence is noticed
     z = torch.where(norm == 0, 0, z / norm.where(norm != 0, 1))
     half = len(z_a)
     positive = (z[:half] * z[half:]).sum(1) / temperature  # (B,)
@@ -46,24 +44,22 @@ def nt_xent(z_a: Tensor, z_b: Tensor, temperature: float, ranks: Ranks = ALONE) 
 
 
 def perfect_pair_share(batch_size: int, temperature: float) -> float:
-    """Share of its softmax, in (0, 1), that a positive of similarity 1 has among the 2B - 2 negatives of a
-    batch, at similarity 0.
+    """Softmax probability of a positive with similarity 1 among 2B - 2 negatives with similarity 0.
 
-    What a pair still pulls with is 1 minus its share, so where this is small no pair is ever learned
-    (docs/method.md).
+    A pair's gradient is proportional to 1 minus this probability, so where it is small, even perfect pairs
+    keep their gradient (docs/method.md).
     """
     return 1 / (1 + (2 * batch_size - 2) * math.exp(-1 / temperature))
 
 
 class _LogSumExpOfOthers(torch.autograd.Function):
-    """z (M, P) -> (M,): log of the sum over j != i of exp(z_i . z_j / T), j over the views of all ranks,
-    block of rows by block of rows.
+    """z (M, P) -> (M,): log of the sum over j != i of exp(z_i . z_j / T), j over the views of all ranks.
 
-    With p_ij = exp(s_ij) / sum_j exp(s_ij) and upstream gradients w, the gradient of z_i is sum_j (w_i p_ij +
-    w_j p_ji) z_j / T; as s is symmetric, the block that holds s_ij also gives p_ji, and one product does for
-    both terms: what is computed twice (s, in the backward) is saved again there. For the same reason ranks
-    need not exchange gradients of z, which take M P numbers: that of z_i follows from the (A,) logarithms and
-    upstream gradients of all.
+    Computed in blocks of rows, so that only a block of the (M, A) similarities s exists at a time. With p_ij
+    = exp(s_ij) / sum_j exp(s_ij) and upstream gradients w, the gradient of z_i is sum_j (w_i p_ij + w_j p_ji)
+    z_j / T. Because s is symmetric, the block of s_ij also gives p_ji, so one matrix product serves both
+    terms, which makes up for computing s again in the backward pass. For the same reason ranks need not
+    exchange gradients of z (M P numbers): the (A,) logarithms and upstream gradients suffice.
     """
 
     @staticmethod
@@ -102,7 +98,7 @@ def _row_blocks(z: Tensor, columns: Tensor) -> list[slice]:
 
 
 def _similarity(z: Tensor, columns: Tensor, rows: slice, own: int) -> Tensor:
-    """(R, A) scaled similarities of a block of views to all of them, -inf to themselves."""
+    """(R, A) scaled similarities of a block of views to all views; -inf of a view to itself."""
     with torch.autocast(z.device.type, enabled=False):
         similarity = z[rows] @ columns
     similarity.diagonal(own + rows.start).fill_(-torch.inf)
