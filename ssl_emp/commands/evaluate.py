@@ -67,7 +67,7 @@ from ssl_emp.commands.subjects import Subject, find_subjects, is_run
 from ssl_emp.commands.transfer import run_transfer
 from ssl_emp.config import DataConfig
 from ssl_emp.device import keep_freed_memory, pick_device
-from ssl_emp.errors import Parser, UserError, path_argument
+from ssl_emp.errors import Parser, RunFailed, UserError, path_argument
 from ssl_emp.run.interrupts import Interrupts, Stopped
 from ssl_emp.run.ranks import (
     ALONE,
@@ -112,6 +112,8 @@ def main(argv: list[str] | None = None) -> int:
         return end_with_line(str(error), 2, ranks, True)
     except (UserError, EvalError) as error:
         return end_with_line(str(error), 2, ranks)
+    except RunFailed as error:  # of another process, in what all do together
+        return end_with_line(str(error), 1, ranks, ranks.is_first)
     except LostRank as error:
         return end_with_line(str(error), error.code, ranks, error.speaks, error.lost)
     except Stopped as stopped:

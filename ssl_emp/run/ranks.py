@@ -43,7 +43,9 @@ START_SECONDS = 60.0  # from the first rank's start to the last one's
 TIMEOUT_SECONDS = 600.0  # without a sign of life from a rank
 LEAVE_SECONDS = 60.0  # for Python to end in the others, after the work
 INTACT = "; the last checkpoint is intact. fix: --resume"
-LAUNCHERS = "start by torchrun, srun or devices=N, or unset RANK and WORLD_SIZE for one process"
+LAUNCHERS = (
+    "start by torchrun (pretrain.py: or srun, or devices=N), or unset RANK and WORLD_SIZE for one process"
+)
 FINGERPRINT = 108  # first key of `Ranks.agree_on`
 BYTES_AT_ONCE = 2**28  # of `Ranks.gather_rows`
 FIXABLE = "!"  # before the text of a mistake that the user can fix, in `Ranks.together`
