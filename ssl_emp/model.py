@@ -25,24 +25,21 @@ from ssl_emp.errors import UserError
 from ssl_emp.safe_files import check_regular, read_json, write_atomically
 from ssl_emp.text import quoted
 
-# block, blocks a stage
+# name -> (block, number of blocks in each stage)
 ARCHS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
     "resnet34": (BasicBlock, [3, 4, 6, 3]),
     "resnet50": (Bottleneck, [3, 4, 6, 3]),
 }
 FULL_WIDTH = 64  # channels of the first stage in the published ResNets
-# beyond [0, 1] that an encoder takes: what resizing makes of a 1 in floats, and no mistake does
-ROUNDING = 1e-3
+ROUNDING = 1e-3  # allowed beyond [0, 1]: rounding errors of resizing; no mistake of scaling is that small
 SMALL_IMAGE = 64  # up to this many pixels a side, the "auto" stem keeps the resolution (SimCLR, appendix B.9)
-
-
-FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
-LARGEST_WEIGHTS = 1 << 36  # bytes; the largest network that a config can ask for has 6 GiB
+FLOATS = ("F16", "BF16", "F32", "F64")  # names of types in safetensors
+LARGEST_WEIGHTS = 1 << 36  # bytes; the largest network that a config allows has 6 GiB
 
 
 class _Spec(Section):
-    """What an exported encoder's config.json says of its network, in the bounds of a run's config."""
+    """The description of the network in an encoder's config.json, with the limits of a run's config."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, frozen=True)
 
@@ -63,7 +60,7 @@ class WidthResNet(ResNet):
         super().__init__(block, layers)
         kernel, stride = (3, 1) if stem == "cifar" else (7, 2)
         self.conv1 = nn.Conv2d(3, width, kernel, stride, padding=kernel // 2, bias=False)
-        # as ResNet does to its own
+        # as torchvision's ResNet initialises its own
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.bn1 = nn.BatchNorm2d(width)
         if stem == "cifar":
@@ -85,9 +82,7 @@ class WidthResNet(ResNet):
 
 
 def resolve_stem(stem: str, image_size: int) -> str:
-    """`auto` -> `cifar` (3x3, stride 1, no max-pooling) for images up to 64 px, else `imagenet` (7x7, stride
-    2).
-    """
+    """`auto` -> `cifar` (3x3, stride 1, no max-pooling) up to 64 px, else `imagenet` (7x7, stride 2)."""
     return ("cifar" if image_size <= SMALL_IMAGE else "imagenet") if stem == "auto" else stem
 
 
@@ -97,11 +92,11 @@ OneImage = str | os.PathLike[str] | Image.Image | np.ndarray
 class Encoder(nn.Module):
     """f with its input normalisation: images (B, 3, H, W) float in [0, 1] -> features (B, D) float32.
 
-    Raises TypeError for what is no tensor of floats (bytes of 0 to 255 would give features of no meaning),
-    ValueError for another shape, and, where `checks_range` is set, for values beyond [0, 1]. That check reads
-    the smallest and the largest value, little beside the forward pass; but on a GPU it waits for the images.
-    So training and evaluation, whose images are bytes divided by 255, go without. A network that is being
-    compiled, exported, traced or captured is not checked.
+    Raises TypeError for anything but a tensor of floats (bytes of 0 to 255 would give meaningless features)
+    and ValueError for another shape. With `checks_range`, values beyond [0, 1] are a ValueError too; that
+    check is cheap beside the forward pass, but on a GPU it waits for the images. Training and evaluation,
+    whose images are bytes divided by 255, go without it. Nothing is checked while the network is compiled,
+    exported, traced or captured.
     """
 
     mean: Tensor
@@ -122,7 +117,7 @@ class Encoder(nn.Module):
         self.image_size = image_size
         self.spec = spec  # arch, width, stem: what builds this network again
         self.checks_range = False
-        # not part of the state: mean and std stand in config.json
+        # not part of the state: config.json has mean and std
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -131,15 +126,15 @@ class Encoder(nn.Module):
         return self.backbone((images.to(self.mean.dtype) - self.mean) / self.std).float()
 
     def preprocess(self, images: OneImage | Sequence[OneImage], *, max_pixels: int = MAX_PIXELS) -> Tensor:
-        """What `forward` wants of images as they come: the pixels that evaluate.py sees of them, to the bit.
+        """Images as input of `forward`, with exactly the pixels that evaluate.py uses.
 
-        EXIF rotation is applied, the short side scaled to `image_size` S (bicubic, antialiased), the centre
-        cut out.
+        EXIF rotation is applied, the short side scaled to `image_size` S (bicubic, antialiased), and the
+        centre cropped.
 
         Args:
             images: a file, a PIL image, (H, W), (H, W, 3) or (H, W, 4) uint8 pixels; or a list of them. A
-                PIL image that is not decoded yet is decoded as its file would be; one that is differs where a
-                large JPEG would have been reduced while it was decoded, by about one level of 255.
+                PIL image that is not decoded yet is decoded like its file. A decoded one can differ by about
+                one level of 255, because a large JPEG file is reduced while it is decoded.
             max_pixels: files that declare more are refused.
 
         Returns:
@@ -182,9 +177,7 @@ def preprocess(
 
 
 def check_images(images: Tensor, check_range: bool) -> None:
-    """Raises TypeError or ValueError unless images are (B, 3, H, W) floats, with `check_range` in [0, 1]; see
-    `Encoder`.
-    """
+    """Raise TypeError or ValueError unless images are (B, 3, H, W) floats, in [0, 1] if asked for."""
     if not torch.jit.is_tracing():
         _check_images(images)
         if check_range and not torch.compiler.is_compiling() and images.numel():
@@ -192,7 +185,7 @@ def check_images(images: Tensor, check_range: bool) -> None:
 
 
 def _check_images(images: Tensor) -> None:
-    """Raises TypeError or ValueError unless images are (B, 3, H, W) floats; looks at no value."""
+    """Raise TypeError or ValueError unless images are (B, 3, H, W) floats; reads no value."""
     if not isinstance(images, Tensor):
         fix = "give a tensor; encoder.preprocess(image or path) makes one"
         raise TypeError(f"images are of type {type(images).__name__}. fix: {fix}")
@@ -214,7 +207,7 @@ def _check_images(images: Tensor) -> None:
 
 
 def _check_range(images: Tensor) -> None:
-    """Raises ValueError unless all values are in [0, 1], up to rounding. Waits for the device."""
+    """Raise ValueError unless all values are in [0, 1], up to rounding. Waits for the device."""
     if images.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     low, high = torch.stack(images.detach().aminmax()).tolist()
@@ -259,7 +252,7 @@ class SimCLR(nn.Module):
     """f and g: normalised views (M, 3, S, S) -> h = f(x) (M, D), z = g(h) (M, P), neither L2-normalised."""
 
     def __init__(self, encoder: Encoder, projection_hidden: int, projection_dim: int) -> None:
-        # imported here: it takes seconds, and a loaded encoder has no use for it
+        # imported here: it takes seconds, and loading an encoder does not need it
         from lightly.models.modules.heads import SimCLRProjectionHead
 
         super().__init__()
@@ -305,7 +298,7 @@ def save_encoder(encoder: Encoder, folder: Path) -> None:
     weights = {
         name: tensor.detach().cpu().contiguous() for name, tensor in encoder.backbone.state_dict().items()
     }
-    # through memory: save_file reports a full disk in words of its own, and does not wait for the disk
+    # safetensors' save_file would neither sync the file nor raise OSError on a full disk
     write_atomically(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
     write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
@@ -320,64 +313,58 @@ def load_encoder(path: str | os.PathLike[str], *, check_range: bool = True) -> E
             are known to be right, False saves that.
 
     Returns:
-        A module: images (B, 3, H, W) float in [0, 1] -> (B, D) float32 features. It normalises by itself, and
-        its
-        `preprocess` makes such images of files, PIL images and pixels.
+        A module: images (B, 3, H, W) float in [0, 1] -> (B, D) float32 features. It normalises its input; its
+        `preprocess` makes such images from files, PIL images and pixels.
 
     Raises:
         UserError: files missing or unreadable, or weights that do not match the network key by key.
     """
     folder = Path(os.path.expanduser(path))
-    again = "give a run directory or an encoder directory that pretrain.py wrote"
+    fix = "give a run directory or an encoder directory that pretrain.py wrote"
     if (folder / "config.yaml").is_file():
-        again = f"write it again from the run's last checkpoint: python pretrain.py --resume {quoted(folder)}"
+        fix = f"write it again from the run's last checkpoint: python pretrain.py --resume {quoted(folder)}"
     folder = folder / "encoder" if (folder / "encoder").is_dir() else folder
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise UserError(f"no encoder in {folder}: {name} is missing", again)
-    try:
-        spec = _Spec.model_validate(read_json(folder / "config.json")["ssl_emp"]).model_dump()
-        check_regular(folder / "model.safetensors", LARGEST_WEIGHTS)
-        # it reads the header, and compares it with the file's size
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            found = {
-                name: (tuple(part.get_shape()), part.get_dtype())
-                for name in file.keys()
-                for part in [file.get_slice(name)]
-            }
-    except ValidationError as error:
-        first = error.errors()[0]
-        what = (
-            f"{folder / 'config.json'} is damaged (ssl_emp.{'.'.join(map(str, first['loc']))}: "
-            f"{first['msg']})"
-        )
-        raise UserError(what, again) from error
-    except UserError:
-        raise
-    # json, safetensors and key errors have no common base; each means a damaged export
-    except Exception as error:
-        raise UserError(
-            f"the encoder in {folder} cannot be read ({type(error).__name__}: {error})", again
-        ) from error
-    # names and shapes only: nothing is allocated for a network that the file does not hold
+    spec, found = _read_headers(folder, fix)
+    # on the meta device nothing is allocated, whatever size config.json claims
     with torch.device("meta"):
         expected = build_encoder(**spec).backbone.state_dict()
-    fits = {name: (tuple(x.shape), x.is_floating_point()) for name, x in expected.items()}
-    differing = sorted(set(fits) ^ set(found))
-    differing = differing or sorted(
-        name for name, (shape, kind) in found.items() if fits[name] != (shape, kind in FLOATS)
+    shapes = {name: (tuple(x.shape), x.is_floating_point()) for name, x in expected.items()}
+    differing = sorted(set(shapes) ^ set(found)) or sorted(
+        name for name, (shape, kind) in found.items() if shapes[name] != (shape, kind in FLOATS)
     )
     if differing:
+        network = f"{spec['arch']} of width {spec['width']}"
         raise UserError(
-            (
-                f"the weights in {folder} do not fit {spec['arch']} of width {spec['width']}, first "
-                f"at {differing[0]}"
-            ),
-            again
-            if again.startswith("write")
-            else "give the config.json that was written with these weights",
+            f"the weights in {folder} do not fit {network}, first at {differing[0]}",
+            fix if fix.startswith("write") else "give the config.json that was written with these weights",
         )
     encoder = build_encoder(**spec)
     encoder.backbone.load_state_dict(load_file(folder / "model.safetensors"))
     encoder.checks_range = check_range
     return encoder.eval().requires_grad_(False)
+
+
+def _read_headers(folder: Path, fix: str) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], str]]]:
+    """(arguments of `build_encoder`, weight -> shape and type) of a directory. Raises UserError."""
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"no encoder in {folder}: {name} is missing", fix)
+    try:
+        spec = _Spec.model_validate(read_json(folder / "config.json")["ssl_emp"]).model_dump()
+        check_regular(folder / "model.safetensors", LARGEST_WEIGHTS)
+        # reads the header and compares it with the size of the file
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}
+            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        what = f"{folder / 'config.json'} is damaged (ssl_emp.{key}: {first['msg']})"
+        raise UserError(what, fix) from error
+    except UserError:
+        raise
+    # json, safetensors and key errors have no common base class; each means a damaged export
+    except Exception as error:
+        what = f"the encoder in {folder} cannot be read ({type(error).__name__}: {error})"
+        raise UserError(what, fix) from error
+    return spec, found
