@@ -55,7 +55,7 @@ def rate(views: int, work: Callable[[], object], least_seconds: float) -> Measur
 
 
 def ours(images: Tensor, recipe: Recipe, views_of: Any) -> Callable[[], object]:
-    """Both views of the batch, each call of another epoch."""
+    """A function that cuts both views of the batch; each call uses the draws of another epoch."""
     index, epochs = torch.arange(len(images), device=images.device), count()
     return lambda: views_of(images, draw_params(0, next(epochs), index, recipe, images.shape[-1]), recipe)
 

@@ -103,7 +103,7 @@ def peak_growth(function: Callable[[], object]) -> int:
 
 
 def interleave(contenders: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Measure round robin, A B C A B C: a machine that slows down over minutes slows every contender alike.
+    """Measure in turn, A B C A B C, so that a machine that becomes slower slows all contenders alike.
 
     Each callable returns the figure it measured (seconds, images/s); each name gets its `repeats` figures.
     """
@@ -240,14 +240,14 @@ def write(name: str, payload: dict[str, Any], arguments: argparse.Namespace) -> 
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
-    """What a figure depends on besides the code: machine, versions, revision, date. No host name, no path."""
+    """What a figure depends on besides the code: machine, versions, revision, date, no paths."""
     device = torch.device(device)
     git = ["git", "-C", str(ROOT)]
     revision = (
         subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
         or None
     )
-    # results are no code: writing one must not make the next benchmark look dirty
+    # without the results: writing one must not mark the next benchmark as changed code
     changed = subprocess.run(
         [*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"], capture_output=True
     ).returncode

@@ -51,7 +51,7 @@ def write_jpegs(images: ImageSet, folder: Path) -> None:
 
 
 def ours(images: ImageSet, batch_size: int, device: torch.device) -> Callable[[], None]:
-    """One epoch of both views, each call of the next epoch's order and draws."""
+    """A function that cuts both views of one epoch; each call uses the next epoch's order and draws."""
     store, index, epochs = (
         HostImages(images.pixels, device),
         torch.arange(len(images.names), device=device),
@@ -68,7 +68,7 @@ def ours(images: ImageSet, batch_size: int, device: torch.device) -> Callable[[]
 
 
 def lightly(folder: Path, batch_size: int, device: torch.device) -> Callable[[], None]:
-    """One epoch of both views by workers."""
+    """A function that loads both views of one epoch by worker processes."""
     on_gpu = device.type == "cuda"
     loader: DataLoader[tuple[list[Tensor], Tensor]] = DataLoader(
         ImageFolder(str(folder), SimCLRTransform(input_size=SIZE)),
@@ -113,7 +113,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         )
 
     extra = {"store_seconds": common.seconds(build), "images": len(decoded.names), "batch_size": batch_size}
-    # first: its workers fork before other threads start
+    # first, so that its workers fork before other threads start
     epochs = {"lightly": lightly(folder / "jpegs", batch_size, arguments.device)}
     extra["warmup_seconds, lightly"] = common.seconds(epochs["lightly"])
     epochs["ours"] = ours(found[0], batch_size, arguments.device)

@@ -35,7 +35,7 @@ from ssl_emp.model import build_encoder
 
 
 class PilImages(Dataset[tuple[list[Tensor], int]]):
-    """Decoded images handed out as torchvision's CIFAR10 does: a PIL image, transformed, and its label."""
+    """Decoded images in the form of torchvision's CIFAR10: a transformed PIL image and its label."""
 
     def __init__(self, pixels: Tensor, labels: Tensor | None, transform: Any) -> None:
         """pixels: (N, 3, S, S) uint8."""
@@ -51,7 +51,7 @@ class PilImages(Dataset[tuple[list[Tensor], int]]):
 
 
 def endless(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Epoch after epoch."""
+    """The batches of one epoch after the other, without end."""
     while True:
         yield from loader
 
@@ -60,8 +60,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train for the warm-up and the timed steps; images a second of the latter, and what was run."""
     device, plus, workers = pick_device(arguments.device), arguments.plus, cores()
     size, batch_size = arguments.image_size, arguments.batch_size
-    # the workers run two batches ahead each: no more images than one epoch of this needs, so that reading
-    # them is short
+    # each worker reads two batches ahead: load no more images than the run and these need
     needed = (arguments.warmup_steps + arguments.steps + 2 * workers) * batch_size
     images = load_images(arguments.data, "train", image_size=size, max_images=needed, store="memory")
     if len(images.names) < batch_size:

@@ -67,7 +67,7 @@ def training_peak(
         f"batch_size={batch_size}",
     ]
     overrides += [f"keep_freed_memory={str(keeps).lower()}"]
-    # it comes at the end of an epoch, and slow machines are stopped before that
+    # written at the end of an epoch, which slow machines do not reach
     overrides += ["monitor.knn_every=0"]
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -92,7 +92,7 @@ def activation_megabytes(width: int, batch_size: int) -> float:
     model = SimCLR(encoder, encoder.feature_dim, 128)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
-    alive = []  # a freed storage's address could come back as another's
+    alive = []  # keeps the storages, whose addresses would otherwise be used again
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()

@@ -40,7 +40,7 @@ from experiments.table import (
 # lines apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", ":")
-FIXED = {"none": "#000000", "random": "#777777", "shorter": "#777777"}  # what the others are compared with
+FIXED = {"none": "#000000", "random": "#777777", "shorter": "#777777"}  # baselines
 MARKERS = "osD^vP"
 
 
@@ -92,11 +92,11 @@ def canvas(x_label: str, y_label: str, width: float = 7.0) -> tuple[Figure, Axes
 
 
 def legend(axes: Axes) -> None:
-    """Beside the axes, the highest line on top, so that the eye goes straight across."""
+    """A legend beside the axes, in the order of the lines' last values."""
     lines = [container for container in axes.containers if isinstance(container, ErrorbarContainer)]
     lines.sort(key=lambda line: -np.asarray(line.lines[0].get_ydata())[-1])
     labels = [str(line.get_label()) for line in lines]
-    long = max(map(len, labels), default=0) > 24  # beside the axes it would leave them no room
+    long = max(map(len, labels), default=0) > 24  # long labels go below the axes
     place = (
         {"loc": "upper left", "bbox_to_anchor": (0, -0.16)}
         if long
@@ -127,7 +127,7 @@ def against_cost(rows: list[Row], metric: str, cost: str) -> Figure | None:
     every = [row[cost] for row in rows if row.get(cost) is not None]
     if not every:
         return None
-    # policies share their samples exactly: error bars would lie on top of each other
+    # policies have seen equal numbers of samples: shift their points, or the error bars overlap
     step = 0.006 * (max(every) - min(every)) if cost == "samples_seen" else 0.0
     shift = {label: step * (i - (len(lines) - 1) / 2) for i, label in enumerate(lines)} | {"none": 0.0}
     for (label, group), style in zip(lines.items(), style_of(list(lines)).values(), strict=True):
@@ -156,7 +156,7 @@ def beta_sweep(rows: list[Row], metric: str) -> Figure | None:
     across where it is one figure.
     """
     swept = [row for row in rows if BETA in keys_of(row) and figure(row, metric) is not None]
-    if len({keys_of(row)[BETA] for row in swept}) < 3:  # two are a comparison
+    if len({keys_of(row)[BETA] for row in swept}) < 3:  # a curve needs three values
         return None
     fig, axes = canvas("β, weight of the memory term", head(metric))
     lines = labelled(swept, [BETA])

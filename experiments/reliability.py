@@ -61,7 +61,7 @@ def draws(
     place[sample] = torch.arange(len(sample))
     for draw in range(count):
         key = RELIABILITY_EPOCHS + draw
-        # NaN: in the remainder of this draw
+        # NaN: in no batch of this draw
         rows = {name: torch.full((len(sample),), torch.nan) for name in scores}
         drawn = torch.empty(len(sample), 0)
         for index, images in job.store.stream(shuffled_batches(sample, batch_size, job.config.seed, key)):

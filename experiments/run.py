@@ -45,7 +45,7 @@ from ssl_emp.run.report import duration
 
 ROOT = Path(__file__).parent.parent
 Cell = dict[str, Any]
-# another machine keeps the same images elsewhere: no part of what a cell is
+# keys of paths, which differ between machines: they do not identify a cell
 IMAGE_PATHS = ("data.source", "data.test_source")
 OTHER_PATHS = ("out", "data.download_dir", "data.cache_dir")
 
@@ -55,7 +55,7 @@ class CellFailed(Exception):
 
 
 class Stopped(Exception):
-    """Ctrl-C: the cell saved and left, or was not started."""
+    """Ctrl-C: the cell saved and stopped, or was not started."""
 
 
 # ---- the grid ----------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def read_extra(words: list[str], cells: list[Cell]) -> Cell:
 
 
 def planned_work(settings: Cell, base: Cell) -> float:
-    """What a cell costs beside others, for the ETA: its epochs' worth of samples."""
+    """Relative cost of a cell, for the ETA: its samples seen, in epochs."""
     return float(settings.get("epochs", base.get("epochs", 1)) * (1 - settings.get("prune.fraction", 0)))
 
 
@@ -151,7 +151,7 @@ class Children:
                 pass_fds=[self.held],
             )
             self.pids.add(process.pid)
-        # of this child and those it waited for, whatever else runs
+        # CPU time of this child and of the processes it waited for
         _, status, usage = os.wait4(process.pid, 0)
         with self.guard:
             self.pids.discard(process.pid)
@@ -159,7 +159,7 @@ class Children:
         return process.returncode, usage.ru_utime + usage.ru_stime
 
     def interrupt(self) -> None:
-        """SIGINT to all: pretrain.py finishes its step and saves. The second one leaves at once."""
+        """Send SIGINT to all. pretrain.py finishes its step and saves; a second SIGINT ends it at once."""
         with self.guard:
             self.stopping = True
             for pid in self.pids:
@@ -173,12 +173,12 @@ class Lab:
 
     grid: dict[str, Any]
     extra: Cell  # key=value of the command line
-    runs: Path  # the run directories' folder
+    runs: Path  # folder of the run directories
     results: Path
     threads: int | None
     keep_checkpoints: bool
     children: Children
-    base: Cell  # what the grid's config file holds
+    base: Cell  # values of the grid's config file
     written: Lock = field(default_factory=Lock)
 
     def settings(self, cell: Cell) -> Cell:
@@ -224,7 +224,7 @@ def run_cell(cell: Cell, lab: Lab) -> str:
         f"{key}={value if isinstance(value, str) else json.dumps(value)}"
         for key, value in (lab.settings(cell) | lab.extra).items()
     ]
-    revision = git_revision()  # before: the tree may change while the cell runs
+    revision = git_revision()  # now, because the tree may change while the cell runs
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def check(code: int, script: str) -> None:
@@ -239,7 +239,7 @@ def run_cell(cell: Cell, lab: Lab) -> str:
     # a resumed cell gets the overrides too: pretrain.py refuses them where the config file has changed since
     resumes = (out / "config.yaml").exists()
     start = ["--resume", str(out)] if resumes else ["--config", lab.grid["config"], f"out={out}"]
-    # a figure for each attempt; null where it was killed together with this runner
+    # CPU seconds of each attempt; null for one that was killed together with this runner
     spent = out / "cpu_seconds.json"
     before = json.loads(spent.read_text()) if spent.exists() else [None] * resumes
     if resumes:
@@ -266,7 +266,7 @@ def run_cell(cell: Cell, lab: Lab) -> str:
     }
     row["revision"] = revision
     with lab.written, open(lab.results, "ab", buffering=0) as file:
-        file.write(json.dumps(row).encode() + b"\n")  # one write: a line is there or not
+        file.write(json.dumps(row).encode() + b"\n")  # one write, so that no half line is left
         os.fsync(file.fileno())
     if not lab.keep_checkpoints:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -286,11 +286,11 @@ def read_run(out: Path, evaluators: list[str], logged: list[str]) -> dict[str, A
             if isinstance(value, int | float)
         }
     for name in evaluators:
-        # the newest: of a protocol of before there may be others
+        # the newest: there may be files of earlier protocols
         found = json.loads((out / "eval" / f"{name}.json").read_text())[-1]
         row[name] = found["value"]
         row.setdefault("protocols", {})[name] = found["protocol"]
-    # below 1 where a remainder is no batch; the first epoch is never pruned
+    # below 1 in a full epoch with a remainder; the first epoch is never pruned
     full = max(epoch.get("kept_share", 1) for epoch in epochs)
     pruned = [epoch for epoch in epochs if epoch.get("kept_share", 1) < full]
     values = {
@@ -406,7 +406,7 @@ def run_cells(todo: list[Cell], total: int, jobs: int, lab: Lab) -> int:
         lab.children.interrupt()
         try:
             pool.shutdown(cancel_futures=True)
-        except KeyboardInterrupt:  # no patience
+        except KeyboardInterrupt:  # a second Ctrl-C
             lab.children.interrupt()
             pool.shutdown()
         raise
