@@ -81,71 +81,59 @@ MUTANTS = [
     ),
     Mutant(
         "scores of the own part of the batch are written to all of it",
-        "ssl_emp/passes.py",
-        "whole = job.ranks.gather(part if draw is None else torch.cat([part, draw], 1))",
-        "whole = (part if draw is None else torch.cat([part, draw], 1)).repeat(job.ranks.world_size, 1)",
+        "ssl_emp/prune/pruner.py",
+        "whole = gather(torch.cat(parts, 1))",
+        "whole = torch.cat(parts, 1).repeat(len(gather(loss)) // len(loss), 1)",
         "tests/faults/test_processes_matrix.py -k D8",
         "faults",
     ),
     Mutant(
         "every epoch draws the same views",
-        "ssl_emp/passes.py",
-        (
-            "params = draw_params(config.seed, epoch, torch.zeros_like(index) if common_draw else "
-            "index, recipe, side)"
-        ),
-        (
-            "params = draw_params(config.seed, 0, torch.zeros_like(index) if common_draw else index, "
-            "recipe, side)"
-        ),
+        "ssl_emp/commands/pretrain.py",
+        "draw_params(config.seed, epoch, index",
+        "draw_params(config.seed, 0, index",
         "tests/test_pretrain.py -k views_that_are_foreseen",
     ),
     Mutant(
         "a resumed run draws its batches anew in the midst of an epoch",
-        "ssl_emp/commands/pretrain.py",
-        "        if step_in_epoch:\n            batches, weight",
-        "        if False:\n            batches, weight",
+        "ssl_emp/prune/pruner.py",
+        'state["chosen"].items()',
+        "{}.items()",
         "tests/test_pretrain.py -k resume_equals",
     ),
     Mutant(
         "the learning-rate schedule begins again after a resume",
         "ssl_emp/commands/pretrain.py",
-        (
-            'start, step_in_epoch, step, seconds = state["epoch"], state["step_in_epoch"], '
-            'state["step"], dict(state["seconds"])'
-        ),
-        (
-            'start, step_in_epoch, step, seconds = state["epoch"], state["step_in_epoch"], 0, '
-            'dict(state["seconds"])'
-        ),
+        "job.schedule.set(run.optimizer, run.step)",
+        "job.schedule.set(run.optimizer, run.step - run._saved_step)",
         "tests/test_pretrain.py -k resume_equals",
     ),
     Mutant(
         "scores are lost on resume",
-        "ssl_emp/commands/pretrain.py",
-        '        scores.load_state_dict(state["scores"])\n',
-        "",
+        "ssl_emp/prune/pruner.py",
+        'self.record.load_state_dict(state["record"])',
+        "pass",
         "tests/test_pretrain.py -k resume_equals",
     ),
     Mutant(
         "momentum is lost on resume",
-        "ssl_emp/commands/pretrain.py",
-        '        optimizer.load_state_dict(state["optimizer"])\n',
-        "",
+        "ssl_emp/run/run.py",
+        '"state": state["optimizer"]["state"]',
+        '"state": {}',
         "tests/test_pretrain.py -k resume_equals",
     ),
     Mutant(
         "a bad step moves BatchNorm",
-        "ssl_emp/commands/pretrain.py",
-        "                restore_unless(good, buffers, kept_buffers)\n",
-        "",
+        "ssl_emp/run/guard.py",
+        "[torch.where(finite, *pair) for pair in pairs]",
+        "[pair[0] for pair in pairs]",
         "tests/faults/test_numerics_matrix.py -k changes_nothing",
     ),
     Mutant(
         "a bad step is scored and counted",
         "ssl_emp/commands/pretrain.py",
-        "scores.count_trained(batches[step_in_epoch], epoch, good)",
-        "scores.count_trained(batches[step_in_epoch], epoch)",
+        "pruner.observe(seen, where=finite)",
+        "pruner.observe(seen)",
         "tests/faults/test_numerics_matrix.py -k changes_nothing",
     ),
     Mutant(
@@ -157,14 +145,21 @@ MUTANTS = [
     ),
     Mutant(
         "what fills up the last batch of a scoring pass is scored",
-        "ssl_emp/passes.py",
-        "table = circle.repeat(2)[: batches * config.batch_size]",
-        "table = circle.flip(0).repeat(2)[: batches * config.batch_size]",
-        "tests/test_pretrain.py -k scoring_pass_equals",
+        "ssl_emp/prune/pruner.py",
+        "torch.cat([first, rest]).repeat(2)",
+        "torch.cat([rest, first]).repeat(2)",
+        "tests/test_pretrain.py -k fills_up",
+    ),
+    Mutant(
+        "a policy's weights do not reach the loss",
+        "ssl_emp/prune/pruner.py",
+        "chosen.weight[index].repeat",
+        "torch.ones_like(chosen.weight[index]).repeat",
+        "tests/test_pretrain.py -k weights_of_a_policy",
     ),
     Mutant(
         "the same samples are cut off in every epoch",
-        "ssl_emp/pruning.py",
+        "ssl_emp/prune/plan.py",
         "circle.roll(-(epoch * remainder))",
         "circle.roll(0)",
         "tests/test_pruning.py -k goes_round",

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from ssl_emp.errors import RunFailed, UserError
-from ssl_emp.run.checkpoint import cannot_write, load_checkpoint, save_checkpoint
+from ssl_emp.prune import Pruner
+from ssl_emp.run.checkpoint import FORMAT, cannot_write, load_checkpoint, save_checkpoint
 from ssl_emp.run.lock import is_unused, sole_writer
 from ssl_emp.run.report import Report
 from ssl_emp.run.state_check import check_state
@@ -217,24 +218,39 @@ def test_what_does_not_fit_is_named() -> None:
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
+    pruner = Pruner(5, batch_size=5, epochs=2, policy="none")  # an epoch is one step
+    everyone = pruner.batches(0).flatten()
+    pruner.observe(pruner.gather(everyone, torch.ones(5)))
     good: dict[str, Any] = {
         "model": model.state_dict(),
-        "scores": {"last": torch.full((2, 5), torch.inf)},
         "optimizer": optimizer.state_dict(),
+        "pruner": pruner.state_dict(),
+        "norms": None,
+        "bad_in_a_row": torch.tensor(0),
+        "epoch": 1,
+        "step_in_epoch": 0,
         "step": 1,
+        "finished": False,
+        "seconds": {"training": 1.0},
+        "config": {},
+        "fingerprint": "x",
+        "bf16": False,
     }
     fresh = torch.optim.SGD(model.parameters(), momentum=0.9)
 
     def problem(**changes: Any) -> str:
         with pytest.raises(UserError) as caught:
-            check_state({"format": 2, **good, **changes}, good, fresh, Path("run"))
+            check_state({"format": FORMAT, **good, **changes}, good, fresh, pruner, Path("run"))
         return str(caught.value)
 
-    check_state({"format": 2, "written_by": "x", **good}, good, fresh, Path("run"))
-    assert "more is not known" in problem(more=1)
-    assert "scores.last is missing" in problem(scores={})
-    assert "scores.last is torch.float32 (2, 6) and should be torch.float32 (2, 5)" in problem(
-        scores={"last": torch.ones(2, 6)}
+    check_state({"format": FORMAT, "written_by": "x", **good}, good, fresh, pruner, Path("run"))
+    assert "'more' is not known" in problem(more=1)
+    record = good["pruner"]["record"]
+    without = {name: value for name, value in record.items() if name != "last"}
+    assert "record.last is missing" in problem(pruner=good["pruner"] | {"record": without})
+    longer = record | {"last": torch.ones(2, 6)}
+    assert "record.last is torch.float32 (2, 6) and should be torch.float32 (2, 5)" in problem(
+        pruner=good["pruner"] | {"record": longer}
     )
     assert "model.bias is not finite" in problem(
         model={**good["model"], "bias": torch.tensor([1.0, torch.nan, 1.0])}

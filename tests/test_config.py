@@ -1,5 +1,6 @@
 """Every mistake in a config is one clear line, all at once; every shipped config is valid."""
 
+import json
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -10,8 +11,9 @@ import yaml
 from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
+from experiments import run
 from ssl_emp.commands.eval_config import EvalConfig, check, parse_overrides
-from ssl_emp.config import CheckpointConfig, PretrainConfig, Section, flatten, load_config
+from ssl_emp.config import PRUNE_SECTIONS, CheckpointConfig, PretrainConfig, Section, flatten, load_config
 from ssl_emp.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +33,71 @@ def test_shipped_configs_are_valid_and_say_their_command(path: Path) -> None:
         path.read_text().startswith("#")
         and f"python pretrain.py --config configs/{path.name}" in path.read_text()
     )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_cell_of_a_shipped_grid_is_a_config_that_loads(path: Path) -> None:
+    """As experiments/run.py starts it: the config file, the grid's settings and the cell's as overrides."""
+    grid = yaml.safe_load(path.read_text())
+    cells = run.expand(grid["cells"])
+    assert cells
+    for cell in cells:
+        settings = grid.get("overrides", {}) | cell
+        words = [
+            f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in settings.items()
+        ]
+        found = flatten(load_config(ROOT / grid["config"], words).model_dump())
+        assert {key: found[key] for key in settings} == settings
+
+
+def test_another_policy_on_the_command_line_drops_the_keys_of_the_files(tmp_path: Path) -> None:
+    path = write(tmp_path, "prune: {policy: foresight, fraction: 0.4, ema: 0.6, explore: 0.2, shrink: true}")
+    shrunk = load_config(path, []).prune.model_dump()
+    assert (shrunk["ema"], shrunk["explore"], shrunk["shrink"]) == (0.6, 0.2, True)
+    for policy, kept in (
+        ("none", {}),
+        ("random", {}),
+        ("infobatch", {"ema": 0.6}),
+        ("ucb", {"ema": 0.6, "explore": 0.2, "shrink": True}),
+    ):
+        found = load_config(path, [f"prune.policy={policy}"]).prune
+        assert found == PRUNE_SECTIONS[policy].model_validate({"policy": policy, "fraction": 0.4} | kept)
+    # of the command line itself nothing is dropped, whatever the order
+    for words in (["prune.policy=random", "prune.explore=0.1"], ["prune.explore=0.1", "prune.policy=random"]):
+        with pytest.raises(UserError, match="policy random has no key prune.explore"):
+            load_config(path, words)
+    with pytest.raises(UserError, match=r"there is no policy 'lose'; did you mean loss\?"):
+        load_config(path, ["prune.policy=lose"])
+
+
+@pytest.mark.parametrize(
+    ("policy", "typo", "said"),
+    [
+        (
+            "random",
+            "redraw_evry",
+            "policy random has no key prune.redraw_evry, did you mean prune.redraw_every?",
+        ),
+        ("emp", "bta", "policy emp has no key prune.bta, did you mean prune.beta?"),
+        ("loss", "beta", "policy loss has no key prune.beta, did you mean prune.ema?"),
+        (
+            "ucb",
+            "scoring_drws",
+            "policy ucb has no key prune.scoring_drws, did you mean prune.scoring_draws?",
+        ),
+        ("emp", "layers", "prune.layers is not a key any more: no published result used it"),
+    ],
+)
+def test_a_key_that_a_policy_does_not_have(policy: str, typo: str, said: str, tmp_path: Path) -> None:
+    for path, words in (
+        (write(tmp_path, f"prune: {{policy: {policy}, {typo}: 1}}"), []),
+        (None, [f"prune.policy={policy}", f"prune.{typo}=1"]),
+        (None, [f"prune.{typo}=1", f"prune.policy={policy}"]),
+    ):
+        with pytest.raises(UserError) as error:
+            load_config(path, words)
+        assert said in str(error.value) and "fix: " in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_promised_configs_are_there() -> None:
@@ -69,7 +136,7 @@ def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("prune: {fractoin: 0.5}", "unknown key prune.fractoin, did you mean prune.fraction?"),
+        ("prune: {fractoin: 0.5}", "policy emp has no key prune.fractoin, did you mean prune.fraction?"),
         ("temprature: 0.5", "unknown key temprature, did you mean temperature?"),
         ("xyzzy: 1", "unknown key xyzzy, known are out, seed"),
         ("prune: {fraction: 1.0}", "prune.fraction: should be less than 1 (is 1.0)"),

@@ -9,7 +9,7 @@ import pytest
 from conftest import Pretrain
 
 from ssl_emp.commands.job import Job, prepare
-from ssl_emp.commands.monitoring import FORWARDS_MEASURED, SHARE, epochs_between, schedule, schedule_line
+from ssl_emp.commands.monitoring import FORWARDS_MEASURED, SHARE, Monitor, epochs_between
 from ssl_emp.config import load_config
 from ssl_emp.run.report import Report
 
@@ -20,17 +20,23 @@ def job_of(config: Path, *overrides: str) -> Job:
     return prepare(load_config(config, list(overrides)), Report(silent=True))
 
 
+def monitor_of(job: Job) -> Monitor:
+    return Monitor(job, Report(silent=True))
+
+
 def measured_views(job: Job) -> tuple[float, float]:
-    """(views that the run's schedule measures, by walking through its epochs; views trained on, times 3)."""
-    found, views = schedule(job), 2 if job.config.objective == "simclr" else 1
+    """(views that the run measures, by walking through its epochs; views trained on, times 3)."""
+    found, views = monitor_of(job), 2 if job.config.objective == "simclr" else 1
     batches = min(
         -(-job.config.monitor.reliability_images // job.config.batch_size),
         job.num_samples // job.config.batch_size,
     )
     total = 0.0
-    for epoch in range(len(job.steps)):
-        total += found.measures_knn(epoch) * min(job.config.monitor.knn_images, job.num_samples)
-        total += found.measures_reliability(epoch) * 2 * views * batches * job.config.batch_size
+    for epoch in range(1, len(job.steps) + 1):
+        measures_knn = bool(found.knn_every) and epoch % found.knn_every == 0
+        measures_reliability = bool(found.reliability_every) and epoch % found.reliability_every == 0
+        total += measures_knn * min(job.config.monitor.knn_images, job.num_samples)
+        total += measures_reliability * 2 * views * batches * job.config.batch_size
     return total, 3.0 * views * sum(job.steps) * job.config.batch_size
 
 
@@ -70,16 +76,23 @@ def test_as_often_as_can_be_afforded() -> None:
             )
 
 
-def test_a_number_is_kept_to(tiny_config: Path) -> None:
-    job = job_of(tiny_config, "monitor.knn_every=3", "monitor.reliability_every=0", "epochs=10")
-    found = schedule(job)
-    assert [epoch for epoch in range(10) if found.measures_knn(epoch)] == [2, 5, 8]
-    assert found.reliability_every == 0 and schedule_line(job, found) == ""
+def test_a_number_is_kept_to(pretrain_run: Pretrain, capsys: pytest.CaptureFixture[str]) -> None:
+    run = pretrain_run("run", "monitor.knn_every=3", "monitor.reliability_every=0", "epochs=10")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows if "knn_train_split" in row] == [3, 6, 9]
+    assert not any("draw_reliability" in row for row in rows)
+    assert "monitor   " not in capsys.readouterr().out, "nothing was left to decide"
+
+
+def test_reliability_is_measured_where_a_pruned_epoch_follows(pretrain_run: Pretrain) -> None:
+    run = pretrain_run("run", "monitor.knn_every=0", "monitor.reliability_every=2", "epochs=10")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows if "draw_reliability" in row] == [2, 4, 6]  # 9 and 10 are annealing
 
 
 def test_what_cannot_be_measured_takes_nothing_from_the_rest(tiny_config: Path) -> None:
     both, without_labels, without_ranking = (
-        schedule(job_of(tiny_config, *AUTO, "epochs=300", *more))
+        monitor_of(job_of(tiny_config, *AUTO, "epochs=300", *more))
         for more in ((), ("data.labels=none",), ("prune.policy=random",))
     )
     assert without_labels.knn_every == without_ranking.reliability_every == 0

@@ -11,9 +11,9 @@ import signal
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
 import pytest
@@ -26,21 +26,24 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linear_eval import EvalError
-from ssl_emp import load_encoder, passes, policies
-from ssl_emp.augment import cut_views, draw_params
+from ssl_emp import load_encoder
+from ssl_emp.augment import cut_views
 from ssl_emp.commands import job as job_module
 from ssl_emp.commands import pretrain
-from ssl_emp.commands.job import Job, idle_keys, prepare
+from ssl_emp.commands.job import Job, prepare
 from ssl_emp.commands.resume import first_difference
-from ssl_emp.config import PretrainConfig, PruneConfig, load_config
+from ssl_emp.config import PRUNE_SECTIONS, PretrainConfig, load_config
 from ssl_emp.data.images import DeviceImages, HostImages
 from ssl_emp.data.label_noise import noisy_labels
 from ssl_emp.errors import UserError
-from ssl_emp.loss import nt_xent, perfect_pair_share
-from ssl_emp.pruning import feature_distance, select_kept
+from ssl_emp.loss import perfect_pair_share
+from ssl_emp.prune import POLICIES, Emp, InfoBatch, Pruner, Seen
+from ssl_emp.prune.figures import describe_terms, rank_correlation
+from ssl_emp.prune.policies import Kept
+from ssl_emp.prune.pruner import SCORING_EPOCHS
+from ssl_emp.prune.record import Known
 from ssl_emp.run.checkpoint import load_checkpoint
-from ssl_emp.run.report import Report, rank_correlation
-from ssl_emp.scores import ScoreState
+from ssl_emp.run.report import Report
 
 ROOT = Path(__file__).parent.parent
 CLOCK = ("seconds", "per_second")  # parts of the names of what may differ between equal runs
@@ -76,10 +79,12 @@ def weights(run: Path) -> bytes:
     return (run / "encoder" / "model.safetensors").read_bytes()
 
 
-def assert_same_run(run: Path, reference: Path) -> None:
+def assert_same_run(run: Path, reference: Path, other: tuple[str, ...] = ()) -> None:
+    """`other`: entries of the checkpoint that may differ."""
     ours, theirs = final_state(run), final_state(reference)
     assert ours.keys() == theirs.keys()
-    for path, leaf in ours.items():
+    for path in ours.keys() - set(other):
+        leaf = ours[path]
         same = leaf.equal(theirs[path]) if isinstance(leaf, Tensor) else leaf == theirs[path]
         assert same, f"{path} differs"
     assert rows(run) == rows(reference)
@@ -142,7 +147,8 @@ def test_learning_happens(pretrain_run: Pretrain) -> None:
 def test_fraction_0_is_the_unpruned_run_bit_for_bit(pretrain_run: Pretrain) -> None:
     unpruned = pretrain_run("unpruned", "prune.policy=none")
     for policy in ("emp", "random"):
-        assert_same_run(pretrain_run(policy, f"prune.policy={policy}", "prune.fraction=0"), unpruned)
+        run = pretrain_run(policy, f"prune.policy={policy}", "prune.fraction=0")
+        assert_same_run(run, unpruned, other=("/pruner/policy",))
 
 
 def test_loss_is_emp_with_beta_0_and_beta_matters(pretrain_run: Pretrain) -> None:
@@ -151,17 +157,17 @@ def test_loss_is_emp_with_beta_0_and_beta_matters(pretrain_run: Pretrain) -> Non
         pretrain_run("b", "prune.beta=0"),
         pretrain_run("c"),
     )
-    assert final_state(loss)["/scores/last"].equal(final_state(beta_0)["/scores/last"])
-    assert not final_state(beta_5)["/scores/times_trained"].equal(
-        final_state(beta_0)["/scores/times_trained"]
+    assert final_state(loss)["/pruner/record/last"].equal(final_state(beta_0)["/pruner/record/last"])
+    assert not final_state(beta_5)["/pruner/record/times_trained"].equal(
+        final_state(beta_0)["/pruner/record/times_trained"]
     )
 
 
 def test_same_seed_same_run_other_seed_other_run(pretrain_run: Pretrain) -> None:
     first = pretrain_run("a")
     assert_same_run(pretrain_run("b"), first)
-    assert not final_state(pretrain_run("c", "seed=1"))["/scores/last"].equal(
-        final_state(first)["/scores/last"]
+    assert not final_state(pretrain_run("c", "seed=1"))["/pruner/record/last"].equal(
+        final_state(first)["/pruner/record/last"]
     )
 
 
@@ -198,49 +204,45 @@ def test_what_was_scored_when(pretrain_run: Pretrain, scoring: str) -> None:
     assert scored_epoch.count(4) == 40
 
 
-def test_what_a_scoring_pass_scores(pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`all`: everything, at the asked rhythm. `pruned`: exactly what the last epoch did not train on."""
-    noted_passes: list[tuple[int, set[int]]] = []
-    trained: set[int] = set()
-    missing: list[set[int]] = []
-    original, original_batches = passes.score_pass, pretrain.shuffled_batches
+class Watched:
+    """Images that note the batches which are asked for, and whether these are trained on or only scored."""
 
-    def noted(
-        job: Any, model: Any, views_of: Any, first: Tensor, rest: Tensor, epoch: int, recipe: Any
-    ) -> Any:
-        assert sorted([*first.tolist(), *rest.tolist()]) == list(range(68))
-        noted_passes.append((epoch, set(first.tolist())))
-        missing.append(set(range(68)) - trained)
-        return original(job, model, views_of, first, rest, epoch, recipe)
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        self.calls: list[tuple[bool, Tensor]] = []
 
-    def noted_batches(kept: Tensor, batch_size: int, seed: int, epoch: int) -> Tensor:
-        batches = original_batches(kept, batch_size, seed, epoch)
-        if batch_size > 1:
-            trained.clear()
-            trained.update(batches.flatten().tolist())
-        return batches
+    def stream(self, batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        self.calls.append((torch.is_grad_enabled(), batches.clone()))
+        return iter(self.store.stream(batches))
 
-    monkeypatch.setattr(passes, "score_pass", noted)
-    monkeypatch.setattr(pretrain, "shuffled_batches", noted_batches)
-    pretrain_run(
-        "a",
-        "prune.scoring=all",
-        "prune.rescore_every=2",
-        "epochs=6",
-        "prune.anneal_fraction=0",
-        "monitor.reliability_every=0",
-    )
-    assert noted_passes == [(epoch, set(range(68))) for epoch in (1, 3, 5)]
-    noted_passes.clear()
-    missing.clear()
-    pretrain_run(
-        "b", "prune.scoring=pruned", "epochs=8", "prune.anneal_fraction=0", "monitor.reliability_every=0"
-    )
-    assert [epoch for epoch, _ in noted_passes] == list(range(1, 8)) and [
-        scored for _, scored in noted_passes
-    ] == missing
+
+def train(job: Job, out: Path) -> Path:
+    """The loop alone, on a job of which the test chose a part."""
+    out.mkdir(parents=True)
+    with pretrain.Stop() as stop:
+        assert pretrain.pretrain(job, pretrain.open_run(job, out, None, Report()), stop) == 0
+    return out
+
+
+@pytest.mark.parametrize("scoring", ["all", "pruned"])
+def test_what_a_scoring_pass_scores(scoring: str, tiny_config: Path, tmp_path: Path) -> None:
+    """Before each pruned epoch, `all`: everything; `pruned`: exactly what the last epoch did not train on."""
+    keys = ["epochs=8", "prune.anneal_fraction=0", "monitor.reliability_every=0"]
+    job = make_job(tiny_config, f"prune.scoring={scoring}", *keys)
+    store = Watched(job.store)
+    train(replace(job, store=store), tmp_path / "run")  # type: ignore[arg-type]
+    assert [trains for trains, _ in store.calls] == [True, *[False, True] * 7]
+    missing = []
+    for (_, trained), (_, scored) in zip(store.calls[::2], store.calls[1::2], strict=False):
+        left_out = set(range(68)) - set(trained.flatten().tolist())
+        wanted = left_out if scoring == "pruned" else set(range(68))
+        assert scored.shape == (math.ceil(len(wanted) / 8), 8)
+        table = scored.flatten().tolist()
+        assert set(table[: len(wanted)]) == wanted and len(table) - len(wanted) < 8
+        assert all(len(set(batch)) == 8 for batch in scored.tolist()), "a batch holds no sample twice"
+        missing.append(len(left_out))
     # the remainder of the full epoch, then the pruned
-    assert [len(scored) for scored in missing] == [4, 28, 28, 36, 28, 28, 28]
+    assert missing == [4, 28, 28, 36, 28, 28, 28]
 
 
 def make_job(tiny_config: Path, *overrides: str) -> Job:
@@ -255,41 +257,68 @@ def test_the_scoring_pass_equals_the_training_pass(tiny_config: Path) -> None:
     """
     job = make_job(tiny_config)
     before = {name: value.clone() for name, value in job.model.state_dict().items()}
-    order = torch.randperm(68, generator=torch.Generator().manual_seed(0))
-    first, rest = order[:20], order[20:]
-    terms, draws = passes.score_pass(job, job.model, cut_views, first, rest, 3, job.recipe)
-    assert draws is None
-    assert terms.shape == (2, 20) and not terms.requires_grad
+    order = torch.randperm(68, generator=torch.Generator().manual_seed(0))[:24].view(3, 8)
+    seen = pretrain.score_batches(job, job.model, cut_views, order, 3)
+    assert seen.covariates is None and seen.index.equal(order.flatten())
+    assert seen.terms.shape == (2, 24) and not seen.terms.requires_grad
     after = job.model.state_dict()
     assert all(after[name].equal(value) for name, value in before.items()), "running statistics included"
     assert all(p.grad is None for p in job.model.parameters()) and job.model.training
 
-    for batch in order[:24].view(3, 8):  # 20 are filled up to three whole batches
-        params = draw_params(job.config.seed, 3, batch, job.recipe, 16)
-        h_a, h_b, z_a, z_b = passes.forward_views(
-            job, job.model, *cut_views(job.images.pixels[batch], params, job.recipe)
-        )
-        expected = torch.stack([nt_xent(z_a, z_b, 0.5), feature_distance(h_a, h_b)]).detach()
-        wanted = [place for place, sample in enumerate(batch.tolist()) if sample in first.tolist()]
-        places = [first.tolist().index(int(batch[place])) for place in wanted]
-        assert terms[:, places].equal(expected[:, wanted])
+    for number, batch in enumerate(order):
+        images = job.images.pixels[batch]
+        loss, memory, _ = pretrain.forward(job, job.model, cut_views, batch, images, 3, job.recipe)
+        expected = torch.stack([loss, memory]).detach()
+        assert seen.terms[:, 8 * number : 8 * number + 8].equal(expected)
+    assert any(not after[name].equal(value) for name, value in before.items()), (
+        "training moves the statistics"
+    )
 
 
-def test_the_kept_set_is_the_top_of_the_last_scores(
-    pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each pruned epoch trains on exactly those with the highest loss - beta * distance at its start."""
-    calls: list[tuple[Tensor, Tensor]] = []
+@pytest.mark.parametrize("trained", [40, 44, 48])
+def test_what_fills_up_the_last_batch_of_a_scoring_pass_is_not_scored(trained: int) -> None:
+    """A network whose loss is the sample's number: each sample that was left out gets its own, the others
+    keep theirs.
+    """
+    pruner = Pruner(68, batch_size=4, epochs=3, fraction=0.25, anneal_fraction=0.0, scoring="pruned")
+    first = pruner.batches(0).flatten()[:trained]
+    pruner.steps[0] = trained // 4  # as if the epoch had been so short
+    pruner.record.observe(first, torch.full((2, trained), -7.0), None, 0)
 
-    def noted(scores: Tensor, count: int) -> Tensor:
-        kept = select_kept(scores, count)
-        calls.append((scores.clone(), kept))
+    def score(batches: Tensor, key: int) -> Seen:
+        index = batches.flatten()
+        return Seen(index, torch.stack([index.float(), -index.float()]))
+
+    pruner.rescore(1, score)
+    expected = torch.stack([torch.arange(68.0), -torch.arange(68.0)])
+    expected[:, first] = -7.0
+    assert pruner.record.last.equal(expected)
+    assert pruner.record.times_scored.equal(torch.ones(68, dtype=torch.int32))
+
+
+@dataclass(frozen=True)
+class Noting(Emp):
+    """EMP that notes what it was shown and what it kept."""
+
+    calls: ClassVar[list[tuple[Tensor, Tensor]]] = []
+
+    def choose(self, known: Known, *more: Any) -> Kept:
+        kept = super().choose(known, *more)
+        self.calls.append((known.terms.clone(), kept.index.clone()))
         return kept
 
-    monkeypatch.setattr(policies, "select_kept", noted)
-    pretrain_run("run", "monitor.reliability_every=0")
-    assert [len(kept) for _, kept in calls] == [40, 40, 32]
-    for scores, kept in calls:
+
+def test_the_kept_set_is_the_top_of_the_last_scores(tiny_config: Path, tmp_path: Path) -> None:
+    """Each pruned epoch trains on exactly those with the highest loss - beta * distance at its start."""
+    job = make_job(tiny_config, "monitor.reliability_every=0")
+    store = Watched(job.store)
+    Noting.calls.clear()
+    job.pruner.policy = Noting()
+    train(replace(job, store=store), tmp_path / "run")  # type: ignore[arg-type]
+    assert [len(kept) for _, kept in Noting.calls] == [40, 40, 32]
+    for ((loss, memory), kept), (_, batches) in zip(Noting.calls, store.calls[1:], strict=False):
+        assert sorted(kept.tolist()) == sorted(batches.flatten().tolist())
+        scores = torch.where(loss < torch.inf, loss + 5 * memory, torch.inf)
         rest = torch.ones(68, dtype=torch.bool)
         rest[kept] = False
         assert scores[kept].min() >= scores[rest].max()
@@ -488,7 +517,7 @@ def test_no_compiler_is_one_line_not_an_end(
     monkeypatch.setattr(torch, "compile", missing)
     job = make_job(tiny_config, "compile=true")
     report = Report()
-    assert passes.compiled(job, report) == (job.model, cut_views)
+    assert pretrain.compiled(job, report) == (job.model, cut_views)
     assert "compile   not available" in report.unwritten[-1]
 
 
@@ -503,7 +532,7 @@ def test_cuda_graphs_need_compile_and_a_gpu(tiny_config: Path, monkeypatch: pyte
 
     monkeypatch.setattr(torch, "compile", noted)
     report = Report()
-    passes.compiled(make_job(tiny_config, "compile=true", "cuda_graphs=true"), report)
+    pretrain.compiled(make_job(tiny_config, "compile=true", "cuda_graphs=true"), report)
     assert modes == [None] * 3 and "cuda_graphs needs a GPU" in report.unwritten[-1]
 
 
@@ -536,14 +565,11 @@ def test_a_compiled_step_is_the_eager_step(tiny_config: Path) -> None:
     results = []
     for override in ("compile=false", "compile=true"):
         job = make_job(tiny_config, override, "batch_size=32")
-        model, views_of = passes.compiled(job, Report())
+        model, views_of = pretrain.compiled(job, Report())
         assert (model is job.model) == (override == "compile=false"), "a compiler is needed for this test"
         index = torch.arange(32)
-        params = draw_params(0, 1, index, job.recipe, 16)
-        _, _, z_a, z_b = passes.forward_views(
-            job, model, *views_of(job.images.pixels[index], params, job.recipe)
-        )
-        loss = nt_xent(z_a, z_b, 0.5)
+        images = job.images.pixels[index]
+        loss, _, _ = pretrain.forward(job, model, views_of, index, images, 1, job.recipe)
         loss.mean().backward()
         gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
         results.append(([loss.detach()], gradients, [buffer.float() for buffer in job.model.buffers()]))
@@ -593,13 +619,15 @@ def test_what_an_epoch_says_of_its_terms() -> None:
     > 1/2.
     """
     loss, distance = [0.1, 0.69, 0.7, 3.0], [4.0, 1.0, 2.0, 2.5]
-    figures = pretrain.describe_terms(torch.tensor([loss, distance]), 5.0, "raw")
+    terms = torch.tensor([loss, [-value for value in distance]])
+    figures = describe_terms(terms, 5.0, standardized=False)
+    assert figures["rank_correlation"] == pytest.approx(spearmanr(loss, distance).statistic, abs=1e-6)
     assert figures["learned_share"] == sum(math.exp(-value) > 0.5 for value in loss) / 4 == 0.5
     assert figures["loss"] == pytest.approx(statistics.mean(loss)) and figures["std_loss"] == pytest.approx(
         statistics.stdev(loss)
     )
     assert figures["std_beta_memory"] == pytest.approx(5 * statistics.stdev(distance))
-    standardized = pretrain.describe_terms(torch.tensor([loss, distance]), 2.0, "standardized")
+    standardized = describe_terms(terms, 2.0, standardized=True)
     assert standardized["std_beta_memory"] == pytest.approx(2 * statistics.stdev(loss))
 
 
@@ -679,7 +707,9 @@ def test_a_full_disk_and_a_full_device_are_one_line(
     def full(*arguments: Any) -> None:
         raise error
 
-    target = (passes, "nt_xent") if isinstance(error, torch.OutOfMemoryError) else (pretrain, "write_samples")
+    target = (
+        (pretrain, "nt_xent") if isinstance(error, torch.OutOfMemoryError) else (pretrain, "write_samples")
+    )
     monkeypatch.setattr(*target, full)
     words = (
         ("out of memory", "batch_size")
@@ -735,7 +765,7 @@ class HostReads(TorchDispatchMode):
 def test_an_epoch_reads_nothing_from_the_device(
     optimizer: str, pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reads, original, check_bad_steps = HostReads(), DeviceImages.stream, pretrain.check_bad_steps
+    reads, original = HostReads(), DeviceImages.stream
 
     def watched(self: DeviceImages, index_batches: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in original(self, index_batches):
@@ -743,13 +773,97 @@ def test_an_epoch_reads_nothing_from_the_device(
                 yield batch
 
     monkeypatch.setattr(DeviceImages, "stream", watched)
-    # on the CPU, where it is free, the loop looks at every step
-    monkeypatch.setattr(pretrain, "check_bad_steps", lambda *args: None)
-    pretrain_run("run", f"optimizer.name={optimizer}", "prune.scoring=pruned")
-    assert reads.count == 0
-    monkeypatch.setattr(pretrain, "check_bad_steps", check_bad_steps)
-    pretrain_run("watching", "epochs=1")
-    assert reads.count == 8  # a read a step: the counter sees what it is meant to see
+    keys = ("prune.scoring=pruned", "monitor.knn_every=0", "monitor.reliability_every=0")
+    run = pretrain_run("run", f"optimizer.name={optimizer}", *keys)
+    # on the CPU, where it is free, the loop looks after every step whether too many were skipped; scoring
+    # passes read nothing at all
+    assert reads.count == rows(run)[-1]["step"] == 30
+
+
+PRUNERS: list[tuple[str, dict[str, Any]]] = [
+    ("emp", {}),
+    ("emp", {"rescale": True, "ema": 0.3, "explore": 0.2, "soften": 0.5, "memory": "standardized"}),
+    ("foresight", {"shrink": True}),
+    ("infobatch", {}),
+    ("ucb", {}),
+    ("random", {"rescale": True}),
+    ("none", {}),
+]
+
+
+def make_pruner(policy: str, keys: dict[str, Any], device: str = "cpu") -> Pruner:
+    def covariates(epoch: int, index: Tensor) -> Tensor:
+        return torch.stack([index * 1.0, (index * (epoch + 3)) % 7 * 1.0], 1)
+
+    return Pruner(
+        64, batch_size=8, epochs=4, policy=POLICIES[policy](**keys), fraction=0.5, device=device,
+        covariates=covariates,
+    )  # fmt: skip
+
+
+def losses_of(index: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss, with a gradient, and memory of some samples."""
+    loss = (index % 5).float().requires_grad_() / 3 + 0.1
+    return loss, -(index % 3).float()
+
+
+@pytest.mark.parametrize(("policy", "keys"), PRUNERS)
+def test_a_pruner_alone_reads_nothing_from_the_device_within_an_epoch(
+    policy: str, keys: dict[str, Any]
+) -> None:
+    pruner, reads = make_pruner(policy, keys), HostReads()
+    for epoch in range(len(pruner.steps)):
+        batches = pruner.batches(epoch)
+        for index in batches:
+            loss, memory = losses_of(index)
+            with reads:
+                pruner.weighted(index, loss).backward()
+                seen = pruner.gather(index, loss, memory)
+                pruner.observe(seen, where=seen.terms.isfinite().all())
+    assert reads.count == 0 and pruner.step == sum(pruner.steps)
+    with reads:
+        bool(pruner.record.last.isfinite().all())
+    assert reads.count == 1, "the counter sees what it is meant to see"
+
+
+@pytest.mark.parametrize(("policy", "keys"), PRUNERS)
+def test_update_looks_at_the_range_of_an_index_on_the_host_and_at_nothing_else(
+    policy: str, keys: dict[str, Any]
+) -> None:
+    pruner, reads = make_pruner(policy, keys), HostReads()
+    sampler = pruner.sampler()
+    for _ in range(4):
+        for index in torch.tensor(list(sampler)).view(-1, 8):
+            loss, memory = losses_of(index)
+            with reads:
+                pruner.update(index, loss, memory).backward()
+    # the lowest and the highest number of a batch, which a DataLoader gives on the host: that costs nothing
+    assert reads.count == 2 * pruner.total_steps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("policy", "keys"), PRUNERS)
+def test_a_pruner_alone_never_waits_for_the_gpu_within_an_epoch(policy: str, keys: dict[str, Any]) -> None:
+    """Both ways to use it, from the second step of an epoch on: the first may choose and set up libraries."""
+    pruner = make_pruner(policy, keys, "cuda")
+    others = make_pruner(policy, keys, "cuda")
+    try:
+        for epoch in range(4):
+            for number, index in enumerate(pruner.batches(epoch) if epoch < len(pruner.steps) else []):
+                loss, memory = losses_of(index)
+                if number:
+                    torch.cuda.set_sync_debug_mode("error")
+                pruner.weighted(index, loss).backward()
+                seen = pruner.gather(index, loss, memory)
+                pruner.observe(seen, where=seen.terms.isfinite().all())
+            torch.cuda.set_sync_debug_mode("default")
+            for number, index in enumerate(torch.tensor(list(others.sampler())).view(-1, 8)):
+                loss, memory = losses_of(index.pin_memory().to("cuda", non_blocking=True))
+                torch.cuda.set_sync_debug_mode("error" if number else "default")
+                others.update(index, loss, memory).backward()
+            torch.cuda.set_sync_debug_mode("default")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
@@ -808,47 +922,63 @@ def test_every_policy_trains_the_same_number_of_samples(
         assert min(times[29:61]) >= 4 and max(times[:11]) <= 2, "the first 32 named are in every pruned epoch"
 
 
-TURNED = {  # the keys of prune.* beside policy, indices and the plan, away from their defaults
-    "beta": 0.5, "beta_end": 1.0, "loss_weight": -1.0, "loss_weight_end": -0.5, "memory": "normalized",
-    "layers": ["layer3", "layer4"], "ema": 0.7, "adjust": True, "foresee": True, "shrink": True,
-    "scoring": "all", "scoring_draw": "common", "scoring_draws": 2, "scoring_size": 8, "rescore_every": 2,
-    "explore": 0.5, "soften": 3.0, "confidence": 50.0, "rescale": True, "redraw_every": 2,
+# what each key of prune.* is turned to, away from its default, and what has to hold for it to be looked at
+TURNED: dict[str, tuple[str, list[str]]] = {
+    "beta": ("0.5", []), "loss_weight": ("-1.0", []), "memory": ("normalized", []), "ema": ("0.7", []),
+    "adjust": ("true", []), "foresee": ("true", []), "shrink": ("true", ["prune.foresee=true"]),
+    "scoring": ("all", []), "scoring_draws": ("2", ["prune.scoring=all"]),
+    "scoring_size": ("8", ["prune.scoring=all"]), "explore": ("0.5", []), "soften": ("3.0", []),
+    "rescale": ("true", []), "redraw_every": ("2", []),
 }  # fmt: skip
+PLAN = {"policy", "fraction", "warmup_epochs", "anneal_fraction", "indices"}
 
 
-@pytest.mark.parametrize(
-    "policy", ["emp", "foresight", "loss", "distance", "ucb", "infobatch", "random", "none"]
-)
-def test_keys_without_effect_are_named_and_have_none(
-    policy: str, pretrain_run: Pretrain, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """All that are said to be without effect, turned at once, change nothing; each of the others changes the
-    weights or the scores.
-    """
-    words = {key: f"prune.{key}={json.dumps(value)}" for key, value in TURNED.items()}
-    idle = [
-        key
-        for key, value in TURNED.items()
-        if idle_keys(PruneConfig.model_validate({"policy": policy, key: value}))
-    ]
+def test_every_key_of_every_policy_is_turned_below() -> None:
+    keys = {key for section in PRUNE_SECTIONS.values() for key in section.model_fields}
+    assert keys - PLAN == set(TURNED)
+    own = {item.name for policy in POLICIES.values() for item in fields(policy)} - {"index"}
+    assert own | {"scoring", "scoring_draws", "scoring_size"} == set(TURNED)
+
+
+@pytest.mark.parametrize("policy", ["emp", "foresight", "infobatch", "random"])
+def test_every_key_that_a_policy_has_has_an_effect(policy: str, pretrain_run: Pretrain) -> None:
+    """Each, turned alone, changes the weights or the scores."""
+    plain: dict[tuple[str, ...], Path] = {}
     start = (
         f"prune.policy={policy}",
-        "epochs=3",
+        "epochs=4",
         "prune.anneal_fraction=0",
         "monitor.knn_every=0",
         "monitor.reliability_every=0",
     )
-    plain = pretrain_run("plain", *start)
-    assert "without effect" not in capsys.readouterr().out
-    turned = pretrain_run("turned", *start, *(words[key] for key in idle))
-    note = next(line for line in capsys.readouterr().out.splitlines() if "without effect" in line)
-    assert [key for key in TURNED if f"prune.{key}," in f"{note},"] == idle
-    assert weights(turned) == weights(plain)
-    brought = {"adjust", "foresee"} if policy == "foresight" else set()  # it has them already
-    for key in TURNED.keys() - set(idle) - brought if policy in ("emp", "foresight", "infobatch") else ():
-        heard = pretrain_run(key, *start, words[key])
+    brought = {"adjust", "foresee"} if policy == "foresight" else set()  # it cannot be without
+    for key in PRUNE_SECTIONS[policy].model_fields.keys() - PLAN - brought:
+        value, needed = TURNED[key]
+        if tuple(needed) not in plain:
+            plain[tuple(needed)] = pretrain_run(f"plain{len(plain)}", *start, *needed)
+        other, heard = plain[tuple(needed)], pretrain_run(key, *start, *needed, f"prune.{key}={value}")
         # the scores, where they rank the same
-        assert (weights(heard), samples(heard)) != (weights(plain), samples(plain)), key
+        assert (weights(heard), samples(heard)) != (weights(other), samples(other)), key
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+def test_a_key_that_a_policy_does_not_have_is_one_line(
+    policy: str, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the command line and in a file, with exit code 2; nothing is left behind."""
+    more = ["prune.indices=some.txt"] if policy == "indices" else []
+    for key in TURNED.keys() - PRUNE_SECTIONS[policy].model_fields.keys():
+        words = [f"prune.policy={policy}", *more, f"prune.{key}={TURNED[key][0]}"]
+        said = f"policy {policy} has no key prune.{key}, "
+        command = ["--config", str(tiny_config), f"out={tmp_path / 'run'}"]
+        expect_error(capsys, [*command, *words], said)
+        file = tmp_path / "own.yaml"
+        lines = [line.partition("=") for line in words]
+        file.write_text(
+            "prune:\n" + "".join(f"  {name.removeprefix('prune.')}: {value}\n" for name, _, value in lines)
+        )
+        expect_error(capsys, ["--config", str(file), f"out={tmp_path / 'run'}"], said, str(file))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_temperature_at_which_no_pair_is_ever_learned_is_noted(
@@ -870,27 +1000,28 @@ def test_a_temperature_at_which_no_pair_is_ever_learned_is_noted(
     assert note("no-pruning", "temperature=0.5", "prune.policy=loss", "prune.fraction=0") == ""
 
 
-def test_weights_of_a_policy_reach_the_loss(pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+@dataclass(frozen=True)
+class Reweighed(InfoBatch):
+    """InfoBatch whose weights are all `value`."""
+
+    value: float = 1.0
+
+    def choose(self, known: Known, *more: Any) -> Kept:
+        kept = super().choose(known, *more)
+        return Kept(kept.index, torch.full((len(kept.index),), self.value))
+
+
+def test_weights_of_a_policy_reach_the_loss(tiny_config: Path, tmp_path: Path) -> None:
     """InfoBatch with all weights 1 is another run; with all weights 0 pruned epochs change no weight."""
-    original = policies.infobatch
-
-    def reweighed(value: float) -> Any:
-        def rule(*arguments: Any) -> policies.Kept:
-            kept = original(*arguments)
-            return policies.Kept(kept.index, torch.full((len(kept.index),), value))
-
-        return rule
-
-    runs = {"published": pretrain_run("published", "prune.policy=infobatch", "prune.fraction=0.2")}
-    for value in (1.0, 0.0):
-        monkeypatch.setattr(policies, "infobatch", reweighed(value))
-        runs[str(value)] = pretrain_run(
-            str(value), "prune.policy=infobatch", "prune.fraction=0.2", "prune.anneal_fraction=0",
-            "optimizer.name=sgd", "optimizer.weight_decay=0", "optimizer.momentum=0",
-        )  # fmt: skip
-    assert rows(runs["1.0"])[3]["loss"] != rows(runs["published"])[3]["loss"]
-    losses = [row["loss"] for row in rows(runs["0.0"])]
-    assert abs(losses[4] - losses[2]) < 0.25 and losses != [row["loss"] for row in rows(runs["1.0"])]
+    keys = ["prune.policy=infobatch", "prune.fraction=0.2", "prune.anneal_fraction=0"]
+    keys += ["optimizer.weight_decay=0", "optimizer.momentum=0"]
+    runs = {}
+    for name, policy in (("own", InfoBatch()), ("1", Reweighed()), ("0", Reweighed(value=0.0))):
+        job = make_job(tiny_config, *keys)
+        job.pruner.policy = policy
+        runs[name] = [row["loss"] for row in rows(train(job, tmp_path / name))]
+    assert runs["1"][0] == runs["own"][0] and runs["1"][1:] != runs["own"][1:]
+    assert abs(runs["0"][4] - runs["0"][2]) < 0.25 and runs["0"] != runs["1"]
 
 
 def test_adjusted_running_scores_resume_bit_for_bit(
@@ -933,12 +1064,12 @@ def test_the_repeat_of_a_score_is_that_of_two_epochs_and_survives_a_stop(
     before, after = ends[1], ends[3]
     assert before is not None and after is not None
     assert (before["epoch"], after["epoch"]) == (1, 2) and (before["step"], after["step"]) == (13, 18)
-    rule, (before, after) = (
-        make_job(tiny_config, f"prune.policy={policy}").rule,
-        (before["scores"], after["scores"]),
-    )
+    job = make_job(tiny_config, f"prune.policy={policy}")
+    before, after = before["pruner"]["record"], after["pruner"]["record"]
     fresh = (before["scored_epoch"] == 1) & (after["scored_epoch"] == 2)
-    then, now = (rule.score(state["last"], state["variance"], 2)[fresh] for state in (before, after))
+    then, now = (
+        job.pruner.policy.score(Known(state["last"], state["variance"]))[fresh] for state in (before, after)
+    )
     row = rows(out)[2]
     assert row["score_repeat_samples"] == fresh.sum() > 10
     assert (
@@ -957,86 +1088,83 @@ def test_foresight_is_the_loss_adjusted_averaged_and_foreseen(pretrain_run: Pret
         "prune.adjust=true",
         "prune.foresee=true",
     )
-    assert final_state(named)["/scores/times_trained"].equal(final_state(spelled)["/scores/times_trained"])
+    assert final_state(named)["/pruner/record/times_trained"].equal(
+        final_state(spelled)["/pruner/record/times_trained"]
+    )
     assert weights(named) == weights(spelled)
-    assert not final_state(named)["/scores/times_trained"].equal(
-        final_state(pretrain_run("loss", "prune.policy=loss"))["/scores/times_trained"]
+    assert not final_state(named)["/pruner/record/times_trained"].equal(
+        final_state(pretrain_run("loss", "prune.policy=loss"))["/pruner/record/times_trained"]
     )
 
 
 def test_several_cheap_draws_are_their_mean(tiny_config: Path) -> None:
     """Three draws at half the size: the mean of three passes of one, and no two of them alike."""
-    job = make_job(tiny_config, "prune.scoring_draws=3", "prune.scoring_size=8", "prune.adjust=true")
-    order = torch.arange(68)
-    terms, draws = passes.score_passes(job, job.model, cut_views, order[:20], order[20:], 3)
-    small = replace(job.recipe, size=8)
-    keys = [3, 3 + passes.SCORING_EPOCHS, 3 + 2 * passes.SCORING_EPOCHS]
-    singles = [
-        passes.score_pass(job, job.model, cut_views, order[:20], order[20:], key, small) for key in keys
-    ]
-    torch.testing.assert_close(terms, sum(single[0] for single in singles) / 3)
-    assert draws is not None and singles[0][1] is not None and singles[1][1] is not None
-    assert (
-        draws.shape == (20, 14)
-        and not singles[0][0].equal(singles[1][0])
-        and not singles[0][1].equal(singles[1][1])
-    )
-    full_size, _ = passes.score_pass(job, job.model, cut_views, order[:20], order[20:], 3, job.recipe)
-    assert not full_size.equal(singles[0][0])
+    keys = ["prune.scoring=all", "prune.scoring_draws=3", "prune.scoring_size=8", "prune.adjust=true"]
+    job = make_job(tiny_config, *keys)
+    small, passes = replace(job.recipe, size=8), {}
+
+    def score(batches: Tensor, key: int) -> Seen:
+        passes[key] = pretrain.score_batches(job, job.model, cut_views, batches, key, small)
+        return passes[key]
+
+    job.pruner.rescore(1, score)
+    assert list(passes) == [1, 1 + SCORING_EPOCHS, 1 + 2 * SCORING_EPOCHS]
+    first, second, third = passes.values()
+    table = first.index[:68]
+    assert sorted(table.tolist()) == list(range(68)) and table.equal(second.index[:68])
+    mean = (first.terms + second.terms + third.terms)[:, :68] / 3
+    torch.testing.assert_close(job.pruner.record.last[:, table], mean)
+    assert not first.terms.equal(second.terms) and not second.terms.equal(third.terms)
+    draws = [seen.covariates for seen in passes.values() if seen.covariates is not None]
+    assert [draw.shape for draw in draws] == [(72, 14)] * 3 and not draws[0].equal(draws[1])
+    centred = torch.stack([draw[:68] for draw in draws]).mean(0)
+    centred = centred - centred.mean(0)
+    torch.testing.assert_close(job.pruner.record.gram, centred.T @ centred)
+    full_size = pretrain.score_batches(job, job.model, cut_views, first.index.view(-1, 8), 1)
+    assert not full_size.terms.equal(first.terms)
 
 
-def test_the_views_that_are_foreseen_are_the_views_that_come(
-    pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_views_that_are_foreseen_are_the_views_that_come(tiny_config: Path, tmp_path: Path) -> None:
     """The draws that selection looked at, row by row, are those of the training steps of the same epoch."""
-    foreseen: list[Tensor] = []
-    trained: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    original = passes.simclr_terms
+    job = make_job(tiny_config, "prune.foresee=true", "monitor.reliability_every=0")
+    foreseen: dict[int, Tensor] = {}
+    trained: list[tuple[int, Tensor, Tensor]] = []
+    covariates, observe = job.pruner._covariates, job.pruner.record.observe
+    assert covariates is not None
 
-    def explained(self: ScoreState, draw: Tensor) -> Tensor:
-        if len(draw) == 68:
-            foreseen.append(draw)
-        return draw[:, :2].T
+    def coming(epoch: int, index: Tensor) -> Tensor:
+        assert index.equal(torch.arange(68))
+        foreseen[epoch] = covariates(epoch, index)
+        return foreseen[epoch]
 
-    def noted(
-        job: Any, model: Any, views_of: Any, index: Tensor, images: Tensor, epoch: int, *more: Any
-    ) -> Any:
-        loss, memory, draw = original(job, model, views_of, index, images, epoch, *more)
-        assert draw is not None
-        trained.setdefault(epoch, []).append((index, draw))
-        return loss, memory, draw
+    def noted(index: Tensor, terms: Tensor, draw: Tensor, epoch: int, *more: Any) -> None:
+        if more:  # from the loop; without its last argument the record calls itself
+            trained.append((epoch, index, draw))
+        observe(index, terms, draw, epoch, *more)
 
-    monkeypatch.setattr(ScoreState, "explained", explained)
-    monkeypatch.setattr(passes, "simclr_terms", noted)
-    pretrain_run("run", "prune.adjust=true", "prune.foresee=true", "monitor.reliability_every=0")
-    assert len(foreseen) == 3
-    for epoch, draws in zip((1, 2, 3), foreseen, strict=True):
-        for index, draw in trained[epoch]:
-            assert draw.equal(draws[index])
+    job.pruner._covariates = coming
+    job.pruner.record.observe = noted  # type: ignore[method-assign,assignment]
+    train(job, tmp_path / "run")
+    assert list(foreseen) == [1, 2, 3] and len(trained) == 30
+    for epoch, index, draw in trained:
+        if epoch in foreseen:
+            assert draw.equal(foreseen[epoch][index])
 
 
-def test_reliability_is_one_where_the_score_does_not_depend_on_the_draw(
-    tiny_config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reliability_is_one_where_the_score_does_not_depend_on_the_draw(tiny_config: Path) -> None:
     """A network whose loss is the sample's index: two draws agree, and so does what was stored."""
-    job = make_job(tiny_config, "monitor.reliability_images=64")
-    state = ScoreState(68, 1.0, False, job.device)
     generator = torch.Generator().manual_seed(0)
-
-    def fake(noise: float) -> Any:
-        def through(
-            job: Any, model: Any, views_of: Any, index: Tensor, images: Tensor, epoch: int, *more: Any
-        ) -> Any:
-            values = index.float() + noise * torch.randn(len(index), generator=generator)
-            return values, torch.zeros_like(values), None
-
-        return through
-
     for noise, low, high in ((0.0, 0.999, 1.001), (40.0, -0.3, 0.6)):
-        monkeypatch.setattr(passes, "simclr_terms", fake(noise))
+        pruner = make_job(tiny_config).pruner
+
+        def score(batches: Tensor, key: int, noise: float = noise) -> Seen:
+            index = batches.flatten()
+            loss = index + noise * torch.randn(len(index), generator=generator)
+            return Seen(index, torch.stack([loss, torch.zeros_like(loss)]))
+
         everyone = torch.arange(68)
-        state.observe(everyone, torch.stack(fake(noise)(job, None, None, everyone, everyone, 0)[:2]), None, 0)
-        figures = passes.measure_reliability(job, job.model, cut_views, state, 0)
+        pruner.record.observe(everyone, score(everyone, 0).terms, None, 0)
+        figures = pruner.reliability(score, 64)
         assert figures["draw_reliability"] is not None and low < figures["draw_reliability"] < high, figures
         if noise == 0:
             assert figures["score_reliability"] == pytest.approx(1, abs=1e-3)
@@ -1105,7 +1233,7 @@ def test_label_noise_reaches_the_training_and_the_metrics(pretrain_run: Pretrain
     assert weights(noisy) == weights(written) != weights(clean)
     assert [row["loss"] for row in rows(noisy)] == [row["loss"] for row in rows(written)]
     pruned = rows(noisy)[-1]
-    trained = final_state(noisy)["/scores/trained_epoch"] == 1
+    trained = final_state(noisy)["/pruner/record/trained_epoch"] == 1
     assert pruned["noisy_data"] == 0.5 and pruned["noisy_kept"] == float(is_noisy[trained].double().mean())
     assert not any("noisy_data" in row for row in [*rows(clean), *rows(written)])
 
@@ -1148,7 +1276,7 @@ def test_too_few_indices_are_named(
 def test_warnings_name_the_key_to_turn(
     pretrain_run: Pretrain, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ssl_emp.diagnostics.MIN_SAMPLES", 10)
+    monkeypatch.setattr("ssl_emp.prune.advice.MIN_SAMPLES", 10)
     pretrain_run("run")
     assert (
         "warning   the memory term drowns the loss" in (said := capsys.readouterr().out)

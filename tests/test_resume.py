@@ -1,5 +1,6 @@
 """What a resumed run notices, repairs and keeps: its directory, its files, its images, its plan."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -18,12 +19,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ssl_emp import load_encoder
-from ssl_emp.commands import pretrain
+from ssl_emp.commands import evaluate, pretrain
 from ssl_emp.commands.job import short_run_lines
-from ssl_emp.config import load_config
+from ssl_emp.config import PRUNE_SECTIONS, load_config
 from ssl_emp.data.images import sampled_fingerprint
 from ssl_emp.errors import UserError
-from ssl_emp.pruning import PrunePlan
+from ssl_emp.prune import POLICIES
+from ssl_emp.prune.figures import describe_terms
+from ssl_emp.prune.plan import PrunePlan
 from ssl_emp.run.checkpoint import load_checkpoint, save_checkpoint
 from ssl_emp.run.report import Report
 from ssl_emp.safe_files import as_json
@@ -539,7 +542,7 @@ def figures(out: Path) -> list[dict[str, float]]:
 
 
 LONGER = {
-    "emp": ["prune.beta_end=1.0", "prune.scoring=pruned"],
+    "emp": ["prune.ema=0.5", "prune.scoring=pruned"],
     "one cycle": ["objective=supervised", "optimizer.schedule=onecycle", "prune.policy=infobatch"],
     "random": ["prune.policy=random", "optimizer.warmup_epochs=4.5", "prune.redraw_every=2"],
 }
@@ -600,7 +603,7 @@ def test_the_learning_rate_of_a_longer_run(tiny_config: Path) -> None:
 
     def rates(*words: str) -> list[float]:
         job = pretrain.prepare(load_config(tiny_config, [*words]), Report())
-        return [job.lr_of(step) for step in range(job.total_steps)]
+        return [job.schedule.lr(step) for step in range(job.total_steps)]
 
     short, long = rates("epochs=3", "prune.policy=none"), rates("epochs=6", "prune.policy=none")
     assert rates("epochs=6", "prune.policy=none", "earlier_plans=[[3, 3]]") == short + long[len(short) :]
@@ -769,15 +772,11 @@ def test_json_has_no_word_for_what_is_not_finite(tiny_config: Path, tmp_path: Pa
 
 def test_figures_of_what_is_constant_or_was_skipped_are_numbers() -> None:
     loss, alike = torch.tensor([0.5, 1.0, 2.0]), torch.ones(3)
-    assert pretrain.describe_terms(torch.stack([loss, alike]), 5.0, "standardized")["std_beta_memory"] == 0
-    assert set(pretrain.describe_terms(torch.stack([alike, alike]), 5.0, "standardized").values()) <= {
-        0.0,
-        1.0,
-    }
-    unseen = torch.cat([torch.stack([loss, loss]), torch.full((2, 2), torch.inf)], 1)
-    assert pretrain.describe_terms(unseen, 5.0, "raw") == pretrain.describe_terms(
-        torch.stack([loss, loss]), 5.0, "raw"
-    )
+    assert describe_terms(torch.stack([loss, -alike]), 5.0, True)["std_beta_memory"] == 0
+    assert set(describe_terms(torch.stack([alike, -alike]), 5.0, True).values()) <= {0.0, 1.0}
+    seen = torch.stack([loss, -loss])
+    unseen = torch.cat([seen, torch.full((2, 2), torch.inf)], 1)
+    assert describe_terms(unseen, 5.0, False) == describe_terms(seen, 5.0, False)
 
 
 # ---- advice
@@ -859,15 +858,112 @@ def test_a_run_without_labels_is_led_to_simclr(noise: list[str], tiny_config: Pa
 )
 def test_what_a_run_is_too_short_for_is_told(words: list[str], said: str, tiny_config: Path) -> None:
     job = pretrain.prepare(load_config(tiny_config, words), Report())
-    lines = short_run_lines(job)
+    lines = list(short_run_lines(job))
     assert any(said in line for line in lines) if said else not lines, lines
     for line in lines:
         keys = re.findall(r"; (?:try|set) (\S+=\S+)", line)
         again = (
-            short_run_lines(pretrain.prepare(load_config(tiny_config, [*words, *keys]), Report()))
+            list(short_run_lines(pretrain.prepare(load_config(tiny_config, [*words, *keys]), Report())))
             if keys
             else []
         )
         assert line not in again and not any(
             "nothing is pruned" in other for other in again if "nothing is pruned" in line
         )
+
+
+# ---- runs of ssl_emp 0.1
+# ------------------------------------------------------------------------------------------------
+
+# the section `prune` as ssl_emp 0.1 wrote it into config.yaml: every policy had all keys
+FLAT: dict[str, Any] = {
+    "policy": "emp", "fraction": 0.4, "beta": 5.0, "beta_end": None, "loss_weight": 1.0,
+    "loss_weight_end": None, "warmup_epochs": 1, "anneal_fraction": 0.2, "scoring": "stale",
+    "scoring_draw": "own", "scoring_draws": 1, "scoring_size": None, "rescore_every": 1, "memory": "raw",
+    "layers": [], "ema": None, "adjust": False, "foresee": False, "shrink": False, "rescale": False,
+    "explore": None, "soften": 0.0, "redraw_every": 1, "confidence": 1.0, "indices": None,
+}  # fmt: skip
+GONE_KEYS = {
+    "beta_end": 1.0, "loss_weight_end": -1.0, "scoring_draw": "common", "rescore_every": 2,
+    "layers": ["layer4"], "confidence": 0.5,
+}  # fmt: skip
+
+
+def as_of_0_1(out: Path, **keys: Any) -> Path:
+    """The run, with the settings and the checkpoint format of ssl_emp 0.1."""
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    (out / "config.yaml").write_text(yaml.safe_dump(settings | {"prune": FLAT | keys}, sort_keys=False))
+    newest = max((out / "checkpoints").glob("step_*.pt"))
+    state = torch.load(newest, weights_only=True)
+    state |= {"format": 5, "written_by": "ssl_emp 0.1.0"}
+    torch.save(state, newest)
+    manifest = json.loads((out / "checkpoints" / "manifest.json").read_text())
+    old, new = manifest[newest.name], hashlib.sha256(newest.read_bytes()).hexdigest()
+    manifest[newest.name] = new if isinstance(old, str) else [new]
+    (out / "checkpoints" / "manifest.json").write_text(json.dumps(manifest))
+    return out
+
+
+def test_a_run_of_0_1_is_evaluated_and_not_resumed(
+    finished_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(FLAT) == 25
+    out = as_of_0_1(shutil.copytree(finished_runs["simclr"], tmp_path / "run"))
+    assert evaluate.main([str(out), "knn", "device=cpu"]) == 0
+    assert (out / "knn.json").is_file() or list(out.glob("**/knn*.json"))
+    before = content(out)
+    capsys.readouterr()
+    for more in ([], ["epochs=9"], ["device=cpu"]):
+        assert pretrain.main(["--resume", str(out), *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "was written by ssl_emp 0.1.0 in format 5, this is ssl_emp " in line
+        assert line.endswith("reads format 6. fix: resume with the version that wrote it")
+    assert content(out) == before
+
+
+@pytest.mark.parametrize("key", list(GONE_KEYS))
+def test_a_key_that_is_gone_and_was_used_is_one_line(
+    key: str, finished_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its encoder is evaluated all the same; going on with it needs what this version does not have."""
+    out = as_of_0_1(shutil.copytree(finished_runs["simclr"], tmp_path / "run"), **{key: GONE_KEYS[key]})
+    assert evaluate.main([str(out), "knn", "device=cpu"]) == 0
+    capsys.readouterr()
+    assert pretrain.main(["--resume", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "was written by ssl_emp 0.1.0 in format 5" in line
+    shutil.rmtree(out / "checkpoints")  # then only its settings tell
+    before = content(out)
+    assert pretrain.main(["--resume", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    used = f"was trained with prune.{key}={GONE_KEYS[key]}, which this version does not have"
+    assert f"{out / 'config.yaml'} {used}. fix: use ssl_emp 0.1 for this run" in line, line
+    assert content(out) == before
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "indices"])
+def test_the_settings_of_0_1_are_those_of_the_policy(policy: str, tmp_path: Path) -> None:
+    """What had no effect is left out, null is the policy's own default, and what had one is kept."""
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"prune": FLAT | {"policy": policy}}))
+    section = PRUNE_SECTIONS[policy]
+    plan = {"policy": policy, "fraction": 0.4, "anneal_fraction": 0.2}
+    read = load_config(file, [], of_run=True).prune
+    assert read == section.model_validate(plan) and read.build() == POLICIES[policy]()
+    file.write_text(
+        yaml.safe_dump({"prune": FLAT | {"policy": policy, "ema": 0.7, "explore": 0.3, "rescale": True}})
+    )
+    read = load_config(file, [], of_run=True).prune
+    turned = {"ema": 0.7, "explore": 0.3, "rescale": True}
+    own = {key: value for key, value in turned.items() if key in section.model_fields}
+    assert read == section.model_validate(plan | own)
+    with pytest.raises(UserError, match="prune.confidence is not a key any more"):
+        load_config(file, [])  # a config file of now has no such keys
+
+
+def test_the_fixed_subset_of_a_run_of_0_1_stays(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"prune": FLAT | {"policy": "indices", "indices": "/data/some.txt"}}))
+    read = load_config(file, [], of_run=True).prune
+    own = {"policy": "indices", "fraction": 0.4, "anneal_fraction": 0.2, "indices": "/data/some.txt"}
+    assert read == PRUNE_SECTIONS["indices"].model_validate(own)

@@ -600,7 +600,8 @@ class Pruner:
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same in a run that goes on from a state."""
-        plan = self.plan.at(self.epoch_of(self.step))
+        # of the step that was made last: the next one may be of a plan that was made later
+        plan = self.plan.at(self.epoch_of(max(self.step - 1, 0)))
         return {
             "samples": self.num_samples,
             "batch_size": self.batch_size,

@@ -62,7 +62,7 @@ def state_problems(state: Any, identity: dict[str, Any], pruner: "Pruner") -> It
         yield f"step is {state['step']!r:.80} of {most}"
     plan = pruner.plan.at(pruner.epoch_of(max(state["step"] - 1, 0)))
     planned = [plan.epochs, plan.prune_fraction, plan.warmup_epochs, plan.anneal_fraction, plan.rounds]
-    if state["plan"] not in (planned, identity["plan"]):
+    if state["plan"] != planned:
         yield (
             f"the plan (epochs, fraction, warm-up, annealing, rounds) was {state['plan']!r:.80} and "
             f"is now {planned}"

@@ -47,12 +47,13 @@ import torch  # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook  # noqa: E402
 
 import ssl_emp.data.stores  # noqa: E402
-from ssl_emp import policies, scores  # noqa: E402
 from ssl_emp.commands import (
     pretrain,  # noqa: E402
     resume,  # noqa: E402
 )
 from ssl_emp.data import decode  # noqa: E402
+from ssl_emp.prune import Pruner  # noqa: E402
+from ssl_emp.run import run as run_module  # noqa: E402
 
 SIGNALS = {
     "kill": signal.SIGKILL,
@@ -292,9 +293,9 @@ def patch_training(faults: Faults, recorder: Recorder) -> None:
         store.stream = streamed  # type: ignore[assignment,method-assign]
 
     visits = {
-        "observe": (scores.ScoreState, "observe"),
-        "choose": (policies.Rule, "choose"),
-        "save": (pretrain, "save_checkpoint"),
+        "observe": (Pruner, "observe"),
+        "choose": (Pruner, "batches"),
+        "save": (run_module, "save_checkpoint"),
     }
     for point, (owner, name) in visits.items():
         before = functools.partial(visit, faults, f"before_{point}")

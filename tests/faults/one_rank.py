@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from ssl_emp import passes  # noqa: E402
 from ssl_emp.augment import cut_views  # noqa: E402
 from ssl_emp.commands import job as job_module  # noqa: E402
 from ssl_emp.commands import pretrain  # noqa: E402
@@ -62,21 +61,15 @@ def double(job: Job, report: Report) -> tuple[Any, Any]:
     return job.model.double(), lambda *args: tuple(view.double() for view in cut_views(*args))
 
 
-def narrow(job: Job, loss: Tensor, memory: Tensor, draw: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return gathered(job, loss.float(), memory.float(), draw)
-
-
-load_images, agree_on, gathered = job_module.load_images, Ranks.agree_on, passes.gathered
+load_images, agree_on = job_module.load_images, Ranks.agree_on
 match what:
     case "nan" | "raise":
-        passes.nt_xent = sick  # type: ignore[assignment]
+        pretrain.nt_xent = sick  # type: ignore[assignment]
     case "file":
         job_module.load_images = unreadable
     case "scores":
         Ranks.agree_on = nudged  # type: ignore[method-assign, assignment]
     case "double":
         pretrain.compiled = double
-        passes.gathered = pretrain.gathered = narrow
-        pretrain.pick_monitor_set = lambda job: None  # features are float32
 if __name__ == "__main__":
     sys.exit(pretrain.main())

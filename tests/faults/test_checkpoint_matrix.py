@@ -30,6 +30,7 @@ from conftest import striped_images
 
 from ssl_emp.commands import evaluate
 from ssl_emp.errors import UserError
+from ssl_emp.prune import Pruner
 from ssl_emp.run.checkpoint import FORMAT, MANIFESTS, load_checkpoint, save_checkpoint
 from ssl_emp.run.state_check import check_state
 
@@ -188,14 +189,14 @@ def evil(kind: str, path: Path, marker: Path) -> None:
         "step": 3,
         "model": {"w": torch.ones(3)},
         "optimizer": {"state": {}},
-        "scores": {"last": torch.ones(3)},
+        "pruner": {"record": {"last": torch.ones(3)}},
     }
     if kind == "plain pickle":
         path.write_bytes(pickle.dumps({**good, "model": call}))
         return
     parts: dict[str, dict[str, Any]] = {
         "in the optimizer": {"optimizer": {"state": {0: {"momentum_buffer": call}}}},
-        "in the scores": {"scores": {"last": [[call]]}},
+        "in the scores": {"pruner": {"record": {"last": [[call]]}}},
         "as a key": {"model": collections.OrderedDict({"w": torch.ones(3)}) | {"x": {0: call}}},
     }
     torch.save({**good, **parts.get(kind, {"model": call})}, path)
@@ -365,9 +366,10 @@ def load_and_check(folder: Path) -> tuple[str, str]:
         state, _ = load_checkpoint(folder)
         assert state is not None
         like = {**state, "model": {"w": torch.ones(1)}}
-        check_state(state, like, torch.optim.SGD(torch.nn.Linear(1, 1).parameters()), folder)
-    except UserError:
-        said = "refused"
+        pruner = Pruner(5, batch_size=5, epochs=2, policy="none")
+        check_state(state, like, torch.optim.SGD(torch.nn.Linear(1, 1).parameters()), pruner, folder)
+    except UserError as error:  # what is fine has no pruner in it either, but that is looked at later
+        said = str(error) if "pruner" in str(error) else "refused"
     return str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start), said
 
 
@@ -387,7 +389,16 @@ def in_a_child(function: Callable[[], tuple[str, str]]) -> list[str]:
 
 MINIMAL: dict[str, Any] = {
     "step": 1,
-    "scores": {},
+    "pruner": {},
+    "norms": None,
+    "bad_in_a_row": torch.tensor(0),
+    "epoch": 0,
+    "step_in_epoch": 0,
+    "finished": False,
+    "fingerprint": "",
+    "bf16": False,
+    "config": {},
+    "seconds": {},
     "optimizer": {"state": {}, "param_groups": [{"params": [0, 1]}]},
 }
 
@@ -468,12 +479,15 @@ def sick(state: Any) -> None:
 
 EDITS: dict[str, tuple[Callable[[Any], None], str]] = {
     "no model": (drop("model"), "model"),
-    "no scores": (drop("scores"), "scores"),
+    "no scores": (drop("pruner"), "pruner"),
     "no position": (drop("step_in_epoch"), "step_in_epoch"),
     "one more entry": (put(1, "more"), "more"),
     "one more weight": (put(torch.ones(3), "model", "more"), "model.more"),
-    "scores too long": (put(torch.ones(2, 65), "scores", "last"), "scores.last"),
-    "scores of another type": (put(torch.ones(64), "scores", "times_trained"), "scores.times_trained"),
+    "scores too long": (put(torch.ones(2, 65), "pruner", "record", "last"), "record.last"),
+    "scores of another type": (
+        put(torch.ones(64), "pruner", "record", "times_trained"),
+        "record.times_trained",
+    ),
     "optimizer of another shape": (
         put(torch.ones(5), "optimizer", "state", 0, "momentum_buffer"),
         "momentum_buffer",

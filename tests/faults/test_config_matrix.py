@@ -25,12 +25,10 @@ from ssl_emp.commands import pretrain
 from ssl_emp.config import PretrainConfig, load_config
 from ssl_emp.data.images import load_images
 from ssl_emp.errors import UserError
-from ssl_emp.policies import Rule
-from ssl_emp.pruning import PrunePlan, shuffled_batches
-from ssl_emp.scores import ScoreState
+from ssl_emp.prune import InfoBatch, Pruner
+from ssl_emp.prune.plan import PrunePlan, shuffled_batches
 
 Record = Callable[[str, object], None]
-CPU = torch.device("cpu")
 
 
 def encoder_hash(run: Path) -> str:
@@ -105,8 +103,6 @@ def test_G5_schedules(record_property: Record) -> None:
     unpruned epoch
     """
     loss = torch.rand(40, generator=torch.Generator().manual_seed(0))
-    state = ScoreState(40, 1.0, False, CPU)
-    state.observe(torch.arange(40), torch.stack([loss, loss]), None, 0)
     schedules = 0
     for epochs in range(1, 41):
         for anneal in (0.0, 0.5, 0.875, 1.0):
@@ -122,13 +118,21 @@ def test_G5_schedules(record_property: Record) -> None:
                 assert len(steps) == epochs and all(
                     count == 10 for epoch, count in enumerate(steps) if epoch in full
                 )
-                rule = Rule("infobatch", plan)
+                pruner = Pruner(
+                    40, batch_size=4, epochs=epochs, policy=InfoBatch(), fraction=0.5, warmup_epochs=warmup,
+                    anneal_fraction=anneal,
+                )  # fmt: skip
+                pruner.record.observe(torch.arange(40), torch.stack([loss, loss]), None, 0)
                 for epoch in {0, epochs - 1, epochs // 2}:
-                    kept = rule.choose(state, epoch, 4 * steps[epoch], seed=0)
-                    assert (kept.weight is None and len(kept.index) == 40) == (epoch in full)
+                    pruner.step = pruner.first_step(epoch)
+                    kept = pruner.batches(epoch).flatten()
+                    losses = torch.ones(len(kept), requires_grad=True)
+                    (weights,) = torch.autograd.grad(pruner.weighted(kept, losses), losses)
+                    is_full = len(kept.unique()) == 40 and bool((weights == weights[0]).all())
+                    assert is_full == (epoch in full)
                 schedules += 1
     record_property("schedules", schedules)
-    for bad in ("prune.warmup_epochs=0", "prune.rescore_every=0", "prune.anneal_fraction=1.1", "epochs=0"):
+    for bad in ("prune.warmup_epochs=0", "prune.scoring_draws=0", "prune.anneal_fraction=1.1", "epochs=0"):
         assert "allowed: " in refusal(lambda bad=bad: load_config(None, [bad]))  # type: ignore[misc]
 
 
@@ -169,16 +173,12 @@ def test_G7_starvation(record_property: Record) -> None:
     assert full == 2  # 3 of 67 are left out of an epoch, never the same one twice in a row
     record_property("longest gap in epochs, unpruned", full)
     for policy in ("random", "emp"):
-        plan = PrunePlan(40, 0.5, 1, 0.125)
-        rule = Rule(policy, plan, beta=0.0)
-        state = ScoreState(67, 1.0, False, CPU)
+        pruner = Pruner(67, batch_size=8, epochs=40, policy=policy, fraction=0.5, anneal_fraction=0.125)
         sets = []
-        for epoch, steps in enumerate(plan.epoch_steps(67, 8)):
-            kept = rule.choose(state, epoch, 8 * steps, seed=0)
-            index = shuffled_batches(kept.index, 8, 0, epoch)[:steps].flatten()
-            # high numbers win each time
-            state.observe(index, torch.stack([index.float(), index.float()]), None, epoch)
-            sets.append(index)
+        for epoch in range(len(pruner.steps)):
+            for index in pruner.batches(epoch):  # high numbers win each time
+                pruner.observe(pruner.gather(index, index.float(), torch.zeros(8)))
+            sets.append(pruner.batches(epoch).flatten())
         gap = longest_gap(sets)
         record_property(f"longest gap in 40 epochs, {policy}", gap)
         assert gap <= {"random": 20, "emp": 36}[policy], (
@@ -196,7 +196,7 @@ def write(folder: Path, content: str | bytes) -> Path:
 
 
 BROKEN: dict[str, tuple[str | bytes, str]] = {
-    "typo": ("prune: {fractoin: 0.5}", "unknown key prune.fractoin, did you mean prune.fraction?"),
+    "typo": ("prune: {fractoin: 0.5}", "policy emp has no key prune.fractoin, did you mean prune.fraction?"),
     "typo of a section": ("pruning: {fraction: 0.5}", "unknown key pruning, did you mean prune?"),
     "wrong type": ("epochs: many", "epochs: should be a valid integer (is 'many'), allowed: 1 <= value"),
     "duplicate key": ("epochs: 3\nseed: 1\nepochs: 4", "line 3: key 'epochs' stands twice"),
@@ -286,22 +286,34 @@ def test_G8_a_yaml_bomb_takes_no_time_or_memory(tmp_path: Path, monkeypatch: pyt
 # --- G9: every key of the schema
 
 
-def numeric_keys() -> Iterator[tuple[str, dict[str, Any], str]]:
-    """(dotted key, its JSON schema, how to write one number there) for every number in the config."""
+def numeric_keys() -> Iterator[tuple[str, dict[str, Any], str, str]]:
+    """(dotted key, its JSON schema, how to write one number there, a policy that has it) for every number in
+    the config.
+    """
     schema = PretrainConfig.model_json_schema()
+    seen: list[tuple[str, dict[str, Any]]] = []
 
-    def walk(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any], str]]:
+    def walk(
+        node: dict[str, Any], prefix: str, policy: str
+    ) -> Iterator[tuple[str, dict[str, Any], str, str]]:
         for name, child in node["properties"].items():
             child = next((option for option in child.get("anyOf", []) if option.get("type") != "null"), child)
-            if "$ref" in child:
-                yield from walk(schema["$defs"][child["$ref"].rpartition("/")[2]], f"{prefix}{name}.")
-            elif child.get("type") in ("integer", "number"):
-                yield f"{prefix}{name}", child, "{}"
+            sections = [option for option in child.get("oneOf", [child]) if "$ref" in option]
+            for section in sections:  # of prune one a policy
+                inner = schema["$defs"][section["$ref"].rpartition("/")[2]]
+                own = inner["properties"].get("policy", {}).get("default", policy)
+                yield from walk(inner, f"{prefix}{name}.", own)
+            item = (f"{prefix}{name}", {part: value for part, value in child.items() if part != "default"})
+            if sections or item in seen:  # every policy has the plan
+                continue
+            seen.append(item)
+            if child.get("type") in ("integer", "number"):
+                yield f"{prefix}{name}", child, "{}", policy
             elif child.get("type") == "array" and child["items"].get("type") in ("integer", "number"):
                 fill = ", {}" * (child["minItems"] - 1)
-                yield f"{prefix}{name}", child["items"], "[{}" + fill + "]"
+                yield f"{prefix}{name}", child["items"], "[{}" + fill + "]", policy
 
-    return walk(schema, "")
+    return walk(schema, "", "emp")
 
 
 def values_for(node: dict[str, Any]) -> Iterator[tuple[str, bool]]:
@@ -342,9 +354,11 @@ def is_refused(message: str, key: str, node: dict[str, Any], text: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("key", "node", "form"), [pytest.param(*item, id=item[0]) for item in numeric_keys()]
+    ("key", "node", "form", "policy"), [pytest.param(*item, id=item[0]) for item in numeric_keys()]
 )
-def test_G9_every_number(key: str, node: dict[str, Any], form: str, record_property: Record) -> None:
+def test_G9_every_number(
+    key: str, node: dict[str, Any], form: str, policy: str, record_property: Record
+) -> None:
     """G9 | every number of the schema at and beside its bounds, nan, inf, 10^400, wrong types | as the schema
     says, else key and range
     """
@@ -352,7 +366,7 @@ def test_G9_every_number(key: str, node: dict[str, Any], form: str, record_prope
     for text, fine in values_for(node):
         override = f"{key}={form.format(*[text] * form.count('{}'))}"
         try:
-            load_config(None, [override])
+            load_config(None, [f"prune.policy={policy}", override])
         except UserError as error:
             message = str(error)
             assert "\n" not in message and ". fix: " in message
@@ -365,8 +379,9 @@ def test_G9_every_number(key: str, node: dict[str, Any], form: str, record_prope
             assert fine, override[:80]
             accepted += 1
     typo = key[:-1] + ("x" if key[-1] != "x" else "y")
-    assert f"unknown key {typo}, did you mean {key.rpartition('.')[0]}" in refusal(
-        lambda: load_config(None, [f"{typo}=1"])
+    unknown = f"policy {policy} has no key" if key.startswith("prune.") else "unknown key"
+    assert f"{unknown} {typo}, did you mean {key.rpartition('.')[0]}" in refusal(
+        lambda: load_config(None, [f"prune.policy={policy}", f"{typo}=1"])
     )
     record_property("accepted", accepted)
     record_property("refused", refused + 1)
@@ -377,18 +392,20 @@ def test_G9_every_other_key(record_property: Record) -> None:
     named
     """
     refused = 0
-    numbers = {key for key, _, _ in numeric_keys()}
+    numbers = {key for key, *_ in numeric_keys()}
     for key, value in module.flatten(PretrainConfig().model_dump()).items():
         if key in numbers:
             continue
+        named = "policy" if key == "prune.policy" else key
         wrong = ["{a: 1}", "[[1]]"] if not isinstance(value, str) and value is not None else []
         wrong += ["1", "sometimes", "[true]"] if isinstance(value, bool) else []
         wrong += ["\0"] if isinstance(value, str) else []
         for text in wrong:
-            assert key in refusal(lambda key=key, text=text: load_config(None, [f"{key}={text}"]))  # type: ignore[misc]
+            assert named in refusal(lambda key=key, text=text: load_config(None, [f"{key}={text}"]))  # type: ignore[misc]
             refused += 1
-        assert key in refusal(lambda key=key: load_config(None, [f"{key}.x=1"]))  # type: ignore[misc]
-        assert "unknown key" in refusal(lambda key=key: load_config(None, [f"{key}zz=1"]))  # type: ignore[misc]
+        assert named in refusal(lambda key=key: load_config(None, [f"{key}.x=1"]))  # type: ignore[misc]
+        unknown = "policy emp has no key" if key.startswith("prune.") else "unknown key"
+        assert unknown in refusal(lambda key=key: load_config(None, [f"{key}zz=1"]))  # type: ignore[misc]
         refused += 2
     record_property("refused", refused)
 
@@ -403,7 +420,6 @@ EXTREME = {
     "augment.crop_ratio": ["[0.1, 10]", "[0.1, 0.1]", "[10, 10]"],
     "augment.crop_scale": ["[1e-30, 1e-30]"],
     "augment.blur_sigma": ["[1e-30, 1000]"],
-    "prune.rescore_every": ["1000000"],
     "prune.redraw_every": ["1000000"],
     "monitor.knn_images": ["1000000000"],
     "data.subset_seed": [str(-(2**63)), str(2**63 - 1)],
@@ -429,6 +445,8 @@ def test_G9_extremes_that_are_allowed(
         "prune.anneal_fraction=0",
         "prune.scoring=all",
     ]
+    if key == "prune.redraw_every":
+        quick[-1] = "prune.policy=random"
     code = pretrain.main(["--config", str(tiny_config), f"out={tmp_path / 'out'}", *quick, f"{key}={value}"])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert code in (0, 3) and len(lines) == (code == 3), lines

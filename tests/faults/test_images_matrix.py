@@ -31,10 +31,10 @@ from refused import main_refuses, refusal
 from linear_eval.features import load_features
 from ssl_emp import load_encoder
 from ssl_emp.commands import pretrain
+from ssl_emp.commands.job import load_indices
 from ssl_emp.data import decode
 from ssl_emp.data.images import DeviceImages, ImageSet, load_images
 from ssl_emp.errors import UserError
-from ssl_emp.policies import load_indices
 from ssl_emp.run.checkpoint import load_checkpoint
 
 Record = Callable[[str, object], None]

@@ -12,15 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssl_emp import passes
 from ssl_emp.commands import pretrain
+from ssl_emp.errors import RunFailed
 from ssl_emp.loss import nt_xent
 from ssl_emp.optim import build_optimizer, gradient_norm, step_where
-from ssl_emp.policies import Rule
-from ssl_emp.pruning import PrunePlan
+from ssl_emp.prune import Pruner, Seen
 from ssl_emp.run.checkpoint import load_checkpoint
+from ssl_emp.run.guard import Guard
 from ssl_emp.run.ranks import Ranks
-from ssl_emp.scores import ScoreState
 
 Pretrain = Callable[..., Path]
 SMALL = ["optimizer.warmup_epochs=0", "monitor.knn_every=0"]
@@ -71,7 +70,7 @@ def test_E1_a_bad_step_changes_nothing(
         "epochs=1",
         "checkpoint.every_steps=1",
     ]
-    monkeypatch.setattr(passes, "nt_xent", sick_at(range(8, 9), value))
+    monkeypatch.setattr(pretrain, "nt_xent", sick_at(range(8, 9), value))
     run = pretrain_run("sick", *settings)
     after, before = final(run), torch.load(run / "checkpoints" / "step_00000007.pt", weights_only=True)
     for name, tensor in before["model"].items():
@@ -79,12 +78,12 @@ def test_E1_a_bad_step_changes_nothing(
     for slot, values in before["optimizer"]["state"].items():
         for name, tensor in values.items():
             assert after["optimizer"]["state"][slot][name].equal(tensor), name
-    for name, tensor in before["scores"].items():
-        assert after["scores"][name].equal(tensor), name
+    for name, tensor in before["pruner"]["record"].items():
+        assert after["pruner"]["record"][name].equal(tensor), name
     assert after["step"] == 8 and int(after["bad_in_a_row"]) == 1 and rows(run)[0]["skipped_steps"] == 1
     # of the steps that were made
     assert rows(run)[0]["gradient_norm"] == pytest.approx(float(before["norms"][:7].mean()))
-    samples = before["batches"][7].tolist()
+    samples = before["pruner"]["chosen"][0]["batches"][7].tolist()
     assert f"the first is step 8, samples {', '.join(map(str, samples))}" in (run / "train.log").read_text()
     monkeypatch.undo()
     healthy = final(pretrain_run("healthy", *settings))  # the control: the last step does change something
@@ -93,14 +92,14 @@ def test_E1_a_bad_step_changes_nothing(
         for name, tensor in before["model"].items()
         if "num_batches" in name
     )
-    assert not healthy["scores"]["times_trained"].equal(before["scores"]["times_trained"])
+    assert not healthy["pruner"]["record"]["times_trained"].equal(before["pruner"]["record"]["times_trained"])
 
 
 def test_E1_the_first_step_of_all(pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
     """E1b | NaN in the very first step, when momentum is not there yet | the run trains as if it had begun
     with the second
     """
-    monkeypatch.setattr(passes, "nt_xent", sick_at(range(1, 2), math.nan))
+    monkeypatch.setattr(pretrain, "nt_xent", sick_at(range(1, 2), math.nan))
     state = final(pretrain_run("run", *SMALL, "epochs=2"))
     assert state["finished"] and all(tensor.isfinite().all() for tensor in state["model"].values())
     assert all(
@@ -125,7 +124,7 @@ def test_E1_a_row_of_them_ends_the_run(
         "max_bad_steps=3",
         "checkpoint.every_steps=1",
     ]
-    monkeypatch.setattr(passes, "nt_xent", sick_at(range(5, 99), math.nan))
+    monkeypatch.setattr(pretrain, "nt_xent", sick_at(range(5, 99), math.nan))
     assert pretrain.main(arguments) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: 4 bad steps in a row, max_bad_steps is 3; epoch 1: 4 steps were skipped")
@@ -139,18 +138,31 @@ def test_E1_a_row_of_them_ends_the_run(
     capsys.readouterr()
 
 
-def test_E1_rows_are_counted_over_a_resume(
-    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_E1_rows_are_counted_over_a_resume() -> None:
     """E1d | the same bad steps, not in a row | the run goes on"""
-    bad, longest = torch.zeros(2, dtype=torch.int64), []
-    for good in (True, False, False, True, False):
-        bad = pretrain.count_in_a_row(bad, torch.tensor(good))
-        longest.append(bad.tolist())
-    assert longest == [[0, 0], [1, 1], [2, 2], [0, 2], [1, 2]]
-    pretrain.check_bad_steps(bad, 2, torch.ones(1, dtype=torch.bool), torch.arange(8)[None], 0)
-    with pytest.raises(pretrain.RunFailed, match="2 bad steps in a row, max_bad_steps is 1"):
-        pretrain.check_bad_steps(bad, 1, torch.ones(1, dtype=torch.bool), torch.arange(8)[None], 0)
+    batches = torch.arange(40).view(5, 8)
+    for most, begins_with in ((2, 0), (1, 0), (2, 1)):
+        model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+        optimizer = build_optimizer(model, "sgd", 0.1, 0.9, 0.0)
+        guard = Guard(model, optimizer, most, torch.tensor(begins_with), None)
+        in_a_row = []
+        # of a resumed run that begins within a row, the first step belongs to it
+        for number, good in enumerate((begins_with == 0, False, False, True, False)):
+            model(torch.randn(8, 2)).square().sum().backward()
+            terms = torch.ones(2, 8) if good else torch.full((2, 8), torch.nan)
+            assert bool(guard.step(terms, number, batches)) == good
+            in_a_row.append(int(guard.in_a_row))
+            optimizer.zero_grad()
+        if begins_with:
+            assert in_a_row == [2, 3, 4, 0, 1]
+        else:
+            assert in_a_row == [0, 1, 2, 0, 1] and guard.skipped() == [1, 2, 4]
+        if (most, begins_with) == (2, 0):
+            guard.check(batches, 0)
+            continue
+        rows = f"{max(in_a_row)} bad steps in a row, max_bad_steps is {most}; epoch 1: "
+        with pytest.raises(RunFailed, match=rows):
+            guard.check(batches, 0)
 
 
 @pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
@@ -181,28 +193,49 @@ def test_E1_a_gradient_that_is_not_finite(name: str) -> None:
 
 def test_E2_a_score_that_is_not_finite(pretrain_run: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
     """E2 | NaN for one sample in a scoring pass | its old score stays, pruning goes on with exact counts"""
-    original = pretrain.score_passes
+    spoilt = []
 
-    def sick(*args: Any) -> tuple[Tensor, Tensor | None]:
-        terms, draws = original(*args)
-        terms[0, 0], terms[1, 1] = math.nan, math.inf
-        return terms, draws
+    def sick(z_a: Tensor, z_b: Tensor, temperature: float, ranks: Ranks) -> Tensor:
+        loss = nt_xent(z_a, z_b, temperature, ranks)
+        if not torch.is_grad_enabled():
+            loss[0], loss[1] = math.nan, math.inf
+            spoilt.append(loss)
+        return loss
 
-    monkeypatch.setattr(pretrain, "score_passes", sick)
+    monkeypatch.setattr(pretrain, "nt_xent", sick)
     run = pretrain_run("run", *SMALL, "prune.scoring=pruned")
+    assert len(spoilt) > 10
     assert [row["kept_share"] for row in rows(run)] == [
         row["kept_share"] for row in rows(pretrain_run("plain", *SMALL))
     ]
-    assert not final(run)["scores"]["last"].isnan().any()
+    assert final(run)["pruner"]["record"]["last"].isfinite().all()
+
+
+def test_E2_the_old_score_stays() -> None:
+    """E2b | NaN or inf in the scores of two samples that were scored before | those two keep what they had"""
+    pruner = Pruner(20, batch_size=4, epochs=3, fraction=0.5, anneal_fraction=0.0, scoring="all")
+    everyone = torch.arange(20)
+    pruner.record.observe(everyone, torch.stack([everyone * 1.0, -everyone * 1.0]), None, 0)
+
+    def score(batches: Tensor, key: int) -> Seen:
+        index = batches.flatten()
+        terms = torch.stack([index + 100.0, -index - 100.0])
+        terms[0, index == 3], terms[1, index == 11] = math.nan, math.inf
+        return Seen(index, terms)
+
+    pruner.rescore(1, score)
+    expected = torch.stack([everyone + 100.0, -everyone - 100.0])
+    expected[:, [3, 11]] = torch.tensor([[3.0, 11.0], [-3.0, -11.0]])
+    assert pruner.record.last.equal(expected)
+    assert len(pruner.batches(1).unique()) == 4 * pruner.steps[1]
 
 
 def test_E3_scores_that_say_nothing() -> None:
     """E3 | all scores equal, or none ever given | the lowest indices, exact counts, deterministic"""
-    rule = Rule("emp", PrunePlan(4, 0.5, 1, 0.0))
     for level in (1.0, math.inf):
-        state = ScoreState(20, 1.0, False, torch.device("cpu"))
-        state.terms.fill_(level)
-        kept = rule.choose(state, 1, 10, 0).index
+        pruner = Pruner(20, batch_size=2, epochs=4, policy="emp", fraction=0.5, anneal_fraction=0.0)
+        pruner.record.terms.fill_(level)
+        kept = pruner.batches(1).flatten()
         assert kept.sort().values.tolist() == list(range(10))
 
 

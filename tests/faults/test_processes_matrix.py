@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from ssl_emp.pruning import PrunePlan, select_kept, shuffled_batches
+from ssl_emp.prune.plan import PrunePlan, shuffled_batches
+from ssl_emp.prune.policies import select_kept
 from ssl_emp.run.checkpoint import load_checkpoint
 from ssl_emp.run.ranks import Ranks
 
@@ -388,15 +389,15 @@ def test_D8_as_one_process(tiny_config: Path, tmp_path: Path, record_property: N
         assert code == 0, err
     one, two = tensors(tmp_path / "1"), tensors(tmp_path / "2")
     assert (
-        one["/scores/times_trained"].equal(two["/scores/times_trained"])
-        and len(one["/scores/times_trained"].unique()) > 2
+        one["/pruner/record/times_trained"].equal(two["/pruner/record/times_trained"])
+        and len(one["/pruner/record/times_trained"].unique()) > 2
     )
     largest = max(
         float((one[name].double() - two[name].double()).abs().max()) for name in one if "/model" in name
     )
     record_property("largest difference of a weight", f"{largest:.0e}")
     assert largest < 1e-3
-    torch.testing.assert_close(one["/scores/last"], two["/scores/last"], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(one["/pruner/record/last"], two["/pruner/record/last"], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.faults
@@ -586,7 +587,7 @@ def test_B7_another_number_of_ranks(first: int, then: int, tiny_config: Path, tm
     whole = tmp_path / "whole"
     code, _, err = finish(start(script, "--config", tiny_config, f"out={whole}", "monitor.knn_every=0"))
     ours, theirs = tensors(out), tensors(whole)
-    assert ours["/scores/times_trained"].equal(theirs["/scores/times_trained"])
+    assert ours["/pruner/record/times_trained"].equal(theirs["/pruner/record/times_trained"])
     assert (
         max(
             float((ours[name].double() - theirs[name].double()).abs().max())
