@@ -2,9 +2,9 @@
 
     python -m benchmarks.checkpoint
 
-`save_checkpoint` of a run's whole state: network, projection head, momentum, scores of N samples, the epoch's
-batches; hashed, synced, with its manifests. Beside it plain `torch.save` to one file, neither synced nor
-hashed, which is what most training loops call.
+`save_checkpoint` of a run's whole state: network, projection head, momentum, and the pruner, which is what is
+remembered of N samples and the epoch's batches; hashed, synced, with its manifests. Beside it plain
+`torch.save` to one file, neither synced nor hashed, which is what most training loops call.
 """
 
 import tempfile
@@ -19,7 +19,7 @@ from benchmarks.common import Ratio
 from ssl_emp.config import CheckpointConfig
 from ssl_emp.model import SimCLR, build_encoder
 from ssl_emp.optim import build_optimizer
-from ssl_emp.prune.record import Record
+from ssl_emp.prune import Pruner
 from ssl_emp.run.checkpoint import num_bytes, save_checkpoint
 
 CASES = {
@@ -35,13 +35,12 @@ def state_of(arch: str, num_samples: int, device: torch.device, width: int = 64)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    record = Record(num_samples, ema=1.0, num_covariates=0, shrink=False, device=device)
-    batches = torch.randperm(num_samples, device=device)[: num_samples // 256 * 256].view(-1, 256)
+    pruner = Pruner(num_samples, batch_size=256, epochs=2, policy="loss", device=device)
+    pruner.batches(0)
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "record": record.state_dict(),
-        "batches": batches,
+        "pruner": pruner.state_dict(),
     }
 
 

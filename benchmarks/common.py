@@ -120,9 +120,9 @@ def interleave(contenders: Mapping[str, Callable[[], float]], repeats: int) -> d
 
 
 def run_pretrain(
-    config: str, overrides: Sequence[str], arguments: argparse.Namespace
+    config: str, overrides: Sequence[str], arguments: argparse.Namespace, root: Path = ROOT
 ) -> list[dict[str, Any]]:
-    """Run `pretrain.py` as a user does, in a temporary run directory, and return the rows of its
+    """Run `pretrain.py` of the checkout `root` as a user does, in a temporary run directory; the rows of its
     metrics.jsonl.
 
     Raises UserError with the last line it wrote where it did not end with 0.
@@ -138,18 +138,19 @@ def run_pretrain(
                 f"device={arguments.device}",
             ],
             arguments.quick,
+            root,
         )
         return [
             json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
         ]
 
 
-def run_python(command: Sequence[str], quick: bool = False) -> str:
-    """Run this Python with `command` in the repository's root; its standard output. Raises UserError where it
+def run_python(command: Sequence[str], quick: bool = False, root: Path = ROOT) -> str:
+    """Run this Python with `command` in a checkout's root; its standard output. Raises UserError where it
     fails.
     """
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=process_environment(quick), capture_output=True, text=True
+        [sys.executable, *command], cwd=root, env=process_environment(quick), capture_output=True, text=True
     )
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
@@ -242,15 +243,6 @@ def write(name: str, payload: dict[str, Any], arguments: argparse.Namespace) -> 
 def environment(device: torch.device | str) -> dict[str, Any]:
     """What a figure depends on besides the code: machine, versions, revision, date, no paths."""
     device = torch.device(device)
-    git = ["git", "-C", str(ROOT)]
-    revision = (
-        subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        or None
-    )
-    # without the results: writing one must not mark the next benchmark as changed code
-    changed = subprocess.run(
-        [*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"], capture_output=True
-    ).returncode
     return {
         "cpu": _cpu_model(),
         "cores": cores(),
@@ -259,9 +251,20 @@ def environment(device: torch.device | str) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "python": platform.python_version(),
         **{name: _version(distributions) for name, distributions in PACKAGES.items()},
-        "revision": revision and revision + ("-dirty" if changed else ""),
+        "revision": revision(ROOT),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+
+
+def revision(root: Path) -> str | None:
+    """The commit of a checkout, "-dirty" where files differ from it; None: not under git."""
+    git = ["git", "-C", str(root)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
+    # without the results: writing one must not mark the next benchmark as changed code
+    changed = subprocess.run(
+        [*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"], capture_output=True
+    ).returncode
+    return commit.strip() + ("-dirty" if changed else "") if commit else None
 
 
 def _cpu_model() -> str:

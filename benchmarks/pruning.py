@@ -5,8 +5,8 @@
 Whole runs of pretrain.py in turn, unpruned and with s = 0.3, 0.5, 0.7, a = 0.125, `scoring: stale`. The
 promise for a long run is 1 / (1 - s (1 - a)); a run of 80 epochs cannot quite reach it, because its first
 epoch is a full one (0.978 of it at s = 0.7), so the share of the steps that the plan counts stands beside it.
-Then, piece by piece, what pruning adds to a step: the distance and three writes in each, and the selection
-and the shuffle once an epoch, spread over the steps of an epoch with s = 0.7, the fewest.
+Then, piece by piece, what pruning adds to a step: the memory term and what `Pruner` notes in each, and the
+selection and the shuffle once an epoch, spread over the steps of an epoch with s = 0.7, the fewest.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,8 @@ from ssl_emp.augment import Recipe, cut_views, draw_params
 from ssl_emp.loss import nt_xent
 from ssl_emp.model import SimCLR, build_encoder
 from ssl_emp.optim import build_optimizer
-from ssl_emp.prune import Emp, closeness
+from ssl_emp.prune import Pruner, closeness
 from ssl_emp.prune.plan import PrunePlan, shuffled_batches
-from ssl_emp.prune.policies import select_kept
-from ssl_emp.prune.record import Record
 
 CONFIG = "configs/cifar10_emp.yaml"
 FRACTIONS = (0.3, 0.5, 0.7)
@@ -95,10 +93,17 @@ def added_cost(
     views_of: Any = torch.compile(cut_views, dynamic=False) if compiled else cut_views
     images = torch.randint(0, 256, (batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
     index = torch.randperm(num_samples, device=device)[:batch_size]
-    record = Record(num_samples, ema=1.0, num_covariates=0, shrink=False, device=device)
-    record.observe(
-        torch.arange(num_samples, device=device), torch.rand(2, num_samples, device=device), None, 0
+    pruner = Pruner(
+        num_samples,
+        batch_size=batch_size,
+        epochs=10_000,
+        fraction=max(FRACTIONS),
+        anneal_fraction=0.0,
+        seed=seed,
+        device=device,
     )
+    everyone = torch.arange(num_samples, device=device)
+    pruner.record.observe(everyone, torch.rand(2, num_samples, device=device), None, 0)
     h_a, h_b = torch.rand(2, batch_size, encoder.feature_dim, device=device).unbind()
     loss_now = torch.rand(batch_size, device=device)
 
@@ -113,13 +118,13 @@ def added_cost(
         optimizer.step()
 
     def score() -> None:
-        record.observe(index, torch.stack([loss_now, closeness(h_a, h_b)]), None, 1)
-        record.count_trained(index, 1)
+        pruner.observe(pruner.gather(index, loss_now, closeness(h_a, h_b)))
 
-    count = PrunePlan(10, max(FRACTIONS)).kept_count(1, num_samples)
+    count = pruner.steps[1] * batch_size
 
     def select() -> None:
-        shuffled_batches(select_kept(Emp().score(record.known), count), batch_size, seed, 1)
+        kept = pruner.policy.choose(pruner.record.known, count, seed, 1, 1)
+        shuffled_batches(kept.index, batch_size, seed, 1)
 
     def mean_seconds(work: Callable[[], None], times: int) -> float:
         def repeat() -> None:

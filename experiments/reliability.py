@@ -27,21 +27,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl_emp.augment import cut_views, draw_features, draw_params
+from ssl_emp.augment import NUM_DRAW_FEATURES, cut_views, draw_features, draw_params
 from ssl_emp.commands.job import Job, prepare
-from ssl_emp.commands.pretrain import through
+from ssl_emp.commands.pretrain import forward
 from ssl_emp.config import load_config
 from ssl_emp.errors import UserError
-from ssl_emp.loss import nt_xent
-from ssl_emp.prune import closeness
+from ssl_emp.prune import Emp, closeness
 from ssl_emp.prune.figures import rank_correlation
 from ssl_emp.prune.plan import shuffled_batches
 from ssl_emp.prune.pruner import RELIABILITY_EPOCHS
+from ssl_emp.prune.record import Known
 from ssl_emp.run.checkpoint import load_checkpoint
 from ssl_emp.run.report import Report
 
 RESULTS = Path(__file__).parent / "results" / "reliability.jsonl"
 BETA = 5.0
+SCORES = ("loss", "raw distance", "normalised distance", "EMP raw")
 COLUMNS = ("one", "adjusted", "common", "averaged", "averaged adjusted", "explained")
 
 
@@ -50,42 +51,32 @@ def draws(
     job: Job, sample: Tensor, batch_size: int, count: int, common: bool
 ) -> tuple[dict[str, Tensor], Tensor]:
     """`count` draws of `sample` (n,): -> each score (count, n), and what was drawn (count, n, F)."""
-    scores: dict[str, list[Tensor]] = {
-        "loss": [],
-        "raw distance": [],
-        "normalised distance": [],
-        "EMP raw": [],
-    }
-    features = []
+    seed, recipe = job.config.seed, job.recipe
     place = torch.empty(job.num_samples, dtype=torch.int64)
     place[sample] = torch.arange(len(sample))
+    # NaN: in no batch of a draw
+    scores = {name: torch.full((count, len(sample)), torch.nan) for name in SCORES}
+    features = torch.zeros(count, len(sample), NUM_DRAW_FEATURES)
+    h = torch.empty(0)
+
+    def network(views: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal h
+        h, z = job.model(views)
+        return h, z
+
     for draw in range(count):
         key = RELIABILITY_EPOCHS + draw
-        # NaN: in no batch of this draw
-        rows = {name: torch.full((len(sample),), torch.nan) for name in scores}
-        drawn = torch.empty(len(sample), 0)
-        for index, images in job.store.stream(shuffled_batches(sample, batch_size, job.config.seed, key)):
-            params = draw_params(
-                job.config.seed,
-                key,
-                torch.zeros_like(index) if common else index,
-                job.recipe,
-                images.shape[-1],
-            )
-            h, z = through(job, job.model, torch.cat(cut_views(images, params, job.recipe)))
-            (h_a, h_b), (z_a, z_b) = h.chunk(2), z.chunk(2)
-            what = draw_features(*params, images.shape[-1])
-            drawn = drawn if drawn.shape[1] else torch.empty(len(sample), what.shape[1])
-            where = place[index]
-            loss, raw = nt_xent(z_a, z_b, job.config.temperature), -closeness(h_a, h_b)
-            values = (loss, raw, -closeness(h_a, h_b, normalized=True), loss - BETA * raw)
-            for name, value in zip(rows, values, strict=True):
-                rows[name][where] = value
-            drawn[where] = what
-        for name in scores:
-            scores[name].append(rows[name])
-        features.append(drawn)
-    return {name: torch.stack(values) for name, values in scores.items()}, torch.stack(features)
+        for index, images in job.store.stream(shuffled_batches(sample, batch_size, seed, key)):
+            side, where = images.shape[-1], place[index]
+            drawn = torch.zeros_like(index) if common else index  # views are keyed on the sample
+            loss, _, _ = forward(job, network, cut_views, drawn, images, key, recipe)
+            features[draw, where] = draw_features(*draw_params(seed, key, drawn, recipe, side), side)
+            h_a, h_b = h.chunk(2)
+            raw, normalised = (closeness(h_a, h_b, normalized) for normalized in (False, True))
+            emp = Emp(beta=BETA).score(Known(torch.stack([loss, raw]), torch.zeros_like(loss)))
+            for name, value in zip(SCORES, (loss, -raw, -normalised, emp), strict=True):
+                scores[name][draw, where] = value
+    return scores, features
 
 
 def residuals(values: Tensor, features: Tensor) -> tuple[Tensor, float]:

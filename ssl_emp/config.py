@@ -505,10 +505,11 @@ def keys_of_policy(section: dict[str, Any], where: str) -> dict[str, Any]:
         )
         raise UserError(what, "use ssl_emp 0.1 for this run")
     known = {key for policy in PRUNE_SECTIONS.values() for key in policy.model_fields}
-    policy = PRUNE_SECTIONS.get(str(section.get("policy", "emp")))
-    own = known if policy is None else set(policy.model_fields)
-    if section.get("policy") == "foresight":  # it foresees and adjusts, whatever was written there
-        own -= {"adjust", "foresee"}
+    name = policy_of(section)
+    own = set(PRUNE_SECTIONS[name].model_fields) if name in POLICIES else known
+    for item in dataclasses.fields(POLICIES[name]) if name in POLICIES else ():
+        if len(item.metadata.get("options", ())) == 1:  # foresight adjusts, whatever was written there
+            own.discard(item.name)
     return {
         key: value
         for key, value in section.items()

@@ -50,7 +50,7 @@ class PrunePlan:
 
     def _asks_less(self, epoch: int) -> bool:
         planned = self.at(epoch).epochs
-        last = planned - round(self.anneal_fraction * planned)
+        last = planned - self.rounds * round(self.anneal_fraction * planned / self.rounds)
         return self.prune_fraction > 0 and self.warmup_epochs <= epoch < last
 
     def kept_count(self, epoch: int, num_samples: int) -> int:

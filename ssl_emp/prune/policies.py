@@ -144,11 +144,13 @@ class Indices(Policy):
         return True
 
     def choose(self, known: Known, count: int, seed: int, epoch: int, warmup_epochs: int) -> Kept:
-        if len(self.index) < count:
-            raise ValueError(
-                f"policy indices names {len(self.index)} samples, and a pruned epoch needs {count}"
-            )
-        return Kept(self.index[:count].to(known.variance.device))
+        index = self.index.to(known.variance.device)
+        if known.numbers is not None:  # a round: those of the subset that the epoch has not trained on yet
+            index = index[torch.isin(index, known.numbers)]
+        if len(index) < count:
+            raise ValueError(f"policy indices names {len(index)} samples, and a pruned epoch needs {count}")
+        index = index[:count]
+        return Kept(index if known.numbers is None else torch.searchsorted(known.numbers, index))
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class Pruner:
                 "the coming views will be; where views are drawn by someone else, policy ucb needs none",
             ),
         )
-        rounds = rounds_per_epoch
+        rounds = 1 if self.policy.is_shorter else rounds_per_epoch  # full epochs: nothing to choose
         self.plan = PrunePlan(
             epochs * rounds, fraction if self.policy.prunes else 0.0, warmup_epochs * rounds, anneal_fraction,
             self.policy.is_shorter, tuple((old * rounds, end * rounds) for old, end in earlier), rounds,

@@ -23,10 +23,11 @@ class Known(NamedTuple):
 
     terms: Tensor
     variance: Tensor
+    numbers: Tensor | None = None  # (N,) int64, rising: of the samples; None: 0 to N - 1
 
     def of(self, index: Tensor) -> "Known":
         """The same of the samples `index` (K,) alone."""
-        return Known(self.terms[:, index], self.variance[index])
+        return Known(self.terms[:, index], self.variance[index], index)
 
 
 class Record:

@@ -62,7 +62,8 @@ def state_problems(state: Any, identity: dict[str, Any], pruner: "Pruner") -> It
         yield f"step is {state['step']!r:.80} of {most}"
     plan = pruner.plan.at(pruner.epoch_of(max(state["step"] - 1, 0)))
     planned = [plan.epochs, plan.prune_fraction, plan.warmup_epochs, plan.anneal_fraction, plan.rounds]
-    if state["plan"] != planned:
+    is_plan = isinstance(state["plan"], list) and all(type(part) in (int, float) for part in state["plan"])
+    if not is_plan or state["plan"] != planned:
         yield (
             f"the plan (epochs, fraction, warm-up, annealing, rounds) was {state['plan']!r:.80} and "
             f"is now {planned}"
@@ -135,5 +136,5 @@ def _told_problems(told: Any) -> Iterator[str]:
         fits = (
             isinstance(kind, str) and isinstance(entry, tuple) and len(entry) == 2 and type(entry[0]) is int
         )
-        if not fits or not isinstance(entry[1], float | int) or math.isnan(entry[1]):
+        if not fits or type(entry[1]) not in (int, float) or math.isnan(entry[1]):
             yield f"told.{str(kind)[:80]!r} is {str(type(entry))}"
