@@ -22,19 +22,18 @@ from torch import Tensor
 
 from linear_eval.errors import first_line
 
-with suppress(Exception):  # an extra of Pillow's, where it is installed
+with suppress(Exception):  # an optional plugin of Pillow
     import pillow_heif
 
     pillow_heif.register_heif_opener(thumbnails=False)
 
-# no EPS, PSD, SVG: formats that run code or guess. AVIF and HEIC where this Pillow can
+# AVIF and HEIC where this Pillow reads them; no EPS, PSD or SVG, whose readers run code or guess
 MORE = (*(["AVIF"] if features.check("avif") else []), *(["HEIF"] if "HEIF" in Image.OPEN else []))
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *MORE)
-MAX_PIXELS = 50_000_000  # of an image, unless another limit is given: 200 MB in each thread that decodes
-RUN = 32  # images a thread takes at a time
+MAX_PIXELS = 50_000_000  # default limit of an image: 200 MB in each thread that decodes
+RUN = 32  # images that a thread takes at a time
 
-# how decoders turn an image that was stored in this EXIF orientation, and whether what was right, or below,
-# is then left, or above
+# EXIF orientation -> how to turn the image upright, and whether its right and bottom edge become left and top
 EXIF_ORIENTATION = 0x0112
 TURNS = {
     2: (Image.Transpose.FLIP_LEFT_RIGHT, True, False),
@@ -46,25 +45,25 @@ TURNS = {
     8: (Image.Transpose.ROTATE_90, False, True),
 }
 
-# Bounds of work. What they leave out was made to keep a decoder busy: files of cameras and editors are far
-# below them.
-UNMETERED = 1 << 15  # bytes of a file that cannot make much work, whatever it holds
-# reads of any file, of a microsecond of Pillow's Python each; and one more for every READ_BYTES
+# Limits on the work that a file may cause. Files of cameras and editors stay far below; what exceeds them was
+# made to keep a decoder busy.
+UNMETERED = 1 << 15  # bytes; a smaller file cannot cause much work, whatever it holds
+# a file may be read FREE_READS times (each costs a microsecond of Python) and once more per READ_BYTES
 FREE_READS = 20_000
 READ_BYTES = 256
-TIMES_READ = 8  # so often the bytes of a file may be read, all in all
-# of a JPEG before its pixels; Pillow joins the parts of EXIF by copying what it has for each
+TIMES_READ = 8  # all bytes of a file may be read this often in total
+# bytes of a JPEG before its pixels: Pillow joins the parts of EXIF in quadratic time
 HEADER_BYTES = 1 << 24
-# of a JPEG: a progressive one has about ten, of CMYK 18, and each costs a pass over all pixels
+# of a JPEG: a progressive one has about ten, a CMYK one 18, and each costs a pass over all pixels
 MOST_SCANS = 100
-SCANS_AT_MOST_PIXELS = 24  # of one with max_pixels pixels; the smaller ones may have more, for the same work
+SCANS_AT_MOST_PIXELS = 24  # of a JPEG with max_pixels pixels; a smaller one may have more, for the same work
 MOST_STRIPS = 1 << 18  # of a TIFF
-MOST_NUMBERS, MOST_BITS = 1 << 22, 1 << 24  # of a PNM written as text, which Pillow reads one by one
+MOST_NUMBERS, MOST_BITS = 1 << 22, 1 << 24  # of a PNM written as text, which Pillow parses one by one
 
 PLANAR, SIGNED = 2, 2  # in a TIFF's tags PlanarConfiguration and SampleFormat
 TIFF_JPEG = (6, 7)  # in Compression
 WHITE_IS_ZERO, YCBCR = 0, 6  # in PhotometricInterpretation
-# a marker of a JPEG that has a length, or is the last
+# a marker of a JPEG that is followed by a length, or the last marker
 END_OF_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 
 # path, file content, (H, W) or (H, W, 3) uint8 pixels, or a null in a table
@@ -73,8 +72,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 T = TypeVar("T")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# opening
+# ---- opening
 
 
 class _Limits:
@@ -82,21 +80,20 @@ class _Limits:
 
     lock = threading.Lock()
     active: list[int] = []
-    before: int | None = None
+    pillows_own: int | None = None  # the limit to restore
     quiet = ExitStack()
 
 
 @contextmanager
 def pillow_limits(max_pixels: int) -> Iterator[None]:
-    """Pillow's own bomb check (also of inner frames) at our limit, as an error; its chatter about odd files
-    off.
+    """Raise Pillow's decompression bomb warnings at our limit, as errors; silence its other warnings.
 
-    Threads may be in it together; Pillow then has the largest of their limits. `opened` holds each to its
-    own.
+    Several threads may be inside at a time. Pillow then uses the largest of their limits, and `opened` checks
+    each image against the limit of its own thread.
     """
     with _Limits.lock:
         if not _Limits.active:
-            _Limits.before = Image.MAX_IMAGE_PIXELS
+            _Limits.pillows_own = Image.MAX_IMAGE_PIXELS
             _Limits.quiet.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", module=r"PIL\.")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -107,14 +104,15 @@ def pillow_limits(max_pixels: int) -> Iterator[None]:
     finally:
         with _Limits.lock:
             _Limits.active.remove(max_pixels)
-            Image.MAX_IMAGE_PIXELS = max(_Limits.active, default=_Limits.before)
+            Image.MAX_IMAGE_PIXELS = max(_Limits.active, default=_Limits.pillows_own)
             if not _Limits.active:
                 _Limits.quiet.close()
 
 
 class _Meter:
-    """What may still be read of a file. Pillow walks over chunks, markers, tags and frames in Python, as many
-    as there are.
+    """How much of a file may still be read.
+
+    Pillow parses chunks, markers, tags and frames in Python, without a limit on their number.
     """
 
     def __init__(self, size: int, is_jpeg: bool) -> None:
@@ -130,7 +128,7 @@ class _Meter:
             raise ValueError("far more headers, chunks or tags than an image of this size has")
 
     def start_pixels(self, num_pieces: int) -> None:
-        """The header is over; each strip or tile is read in blocks, and the last block goes beyond it."""
+        """The header has been read. Strips are read in blocks, which may exceed them by up to a block."""
         self.reads += 2 * num_pieces
         self.bytes += ImageFile.MAXBLOCK * num_pieces
         self.header_bytes = self.bytes
@@ -156,7 +154,7 @@ class _MeteredBytes(_Metered, io.BytesIO):
 
 @contextmanager
 def opened(encoded: Encoded, max_pixels: int) -> Iterator[Image.Image]:
-    """Header read, pixels not yet decoded; by content, whatever the name says."""
+    """An image whose header is read but not its pixels; the format is found by content, not suffix."""
     if encoded is None:
         raise ValueError("no bytes in this row")
     if isinstance(encoded, np.ndarray):
@@ -188,9 +186,7 @@ def opened(encoded: Encoded, max_pixels: int) -> Iterator[Image.Image]:
 
 
 def _stream(encoded: str | bytes) -> io.BufferedReader | io.BytesIO:
-    """Of a file or its content, to be read by Pillow; metered unless it is too small for any harm: that costs
-    40 microseconds.
-    """
+    """A file or its content as a stream for Pillow. Large ones are metered: 40 microseconds."""
     if isinstance(encoded, bytes):
         size = len(encoded)
         stream: io.BufferedReader | io.BytesIO = (_MeteredBytes if size > UNMETERED else io.BytesIO)(encoded)
@@ -206,14 +202,12 @@ def _stream(encoded: str | bytes) -> io.BufferedReader | io.BytesIO:
 
 
 def _check_strips(stream: io.BufferedReader | io.BytesIO) -> None:
-    """Raises ValueError where the first page of a TIFF lies in more pieces than an image has: Pillow lists
-    all of them.
-    """
+    """Raise ValueError if the first page of a TIFF has too many strips or tiles; Pillow lists all."""
     stream.seek(0)
     head = stream.read(16)
     order = "<" if head[:2] == b"II" else ">"
     is_big = b"+" in head[2:4]
-    with suppress(struct.error):  # cut off: Pillow will say so
+    with suppress(struct.error):  # truncated: Pillow reports it
         (offset,) = struct.unpack_from(order + ("Q" if is_big else "I"), head, 8 if is_big else 4)
         if offset >= 2**63:
             return
@@ -222,35 +216,32 @@ def _check_strips(stream: io.BufferedReader | io.BytesIO) -> None:
         entry = struct.Struct(order + ("HHQQ" if is_big else "HHII"))
         tags = stream.read(entry.size * min(num_tags, 1 << 16))
         for number, _, count, _ in entry.iter_unpack(tags[: len(tags) // entry.size * entry.size]):
-            # where strips and tiles begin, and how long they are
+            # offsets and byte counts of strips and tiles
             if number in (273, 279, 324, 325) and count > MOST_STRIPS:
                 raise ValueError(f"a TIFF in {count:,} strips or tiles, at most {MOST_STRIPS:,} are read")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# decoding
+# ---- decoding
 
 
 def decode(
     encoded: Encoded, size: int, max_pixels: int, when_dim: Callable[[], None] | None = None
 ) -> np.ndarray:
-    """(3, size, size) uint8. Raises whatever Pillow raises on a damaged file.
+    """(3, size, size) uint8. Raises what Pillow raises on a damaged file.
 
-    when_dim: called where the image has 16 bits a channel and uses less than a tenth of that range.
+    when_dim: called if the image has 16 bits a channel and uses less than a tenth of that range.
     """
     with opened(encoded, max_pixels) as image:
         return fit(image, size, max_pixels, when_dim).transpose(2, 0, 1)
 
 
 def decode_any(image: Encoded | Image.Image, size: int, max_pixels: int) -> np.ndarray:
-    """`decode`, also of an image that Pillow has opened: the same pixels as of its file, unless it was
-    decoded before.
-    """
+    """`decode`, also for an opened PIL image: from its file, if it is not decoded yet."""
     if not isinstance(image, Image.Image):
         return decode(image, size, max_pixels)
     stream = getattr(image, "fp", None)
     if stream is not None and getattr(image, "tile", None):
-        # another frame than the first: decoded in full, and the caller's image is left as it is
+        # another frame than the first: decode a copy in full, and leave the caller's image as it is
         if image.tell():
             image = image.copy()
         else:
@@ -265,17 +256,14 @@ def decode_any(image: Encoded | Image.Image, size: int, max_pixels: int) -> np.n
 def to_jpeg(
     encoded: Encoded, size: int, max_pixels: int, quality: int, when_dim: Callable[[], None] | None = None
 ) -> bytes:
-    """What `decode` gives, as a JPEG without chroma subsampling; an upright RGB JPEG of that size is taken
-    byte for byte.
-    """
+    """`decode` as a JPEG without chroma subsampling; an upright RGB JPEG of that size is copied."""
     with opened(encoded, max_pixels) as image:
         fits = image.format == "JPEG" and image.mode == "RGB" and image.size == (size, size)
         pixels = fit(image, size, max_pixels, when_dim)
     if fits:
         assert isinstance(encoded, str | bytes)
         content = Path(encoded).read_bytes() if isinstance(encoded, str) else encoded
-        # decoded once more, as the store will: what EXIF turns, or Pillow repairs and others do not, is
-        # encoded anew
+        # decode it as the store will: a JPEG that EXIF turns, or that only Pillow repairs, is encoded anew
         if np.array_equal(
             decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8)), pixels.transpose(2, 0, 1)
         ):
@@ -288,9 +276,9 @@ def to_jpeg(
 def decode_jpeg(record: Tensor) -> np.ndarray:
     """(L,) uint8 bytes of a JPEG -> (3, H, W) uint8, a view. Raises OSError or RuntimeError on damaged bytes.
 
-    By torchvision, else by Pillow; both use libjpeg-turbo and give the same pixels. Measured on one core,
-    with the change of layout: 64 px 94 against 182 microseconds, 256 px 469 against 588; torchcodec takes as
-    long as torchvision (89 and 471).
+    Uses torchvision, else Pillow; both use libjpeg-turbo and give the same pixels. On one core, with the
+    change of layout, an image of 64 px takes 94 (torchvision), 182 (Pillow) or 89 (torchcodec) microseconds,
+    one of 256 px 469, 588 or 471.
     """
     return _jpeg_decoder()(record)
 
@@ -304,7 +292,7 @@ def _jpeg_decoder() -> Callable[[Tensor], np.ndarray]:
         stream = io.BytesIO()
         Image.new("RGB", (8, 8)).save(stream, "JPEG")
         torchvision_decode(torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8))
-    except (ImportError, RuntimeError):  # deprecated since torchvision 0.29, and left out of some builds
+    except (ImportError, RuntimeError):  # deprecated since torchvision 0.29, missing in some builds
         return _decode_with_pillow
     return lambda record: torchvision_decode(record, ImageReadMode.RGB).numpy()
 
@@ -317,13 +305,11 @@ def _decode_with_pillow(record: Tensor) -> np.ndarray:
 def fit(
     image: Image.Image, size: int, max_pixels: int, when_dim: Callable[[], None] | None = None
 ) -> np.ndarray:
-    """(size, size, 3) uint8: the short side scaled to size, then the centre cut out. Arguments as for
-    `decode`.
-    """
+    """(size, size, 3) uint8: short side scaled to size, then a centre crop. Arguments: see `decode`."""
     _check_scans(image, max_pixels)
-    # large JPEGs decode at 1/2, 1/4 or 1/8: several times faster; nothing happens to the rest. The reduced
-    # image is rounded up to whole pixels, so its last column and row stand for less than the others: the box
-    # says where the image really ends
+    # large JPEGs are decoded at 1/2, 1/4 or 1/8 size, several times faster; other images ignore draft.
+    # The reduced size is rounded up, so its last column and row cover less than a pixel: the box excludes the
+    # part that is not image
     least = 2 * size * _colour_spread(image)
     drafted = image.draft(None, (least, least))
     rgb, is_dim = _decode_whole(image)
@@ -345,13 +331,12 @@ def fit(
 
 
 def _colour_spread(image: Image.Image) -> int:
-    """Pixels that share a colour where a JPEG is decoded at a reduced size: 1, but 2 for 4:2:2 and 4 for
-    4:1:1.
+    """Pixels that share a colour in a JPEG decoded at reduced size: 1, but 2 for 4:2:2, 4 for 4:1:1.
 
-    What has fewer colours across than down keeps fewer of them across also there: libjpeg reduces both alike,
-    and 4:2:0 to none.
+    libjpeg reduces the chroma subsampling of both axes alike, so 4:2:0 has none left, but an axis that was
+    subsampled more than the other still is.
     """
-    # (component, across, down, table) of each channel, as often as the largest has
+    # (component, samples across, samples down, table) of each channel
     layer = getattr(image, "layer", None)
     if not isinstance(layer, list) or not layer:
         return 1
@@ -361,10 +346,11 @@ def _colour_spread(image: Image.Image) -> int:
 
 
 def _decode_whole(image: Image.Image) -> tuple[Image.Image, bool]:
-    """The image as RGB, not turned yet, and whether it is dim. In full: a header and even verify() pass for
-    half a JPEG.
+    """The image as RGB, before EXIF rotation, and whether it is dim.
+
+    Decodes all pixels: opening, and even verify(), accept a JPEG of which half is missing.
     """
-    raw_mode = ""  # how the pixels lie in the file
+    raw_mode = ""  # Pillow's name of the pixel layout in the file
     if isinstance(image, ImageFile.ImageFile) and image.tile:
         codec, _, offset, args = image.tile[0]
         raw_mode = args if isinstance(args, str) else str(args[0]) if args else ""
@@ -373,10 +359,8 @@ def _decode_whole(image: Image.Image) -> tuple[Image.Image, bool]:
             if codec == "ppm":
                 return _to_rgb(_netpbm(image, offset, args[1]), raw_mode)
         if codec == "ppm_plain":
-            count, most = (
-                image.width * image.height * len(image.getbands()),
-                MOST_BITS if image.mode == "1" else MOST_NUMBERS,
-            )
+            count = image.width * image.height * len(image.getbands())
+            most = MOST_BITS if image.mode == "1" else MOST_NUMBERS
             if count > most:
                 raise ValueError(
                     f"{count:,} numbers written as text, at most {most:,} are read; write it binary"
@@ -388,9 +372,7 @@ def _decode_whole(image: Image.Image) -> tuple[Image.Image, bool]:
 
 
 def _check_scans(image: Image.Image, max_pixels: int) -> None:
-    """Raises ValueError where a JPEG, or a TIFF of JPEGs, has so many scans that they take far longer to
-    decode than its pixels do.
-    """
+    """Raise ValueError if a JPEG, or a TIFF of JPEGs, has far more scans than it needs."""
     pieces = 1
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         if image.tag_v2.get(TiffImagePlugin.COMPRESSION) not in TIFF_JPEG:
@@ -402,7 +384,7 @@ def _check_scans(image: Image.Image, max_pixels: int) -> None:
     elif image.format not in ("JPEG", "MPO"):
         return
     stream = getattr(image, "fp", None)
-    if stream is None:  # decoded already
+    if stream is None:  # already decoded
         return
     most = pieces * min(MOST_SCANS, SCANS_AT_MOST_PIXELS * max(1, max_pixels // (image.width * image.height)))
     here = stream.tell()
@@ -411,7 +393,7 @@ def _check_scans(image: Image.Image, max_pixels: int) -> None:
     while found <= most and (block := stream.read(1 << 20)):
         found += (end + block).count(b"\xff\xda")
         end = block[-1:]
-    # thumbnails, comments and further images count there too: look closely
+    # that count includes thumbnails, comments and further images: parse the markers
     if found > most and image.format != "TIFF":
         stream.seek(0)
         found = count_scans(stream.read())
@@ -421,7 +403,7 @@ def _check_scans(image: Image.Image, max_pixels: int) -> None:
 
 
 def count_scans(content: bytes) -> int:
-    """Passes over its pixels that the first image of a JPEG consists of."""
+    """Number of scans (passes over all pixels) of the first image in a JPEG file."""
     place, scans = 2, 0
     while (marker := END_OF_SEGMENT.search(content, place)) and marker[0] != b"\xff\xd9":
         scans += marker[0] == b"\xff\xda"
@@ -430,12 +412,10 @@ def count_scans(content: bytes) -> int:
 
 
 def _check_layout(image: TiffImagePlugin.TiffImageFile, raw_mode: str) -> None:
-    """Raises ValueError where Pillow gives other pixels than a TIFF holds."""
+    """Raise ValueError for a layout of a TIFF that Pillow decodes to wrong pixels."""
     tags = image.tag_v2
-    bits, num_samples = (
-        max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))),
-        tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1),
-    )
+    bits = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
+    num_samples = tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)
     if tags.get(TiffImagePlugin.PLANAR_CONFIGURATION, 1) == PLANAR and num_samples > 1:
         is_reversed = tags.get(TiffImagePlugin.FILLORDER, 1) == 2
         if bits > 8 or is_reversed or raw_mode not in ("", "R", "RGB", "RGBA", "RGBX", "C", "CMYK"):
@@ -447,19 +427,13 @@ def _check_layout(image: TiffImagePlugin.TiffImageFile, raw_mode: str) -> None:
         raise ValueError("signed 8-bit pixels have no known range")
     is_ycbcr = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == YCBCR
     is_raw = tags.get(TiffImagePlugin.COMPRESSION, 1) == 1
-    if (
-        is_ycbcr
-        and is_raw
-        and num_samples > 1
-        and tags.get(TiffImagePlugin.YCBCRSUBSAMPLING, (2, 2)) != (1, 1)
-    ):
+    is_subsampled = tags.get(TiffImagePlugin.YCBCRSUBSAMPLING, (2, 2)) != (1, 1)
+    if is_ycbcr and is_raw and num_samples > 1 and is_subsampled:
         raise ValueError("a TIFF of subsampled YCbCr without compression, which Pillow does not read")
 
 
 def _netpbm(image: ImageFile.ImageFile, offset: int, largest: int) -> Image.Image:
-    """A binary PGM or PPM with any largest value, which Pillow reads pixel by pixel in Python: the same
-    pixels, by a table.
-    """
+    """A binary PGM or PPM with any maximum value: Pillow's pixels, without its loop in Python."""
     count = image.width * image.height * len(image.getbands())
     in_file = np.dtype(">u2" if largest > 255 else "u1")
     top, kind = (65535, np.uint16) if image.mode == "I" else (255, np.uint8)
@@ -469,35 +443,20 @@ def _netpbm(image: ImageFile.ImageFile, offset: int, largest: int) -> Image.Imag
     if len(content) < count * in_file.itemsize:
         raise OSError("image file is truncated")
     table = np.rint(np.arange(1 << 8 * in_file.itemsize) / largest * top).clip(max=top).astype(kind)
-    return Image.fromarray(
-        table[np.frombuffer(content, in_file)].reshape(
-            image.height, image.width, *([3] if image.mode == "RGB" else [])
-        )
-    )
+    shape = (image.height, image.width, *([3] if image.mode == "RGB" else []))
+    return Image.fromarray(table[np.frombuffer(content, in_file)].reshape(shape))
 
 
 def _to_rgb(image: Image.Image, raw_mode: str) -> tuple[Image.Image, bool]:
-    """The image as RGB, and whether it is dim: 16 bits a channel, of which it uses less than a tenth."""
-    # convert() would clip: every value above 255 white. PGM, and PNG in older Pillow, hold their 16 bits in
-    # mode I
+    """The image as RGB, and whether it is dim: 16 bits a channel, less than a tenth of them used."""
+    # PGM, and PNG in older Pillow, hold their 16 bits in mode I
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        values = np.asarray(image).astype(np.uint32)
-        tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-        # packed: the only other depth that a file can declare
-        if tags.get(TiffImagePlugin.BITSPERSAMPLE) == (12,):
-            return Image.fromarray(((values * 255 + 2047) // 4095).astype(np.uint8)).convert("RGB"), False
-        is_dim = 10 * int(values.max()) < 65535
-        if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
-            values = 65535 - values
-        grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
-        if "transparency" in image.info:
-            grey[values == image.info["transparency"]] = 255
-        return Image.fromarray(grey).convert("RGB"), is_dim
+        return _gray_of_16_bits(image)
     if image.mode in ("I", "F"):
         raise ValueError(f"signed or 32-bit pixels (mode {image.mode}) have no known range")
     is_deep = ";16" in raw_mode and image.mode in ("RGB", "RGBA")
     is_dim = is_deep and 10 * max(high for _, high in image.getextrema()[:3]) < 255  # type: ignore[misc]  # pairs: it has bands
-    # as in the file, while the pixels are stretched to 8 bits
+    # Pillow scales the pixels to 8 bits, but not the value that stands for transparency
     if image.format == "PNG" and "transparency" in image.info:
         if raw_mode == "RGB;16B":
             raise ValueError("transparent where a 16-bit colour is met, which 8 bits cannot tell")
@@ -511,6 +470,22 @@ def _to_rgb(image: Image.Image, raw_mode: str) -> tuple[Image.Image, bool]:
     return image.convert("RGB"), is_dim
 
 
+def _gray_of_16_bits(image: Image.Image) -> tuple[Image.Image, bool]:
+    """`_to_rgb` of 16 or 12 bits. Pillow's convert() would clip: every value above 255 white."""
+    values = np.asarray(image).astype(np.uint32)
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    # 12 bits, packed: the only other depth that a file can declare
+    if tags.get(TiffImagePlugin.BITSPERSAMPLE) == (12,):
+        return Image.fromarray(((values * 255 + 2047) // 4095).astype(np.uint8)).convert("RGB"), False
+    is_dim = 10 * int(values.max()) < 65535
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
+        values = 65535 - values
+    gray = ((values * 255 + 32767) // 65535).astype(np.uint8)
+    if "transparency" in image.info:
+        gray[values == image.info["transparency"]] = 255
+    return Image.fromarray(gray).convert("RGB"), is_dim
+
+
 def cores() -> int:
     """Cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
@@ -520,15 +495,16 @@ def cores() -> int:
 def map_runs(
     work: Callable[[int, list[Encoded]], T], images: Iterator[Encoded], count: int
 ) -> Generator[T, None, None]:
-    """Yield work(first, run) in order for the `count` images in runs; in a thread a core, as decoders release
-    the GIL.
+    """Yield work(first, run) in order, for the `count` images in runs of RUN, on one thread per core.
+
+    Threads suffice: the decoders release the GIL.
     """
     workers = min(32, cores())
     pending: deque[Future[T]] = deque()
     submitted = 0
     with ThreadPoolExecutor(workers) as pool:
         while submitted < count or pending:
-            # few runs wait at a time: what is read ahead stays small beside the pixels
+            # three runs a thread are read ahead: little memory beside the pixels
             while submitted < count and len(pending) < 3 * workers:
                 run = list(islice(images, RUN))
                 assert run, "a source yields one item a position"
@@ -538,7 +514,7 @@ def map_runs(
 
 
 def reason(exc: Exception) -> str:
-    """One line for people."""
+    """Why an image was left out, in one line."""
     if isinstance(exc, UnidentifiedImageError):
         return f"not an image of a known format ({', '.join(FORMATS)})"
     if isinstance(exc, Image.DecompressionBombError | Image.DecompressionBombWarning):

@@ -1,6 +1,4 @@
-"""A folder of images -> a `Source`: which files are images, which of them make a split, what their classes
-are.
-"""
+"""A folder of images -> a `Source`: which files are images, which make a split, and their classes."""
 
 import os
 import re
@@ -19,76 +17,33 @@ from ssl_emp.data.splits import both_sides, split_called, split_named, splits_of
 from ssl_emp.errors import UserError
 from ssl_emp.text import decodable
 
-EXTENSIONS = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".pbm",
-    ".pnm",
-)
-# decoded where Pillow can
+EXTENSIONS = tuple(".jpg .jpeg .jpe .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm".split())
+# read where Pillow can
 MODERN = {".avif": "AVIF", ".avifs": "AVIF", ".heic": "HEIF", ".heif": "HEIF", ".hif": "HEIF"}
 NEEDS = {
     "AVIF": "of AVIF, which this Pillow cannot read",
     "HEIF": "of HEIC, which pip install pillow-heif makes readable",
 }
 TABLES = (".parquet", ".pq", ".parq")
-# that lie beside images in masses: not looked into any more after PROBES of a kind that held no image
-SIDECARS = (
-    ".txt",
-    ".json",
-    ".jsonl",
-    ".xml",
-    ".csv",
-    ".tsv",
-    ".yaml",
-    ".yml",
-    ".npy",
-    ".npz",
-    ".pt",
-    ".pth",
-    ".pkl",
-    ".mat",
-    ".md",
-)
+# suffixes of annotations, often one file per image: after PROBES files without an image, none is opened
+SIDECARS = tuple(".txt .json .jsonl .xml .csv .tsv .yaml .yml .npy .npz .pt .pth .pkl .mat .md".split())
 PROBES = 100
-# of all images: a folder with so many that holds the splits is looked for past what lies beside it
-MOSTLY = 0.9
-# what storage devices, systems and archives leave behind; the thumbnails among them are copies of images that
-# are there already
+MOSTLY = 0.9  # share of all images: a folder with more is searched for splits, whatever lies beside it
+# folders and files of storage devices, systems and archives; their thumbnails are copies of images
 SERVICE_FOLDERS = {
-    "__macosx",
-    "lost+found",
-    "$recycle.bin",
-    "recycler",
-    "system volume information",
-    "found.000",
-    "__pycache__",
+    *"__macosx lost+found $recycle.bin recycler recycled found.000 __pycache__ ~snapshot".split(),
+    *("system volume information", "network trash folder", "temporary items"),
 }
-SERVICE_FOLDERS |= {"recycled", "~snapshot", "network trash folder", "temporary items"}
-# what a run directory holds from its first step on
-RUN_FILES = {"config.yaml", "environment.json", "train.log"}
-SERVICE_PREFIXES = (
-    "@eadir",
-    "@syno",
-    "@__thumb",
-    "@recycle",
-    "@recently-snapshot",
-    "@tmp",
-    "@sharebin",
-    "#recycle",
-    "#snapshot",
+SERVICE_PREFIXES = tuple(
+    "@eadir @syno @__thumb @recycle @recently-snapshot @tmp @sharebin #recycle #snapshot".split()
 )
 SERVICE_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
-# containers of images that are not read, and how to come by something that is
+RUN_FILES = {
+    "config.yaml",
+    "environment.json",
+    "train.log",
+}  # a run directory holds them from its first step on
+# containers that are not read -> how to convert them
 CONTAINERS = {
     ".arrow": "write them as parquet: datasets.load_from_disk(FOLDER)['train'].to_parquet('train.parquet')",
     **dict.fromkeys(
@@ -111,27 +66,29 @@ CONTAINERS = {
 
 
 # ---- which files there are
-# -------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Listing:
-    """What lies below a folder. Within each split a file or folder counts once, however many links lead to
-    it.
+    """All files below a folder. Within a split a file or folder counts once, however many links lead to it.
+
+    Attributes:
+        files: (path from root, numbers that change with the file) of the images, sorted.
+        tables: the same of the parquet files.
+        skipped: (name, reason) of what could not be read, sorted.
+        links_between_splits: there are links, and folders named like splits, so a file may be in two splits.
     """
 
     root: str
-    # images: (path from root, what tells a changed file), sorted
     files: list[tuple[str, list[int]]] = field(default_factory=list)
-    tables: list[tuple[str, list[int]]] = field(default_factory=list)  # parquet files, as above
-    # (name, why it could not be looked at), sorted
+    tables: list[tuple[str, list[int]]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     unused: Unused = field(default_factory=Unused)
-    links_between_splits: bool = False  # there may be some: there are links, and folders with words of splits
+    links_between_splits: bool = False
 
 
 def list_folder(root: str, *, splits_apart: bool = True) -> Listing:
-    """Everything below root; folders may nest to any depth, and links may lead in circles.
+    """All files below root. Folders may nest to any depth, and links may form circles.
 
     Args:
         splits_apart: a file that links bring into folders of several splits counts in each of them.
@@ -139,98 +96,120 @@ def list_folder(root: str, *, splits_apart: bool = True) -> Listing:
     Raises:
         OSError: root itself cannot be read.
     """
-    found = Listing(root)
-    met = _Met(root)
-    probes: Counter[str] = Counter()  # suffix -> files without an image since the last one that is one
-    # (path below root, whether a link led there, its split): a stack, for Python's recursion has a limit
-    folders = [("", False, "")]
+    walk = _Walk(Listing(root), _Identities(root), splits_apart)
+    folders = [_Folder("", False, "")]  # a stack: Python's recursion has a limit
     while folders:
-        folder, folder_linked, split = folders.pop()
-        try:
-            with os.scandir(os.path.join(root, folder)) as unsorted:
-                entries = sorted(unsorted, key=lambda entry: entry.name)
-        except OSError as exc:
-            if not folder:
-                raise
-            found.skipped.append((decodable(folder), reason(exc)))
-            continue
-        if folder and RUN_FILES <= {entry.name for entry in entries}:  # the pictures in it are no one's data
-            found.unused.add("run folders", folder.rstrip("/"))
-            continue
-        inner = []
-        for entry in entries:
-            path = folder + entry.name
-            if entry.name.startswith("."):
-                found.unused.add("hidden", path)
-                continue
-            try:
-                linked = folder_linked or entry.is_symlink()
-                is_folder = entry.is_dir()
-                why = _service(entry.name) if is_folder else _no_image(entry, probes)
-                if why:
-                    found.unused.add(why, path)
-                    continue
-                info = os.stat(entry.path)
-            except OSError as exc:
-                found.skipped.append((decodable(path), reason(exc)))
-                continue
-            own = split
-            if is_folder and splits_apart:
-                own = split or split_named(entry.name) or ""
-            if not is_folder and not stat.S_ISREG(info.st_mode):  # a pipe called x.jpg would block for ever
-                found.skipped.append((decodable(path), "not a regular file"))
-            elif not met.is_new(path, info, linked, own):
-                found.unused.add("second links", path)
-            elif is_folder:
-                inner.append((path + "/", linked, own))
-            else:
-                to = found.tables if _suffix(entry.name) in TABLES else found.files
-                to.append((path, [info.st_size, info.st_mtime_ns, info.st_ctime_ns]))
-        folders += reversed(inner)
-    found.files.sort()
-    found.tables.sort()
-    found.skipped.sort()
-    found.links_between_splits = met.has_links and met.has_splits
+        folders += reversed(walk.inner_folders(folders.pop()))
+    found = walk.found
+    for names in (found.files, found.tables, found.skipped):
+        names.sort()
+    found.links_between_splits = walk.identities.has_links and walk.identities.has_splits
     return found
 
 
-class _Met:
-    """Which files and folders were met, so that no link makes them count twice.
+@dataclass(frozen=True)
+class _Folder:
+    path: str  # below root, with a slash at its end; "" is root
+    linked: bool  # whether a link led there
+    split: str  # that its name, or one above it, names
 
-    Entries of one device and inode number are one and the same if a link led to one of them, or if it is a
-    file with several names. Some file systems give one number to all: where that shows, or where it is 0,
-    real paths are compared.
+
+@dataclass
+class _Walk:
+    """Fills `found`, folder by folder."""
+
+    found: Listing
+    identities: "_Identities"
+    splits_apart: bool
+    probes: Counter[str] = field(default_factory=Counter)  # suffix -> files opened since the last image
+
+    def inner_folders(self, folder: _Folder) -> list[_Folder]:
+        """List the files of a folder, and return the folders in it."""
+        try:
+            with os.scandir(os.path.join(self.found.root, folder.path)) as unsorted:
+                entries = sorted(unsorted, key=lambda entry: entry.name)
+        except OSError as exc:
+            if not folder.path:
+                raise
+            self._skip(folder.path, reason(exc))
+            return []
+        # pictures in a run directory are drawn by evaluations
+        if folder.path and RUN_FILES <= {entry.name for entry in entries}:
+            self.found.unused.add("run folders", folder.path.rstrip("/"))
+            return []
+        return [inner for entry in entries if (inner := self._list(entry, folder))]
+
+    def _list(self, entry: os.DirEntry[str], folder: _Folder) -> _Folder | None:
+        path = folder.path + entry.name
+        if entry.name.startswith("."):
+            self.found.unused.add("hidden", path)
+            return None
+        try:
+            linked = folder.linked or entry.is_symlink()
+            is_folder = entry.is_dir()
+            why = _service(entry.name) if is_folder else _not_an_image(entry, self.probes)
+            if why:
+                self.found.unused.add(why, path)
+                return None
+            info = os.stat(entry.path)
+        except OSError as exc:
+            self._skip(path, reason(exc))
+            return None
+        split = folder.split
+        if is_folder and self.splits_apart:
+            split = split or split_named(entry.name) or ""
+        if not is_folder and not stat.S_ISREG(info.st_mode):  # reading a pipe would block for ever
+            self._skip(path, "not a regular file")
+        elif not self.identities.is_new(path, info, linked, split):
+            self.found.unused.add("second links", path)
+        elif is_folder:
+            return _Folder(path + "/", linked, split)
+        else:
+            to = self.found.tables if _suffix(entry.name) in TABLES else self.found.files
+            to.append((path, [info.st_size, info.st_mtime_ns, info.st_ctime_ns]))
+        return None
+
+    def _skip(self, path: str, why: str) -> None:
+        self.found.skipped.append((decodable(path), why))
+
+
+class _Identities:
+    """Files and folders listed so far, so that no link makes one count twice.
+
+    Two entries with the same device and inode number are one file if a link led to one of them or the file
+    has several names. Some file systems give all files the same number: there, or where the number is 0, real
+    paths are compared.
     """
 
     def __init__(self, root: str) -> None:
         self.root, self.real_root = root, os.path.realpath(root)
         self.has_links = self.has_splits = False
         self.linked: dict[object, bool] = {}  # (split, identity) -> whether a link led there
-        self.without_numbers: set[int] = set()  # devices
+        self.without_inodes: set[int] = set()  # devices whose inode numbers are not unique
         info = os.stat(root)
-        self.root_places = (info.st_dev, info.st_ino), self.real_root
+        self.root_identities = (info.st_dev, info.st_ino), self.real_root
         self.is_new("", info, False, "")
 
-    def _place(self, path: str, info: os.stat_result, linked: bool) -> object:
-        if info.st_ino and info.st_dev not in self.without_numbers:
+    def _identity(self, path: str, info: os.stat_result, linked: bool) -> object:
+        if info.st_ino and info.st_dev not in self.without_inodes:
             return info.st_dev, info.st_ino
-        return (
-            os.path.realpath(os.path.join(self.root, path))
-            if linked
-            else os.path.join(self.real_root, path).rstrip("/")
-        )
+        if linked:
+            return os.path.realpath(os.path.join(self.root, path))
+        return os.path.join(self.real_root, path).rstrip("/")
 
     def is_new(self, path: str, info: os.stat_result, linked: bool, split: str) -> bool:
+        """Note an entry; False if it is listed already."""
         several_names = not stat.S_ISDIR(info.st_mode) and info.st_nlink > 1
         self.has_links |= linked or several_names
         self.has_splits |= bool(split)
-        place = self._place(path, info, linked)
-        if self.linked.get((split, place)) is False and not linked and not several_names:
-            self.without_numbers.add(info.st_dev)
-            place = self._place(path, info, linked)
-        before = self.linked.get((split, place))
-        self.linked[split, place] = linked or bool(before)
-        return before is None and not (linked and place in self.root_places)
+        identity = self._identity(path, info, linked)
+        # two entries without any link have one number: this device does not number its files
+        if self.linked.get((split, identity)) is False and not linked and not several_names:
+            self.without_inodes.add(info.st_dev)
+            identity = self._identity(path, info, linked)
+        was_linked = self.linked.get((split, identity))
+        self.linked[split, identity] = linked or bool(was_linked)
+        return was_linked is None and not (linked and identity in self.root_identities)
 
 
 def _service(name: str) -> str:
@@ -238,22 +217,18 @@ def _service(name: str) -> str:
     return "service folders" if folded in SERVICE_FOLDERS or folded.startswith(SERVICE_PREFIXES) else ""
 
 
-def _no_image(entry: os.DirEntry[str], probes: Counter[str]) -> str:
-    """Why a file is neither image nor table, in words that follow a number; empty where it is one.
+def _not_an_image(entry: os.DirEntry[str], probes: Counter[str]) -> str:
+    """Why a file is neither an image nor a table, as words after a number (`txt files`); "" where it is one.
 
-    A file without a known suffix is looked into: browsers, phones and downloaders write .jfif, none at all,
-    or `x.jpg?w=640`.
+    Files of other suffixes are opened: browsers and phones write .jfif, no suffix, or `x.jpg?w=640`.
     """
     suffix = _suffix(entry.name)
     if suffix in EXTENSIONS or suffix in TABLES:
         return ""
-    kind = (
-        f"{suffix} files"
-        if re.fullmatch(r"\.\w{1,10}", suffix) and not suffix[1:].isdigit()
-        else "files of no known kind"
-    )
     if entry.name.casefold() in SERVICE_FILES:
         return "service files"
+    is_suffix = re.fullmatch(r"\.\w{1,10}", suffix) and not suffix[1:].isdigit()
+    kind = f"{suffix} files" if is_suffix else "files of no known kind"
     form = MODERN.get(suffix)
     if form is None:
         if (suffix in SIDECARS and probes[suffix] >= PROBES) or not entry.is_file():
@@ -274,19 +249,18 @@ def _suffix(name: str) -> str:
 
 
 # ---- which files make a split
-# ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the splits are.
+    """Which folders are splits and which are classes.
 
     Attributes:
-        split: of the images of every folder, "" where they belong to none.
-        class_folder: of every folder, the one on its path that names the class; None where there is none.
-        folders: split -> the folders that it is, as `train/`; empty where there are none, and all images are
-        the train split. level: words for the folders that name the classes. rest_is_train: no folder is the
-        train split, but one is another: what lies beside it is trained on.
+        split: folder -> split of its images, "" if they are in none.
+        class_folder: folder -> the folder on its path that names the class, or None.
+        folders: split -> its folders, such as `train/`; empty if there are none and all images are train.
+        level: words for the folders that name the classes.
+        rest_is_train: there is a test split but no train split: everything beside it is train.
     """
 
     split: dict[str, str]
@@ -297,73 +271,68 @@ class Layout:
 
 
 def find_layout(counts: Mapping[str, int]) -> Layout:
-    """The splits of a folder of images, by the names of the folders at the first level where these differ.
+    """The splits of a folder of images, by the names of folders on the first level that has several.
 
-    `train/CLASS/x.png` beside `test/CLASS/y.png`; also if one folder holds both, or both and nearly all other
-    images; or `CLASS/train/x.png` beside `CLASS/test/y.png`. See `splits_of_folders`.
+    Either `train/CLASS/x.png` beside `test/CLASS/y.png`, also inside a folder that holds nearly all images;
+    or `CLASS/train/x.png` beside `CLASS/test/y.png`. See `splits_of_folders` for the names.
 
     Args:
         counts: images in every folder, by its path from the root; "" is the root.
     """
     parts = {folder: folder.split("/") if folder else [] for folder in counts}
-    rows, without = list(counts), None
-    inside: list[str] = []  # where `rows` are; `without`: the layout without splits further in
+    rows = list(counts)  # folders at or below `inside`, the path of the level that is looked at
+    inside: list[str] = []
+    without: Layout | None = None  # the layout if no splits are found further inside
     while True:
         depth = len(inside)
-        below: dict[str, list[str]] = {}
+        below: dict[str, list[str]] = {}  # name of a folder on this level -> folders in it
         for folder in rows:
             if len(parts[folder]) > depth:
                 below.setdefault(parts[folder][depth], []).append(folder)
         sizes = {name: sum(counts[folder] for folder in folders) for name, folders in below.items()}
-        loose = sum(counts[folder] for folder in rows) - sum(sizes.values())
-        found = splits_of_folders(below, more=loose >= sum(sizes.values())) if below else None
-        if found and without is None:
-            return _by_level(parts, inside, found)
-        if found and both_sides(found.values()):
-            # the same names in a folder that is left aside: classes with splits of their own, and one that
-            # lacks a part
+        num_below = sum(sizes.values())
+        loose = sum(counts[folder] for folder in rows) - num_below  # images beside the folders
+        found = splits_of_folders(below, more=loose >= num_below) if below else None
+        if found and (without is None or both_sides(found.values())):
+            # the same names in another folder: these are classes with splits of their own, in parts
             alike = any(
                 part[depth] in found
                 for part in parts.values()
                 if len(part) > depth and part[:depth] != inside
             )
-            return without if alike and without else _by_level(parts, inside, found)
-        if without is None and (len(below) != 1 or loose >= sum(sizes.values())):
-            called = None if loose else _in_every_folder(parts, depth, below)
-            if called:
-                split = {
-                    folder: called.get(part[depth + 1], "") if len(part) > depth + 1 else ""
-                    for folder, part in parts.items()
-                }
-                folders = {
-                    kind: [f"*/{name}/" for name in called if called[name] == kind]
-                    for kind in called.values()
-                }
-                return Layout(
-                    split,
-                    {folder: part[depth] if len(part) > depth else None for folder, part in parts.items()},
-                    folders,
-                )
-            without = Layout(
-                dict.fromkeys(parts, "train"),
-                {folder: part[0] if part else None for folder, part in parts.items()},
-                {},
-            )
+            return without if without and alike else _by_level(parts, inside, found)
+        if without is None and (len(below) != 1 or loose >= num_below):
+            names = None if loose else _splits_in_every_folder(parts, depth, below)
+            if names:
+                return _splits_within_classes(parts, depth, names)
+            first = {folder: part[0] if part else None for folder, part in parts.items()}
+            without = Layout(dict.fromkeys(parts, "train"), first, {})
         largest = max(sizes, key=sizes.__getitem__, default="")
         if without and MOSTLY * sum(counts.values()) >= sizes.get(largest, 0):
             return without
         rows, inside = below[largest], [*inside, largest]
 
 
+def _splits_within_classes(parts: dict[str, list[str]], depth: int, names: dict[str, str]) -> Layout:
+    """The folders at `depth` are classes, and those in them are splits. names: folder name -> split."""
+    split = {
+        folder: names.get(part[depth + 1], "") if len(part) > depth + 1 else ""
+        for folder, part in parts.items()
+    }
+    class_folder = {folder: part[depth] if len(part) > depth else None for folder, part in parts.items()}
+    folders = {kind: [f"*/{name}/" for name in names if names[name] == kind] for kind in names.values()}
+    return Layout(split, class_folder, folders)
+
+
 def _by_level(parts: dict[str, list[str]], inside: list[str], found: dict[str, str]) -> Layout:
-    """The folders in the folder `inside` are the splits, as `found` has it."""
+    """The folders in the folder `inside` are the splits. found: folder name -> split."""
     depth, rest_is_train = len(inside), "train" not in found.values()
     rest = {
         tuple(part[depth : depth + 2])
         for part in parts.values()
         if not (len(part) > depth and part[depth] in found)
     }
-    # one folder of folders beside the test split is as good as a folder called train, whatever its name
+    # a single folder of folders beside the test split is the train split, whatever its name
     one = rest_is_train and len({part[:1] for part in rest}) == 1 and all(len(part) == 2 for part in rest)
     split, class_folder = {}, {}
     folders: dict[str, list[str]] = {}
@@ -380,12 +349,10 @@ def _by_level(parts: dict[str, list[str]], inside: list[str], found: dict[str, s
     return Layout(split, class_folder, folders, f"the folders in {' and '.join(folders['train'])}")
 
 
-def _in_every_folder(
+def _splits_in_every_folder(
     parts: dict[str, list[str]], depth: int, below: dict[str, list[str]]
 ) -> dict[str, str] | None:
-    """Folder name -> split, where each of the folders at `depth` holds a train folder, and one of them a test
-    or val folder.
-    """
+    """Folder name -> split, if all folders at `depth` hold a train folder and one a test or val folder."""
     called: dict[str, str] = {}
     for folders in below.values():
         names = {parts[folder][depth + 1] for folder in folders if len(parts[folder]) > depth + 1}
@@ -397,20 +364,18 @@ def _in_every_folder(
 
 
 # ---- a split as a source
-# ---------------------------------------------------------------------------------------------
 
 
 def folder_source(listing: Listing, split: str, labels: str) -> Source:
-    """The images of a split, `train` or `test`. A test split without labels gives way to a val split that has
-    some.
+    """The images of a split, `train` or `test`. A val split with labels replaces a test split without.
 
     Raises:
-        NoSplit, or UserError where there are no images at all.
+        NoSplit, or UserError if there are no images at all.
     """
     if not listing.files:
         raise no_images(listing)
     folders, layout = _laid_out(listing)
-    # what was kept apart is one split
+    # there are no splits: list the files again, each once
     if listing.links_between_splits and len(set(layout.split.values())) == 1:
         listing = list_folder(listing.root, splits_apart=False)
         folders, layout = _laid_out(listing)
@@ -443,21 +408,21 @@ def folder_source(listing: Listing, split: str, labels: str) -> Source:
         return (os.path.join(listing.root, files[position][0]) for position in positions)
 
     return Source(
-        [decodable(path) for path, _ in files],
-        chosen.labels,
-        chosen.class_names,
-        version_of(files),
-        read,
-        listing.skipped,
-        chosen.labels_from,
-        listing.unused.listed(),
-        notes,
-        stand_in,
+        names=[decodable(path) for path, _ in files],
+        labels=chosen.labels,
+        class_names=chosen.class_names,
+        version=version_of(files),
+        read=read,
+        skipped=listing.skipped,
+        labels_from=chosen.labels_from,
+        unused=listing.unused.listed(),
+        notes=notes,
+        stand_in=stand_in,
     )
 
 
 def _laid_out(listing: Listing) -> tuple[list[str], Layout]:
-    """The folder of every image, one text for all images of a folder, and where the splits are."""
+    """The folder of every image, and the layout. Images of a folder share one string, to save memory."""
     counts: dict[str, int] = {}
     same: dict[str, str] = {}
     folders = []
@@ -471,9 +436,7 @@ def _laid_out(listing: Listing) -> tuple[list[str], Layout]:
 
 @dataclass(frozen=True)
 class _Labelled:
-    """A split: the files that are used (rows of the listing), their labels, and the files that lie beside the
-    class folders.
-    """
+    """A split: rows of the listing that are used, their labels, and the rows beside the class folders."""
 
     rows: list[int]
     labels: np.ndarray | None
@@ -483,11 +446,14 @@ class _Labelled:
 
 
 def _label(folders: list[str], layout: Layout, kind: str, labels: str, known: list[str] | None) -> _Labelled:
-    """Labels by folder; those of another split than train are numbered as in train (`known`), its further
-    classes behind.
+    """Labels by folder. Other splits are numbered as train is, with further classes after those.
 
-    A few images beside the class folders have no class and are left out; where they are no fewer than a class
-    has on average, the folders are taken for no classes, and every image is used.
+    A few images beside the class folders are left out. If they are as many as a class has on average, the
+    folders are not classes and every image is used, without labels.
+
+    Args:
+        kind: the split.
+        known: the class names of train.
     """
     rows = [row for row, folder in enumerate(folders) if layout.split[folder] == kind]
     if labels == "none":
@@ -511,7 +477,7 @@ def _label(folders: list[str], layout: Layout, kind: str, labels: str, known: li
 
 
 def no_images(listing: Listing) -> UserError:
-    """The error for a folder without any, which says what it holds instead."""
+    """The error for a folder without images, which says what it holds instead."""
     unused = listing.unused.listed()
     there = [f"{counted(count, why)}, such as {first}" for why, count, first in unused[:3]]
     there += [f"{name}: {why}" for name, why in listing.skipped[:1]]

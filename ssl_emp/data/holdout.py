@@ -10,15 +10,15 @@ from ssl_emp.data.images import ImageSet
 
 
 def held_out_rows(labels: Tensor, names: list[str], share: float, seed: int) -> Tensor:
-    """(N,) bool, True where an image is held out: of every class the given share, by a hash of (seed, name).
+    """(N,) bool, True where an image is held out: a share of every class, chosen by a hash of (seed, name).
 
-    A function of the names alone, so the same on every machine and in every order of the images. Two images
-    of a class always stay in train, so that a probe can choose its settings on one of them.
+    The same on every machine and for every order of the images. At least two images of a class stay in train,
+    so that a probe can choose its settings on one of them.
 
     Args:
         labels: (N,) class ids.
         names: N different names.
-        share: of each class, 0..1, rounded.
+        share: of each class, in [0, 1]; the number of images is rounded.
     """
     keys = [
         hashlib.blake2b(f"{seed}\0{name}".encode(errors="surrogateescape"), digest_size=8).digest()
@@ -35,9 +35,7 @@ def held_out_rows(labels: Tensor, names: list[str], share: float, seed: int) -> 
 
 
 def hold_out(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """(train, test): two parts of labelled images, see `held_out_rows`. Tensors are copied, `EncodedPixels`
-    are not.
-    """
+    """(train, test) parts of labelled images, see `held_out_rows`. Tensors are copied."""
     assert images.labels is not None
     held = held_out_rows(images.labels, images.names, share, seed)
     return choose(images, (~held).nonzero().flatten()), choose(images, held.nonzero().flatten())

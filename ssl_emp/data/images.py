@@ -333,7 +333,7 @@ def load_source(
             num_bytes = len(positions) * 3 * size * size
             store = _choose_store(num_bytes, memory_limit, folder, keys)
         request = StoreRequest(folder, keys.get(store, ""), size, found.read, positions, max_pixels, progress)
-        pixels, result = _decode(store, request, jpeg_quality)
+        pixels, result = _stored_pixels(store, request, jpeg_quality)
 
     failed = result.failed
     if len(failed) == len(positions):
@@ -372,7 +372,7 @@ def _choose_store(num_bytes: int, memory_limit: int | None, folder: Path, keys: 
     return "raw" if num_bytes < available else "encoded"
 
 
-def _decode(
+def _stored_pixels(
     store: str, request: StoreRequest, jpeg_quality: int
 ) -> tuple[np.ndarray | EncodedPixels, DecodeResult]:
     if store == "raw":
@@ -399,8 +399,7 @@ def sampled_fingerprint(images: ImageSet) -> str:
     return digest.hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# sources
+# ---- sources
 
 
 def listed(images: Sequence[str | np.ndarray], labels: Tensor, class_names: list[str], name: str) -> Source:

@@ -1,4 +1,4 @@
-"""Two sets of images with labels are compared before one is judged by the other."""
+"""The labels of a test set, numbered as in the train set that it is judged by."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,31 +13,29 @@ Key = str | int
 
 
 def match_labels(train: ImageSet, test: ImageSet, split: str = "test") -> tuple[ImageSet, str]:
-    """`test` with its labels numbered as in `train`, and a line on the classes that train has no images of;
-    empty without any.
+    """`test` with labels numbered as in `train`, and a warning if train lacks some of its classes, else "".
 
-    Classes are the same by name, in one Unicode form; by value where both sides name whole numbers (`7`,
-    `07`), or one side does and the other has numbers alone. Classes that train lacks get numbers behind those
-    of train: whatever predicts is wrong on them.
+    Classes are equal if their names are (in Unicode NFC). If both sets name whole numbers (`7`, `07`), or one
+    does and the other has numbers only, they are equal if the numbers are. Classes that train lacks are
+    numbered after those of train, so that every prediction for them is wrong.
 
     Args:
-        train, test: with labels (N,) each, or (N, C) each for several labels an image: those are returned
-            as they are.
-        split: what to call `test`; of another than `test`, no class may be missing in train.
+        train, test: with labels (N,); sets with several labels an image, (N, C), are returned unchanged.
+        split: what messages call `test`. For other names than `test`, no class may be missing in train.
 
     Raises:
-        UserError: one side has names and the other has numbers; more than half of the classes of `test`
-            are not in train.
+        UserError: one set names its classes and the other numbers them; or more than half of the classes of
+            `test` are not in train.
     """
     assert train.labels is not None and test.labels is not None
     if train.labels.ndim > 1 or test.labels.ndim > 1:
         return test, ""
-    met = test.labels.unique().tolist()
-    train_keys, test_keys = _keys(train, test, met, split)
+    occurring = test.labels.unique().tolist()
+    train_keys, test_keys = _keys(train, test, occurring, split)
     number: dict[Key, int] = {key: label for label, key in train_keys.items()}
     names = list(train.class_names) if train.class_names else None
     new_label: dict[int, int] = {}
-    for label in met:
+    for label in occurring:
         key = test_keys[label]
         if key not in number:
             if names is None:  # all are numbers
@@ -46,17 +44,17 @@ def match_labels(train: ImageSet, test: ImageSet, split: str = "test") -> tuple[
                 number[key] = len(names)
                 names.append(test.class_names[label] if test.class_names else str(label))
         new_label[label] = number[key]
-    order = torch.tensor([new_label[label] for label in met])
-    labels = order[torch.searchsorted(torch.tensor(met), test.labels)]
+    table = torch.tensor([new_label[label] for label in occurring])
+    labels = table[torch.searchsorted(torch.tensor(occurring), test.labels)]
     matched = replace(test, labels=labels, class_names=names)
 
     known = set(train.labels.unique().tolist())
-    unknown = [label for label in met if new_label[label] not in known]
+    unknown = [label for label in occurring if new_label[label] not in known]
     if not unknown:
         return matched, ""
     called = some_of([test.class_names[label] if test.class_names else str(label) for label in unknown], 5)
-    if 2 * len(unknown) > len(met) or split != "test":
-        what = f"{len(unknown):,} of the {len(met):,} classes of the {split} split have no train images"
+    if 2 * len(unknown) > len(occurring) or split != "test":
+        what = f"{len(unknown):,} of the {len(occurring):,} classes of the {split} split have no train images"
         raise UserError(
             f"{what}: {called}",
             "call the classes alike in both splits, or give more train images (data.max_images), "
@@ -72,20 +70,26 @@ def match_labels(train: ImageSet, test: ImageSet, split: str = "test") -> tuple[
 
 
 def _keys(
-    train: ImageSet, test: ImageSet, met: Sequence[int], split: str
+    train: ImageSet, test: ImageSet, occurring: Sequence[int], split: str
 ) -> tuple[dict[int, Key], dict[int, Key]]:
     """Label -> key, for train and for test; labels with equal keys are the same class."""
     train_labels = range(count_classes(train))
     train_names = train.class_names and [normal(name) for name in train.class_names]
-    test_names = test.class_names and [normal(test.class_names[label]) for label in met]
+    test_names = test.class_names and [normal(test.class_names[label]) for label in occurring]
     if not train_names and not test_names:
-        return dict(zip(train_labels, train_labels, strict=True)), dict(zip(met, met, strict=True))
+        return dict(zip(train_labels, train_labels, strict=True)), dict(
+            zip(occurring, occurring, strict=True)
+        )
     train_values = as_numbers(train_names) if train_names else list(train_labels)
-    test_values = as_numbers(test_names) if test_names else list(met)
+    test_values = as_numbers(test_names) if test_names else list(occurring)
     if train_values is not None and test_values is not None:
-        return dict(zip(train_labels, train_values, strict=True)), dict(zip(met, test_values, strict=True))
+        return dict(zip(train_labels, train_values, strict=True)), dict(
+            zip(occurring, test_values, strict=True)
+        )
     if train_names and test_names:
-        return dict(zip(train_labels, train_names, strict=True)), dict(zip(met, test_names, strict=True))
+        return dict(zip(train_labels, train_names, strict=True)), dict(
+            zip(occurring, test_names, strict=True)
+        )
     named, numbered = ("train", split) if train_names else (split, "train")
     shown = some_of(train_names or test_names or [], 3)
     what = f"the {named} split names its classes ({shown}), the {numbered} split only numbers them"

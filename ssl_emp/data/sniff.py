@@ -1,9 +1,9 @@
-"""What a file is by its first bytes, whatever it is called."""
+"""The image format of a file by its first bytes, whatever its suffix."""
 
 import re
 import struct
 
-HEAD_BYTES = 32  # that `image_format` looks at
+HEAD_BYTES = 32  # bytes that `image_format` needs
 
 _NETPBM = re.compile(rb"P[1-6][ \t\r\n]+[#\d]")
 _BRANDS = {
@@ -13,10 +13,9 @@ _BRANDS = {
 
 
 def image_format(head: bytes) -> str | None:
-    """Pillow's name of the image format that a file or cell begins like: JPEG, PNG, GIF, WEBP, BMP, TIFF,
-    PPM, AVIF or HEIF.
+    """Pillow's name of the image format that `head` is the beginning of, or None.
 
-    Two letters are not enough: text that begins with `BM` or `P1` is text.
+    Two letters are not enough: a text may begin with `BM` or `P1`.
     """
     if head.startswith(b"\xff\xd8\xff"):
         return "JPEG"
@@ -37,9 +36,9 @@ def image_format(head: bytes) -> str | None:
     if _NETPBM.match(head):
         return "PPM"
     if head[4:8] == b"ftyp":
-        # its own, then those it agrees with
+        # the major brand, then the compatible ones
         brands = [head[8:12], *(head[place : place + 4] for place in range(16, len(head), 4))]
         found = [_BRANDS[brand] for brand in brands if brand in _BRANDS]
-        # mif1, which stands for HEIF, is what both agree with
+        # AVIF files list mif1, a brand of HEIF, as compatible too
         return "AVIF" if "AVIF" in found else next(iter(found), None)
     return None

@@ -1,6 +1,4 @@
-"""A source of images before anything is decoded: names, labels, what was left aside, and how the files are
-read.
-"""
+"""A source of images before anything is decoded: names, labels, unused files, and how to read them."""
 
 import hashlib
 import unicodedata
@@ -13,17 +11,15 @@ from ssl_emp.data.decode import Encoded
 from ssl_emp.errors import UserError
 from ssl_emp.text import decodable
 
-SHOWN_CLASSES = 4  # by name, in a line for people
+SHOWN_CLASSES = 4  # names in one line
 
 
 class NoSplit(UserError):
-    """The source holds images, but not the split that was asked for."""
+    """The source holds images, but not the requested split."""
 
 
 class Unused:
-    """Files that are no images of the split: how many for each reason, and the first one's name; no list of a
-    million names.
-    """
+    """Files that are not images of the split: for each reason the count and the first name."""
 
     def __init__(self) -> None:
         self.counts: dict[str, tuple[int, str]] = {}
@@ -34,17 +30,14 @@ class Unused:
         self.counts[reason] = (before + count, first)
 
     def listed(self) -> list[tuple[str, int, str]]:
-        """(reason, count, name of the first), kinds of files by their suffix last: they are the least of a
-        surprise.
-        """
+        """(reason, count, first name), most frequent first; files of other suffixes last."""
         found = [(reason, count, decodable(first)) for reason, (count, first) in self.counts.items()]
         return sorted(found, key=lambda item: (item[0].startswith("."), -item[1], item[0]))
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images not decoded yet. `read(positions)` yields them in order; `version` changes when any of them
-    changes.
+    """Images that are not decoded yet. `read(positions)` yields them; `version` changes with any image.
 
     The fields from `labels_from` on are those of `ImageSet`.
     """
@@ -72,18 +65,14 @@ def counted(count: int, why: str) -> str:
 
 
 def sorted_classes(names: Iterable[str]) -> list[str]:
-    """Class names in the order that they are numbered in: as text, or by value where all of them are whole
-    numbers.
-    """
+    """Class names in the order of their labels: sorted as text, or by value if all are whole numbers."""
     distinct = sorted(set(names))
     values = as_numbers(distinct)
     return distinct if values is None else [name for _, name in sorted(zip(values, distinct, strict=True))]
 
 
 def as_numbers(names: Sequence[str]) -> list[int] | None:
-    """The values of names such as `0`, `7`, `010`; None where one is no whole number, or where two are the
-    same one.
-    """
+    """The values of names such as `0`, `7`, `010`; None if one is not a whole number or two are equal."""
     if not all(name.isascii() and name.isdigit() and len(name) <= 18 for name in names):  # 18 digits: int64
         return None
     values = [int(name) for name in names]
@@ -91,9 +80,7 @@ def as_numbers(names: Sequence[str]) -> list[int] | None:
 
 
 def normal(name: str) -> str:
-    """A class's name with one spelling for what looks alike: a Mac writes `é` as `e` and an accent (NFD),
-    others as one letter (NFC).
-    """
+    """A class name in Unicode's form NFC: macOS writes `é` as `e` and an accent (NFD)."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -103,7 +90,7 @@ def some_of(names: Sequence[str], most: int = SHOWN_CLASSES) -> str:
 
 
 def version_of(files: Iterable[tuple[str, list[int]]]) -> str:
-    """sha256 (hex) of names with numbers that tell a changed file."""
+    """sha256 (hex) of names and numbers; the numbers of a file change with it."""
     found = hashlib.sha256()
     for name, numbers in files:
         found.update(f"{decodable(name)}\0{numbers}\0".encode())

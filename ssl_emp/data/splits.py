@@ -1,9 +1,8 @@
-"""Which files make a split: the words that the Hugging Face Hub reads in the names of folders and of parquet
-files.
+"""Which files make a split, by the words that the Hugging Face Hub reads in the names of folders and files.
 
     train, training      valid, validation, val, dev      test, testing, eval, evaluation
 
-In any case, and between delimiters: `TRAIN`, `train2017`, `my-train-00000-of-00002.parquet`, but neither
+In any case, between delimiters: `TRAIN`, `train2017`, `my-train-00000-of-00002.parquet`, but neither
 `trainer` nor `testimony`.
 """
 
@@ -17,55 +16,41 @@ WORDS = {
     **dict.fromkeys(("valid", "validation", "val", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-NEUTRAL = {
-    "set",
-    "split",
-    "data",
-    "dataset",
-    "image",
-    "images",
-    "img",
-    "imgs",
-    "picture",
-    "pictures",
-    "photo",
-    "photos",
-    "files",
-}
-_BETWEEN = re.compile(r"[\W\d_]+")
+# words that say nothing about the split
+NEUTRAL = set("set split data dataset image images img imgs picture pictures photo photos files".split())
+_DELIMITERS = re.compile(r"[\W\d_]+")
 _SHARD = re.compile(
     r"(?P<stem>.*?)[-_.]?(?P<number>\d+)(?P<of>[-_]of[-_])(?P<count>\d+)(?!\d)", re.DOTALL | re.IGNORECASE
 )
 
 
 def split_named(name: str) -> str | None:
-    """`train`, `val` or `test` where the words of `name` name one of them, and no other."""
+    """`train`, `val` or `test` if the words of `name` name exactly one of them."""
     found = {WORDS[word] for word in _words(name) if word in WORDS}
     return found.pop() if len(found) == 1 else None
 
 
 def split_called(name: str) -> str | None:
-    """`split_named`, where `name` says nothing else: `train`, `train_images`, but not `training_shoe`."""
+    """`split_named`, if `name` says nothing else: `train`, `train_images`, but not `training_shoe`."""
     words = [word for word in _words(name) if word not in NEUTRAL]
     return WORDS.get(words[0]) if len(words) == 1 else None
 
 
 def _words(name: str) -> list[str]:
-    return [word for word in _BETWEEN.split(name.casefold()) if word]
+    return [word for word in _DELIMITERS.split(name.casefold()) if word]
 
 
 def splits_of_folders(names: Iterable[str], *, more: bool) -> dict[str, str] | None:
-    """Folder name -> split, for those of the folders side by side that are a split; None where none of them
-    is.
+    """Folder name -> split, for those of sibling folders that are splits; None if none is.
+
+    Train and test must both be there, in names that differ only in that word (`train` and `val`,
+    `flowers-train` and `flowers-test`) or in the names of all folders. Otherwise only a folder called like a
+    test split is one, and everything beside it is the train split. A train folder beside other folders is a
+    class: `bus`, `car`, `train`.
 
     Args:
         names: of the folders.
         more: whether there are images beside the folders.
-
-    Both sides must be there, in names that are the same but for the word (`train` and `val`, `flowers-train`
-    and `flowers-test`), or in the names of all folders. Otherwise only a folder that is called a test split
-    is one, and what lies beside it is the train split; a train folder beside others is one of them: `bus`,
-    `car`, `train`.
     """
     folders = list(names)
     named = {name: kind for name in folders if (kind := split_named(name))}
@@ -85,14 +70,14 @@ def splits_of_folders(names: Iterable[str], *, more: bool) -> dict[str, str] | N
 
 
 def both_sides(kinds: Iterable[str]) -> bool:
-    """Whether there is something to train on and something to test on."""
+    """Whether there is a train split and a test or val split."""
     found = set(kinds)
     return "train" in found and bool(found & {"test", "val"})
 
 
 def split_of_table(path: str) -> str | None:
-    """The split that a parquet file belongs to, by its own name, else by the nearest folder that says so;
-    path below the source.
+    """The split of a parquet file, by its name, else by its nearest folder that names one. path: below the
+    source.
     """
     *folders, name = path.split("/")
     for part in (name.rpartition(".")[0], *reversed(folders)):
@@ -102,13 +87,12 @@ def split_of_table(path: str) -> str | None:
 
 
 def check_shards(paths: Sequence[str], where: str, *, complete: bool) -> None:
-    """Raise UserError where files of one split are sharded twice, or, if `complete` is asked for, where
-    shards are missing.
+    """Raise UserError if a table of a split is there in two shardings, or, with `complete`, lacks shards.
 
-    `train-00001-of-00003.parquet` is the second of three. Paths are those below `where`.
+    `train-00001-of-00003.parquet` is the second of three. Paths are relative to `where`.
     """
-    sets: dict[str, dict[int, dict[int, str]]] = {}  # what is sharded -> into how many -> number -> path
-    # what is sharded -> how the name of a shard is written: start, digits, end
+    sets: dict[str, dict[int, dict[int, str]]] = {}  # table -> number of shards -> shard number -> path
+    # table -> how the names of its shards are written: start, number of digits, end
     shown: dict[str, tuple[str, int, str]] = {}
     whole = {path.rpartition(".")[0]: path for path in paths}
     for path in paths:
@@ -132,7 +116,7 @@ def check_shards(paths: Sequence[str], where: str, *, complete: bool) -> None:
         if len(firsts) > 1:
             raise _twice(where, *firsts[:2])
         ((count, shards),) = shardings.items()
-        first = 1 if count in shards and 0 not in shards else 0  # most count from 0, some from 1
+        first = 1 if count in shards and 0 not in shards else 0  # most writers count from 0, some from 1
         beyond = [path for number, path in shards.items() if not first <= number < first + count]
         if beyond:
             raise UserError(

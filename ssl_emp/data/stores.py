@@ -154,8 +154,7 @@ def available_memory() -> int:
     return available
 
 
-# ---------------------------------------------------------------------------------------------------------
-# building
+# ---- building
 
 
 def decode_into(
@@ -425,8 +424,7 @@ def read_only(mapped: np.ndarray) -> Tensor:
         return torch.from_numpy(mapped)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# digests
+# ---- digests
 
 
 def pixel_digest(pixels: Pixels, path: Path | None = None) -> str:
@@ -485,8 +483,7 @@ def _read_note(path: Path) -> dict[str, Any]:
     return {}
 
 
-# ----------------------------------------------------------------------------------------------------------
-# serving
+# ---- serving
 
 
 class DeviceImages:
