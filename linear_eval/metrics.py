@@ -7,7 +7,7 @@ the mean over classes of PASCAL VOC 2007's 11-point average precision (Everingha
 The bootstrap (Efron, 1979) answers "how much of this number is the choice of test images": the N test samples
 are drawn again with replacement. What the training seed contributes is not in it. Average precision is a
 little higher on draws than on the split (a positive drawn twice helps itself), so its interval sits a little
-high, too. Letters: N samples, C classes, R draws.
+high, too. Letters: N samples, C classes, R resamples.
 """
 
 from dataclasses import dataclass
@@ -53,8 +53,8 @@ def measure(
         labels: (N,) class ids; for voc_map and map (N, C): 1 present, 0 absent, -1 not counted for that
             class.
         num_resamples: R; at 1,000 the ends of the interval wander by about 2 % of its width.
-        confidence: share of the draws within the interval, in (0, 1).
-        seed: of the draws; equal seeds draw alike for equal labels.
+        confidence: share of the resamples within the interval, in (0, 1).
+        seed: of the resamples; equal seeds give the same ones for equal labels.
 
     Raises:
         EvalError: no samples, shapes that do not fit, scores that are not finite, no class with a
@@ -69,7 +69,7 @@ def measure(
         )
     if metric in MULTI_LABEL:
         value = average_precision(outputs, labels, metric).nanmean().item()
-        draws = _bootstrap_map(outputs, labels, metric, num_resamples, seed)  # (R,)
+        values = _bootstrap_map(outputs, labels, metric, num_resamples, seed)  # (R,)
     else:
         hit = (outputs.argmax(dim=1) if outputs.ndim == 2 else outputs) == labels  # (N,)
         groups = (
@@ -83,12 +83,12 @@ def measure(
         cells = torch.bincount(2 * groups + hit, minlength=2 * int(groups.max()) + 2).numpy()
         value = _accuracy_of_cells(cells[None]).item()
         shares = cells / cells.sum()
-        draws = _accuracy_of_cells(
+        values = _accuracy_of_cells(
             np.random.default_rng(seed).multinomial(len(labels), shares, num_resamples)
         )
-    draws = draws[~draws.isnan()]  # a class of one image, or all positives, may be missing in a draw
+    values = values[~values.isnan()]  # a resample may lack a class, or all positives
     tail = (1 - confidence) / 2
-    low, high = draws.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = values.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Measured(value, low, high, len(labels))
 
 
@@ -129,8 +129,8 @@ def _weighted_ap(scores: Tensor, labels: Tensor, weights: Tensor, metric: Metric
 
 
 def _bootstrap_map(scores: Tensor, labels: Tensor, metric: Metric, num_resamples: int, seed: int) -> Tensor:
-    """(R,) means over the classes, all of one draw weighted alike. 1,000 draws of 5,000 x 20 take about ten
-    seconds on one core.
+    """(R,) means over the classes, all of one resample weighted alike. 1,000 resamples of 5,000 x 20 take
+    about ten seconds on one core.
     """
     generator = torch.Generator().manual_seed(seed)
     num, num_classes = scores.shape

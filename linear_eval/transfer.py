@@ -214,7 +214,7 @@ def run_suite(
         evaluate: fits on train (and validation) and gives what it says of the test split; called target
             by target, so that a cache of one data set serves all encoders.
         missing: exceptions that mean "not on this data set"; their text becomes the reason in the table.
-        num_resamples, seed: of the bootstrap; every encoder is judged on the same draws of test samples.
+        num_resamples, seed: of the bootstrap, the same resamples of the test split for all encoders.
         done: called with every cell as soon as it is known.
 
     Raises:
