@@ -180,9 +180,9 @@ MUTANTS = [
     ),
     Mutant(
         "a checkpoint has its name before it is on disk",
-        "ssl_emp/run/checkpoint.py",
-        "            os.fsync(file.fileno())\n",
-        "",
+        "linear_eval/files.py",
+        "os.fsync(file.fileno())",
+        "pass",
         "tests/test_checkpoint.py -k put_on_disk",
     ),
 ]
