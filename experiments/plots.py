@@ -66,9 +66,7 @@ def style_of(labels: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def labelled(rows: list[Row], without: list[str]) -> dict[str, list[Row]]:
-    """One label for each line: the values of the keys that vary, apart from `without`; names where a value
-    alone says little.
-    """
+    """Label of each line: values of the varying keys except `without`, with names where needed."""
     by = [key for key in varying(rows) if key not in without]
     lines = {}
     for key, group in grouped(rows, by).items():

@@ -80,9 +80,7 @@ def draws(
 
 
 def residuals(values: Tensor, features: Tensor) -> tuple[Tensor, float]:
-    """What a least-squares regression of all draws (count, n) on their features (count, n, F) leaves, and the
-    share it explains.
-    """
+    """Residuals of a regression of all draws (count, n) on features (count, n, F), and its R²."""
     y = (values - values.mean(1, keepdim=True)).flatten().double()
     x = (features - features.mean((0, 1))).flatten(0, 1).double()
     x = x[:, x.std(0) > 0]

@@ -133,9 +133,7 @@ class Children:
     guard: Lock = field(default_factory=Lock)
 
     def run(self, command: list[str], log: Path, environment: dict[str, str]) -> tuple[int, float]:
-        """Run `python COMMAND` to its end, standard error into `log`: (exit code, its CPU seconds, user +
-        system).
-        """
+        """Run `python COMMAND`, standard error into `log`. Returns (exit code, CPU seconds)."""
         with self.guard, open(log, "wb") as errors:
             if self.stopping:
                 raise Stopped
@@ -189,18 +187,14 @@ class Lab:
 
     @property
     def base_hash(self) -> str:
-        """Of the config file's values: of other values all cells are other cells, whose run directories have
-        other names.
-        """
+        """Hash of the config file's values; part of every cell's key and run directory."""
         return hashlib.sha256(json.dumps(self.base, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     def name(self, cell: Cell) -> str:
         return name_of(cell, self.settings(cell), f"{self.grid['config']} {self.base_hash}")
 
     def is_row_of(self, row: Cell, cell: Cell) -> bool:
-        """Whether a line is the finished cell's, with a figure of every evaluator. Lines of before have no
-        hash of the config file.
-        """
+        """Whether a row is this cell with every evaluator's figure. Old rows have no config hash."""
         same = (row["cell"], row["settings"], row["config"]) == (
             cell,
             self.settings(cell),
@@ -214,9 +208,7 @@ class Lab:
 
 
 def run_cell(cell: Cell, lab: Lab) -> str:
-    """Train (or resume) and evaluate one cell, append its line. Returns it in words; raises CellFailed,
-    Stopped.
-    """
+    """Train or resume and evaluate a cell, append its row. Returns a summary. Raises CellFailed, Stopped."""
     out, log = lab.runs / lab.name(cell), lab.runs / f"{lab.name(cell)}.log"
     evaluators = lab.grid["evaluators"]
     environment = os.environ | ({} if lab.threads is None else {"OMP_NUM_THREADS": str(lab.threads)})
@@ -336,9 +328,7 @@ def git_revision() -> str:
 
 @contextmanager
 def locked(path: Path) -> Iterator[int]:
-    """Hold the lock file `path`, give its descriptor. Raises UserError where another runner, or a cell that
-    outlived one, holds it.
-    """
+    """Lock `path`; returns the descriptor. Raises UserError if another runner or its cell holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:

@@ -63,9 +63,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def keys_of(row: Row) -> Row:
-    """Everything that was set for the row: {key: value}, a list as text so that it can be compared and
-    hashed.
-    """
+    """Settings of a row, {key: value}; lists as text, so that they can be compared and hashed."""
     keys = {**row.get("settings", {}), **row["cell"]} | ({"config": row["config"]} if "config" in row else {})
     return {
         key: json.dumps(value) if isinstance(value, list | dict) else value for key, value in keys.items()
@@ -78,9 +76,7 @@ def latest(rows: list[Row]) -> list[Row]:
 
 
 def where(rows: list[Row], conditions: Row) -> list[Row]:
-    """Without the rows that say otherwise; `none`, which has no fraction, stays whatever fraction is asked
-    for.
-    """
+    """The rows with these values, and those that lack the key: `none` has no fraction."""
     return [
         row for row in rows if all(keys_of(row).get(key, value) == value for key, value in conditions.items())
     ]
@@ -141,9 +137,7 @@ def figure(row: Row, name: str) -> float | None:
 
 
 def metrics_of(rows: list[Row]) -> list[str]:
-    """What the evaluators and result.json brought: the numbers of the rows that are no cost and no count, as
-    test_images is.
-    """
+    """Names of the numbers from evaluators and result.json, without costs and counts."""
     names = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, float))
     return [name for name in names if not name.endswith(("_seconds", "_share"))]
 
@@ -172,9 +166,7 @@ def pairs(group: list[Row], policy: str, name: str, rows: list[Row]) -> list[tup
 
 
 def ways(rows: list[Row], name: str) -> list[str]:
-    """The protocols by which the metric was measured, apart from what each run chose; two ways do not
-    compare.
-    """
+    """Protocols of the metric, without each run's choices. Rows of different protocols are not comparable."""
     said = [row.get("protocols", {}).get(name, "not recorded") for row in rows if name in row]
     return sorted({re.sub(r"\b(l2|lr|wd)=[\d.e+-]+", r"\1", protocol) for protocol in said})
 
