@@ -162,7 +162,7 @@ MUTANTS = [
         "ssl_emp/prune/plan.py",
         "circle.roll(-(epoch * remainder))",
         "circle.roll(0)",
-        "tests/test_pruning.py -k goes_round",
+        "tests/test_plan.py -k goes_round",
     ),
     Mutant(
         "a checkpoint's hash is not looked at",
