@@ -301,18 +301,6 @@ def write_samples(path: Path, names: list[str], columns: dict[str, Tensor]) -> N
         pq.write_table(table, file)
 
 
-def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's rank correlation of two (K,) tensors, a 0-d tensor on their device; 0 where one is constant
-    or K is 0.
-    """
-    if len(a) == 0:
-        return a.new_zeros((), dtype=torch.float32)
-    ranks = torch.stack([a.argsort().argsort(), b.argsort().argsort()]).float()
-    ranks = ranks - ranks.mean(1, keepdim=True)
-    varies = torch.stack([a.max() > a.min(), b.max() > b.min()]).all()
-    return torch.where(varies, (ranks[0] * ranks[1]).sum() / ranks.norm(dim=1).prod().clamp(min=1e-12), 0.0)
-
-
 def show_progress(label: str) -> Callable[[int, int], None] | None:
     """A callback (done, total) that prints to standard error, or None if that is not a terminal."""
     if not sys.stderr.isatty():
