@@ -3,7 +3,6 @@ at the door.
 """
 
 import dataclasses
-import difflib
 import functools
 import operator
 import os
@@ -26,6 +25,7 @@ from pydantic import (
 )
 from torch import Tensor
 
+from linear_eval.errors import did_you_mean, first_line
 from ssl_emp.augment import Recipe
 from ssl_emp.errors import UserError
 from ssl_emp.prune.policies import POLICIES, Indices, Policy, policy_named
@@ -423,7 +423,7 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         raise UserError(
             f"{where} is not valid YAML{line}: {shorten(problem, 150)}", "correct the syntax"
         ) from error
@@ -595,8 +595,8 @@ def _describe(item: Any) -> str:
             if prefix == "prune."
             else "unknown key"
         )
-        near = difflib.get_close_matches(name, inner.model_fields, n=1, cutoff=0.5)
-        names = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(inner.model_fields)}"
+        known = f"known are {', '.join(inner.model_fields)}"
+        names = did_you_mean(name, inner.model_fields, known, cutoff=0.5, prefix=prefix)
         return f"{of_policy} {prefix}{shorten(name)}, {names}"
     key, range_ = _key_and_range(item["loc"])
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
