@@ -103,26 +103,29 @@ def make_trainer(folder: Path, pruner: Pruner, *callbacks: pl.Callback, **option
     return pl.Trainer(callbacks=[PruningCallback(pruner), *callbacks], **(chosen | options))
 
 
-def train(folder: Path, validate: bool = False, workers: int = 0, **options: Any) -> tuple[Module, Pruner]:
-    """A whole run."""
+def train(folder: Path, validate_every: int = 0, workers: int = 0) -> tuple[Module, Pruner]:
+    """A whole run, with validation every so many steps."""
     pruner = make_pruner()
     module = Module(pruner)
-    make_trainer(folder, pruner, **options).fit(
-        module, make_loader(pruner, num_workers=workers), DataLoader(make_data(), 35) if validate else None
+    trainer = make_trainer(folder, pruner, val_check_interval=validate_every or 1.0)
+    loaders = (
+        make_loader(pruner, num_workers=workers),
+        DataLoader(make_data(), 35) if validate_every else None,
     )
+    trainer.fit(module, *loaders)
     return module, pruner
 
 
 def train_in_two_parts(
-    folder: Path, saves: ModelCheckpoint, step: int, validate: bool = False, **loading: Any
+    folder: Path, saves: ModelCheckpoint, step: int, validate_every: int = 0, **loading: Any
 ) -> tuple[Module, Pruner]:
     """A run that is killed before this step, and another one from its last checkpoint."""
     trained: list[list[int]] = []
     for part, callbacks in enumerate(([saves, KillBefore(step)], [])):
         pruner = make_pruner()
         module = Module(pruner)
-        trainer = make_trainer(folder, pruner, *callbacks)
-        loaders = make_loader(pruner, **loading), DataLoader(make_data(), 35) if validate else None
+        trainer = make_trainer(folder, pruner, *callbacks, val_check_interval=validate_every or 1.0)
+        loaders = make_loader(pruner, **loading), DataLoader(make_data(), 35) if validate_every else None
         if part == 0:
             with pytest.raises(Killed):
                 trainer.fit(module, *loaders)
@@ -197,14 +200,14 @@ def test_resume_with_workers_that_read_ahead(tmp_path: Path, step: int, persiste
     assert_same(parts, train(tmp_path, workers=2))
 
 
-@pytest.mark.parametrize("epoch", [1, 3, 6])
-@pytest.mark.parametrize("validate", [False, True])
-def test_resume_at_the_end_of_an_epoch(tmp_path: Path, epoch: int, validate: bool) -> None:
-    """Lightning's default checkpoint: after an epoch, or with its validation, before the epoch is counted."""
-    whole = train(tmp_path, validate)
+@pytest.mark.parametrize("validate_every", [0, 6, 3])
+@pytest.mark.parametrize("epoch", [1, 4])
+def test_resume_from_lightnings_own_checkpoints(tmp_path: Path, epoch: int, validate_every: int) -> None:
+    """After an epoch; or with its validation, before the epoch is counted; or with one in its middle."""
+    whole = train(tmp_path, validate_every)
     saves = ModelCheckpoint(tmp_path, save_last=True)
-    step = epoch * whole[1].steps_per_epoch + 2
-    assert_same(train_in_two_parts(tmp_path, saves, step, validate), whole)
+    step = epoch * whole[1].steps_per_epoch + 5
+    assert_same(train_in_two_parts(tmp_path, saves, step, validate_every), whole)
 
 
 def test_a_resumed_run_says_nothing_of_loaders_that_cannot_resume(tmp_path: Path) -> None:
