@@ -1,8 +1,9 @@
-"""Data pruning in lightly's SimCLR, examples/pytorch_lightning/simclr.py: the lines marked `# prune`.
+"""Data pruning in lightly's SimCLR, its examples/pytorch_lightning/simclr.py with the lines marked `# prune`.
 
     python examples/lightly_simclr.py         # CIFAR-10 from torchvision, or --data: a folder of it
     python examples/lightly_simclr.py --data CIFAR10 --images 2000 --epochs 6
     36 steps, kNN accuracy 25.9%              # --fraction 0: 42 steps, 27.8%
+docs/your_loop.md says what they mean.
 """
 
 import argparse
@@ -56,20 +57,17 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--data", default="cifar10", help="a name, or a folder of images or parquet")
     options.add_argument("--images", type=int, help="so many of each split only: a small run")
     options.add_argument("--epochs", type=int, default=10)
-    options.add_argument("--batch-size", type=int, default=256)
+    options.add_argument("--batch", type=int, default=256)
     options.add_argument("--fraction", type=float, default=0.3, help="of a pruned epoch, left out")
     args = options.parse_args(argv)
     pl.seed_everything(0)
     train, test = (load_images(args.data, split, max_images=args.images) for split in ("train", "test"))
     pictures = Pictures(zip(map(to_pil_image, train.pixels[:]), train.labels, strict=True))
     dataset = LightlyDataset.from_torch_dataset(pictures, SimCLRTransform(input_size=32, gaussian_blur=0))
-    emp = Emp(memory="standardized", beta=1.0)  # the two terms have equal say, whatever the features' scale
-    pruner = Pruner(
-        dataset, batch_size=args.batch_size, epochs=args.epochs, policy=emp, fraction=args.fraction
-    )  # prune
-    loader = DataLoader(
-        pruner.indexed(dataset), args.batch_size, sampler=pruner.sampler(), num_workers=2
-    )  # prune
+    # prune: three lines, of which the first gives the score's two terms equal say, whatever their scale
+    emp = Emp(memory="standardized", beta=1.0)
+    pruner = Pruner(dataset, batch_size=args.batch, epochs=args.epochs, policy=emp, fraction=args.fraction)
+    loader = DataLoader(pruner.indexed(dataset), args.batch, sampler=pruner.sampler(), num_workers=2)
     model = SimCLR(pruner)
     pl.Trainer(max_epochs=args.epochs, callbacks=[PruningCallback(pruner)]).fit(model, loader)  # prune
     model.eval().cpu()

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--data", default="cifar10", help="a name, or a folder of images or parquet")
     options.add_argument("--images", type=int, help="so many of each split only: a small run")
     options.add_argument("--epochs", type=int, default=10)
-    options.add_argument("--batch-size", type=int, default=128)
+    options.add_argument("--batch", type=int, default=128)
     options.add_argument("--fraction", type=float, default=0.3, help="of a pruned epoch, left out")
     args = options.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,10 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     train, test = (load_images(args.data, split, max_images=args.images) for split in ("train", "test"))
 
     dataset = Images(train, v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]))
-    pruner = Pruner(dataset, batch_size=args.batch_size, epochs=args.epochs, fraction=args.fraction)  # prune
-    loader = DataLoader(
-        pruner.indexed(dataset), args.batch_size, sampler=pruner.sampler(), num_workers=2
-    )  # prune
+    pruner = Pruner(dataset, batch_size=args.batch, epochs=args.epochs, fraction=args.fraction)  # prune
+    loader = DataLoader(pruner.indexed(dataset), args.batch, sampler=pruner.sampler(), num_workers=2)  # prune
     model = resnet18(num_classes=10).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=pruner.total_steps)

@@ -40,9 +40,7 @@ def shown(
 def test_plain_loop(
     stripes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = shown(
-        "plain_loop", ["--data", str(stripes), "--epochs", "4", "--batch-size", "32"], monkeypatch, capsys
-    )
+    out = shown("plain_loop", ["--data", str(stripes), "--epochs", "4", "--batch", "32"], monkeypatch, capsys)
     # 6 batches in the first epoch and 12 or 13 in three, in passes of equal length
     assert [int(found) for found in re.findall(r"(\d+) steps", out)] == [5, 10, 15, 20]
     assert float(re.findall(r"test accuracy (.*)%", out)[0]) > 25.0, "four classes, more than chance"
@@ -55,7 +53,7 @@ def test_lightly_simclr(
     stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)  # Lightning's checkpoints
-    argv = ["--data", str(stripes), "--epochs", "2", "--batch-size", "64"]
+    argv = ["--data", str(stripes), "--epochs", "2", "--batch", "64"]
     out = shown("lightly_simclr", argv, monkeypatch, capsys)
     steps, accuracy = re.findall(r"^(\d+) steps, kNN accuracy (.*)%$", out, re.MULTILINE)[0]
     assert int(steps) == 6 and float(accuracy) > 40.0, "stripes of four kinds are told apart by any network"
