@@ -548,9 +548,8 @@ def _train(
                     label_smoothing=recipe.label_smoothing,
                 )  # (B, L)
                 optimizer.zero_grad()
-                each.mean(
-                    0
-                ).sum().backward()  # summed over heads: the gradient of one does not depend on the others
+                # summed over heads: the gradient of one does not depend on the others
+                each.mean(0).sum().backward()
                 optimizer.step()
                 sums += each.detach().sum(0)
                 tick(step + 1)

@@ -42,9 +42,8 @@ class ClassifierConfig(Section):
     format: Literal[1]
     written_by: str
     family: Literal["ssl_emp", "timm", "torchvision", "pixels"]  # who builds the encoder
-    architecture: Annotated[
-        str, Field(max_length=200, pattern=r"^[A-Za-z0-9_.]*$")
-    ]  # its name in that family
+    # its name in that family
+    architecture: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_.]*$")]
     width: Annotated[int, Field(ge=8, le=512, multiple_of=8)] | None  # of a WidthResNet
     stem: Literal["cifar", "imagenet"] | None
     mean: Three | None  # of pixels in [0, 1]; the encoder normalises by them

@@ -73,9 +73,8 @@ def predict(argv: list[str]) -> int:
         raise UserError(f"predict needs a classifier and images, {len(paths)} of the two is named", USAGE)
     config = check(PredictConfig, parse_overrides(overrides, PredictConfig), "the command line")
     device = pick_device(config.device)
-    classifier = load_classifier(paths[0], check_range=False).to(
-        device
-    )  # unchecked: bytes divided by 255 are in range
+    # unchecked: bytes divided by 255 are in range
+    classifier = load_classifier(paths[0], check_range=False).to(device)
     sources = [
         (_prefix(path, found, len(paths) > 2), found)
         for path in paths[1:]

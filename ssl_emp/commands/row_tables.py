@@ -27,9 +27,8 @@ def markdown_table(rows: list[Row]) -> str:
     for row, line in zip(rows, cells, strict=True):
         if row["value"] is None:
             del line[reason + 1 :]
-        sized = (
-            line[:reason] if row["value"] is None else line
-        )  # a reason, which may be long, does not widen its column
+        # a reason, which may be long, does not widen its column
+        sized = line[:reason] if row["value"] is None else line
         widths[: len(sized)] = map(max, widths, map(len, sized))
     lines = [list(COLUMNS), ["-" * width for width in widths], *cells]
     return "".join("| " + " | ".join(map(str.ljust, line, widths)) + " |\n" for line in lines)

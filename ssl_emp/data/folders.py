@@ -38,11 +38,8 @@ SERVICE_PREFIXES = tuple(
     "@eadir @syno @__thumb @recycle @recently-snapshot @tmp @sharebin #recycle #snapshot".split()
 )
 SERVICE_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
-RUN_FILES = {
-    "config.yaml",
-    "environment.json",
-    "train.log",
-}  # a run directory holds them from its first step on
+# a run directory holds them from its first step on
+RUN_FILES = {"config.yaml", "environment.json", "train.log"}
 # containers that are not read -> how to convert them
 CONTAINERS = {
     ".arrow": "write them as parquet: datasets.load_from_disk(FOLDER)['train'].to_parquet('train.parquet')",

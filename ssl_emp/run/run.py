@@ -103,9 +103,8 @@ class Run:
 
     def _now(self) -> float:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(
-                self.device
-            )  # without it we time kernel launches only; a few times an epoch
+            # without it we time kernel launches only; a few times an epoch
+            torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def figures(self, batches: Tensor) -> dict[str, Any]:
