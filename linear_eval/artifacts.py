@@ -28,9 +28,8 @@ def artifact(path: Path) -> Iterator[IO[bytes]]:
         with replacing(path, shared=True) as file:
             yield file
     except OSError as error:
-        raise EvalError(
-            f"cannot write {path} ({error.strerror or error})", "make it writable, or name another folder"
-        ) from error
+        fix = "make it writable, or name another folder"
+        raise EvalError(f"cannot write {path} ({error.strerror or error})", fix) from error
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -43,9 +42,8 @@ def new_figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise EvalError(
-            "drawing needs the package matplotlib", "pip install matplotlib (extra `experiments`)"
-        ) from error
+        fix = "pip install matplotlib (extra `experiments`)"
+        raise EvalError("drawing needs the package matplotlib", fix) from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

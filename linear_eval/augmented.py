@@ -61,7 +61,6 @@ def augmented_probe(
     before = state_hash(encoder)
     result = train_and_test(encoder, feature_dim, splits, recipe, execution, frozen=True)
     if state_hash(encoder) != before:
-        raise EvalError(
-            "the encoder changed while it was judged", "use one that has no state written in its forward pass"
-        )
+        fix = "use one that has no state written in its forward pass"
+        raise EvalError("the encoder changed while it was judged", fix)
     return result

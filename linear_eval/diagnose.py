@@ -76,10 +76,8 @@ def diagnose(
         for view in views:
             _check_rows(view, "view features")
         if views[0].shape != views[1].shape:
-            raise EvalError(
-                f"the views are {tuple(views[0].shape)} and {tuple(views[1].shape)}",
-                "give two views of the same images",
-            )
+            fix = "give two views of the same images"
+            raise EvalError(f"the views are {tuple(views[0].shape)} and {tuple(views[1].shape)}", fix)
     x = x[_subset(len(x), max_samples, seed)].detach().cpu().float()
     zero = ~x.any(dim=1)
     return Diagnosis(
@@ -212,13 +210,11 @@ def nearest_rows(x: Tensor, queries: Tensor, num_neighbors: int) -> Tensor:
         EvalError: k is not in 1..N - 1, a row is no row of x.
     """
     if not 1 <= num_neighbors < len(x):
-        raise EvalError(
-            f"num_neighbors is {num_neighbors}, there are {len(x)} images", f"choose 1 to {len(x) - 1}"
-        )
+        fix = f"choose 1 to {len(x) - 1}"
+        raise EvalError(f"num_neighbors is {num_neighbors}, there are {len(x)} images", fix)
     if len(queries) == 0 or queries.min() < 0 or queries.max() >= len(x):
-        raise EvalError(
-            f"the query rows are not all in 0..{len(x) - 1}", "name rows of the features, at least one"
-        )
+        fix = "name rows of the features, at least one"
+        raise EvalError(f"the query rows are not all in 0..{len(x) - 1}", fix)
     # (Q, N): with a common offset, float32 could not tell them apart
     cosine, _ = exact_cosines(x[queries], x)
     cosine[torch.arange(len(queries)), queries] = -torch.inf
@@ -318,9 +314,8 @@ def map_2d(x: Tensor, *, method: MapMethod = "pca", seed: int = 0) -> Tensor:
     try:
         umap = importlib.import_module("umap")  # an optional package without types
     except ImportError as error:
-        raise EvalError(
-            "a UMAP map needs the package umap-learn", "pip install umap-learn (extra `umap`), or choose pca"
-        ) from error
+        fix = "pip install umap-learn (extra `umap`), or choose pca"
+        raise EvalError("a UMAP map needs the package umap-learn", fix) from error
     neighbors = min(15, len(unit) - 1)
     init = "spectral" if len(unit) > 4 else "random"
     coords = umap.UMAP(
@@ -426,9 +421,8 @@ def write_embeddings(
         if values is not None and len(values) != num
     ]
     if odd:
-        raise EvalError(
-            f"there are {num} features, but {', '.join(odd)}", "give one of each for every sample"
-        )
+        fix = "give one of each for every sample"
+        raise EvalError(f"there are {num} features, but {', '.join(odd)}", fix)
     table = {"index": pa.array(range(num), pa.int64())}
     if names is not None:
         table["path"] = pa.array(list(names), pa.string())
@@ -486,6 +480,5 @@ def _check_rows(x: Tensor, name: str) -> None:
         raise EvalError(f"the {name} are {tuple(x.shape)}", "give (N, D), at least two rows")
     bad = int((~x.isfinite().all(dim=1)).sum())
     if bad:
-        raise EvalError(
-            f"{bad} of {len(x)} {name} are not finite", "use another checkpoint: this encoder has diverged"
-        )
+        fix = "use another checkpoint: this encoder has diverged"
+        raise EvalError(f"{bad} of {len(x)} {name} are not finite", fix)

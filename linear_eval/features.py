@@ -90,14 +90,11 @@ def extract_features(
             features.
     """
     if labels is None:
-        raise EvalError(
-            "the images have no labels", "give labels: features are judged by how well they predict them"
-        )
+        fix = "give labels: features are judged by how well they predict them"
+        raise EvalError("the images have no labels", fix)
     if len(pixels.shape) != 4 or pixels.dtype != torch.uint8 or len(pixels) != len(labels):
-        raise EvalError(
-            f"pixels are {tuple(pixels.shape)} {pixels.dtype}, labels {tuple(labels.shape)}",
-            "give (N, 3, H, W) uint8 pixels and a label for each",
-        )
+        fix = "give (N, 3, H, W) uint8 pixels and a label for each"
+        raise EvalError(f"pixels are {tuple(pixels.shape)} {pixels.dtype}, labels {tuple(labels.shape)}", fix)
     if len(pixels) == 0:
         raise EvalError("there are no images", "give at least one image")
     device = check_frozen(encoder, device)
@@ -138,15 +135,13 @@ def check_frozen(encoder: nn.Module, device: str | torch.device) -> torch.device
     """The device; raises EvalError unless the encoder is in eval mode and on it."""
     training = [name or type(module).__name__ for name, module in encoder.named_modules() if module.training]
     if training:
-        raise EvalError(
-            f"the encoder is in training mode ({len(training)} modules)", "call encoder.eval() first"
-        )
+        fix = "call encoder.eval() first"
+        raise EvalError(f"the encoder is in training mode ({len(training)} modules)", fix)
     device = torch.device(device)
     elsewhere = {parameter.device.type for parameter in encoder.parameters()} - {device.type}
     if elsewhere:
-        raise EvalError(
-            f"the encoder is on {min(elsewhere)}, device is {device}", f"call encoder.to('{device}') first"
-        )
+        fix = f"call encoder.to('{device}') first"
+        raise EvalError(f"the encoder is on {min(elsewhere)}, device is {device}", fix)
     return device
 
 
@@ -178,10 +173,8 @@ def check_splits(train: Features, test: Features, *, multi_label: bool = False) 
     check_features(train, "train", multi_label=multi_label)
     check_features(test, "test", multi_label=multi_label)
     if train.x.shape[1] != test.x.shape[1]:
-        raise EvalError(
-            f"train features have {train.x.shape[1]} columns, test features {test.x.shape[1]}",
-            "use one encoder and one image size for both",
-        )
+        what = f"train features have {train.x.shape[1]} columns, test features {test.x.shape[1]}"
+        raise EvalError(what, "use one encoder and one image size for both")
 
 
 def check_features(features: Features, name: str, *, multi_label: bool = False) -> None:
@@ -194,29 +187,22 @@ def check_features(features: Features, name: str, *, multi_label: bool = False) 
     if y is None:
         raise EvalError(f"the {name} features have no labels", "give labels")
     if x.ndim != 2 or y.ndim != 1 + multi_label or len(y) != len(x):
-        raise EvalError(
-            f"the {name} features are {tuple(x.shape)}, their labels {tuple(y.shape)}",
-            f"give (N, D) features and {'(N, C)' if multi_label else '(N,)'} labels",
-        )
+        fix = f"give (N, D) features and {'(N, C)' if multi_label else '(N,)'} labels"
+        raise EvalError(f"the {name} features are {tuple(x.shape)}, their labels {tuple(y.shape)}", fix)
     if len(x) == 0:
         raise EvalError(f"the {name} split is empty", "give at least one image")
     # a row's sum finds suspects in one pass; a sum of finite numbers may overflow, so they are looked at
     suspects = x[~x.sum(dim=1).isfinite()]
     bad_rows = int((~suspects.isfinite().all(dim=1)).sum())
     if bad_rows:
-        raise EvalError(
-            f"{bad_rows} of {len(x)} {name} features are not finite",
-            "use another checkpoint: this encoder has diverged",
-        )
+        fix = "use another checkpoint: this encoder has diverged"
+        raise EvalError(f"{bad_rows} of {len(x)} {name} features are not finite", fix)
     if multi_label:
         if y.shape[1] == 0 or not ((y >= -1) & (y <= 1)).all():
-            raise EvalError(
-                f"the {name} labels {tuple(y.shape)} are not all 1, 0 or -1",
-                "write 1 present, 0 absent, -1 not counted",
-            )
+            fix = "write 1 present, 0 absent, -1 not counted"
+            raise EvalError(f"the {name} labels {tuple(y.shape)} are not all 1, 0 or -1", fix)
         return
     unlabeled = int((y < 0).sum())
     if unlabeled:
-        raise EvalError(
-            f"{unlabeled} of {len(y)} {name} labels are negative", "leave out images without a label"
-        )
+        fix = "leave out images without a label"
+        raise EvalError(f"{unlabeled} of {len(y)} {name} labels are negative", fix)

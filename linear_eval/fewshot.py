@@ -59,17 +59,13 @@ def balanced_subset(labels: Tensor, per_class: int, seed: int) -> Tensor:
     """
     classes, counts = labels.cpu().unique(return_counts=True)
     if per_class < 1 or len(classes) == 0:
-        raise EvalError(
-            f"per_class is {per_class}, there are {len(labels)} labels",
-            "choose per_class >= 1, and give labels",
-        )
+        fix = "choose per_class >= 1, and give labels"
+        raise EvalError(f"per_class is {per_class}, there are {len(labels)} labels", fix)
     if counts.min() < per_class:
         fewest = int(counts.min())
         raise EvalError(
-            (
-                f"class {int(classes[counts.argmin()])} has {fewest} train images, {per_class} of "
-                "every class are asked for"
-            ),
+            f"class {int(classes[counts.argmin()])} has {fewest} train images, {per_class} of "
+            "every class are asked for",
             f"choose per_class <= {fewest}, or a fraction <= {fewest * len(classes) / len(labels):.2g}",
         )
     generator = torch.Generator().manual_seed(keyed_seed(seed))
@@ -107,10 +103,8 @@ def fewshot(
     if (fraction is None) == (per_class is None):
         raise EvalError(f"fraction is {fraction}, per_class {per_class}", "give one of the two")
     if num_subsets < MIN_SUBSETS:
-        raise EvalError(
-            f"num_subsets is {num_subsets}",
-            f"choose num_subsets >= {MIN_SUBSETS}: one subset says little about the next",
-        )
+        fix = f"choose num_subsets >= {MIN_SUBSETS}: one subset says little about the next"
+        raise EvalError(f"num_subsets is {num_subsets}", fix)
     count = per_class if per_class is not None else labels_per_class(labels, fraction or 0.0)
     accuracies = []
     for number in range(num_subsets):

@@ -220,10 +220,8 @@ class Classifier(nn.Module):
         ):
             h = self.encoder(images)  # (B, D)
         if h.shape != (len(images), self.feature_dim):
-            raise EvalError(
-                f"the encoder gives {tuple(h.shape)} for {len(images)} images",
-                f"make it (B, {self.feature_dim})",
-            )
+            fix = f"make it (B, {self.feature_dim})"
+            raise EvalError(f"the encoder gives {tuple(h.shape)} for {len(images)} images", fix)
         return torch.stack([head(h.float()) for head in self.heads], 2)
 
 
@@ -276,10 +274,8 @@ def train_and_test(
     best = trainings.best(trainings.scores)
     rate = recipe.rates[best]
     if not losses.isfinite():
-        raise EvalError(
-            f"training diverged at lr={rate:g}",
-            f"lower it, e.g. lr={rate / 10:g}, or give several to choose from",
-        )
+        fix = f"lower it, e.g. lr={rate / 10:g}, or give several to choose from"
+        raise EvalError(f"training diverged at lr={rate:g}", fix)
     rows = torch.arange(len(trainings.test_target))
     top1 = trainings.accuracy(model, splits.test_pixels, trainings.test_target, rows).item()
     val_top1 = trainings.scores[best] if trainings.scores else None
@@ -309,10 +305,8 @@ class _Trainings:
         self.fit_rows, self.val_rows = self.all_rows, self.all_rows[:0]
         if self.trials:
             if self.train_target.bincount().min() < 2:
-                raise EvalError(
-                    "a class has one train image, so that no lr can be chosen on others",
-                    "give one lr, or two images of each class",
-                )
+                fix = "give one lr, or two images of each class"
+                raise EvalError("a class has one train image, so that no lr can be chosen on others", fix)
             self.fit_rows, self.val_rows = split_rows(self.train_target, recipe.val_fraction, recipe.seed)
         self.scores: list[float] = []  # held-out accuracy of each rate tried so far
         self.num_steps = [  # of each training
@@ -431,9 +425,8 @@ def _heights(encoder: nn.Module) -> dict[str, int]:
         stage = stage if number is None else int(number)
         depths[name] = stage
     if stage == 0:
-        raise EvalError(
-            "layer_decay needs a network with stages layer1, layer2, ...", "use a ResNet, or layer_decay=1"
-        )
+        fix = "use a ResNet, or layer_decay=1"
+        raise EvalError("layer_decay needs a network with stages layer1, layer2, ...", fix)
     return {name: stage + 1 - depth for name, depth in depths.items()}
 
 
@@ -450,19 +443,16 @@ def _check(splits: LabelledSplits) -> tuple[Tensor, Tensor, Tensor]:
             or labels.shape != pixels.shape[:1]
         ):
             raise EvalError(
-                (
-                    f"the {name} pixels are {tuple(pixels.shape)} {pixels.dtype}, their labels "
-                    f"{tuple(labels.shape)}"
-                ),
+                f"the {name} pixels are {tuple(pixels.shape)} {pixels.dtype}, their labels "
+                f"{tuple(labels.shape)}",
                 "give (N, 3, H, W) uint8 pixels and (N,) labels",
             )
         if len(pixels) == 0:
             raise EvalError(f"the {name} split is empty", "give at least one image")
         unlabeled = int((labels < 0).sum())
         if unlabeled:
-            raise EvalError(
-                f"{unlabeled} of {len(labels)} {name} labels are negative", "leave out images without a label"
-            )
+            fix = "leave out images without a label"
+            raise EvalError(f"{unlabeled} of {len(labels)} {name} labels are negative", fix)
     classes, train_target = train_labels.detach().cpu().long().unique(return_inverse=True)
     test_labels = test_labels.detach().cpu().long()
     if len(classes) < 2:

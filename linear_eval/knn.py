@@ -111,10 +111,8 @@ def knn_predictions(
         raise EvalError("num_neighbors is empty", "give at least one number of neighbours, e.g. 20")
     for k in num_neighbors:
         if not 1 <= k <= len(train.x):
-            raise EvalError(
-                f"num_neighbors is {k}, the train split has {len(train.x)} images",
-                f"choose 1 <= num_neighbors <= {len(train.x)}",
-            )
+            fix = f"choose 1 <= num_neighbors <= {len(train.x)}"
+            raise EvalError(f"num_neighbors is {k}, the train split has {len(train.x)} images", fix)
     if temperature is not None and not 0 < temperature < float("inf"):
         raise EvalError(f"temperature is {temperature}", "choose a temperature > 0, e.g. 0.1")
 
@@ -153,10 +151,8 @@ def _unit_rows(x: Tensor, name: str) -> Tensor:
     largest = x.abs().amax(dim=1, keepdim=True)
     zeros = int((largest == 0).sum())
     if zeros:
-        raise EvalError(
-            f"{zeros} of {len(x)} {name} features are all zero, their cosine similarity is undefined",
-            "leave these images out (all black?) or use another encoder",
-        )
+        what = f"{zeros} of {len(x)} {name} features are all zero, their cosine similarity is undefined"
+        raise EvalError(what, "leave these images out (all black?) or use another encoder")
     x = x / largest
     return x / torch.linalg.vector_norm(x, dim=1, keepdim=True)
 
@@ -260,10 +256,8 @@ def _make_search(bank: Tensor, backend: Backend, device: torch.device) -> Search
     if faiss is not None:
         return _faiss_search(faiss, bank, device)
     if backend == "faiss":
-        raise EvalError(
-            "backend is 'faiss', but faiss cannot be imported",
-            "pip install faiss-cpu (or faiss-gpu on Linux), or choose the torch backend",
-        )
+        fix = "pip install faiss-cpu (or faiss-gpu on Linux), or choose the torch backend"
+        raise EvalError("backend is 'faiss', but faiss cannot be imported", fix)
     return _torch_search(bank, device)
 
 

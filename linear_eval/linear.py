@@ -342,14 +342,11 @@ def _check_sgd(
         ("weight_decays", weight_decays, 0.0),
     ):
         if not len(values) or not all(least <= value < math.inf for value in values):
-            raise EvalError(
-                f"{name} is {list(values)}", f"give at least one value, all {'>' if least else '>='} 0"
-            )
+            fix = f"give at least one value, all {'>' if least else '>='} 0"
+            raise EvalError(f"{name} is {list(values)}", fix)
     if epochs < 1 or batch_size < 1 or not 0 <= momentum < 1:
-        raise EvalError(
-            f"epochs is {epochs}, batch_size {batch_size}, momentum {momentum}",
-            "choose epochs >= 1, batch_size >= 1, 0 <= momentum < 1",
-        )
+        fix = "choose epochs >= 1, batch_size >= 1, 0 <= momentum < 1"
+        raise EvalError(f"epochs is {epochs}, batch_size {batch_size}, momentum {momentum}", fix)
 
 
 def train_heads(
@@ -428,10 +425,8 @@ def _prepare(
             check_splits(train, other)
             missing = sorted(set(other.y.tolist()) - set(train.y.tolist()))
             if missing and other is val:
-                raise EvalError(
-                    f"classes {_shorten(missing)} of the {name} split have no train images",
-                    "use more train images, or another split",
-                )
+                fix = "use more train images, or another split"
+                raise EvalError(f"classes {_shorten(missing)} of the {name} split have no train images", fix)
     check_val_fraction(val_fraction)
     classes = train.y.unique()  # (C,) ascending
     if len(classes) < 2:
@@ -456,10 +451,8 @@ def _prepare_multi_label(
             check_features(other, name, multi_label=True)
             check_splits(train, other, multi_label=True)
             if other.y.shape[1] != train.y.shape[1]:
-                raise EvalError(
-                    f"train labels have {train.y.shape[1]} classes, {name} labels {other.y.shape[1]}",
-                    "label all alike",
-                )
+                what = f"train labels have {train.y.shape[1]} classes, {name} labels {other.y.shape[1]}"
+                raise EvalError(what, "label all alike")
     both = train if val is None else Features(torch.cat([train.x, val.x]), torch.cat([train.y, val.y]))
     if val is None:
         order = torch.randperm(len(train.x), generator=torch.Generator().manual_seed(seed))
@@ -473,10 +466,8 @@ def _prepare_multi_label(
             c for c in range(part.y.shape[1]) if not ((part.y[:, c] == 1).any() and (part.y[:, c] == 0).any())
         ]
         if one_sided:
-            raise EvalError(
-                f"classes {_shorten(one_sided)} are on all or on none of the {name} images",
-                "use more train images",
-            )
+            fix = "use more train images"
+            raise EvalError(f"classes {_shorten(one_sided)} are on all or on none of the {name} images", fix)
     return train, val, both
 
 
@@ -509,10 +500,8 @@ def split_rows(labels: Tensor, val_fraction: float, seed: int) -> tuple[Tensor, 
     classes, counts = labels.unique(return_counts=True)
     alone = classes[counts < 2].tolist()
     if alone:
-        raise EvalError(
-            f"classes {_shorten(alone)} have one train image, none can be held out",
-            "give at least two of each",
-        )
+        fix = "give at least two of each"
+        raise EvalError(f"classes {_shorten(alone)} have one train image, none can be held out", fix)
     for label, count in zip(classes, counts.tolist(), strict=True):
         rows = (labels == label).nonzero().squeeze(1)
         held = min(max(round(val_fraction * count), 1), count - 1)

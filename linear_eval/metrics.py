@@ -63,10 +63,8 @@ def measure(
     outputs, labels = outputs.detach().cpu(), labels.detach().cpu()
     _check(outputs, labels, metric)
     if num_resamples < 2 or not 0 < confidence < 1:
-        raise EvalError(
-            f"num_resamples is {num_resamples}, confidence {confidence}",
-            "choose num_resamples >= 2, e.g. 1000, and 0 < confidence < 1",
-        )
+        fix = "choose num_resamples >= 2, e.g. 1000, and 0 < confidence < 1"
+        raise EvalError(f"num_resamples is {num_resamples}, confidence {confidence}", fix)
     if metric in MULTI_LABEL:
         value = average_precision(outputs, labels, metric).nanmean().item()
         values = _bootstrap_map(outputs, labels, metric, num_resamples, seed)  # (R,)
@@ -160,21 +158,16 @@ def _check(outputs: Tensor, labels: Tensor, metric: str) -> None:
         if outputs.ndim != 2 or outputs.shape != labels.shape:
             raise EvalError(f"{shapes}, for {metric}", "give (N, C) scores and (N, C) labels of 1, 0 and -1")
         if not (labels == 1).any():
-            raise EvalError(
-                "no class has a positive test sample, average precision is undefined",
-                "use another test split",
-            )
+            fix = "use another test split"
+            raise EvalError("no class has a positive test sample, average precision is undefined", fix)
     elif (
         labels.ndim != 1
         or len(outputs) != len(labels)
         or outputs.ndim > 2
         or (outputs.ndim == 1 and outputs.is_floating_point())
     ):
-        raise EvalError(
-            f"{shapes}, for {metric}", "give (N,) whole class ids or (N, C) scores, and (N,) labels"
-        )
+        fix = "give (N,) whole class ids or (N, C) scores, and (N,) labels"
+        raise EvalError(f"{shapes}, for {metric}", fix)
     if outputs.is_floating_point() and not outputs.isfinite().all():
-        raise EvalError(
-            f"{int((~outputs.isfinite()).sum())} test scores are not finite",
-            "use another checkpoint: this one has diverged",
-        )
+        fix = "use another checkpoint: this one has diverged"
+        raise EvalError(f"{int((~outputs.isfinite()).sum())} test scores are not finite", fix)

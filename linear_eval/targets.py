@@ -104,23 +104,20 @@ def torchvision_target(name: str, root: str | Path, split: str, *, download: boo
     try:
         images, labels, class_names = source.read(root, split, download)
     except ImportError as error:
-        raise EvalError(
-            f"{name} keeps its labels in .mat files, which need scipy", "pip install scipy"
-        ) from error
+        what = f"{name} keeps its labels in .mat files, which need scipy"
+        raise EvalError(what, "pip install scipy") from error
     # not found, no network; lists of another layout
     except (OSError, RuntimeError, ValueError, IndexError, KeyError) as error:
         reason = first_line(error)
-        raise EvalError(
-            f"{name} ({split}) cannot be read from {root} ({type(error).__name__}: {reason})", fix
-        ) from error
+        what = f"{name} ({split}) cannot be read from {root} ({type(error).__name__}: {reason})"
+        raise EvalError(what, fix) from error
     if len(images) == 0:
         raise EvalError(f"{name} ({split}) in {root} lists no images", fix)
     sources = [image if isinstance(image, np.ndarray) else str(image) for image in images]
     absent = [path for path in sources if isinstance(path, str) and not Path(path).is_file()]
     if absent:
-        raise EvalError(
-            f"{len(absent)} of {len(sources)} {split} images of {name} are missing, e.g. {absent[0]}", fix
-        )
+        what = f"{len(absent)} of {len(sources)} {split} images of {name} are missing, e.g. {absent[0]}"
+        raise EvalError(what, fix)
     return TargetImages(sources, torch.as_tensor(labels, dtype=torch.int64), list(class_names))
 
 

@@ -66,9 +66,8 @@ class Target(_Strict):
     def _fits(self) -> Self:
         splits = [split for split in (self.train_split, self.val_split, self.test_split) if split is not None]
         if len(set(splits)) < len(splits):
-            raise ValueError(
-                f"{self.name}: train_split, val_split and test_split are not three different splits"
-            )
+            what = f"{self.name}: train_split, val_split and test_split are not three different splits"
+            raise ValueError(what)
         if self.source in TARGETS:
             unknown = set(splits) - set(TARGETS[self.source].splits)
             if unknown:
@@ -159,16 +158,12 @@ def parse_suite(values: Any, where: str) -> Suite:
         EvalError: what does not fit, by its key, with the nearest known key for one that does not exist.
     """
     if not isinstance(values, dict) or not isinstance(values.get("targets"), list):
-        raise EvalError(
-            f"{where} is not a suite",
-            "write `name:` and a list of `targets:`, as in configs/suites/simclr.yaml",
-        )
+        fix = "write `name:` and a list of `targets:`, as in configs/suites/simclr.yaml"
+        raise EvalError(f"{where} is not a suite", fix)
     defaults = values.get("defaults") or {}
     if not isinstance(defaults, dict):
-        raise EvalError(
-            f"defaults in {where} is {defaults!r}",
-            "write keys of a target with their values, or leave it out",
-        )
+        fix = "write keys of a target with their values, or leave it out"
+        raise EvalError(f"defaults in {where} is {defaults!r}", fix)
     filled = {key: value for key, value in values.items() if key != "defaults"}
     filled["targets"] = [
         defaults | target if isinstance(target, dict) else target for target in values["targets"]
@@ -387,9 +382,8 @@ def draw_bars(transfer: Transfer, path: Path) -> None:
         target for target in transfer.targets if any(target.name == name for _, name in transfer.places)
     ]
     if not targets:
-        raise EvalError(
-            "no encoder was judged on any data set, there is nothing to draw", "see the reasons in the table"
-        )
+        fix = "see the reasons in the table"
+        raise EvalError("no encoder was judged on any data set, there is nothing to draw", fix)
     encoders = transfer.encoders
     figure = new_figure(max(6.0, 1.5 + len(targets) * (0.35 + 0.22 * len(encoders))), 4.5)
     axes = figure.subplots()

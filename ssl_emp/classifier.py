@@ -110,10 +110,8 @@ def check_keepable(encoder: nn.Module, name: str) -> None:
     except Exception as error:  # libraries raise errors of many types
         raise UserError(f"a classifier on {name} cannot be kept ({error})", "leave save=true out") from error
     if expected != _shapes(_core(encoder)):
-        raise UserError(
-            f"a classifier on {name} cannot be kept: it is built otherwise with weights than without",
-            "leave save=true out",
-        )
+        what = f"a classifier on {name} cannot be kept: it is built otherwise with weights than without"
+        raise UserError(what, "leave save=true out")
 
 
 def save_classifier(
@@ -157,9 +155,8 @@ def save_classifier(
         write_atomically(folder / "model.safetensors", weights)
         write_atomically(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
     except OSError as error:
-        raise UserError(
-            f"cannot write {error.filename or folder} ({error.strerror})", "make room or give --out DIR"
-        ) from error
+        fix = "make room or give --out DIR"
+        raise UserError(f"cannot write {error.filename or folder} ({error.strerror})", fix) from error
 
 
 def load_classifier(path: str | os.PathLike[str], *, check_range: bool = True) -> Classifier:
@@ -176,26 +173,22 @@ def load_classifier(path: str | os.PathLike[str], *, check_range: bool = True) -
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             inner = sorted(str(found.parent) for found in folder.glob("eval/**/classifier-*/config.json"))
-            raise UserError(
-                f"no classifier in {folder}: {name} is missing",
-                f"give {' or '.join(inner[:3])}" if inner else KEEP,
-            )
+            fix = f"give {' or '.join(inner[:3])}" if inner else KEEP
+            raise UserError(f"no classifier in {folder}: {name} is missing", fix)
     values, weights = read_json(folder / "config.json"), folder / "model.safetensors"
     if isinstance(values, dict) and values.get("kind") != KIND:
-        raise UserError(
-            f"{folder} holds no classifier"
-            + (", but an encoder, which knows no classes" if "ssl_emp" in values else ""),
-            KEEP,
+        what = f"{folder} holds no classifier" + (
+            ", but an encoder, which knows no classes" if "ssl_emp" in values else ""
         )
+        raise UserError(what, KEEP)
     try:
         config = ClassifierConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         what = f"{folder / 'config.json'} is damaged ({key}: {first['msg']})"
-        raise UserError(
-            what, "keep the classifier again, or take the folder from where it was kept"
-        ) from error
+        fix = "keep the classifier again, or take the folder from where it was kept"
+        raise UserError(what, fix) from error
     check_regular(weights, 2**40)
     with open(weights, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -248,9 +241,8 @@ def _built(config: ClassifierConfig, weights: Path) -> Classifier:
     ]
     bad += [] if (tensors["head.scale"] > 0).all() else ["head.scale"]
     if bad:
-        raise UserError(
-            f"{weights} holds no usable numbers, first in {bad[0]}", "keep a classifier that has not diverged"
-        )
+        fix = "keep a classifier that has not diverged"
+        raise UserError(f"{weights} holds no usable numbers, first in {bad[0]}", fix)
     core = _skeleton(spec)
     core.load_state_dict(
         {name.removeprefix("encoder."): x for name, x in tensors.items() if name.startswith("encoder.")}

@@ -353,8 +353,7 @@ class PretrainConfig(Section):
 
 class _Loader(yaml.SafeLoader):
     """safe_load with `1e-3` as a number and dates as text, without duplicate keys, aliases (a few lines of
-    them can fill memory)
-    and depth."""
+    them can fill memory) and depth."""
 
     depth = 0
 
@@ -424,9 +423,8 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or first_line(error)
-        raise UserError(
-            f"{where} is not valid YAML{line}: {shorten(problem, 150)}", "correct the syntax"
-        ) from error
+        fix = "correct the syntax"
+        raise UserError(f"{where} is not valid YAML{line}: {shorten(problem, 150)}", fix) from error
 
 
 def read_values(path: str | Path) -> dict[str, Any]:
@@ -437,19 +435,15 @@ def read_values(path: str | Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             raw = file.read(MAX_CONFIG_BYTES + 1)  # whatever the path is: /dev/zero has no end
         if len(raw) > MAX_CONFIG_BYTES:
-            raise UserError(
-                f"{path} has more than {MAX_CONFIG_BYTES:,} bytes", "give a config file, not a data file"
-            )
+            fix = "give a config file, not a data file"
+            raise UserError(f"{path} has more than {MAX_CONFIG_BYTES:,} bytes", fix)
         text = raw.decode("utf-8-sig")
     except OSError as error:
-        raise UserError(
-            f"cannot read {path} ({error.strerror})",
-            "give the path of a YAML file, such as configs/demo.yaml",
-        ) from error
+        fix = "give the path of a YAML file, such as configs/demo.yaml"
+        raise UserError(f"cannot read {path} ({error.strerror})", fix) from error
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not a text file", "give the path of a YAML file, such as configs/demo.yaml"
-        ) from error
+        fix = "give the path of a YAML file, such as configs/demo.yaml"
+        raise UserError(f"{path} is not a text file", fix) from error
     loaded = parse_yaml(text, str(path))
     if not isinstance(loaded, dict | None):
         what = f"{path} holds a {type(loaded).__name__}, not keys and values"
@@ -525,18 +519,14 @@ def apply_override(config: type[BaseModel], values: dict[str, Any], override: st
     """
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise UserError(
-            f"{shorten(override)} is not an override",
-            "write key=value, such as epochs=20 or prune.fraction=0.5",
-        )
+        fix = "write key=value, such as epochs=20 or prune.fraction=0.5"
+        raise UserError(f"{shorten(override)} is not an override", fix)
     *sections, name = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise UserError(
-                f"{shorten(key)}: {shorten(section)} is a value, not a section",
-                f"write {shorten(section)}=value",
-            )
+            fix = f"write {shorten(section)}=value"
+            raise UserError(f"{shorten(key)}: {shorten(section)} is a value, not a section", fix)
     takes_text = str in _types_of(config, key.split("."))
     values[name] = text if takes_text and text != "null" else parse_yaml(text, shorten(override))
 
@@ -568,9 +558,8 @@ def check_config(values: dict[str, Any], where: str) -> PretrainConfig:
         problems = [_describe(item) for item in list(found.values())[::-1][:MAX_PROBLEMS]]
         problems += [f"and {len(found) - MAX_PROBLEMS} more"] if len(found) > MAX_PROBLEMS else []
         count = "" if len(found) == 1 else f"{len(found)} problems: "
-        raise UserError(
-            f"{count}{'; '.join(problems)}, in {where}", "correct it, or override it with key=value"
-        ) from error
+        fix = "correct it, or override it with key=value"
+        raise UserError(f"{count}{'; '.join(problems)}, in {where}", fix) from error
 
 
 def _section_at(location: tuple[int | str, ...]) -> tuple[type[BaseModel], tuple[int | str, ...]]:

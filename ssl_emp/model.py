@@ -170,9 +170,8 @@ def preprocess(
             pixels = decode_any(image, image_size, max_pixels)
     except Exception as error:  # Pillow raises a dozen types
         name = image if isinstance(image, str) else "the image"
-        raise UserError(
-            f"{name} cannot be read ({reason(error)})", "give a file that holds an image"
-        ) from error
+        fix = "give a file that holds an image"
+        raise UserError(f"{name} cannot be read ({reason(error)})", fix) from error
     return torch.from_numpy(pixels.copy()).float() / 255
 
 

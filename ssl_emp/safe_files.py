@@ -87,9 +87,8 @@ def _check_own(path: Path, info: os.stat_result, replaced: bool = False) -> None
     elif info.st_nlink > 1 and not replaced:
         what = "is a file that has other names too (hard links)"
     if what:
-        raise UserError(
-            f"{path} {what}, and would be written to", f"look at it, and remove it: rm {quoted(path)}"
-        )
+        fix = f"look at it, and remove it: rm {quoted(path)}"
+        raise UserError(f"{path} {what}, and would be written to", fix)
 
 
 def check_inner(root: Path, *names: str) -> Path:
@@ -100,10 +99,8 @@ def check_inner(root: Path, *names: str) -> Path:
     for name in names:
         folder = folder / name
         if folder.is_symlink():
-            raise UserError(
-                f"{folder} is a link to another place, and would be written to",
-                f"remove it: rm {quoted(folder)}",
-            )
+            fix = f"remove it: rm {quoted(folder)}"
+            raise UserError(f"{folder} is a link to another place, and would be written to", fix)
     return folder
 
 
@@ -132,17 +129,13 @@ def check_regular(path: str | Path, limit: int = LARGE) -> int:
     try:
         info = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        raise UserError(
-            f"cannot read {path} ({getattr(error, 'strerror', None) or error})",
-            "give the path of a file that is there",
-        ) from error
+        fix = "give the path of a file that is there"
+        raise UserError(f"cannot read {path} ({getattr(error, 'strerror', None) or error})", fix) from error
     if not stat.S_ISREG(info.st_mode):
         raise UserError(f"{path} is not a regular file", "give a file")
     if info.st_size > limit:
-        raise UserError(
-            f"{path} has {info.st_size:,} bytes, more than {limit:,}",
-            "give the file that was written under this name",
-        )
+        fix = "give the file that was written under this name"
+        raise UserError(f"{path} has {info.st_size:,} bytes, more than {limit:,}", fix)
     return info.st_size
 
 
@@ -158,9 +151,8 @@ def read_bytes(path: str | Path, limit: int = SMALL) -> bytes:
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})", "see to its permissions") from error
     if len(data) > limit:  # it grew since it was measured
-        raise UserError(
-            f"{path} has more than {limit:,} bytes", "give the file that was written under this name"
-        )
+        fix = "give the file that was written under this name"
+        raise UserError(f"{path} has more than {limit:,} bytes", fix)
     return data
 
 
@@ -169,9 +161,8 @@ def read_text(path: str | Path, limit: int = SMALL) -> str:
     try:
         return read_bytes(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not a text file", "give the file that was written under this name"
-        ) from error
+        fix = "give the file that was written under this name"
+        raise UserError(f"{path} is not a text file", fix) from error
 
 
 def read_json(path: str | Path, limit: int = SMALL) -> Any:
@@ -181,10 +172,8 @@ def read_json(path: str | Path, limit: int = SMALL) -> Any:
     try:
         return parse_json(read_text(path, limit))
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not valid JSON ({type(error).__name__}: {error})",
-            "give the file that was written there",
-        ) from error
+        fix = "give the file that was written there"
+        raise UserError(f"{path} is not valid JSON ({type(error).__name__}: {error})", fix) from error
 
 
 def parse_json(text: str) -> Any:

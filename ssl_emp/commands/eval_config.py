@@ -134,6 +134,5 @@ def check(section: type[Checked], values: Any, where: str) -> Checked:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(part for part in first["loc"] if isinstance(part, str))  # without places in lists
-        raise UserError(
-            f"{key}: {first['msg']} (is {str(first['input'])[:60]!r}), in {where}", f"correct {key}"
-        ) from error
+        what = f"{key}: {first['msg']} (is {str(first['input'])[:60]!r}), in {where}"
+        raise UserError(what, f"correct {key}") from error

@@ -223,10 +223,8 @@ def own_device(device: torch.device, ranks: Ranks) -> torch.device:
         return device
     count = torch.cuda.device_count()
     if device.index is not None or ranks.local_rank >= count:
-        raise UserError(
-            f"{ranks.world_size} processes share device={device} ({count} here)",
-            "start one process a GPU, or set device=cpu",
-        )
+        fix = "start one process a GPU, or set device=cpu"
+        raise UserError(f"{ranks.world_size} processes share device={device} ({count} here)", fix)
     return torch.device("cuda", ranks.local_rank)
 
 
@@ -298,9 +296,8 @@ def check_places(folder: Path | None, subject: Subject) -> None:
 def columns(result: Result, subject: Subject) -> Row:
     """What a result says in its row. Raises EvalError where its value is not finite: JSON has no such."""
     if not math.isfinite(result.value):
-        raise EvalError(
-            f"{result.metric} is {result.value}", "use another checkpoint: this encoder has diverged"
-        )
+        fix = "use another checkpoint: this encoder has diverged"
+        raise EvalError(f"{result.metric} is {result.value}", fix)
     digits = 2 if result.metric.endswith("%") else 4
     std = None if result.std is None else round(result.std, 2)
     about = {"protocol": f"{result.protocol}, {subject.weights}", "metric": result.metric}

@@ -315,10 +315,8 @@ def run_fewshot(judged: Judged) -> list[Result]:
         {"per_class": n} for n in few.per_class
     ]
     if not wanted:
-        raise UserError(
-            "fewshot.fractions and fewshot.per_class are both empty",
-            "give at least one, such as fewshot.per_class=[10]",
-        )
+        fix = "give at least one, such as fewshot.per_class=[10]"
+        raise UserError("fewshot.fractions and fewshot.per_class are both empty", fix)
     splits = judged.splits
 
     def tuned(rows: Tensor, subset_seed: int) -> float:
@@ -371,9 +369,8 @@ def run_finetune(judged: Judged) -> list[Result]:
 def check_savable(judged: Judged, evaluator: str) -> None:
     """Raises UserError where the classifier could not be kept, before it is trained."""
     if judged.out is None:
-        raise UserError(
-            f"{evaluator}.save=true has no place to keep the classifier in", "judge a run, or give --out DIR"
-        )
+        fix = "judge a run, or give --out DIR"
+        raise UserError(f"{evaluator}.save=true has no place to keep the classifier in", fix)
     check_keepable(judged.encoder, judged.subject.name)
 
 
@@ -505,9 +502,8 @@ def run_embed(judged: Judged) -> list[Result]:
     are any, vector.
     """
     if judged.out is None:
-        raise UserError(
-            "embed has no folder to write into", "name a run among the encoders, or give --out DIR"
-        )
+        fix = "name a run among the encoders, or give --out DIR"
+        raise UserError("embed has no folder to write into", fix)
     path = judged.out / "embed" / "embeddings.parquet"
     sets = judged.images
     labels = [images.labels for images in sets.values() if images.labels is not None]

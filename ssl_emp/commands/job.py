@@ -444,16 +444,12 @@ def load_indices(path: Path, num_samples: int) -> Tensor:
     except Exception as error:  # damaged headers make numpy raise half a dozen types, EOFError among them
         raise UserError(f"cannot read the indices in {path} ({reason(error)})", fix) from error
     if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer) or not len(values):
-        raise UserError(
-            f"{path} holds {values.dtype} of shape {values.shape}", "give one list of whole numbers"
-        )
+        what = f"{path} holds {values.dtype} of shape {values.shape}"
+        raise UserError(what, "give one list of whole numbers")
     if values.min() < 0 or values.max() >= num_samples:
-        raise UserError(
-            f"{path} holds the index {values.max() if values.max() >= num_samples else values.min()}",
-            f"use 0 to {num_samples - 1}",
-        )
+        what = f"{path} holds the index {values.max() if values.max() >= num_samples else values.min()}"
+        raise UserError(what, f"use 0 to {num_samples - 1}")
     if len(np.unique(values)) < len(values):
-        raise UserError(
-            f"{path} holds {len(values) - len(np.unique(values))} indices twice", "name each sample once"
-        )
+        what = f"{path} holds {len(values) - len(np.unique(values))} indices twice"
+        raise UserError(what, "name each sample once")
     return torch.from_numpy(values.astype(np.int64))

@@ -94,10 +94,8 @@ def predict(argv: list[str]) -> int:
     except BrokenPipeError:  # the reader, such as head, has left
         return 0
     if unread == total:
-        raise UserError(
-            f"none of {total:,} images could be read" + (f" ({first})" if first else ""),
-            "check the files, or name others",
-        )
+        fix = "check the files, or name others"
+        raise UserError(f"none of {total:,} images could be read" + (f" ({first})" if first else ""), fix)
     if unread:
         print(
             printable(f"{unread:,} of {total:,} images could not be read ({first}); each has a row"),
@@ -194,9 +192,8 @@ def _output(path: Path | None) -> Iterator[Callable[[Row], object]]:
         raise
     except OSError as error:
         where = "standard output" if path is None else error.filename or path
-        raise UserError(
-            f"cannot write {where} ({error.strerror})", "make room there, or give --out FILE elsewhere"
-        ) from error
+        fix = "make room there, or give --out FILE elsewhere"
+        raise UserError(f"cannot write {where} ({error.strerror})", fix) from error
 
 
 def _print(row: Row) -> None:

@@ -213,10 +213,8 @@ def missing_source(config: PretrainConfig, out: Path, problem: UserError) -> Use
     if source in (*TORCHVISION, "mnist5k") or os.path.lexists(os.path.expanduser(source)) or "*" in source:
         return problem
     what = f"the images of the run in {out} are not in data.source={source}"
-    return UserError(
-        what,
-        f"name the place that they have moved to: python pretrain.py --resume {quoted(out)} data.source=NEW",
-    )
+    fix = f"name the place that they have moved to: python pretrain.py --resume {quoted(out)} data.source=NEW"
+    return UserError(what, fix)
 
 
 def check_same(job: Job, state: dict[str, Any], before: PretrainConfig, out: Path) -> None:
@@ -271,10 +269,8 @@ def check_same(job: Job, state: dict[str, Any], before: PretrainConfig, out: Pat
         raise UserError(changed, f"restore them{hint}, or start a new run with another out=DIR")
     if state["bf16"] != job.bf16:
         precision = "bf16" if state["bf16"] else "fp32"
-        raise UserError(
-            f"the run in {out} trains in {precision}, this would go on in another",
-            f"set precision={precision}",
-        )
+        fix = f"set precision={precision}"
+        raise UserError(f"the run in {out} trains in {precision}, this would go on in another", fix)
 
 
 # ---- a finished run ----------------------------------------------------------------------------------------
@@ -412,9 +408,8 @@ def restore_encoder(out: Path, config: PretrainConfig, state: dict[str, Any], si
         encoder.backbone.load_state_dict(_backbone(state))
     except (RuntimeError, AttributeError, TypeError) as error:
         first = str(error).splitlines()[-1].strip()
-        raise UserError(
-            f"the checkpoint in {out} does not fit the run: {first}", "start again with another out=DIR"
-        ) from error
+        fix = "start again with another out=DIR"
+        raise UserError(f"the checkpoint in {out} does not fit the run: {first}", fix) from error
     save_encoder(encoder, out / "encoder")
 
 

@@ -56,9 +56,8 @@ def write_rows(folder: Path, rows: list[Row], note: Callable[[str], None] = lamb
                 kept = [row for row in kept if row.get("value") is not None or _subject(row) not in judged]
                 write_atomically(path, (as_json(kept + new, 2) + "\n").encode())
     except OSError as error:
-        raise UserError(
-            f"cannot write {path} ({error.strerror or error})", "make it writable, or give --out DIR"
-        ) from error
+        fix = "make it writable, or give --out DIR"
+        raise UserError(f"cannot write {path} ({error.strerror or error})", fix) from error
 
 
 def _subject(row: Row) -> tuple[Any, ...]:
@@ -108,9 +107,8 @@ def _locked(path: Path) -> Iterator[None]:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             if time.monotonic() > until:
-                raise UserError(
-                    f"{path} is locked by another process", "wait for it, or end it if it hangs"
-                ) from error
+                fix = "wait for it, or end it if it hangs"
+                raise UserError(f"{path} is locked by another process", fix) from error
             time.sleep(0.005)
     try:
         yield

@@ -184,9 +184,8 @@ def read_run_data(run: Path, given: dict[str, Any]) -> DataConfig:
             f"{run} was trained with the labels of all its train images, so data.holdout can hold "
             "none out as test"
         )
-        raise UserError(
-            what, "name other labelled images with data.source=LABELLED or data.test_source=LABELLED"
-        )
+        fix = "name other labelled images with data.source=LABELLED or data.test_source=LABELLED"
+        raise UserError(what, fix)
     return check(DataConfig, inherited | overrides, str(path))
 
 
@@ -222,13 +221,10 @@ def load_timm(name: str) -> tuple[nn.Module, int, bool]:
         network = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # unknown name, no weights, no network: timm and its hub have no common error
         reason = first_line(error)
-        raise UserError(
-            f"timm:{name} cannot be loaded ({type(error).__name__}: {reason})",
-            (
-                "check the name with timm.list_pretrained(), and that the network or timm's cache "
-                "has the weights"
-            ),
-        ) from error
+        fix = (
+            "check the name with timm.list_pretrained(), and that the network or timm's cache has the weights"
+        )
+        raise UserError(f"timm:{name} cannot be loaded ({type(error).__name__}: {reason})", fix) from error
     about: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]  # typed as any attribute of a module
     module = Normalized(network, list(about["mean"]), list(about["std"]))
     return module, about["input_size"][-1], bool(about.get("fixed_input_size"))
@@ -255,10 +251,8 @@ def load_torchvision(name: str) -> tuple[nn.Module, int, bool, str]:
         reason = first_line(error)
         raise UserError(
             f"the weights of torchvision:{name} cannot be loaded ({type(error).__name__}: {reason})",
-            (
-                f"connect to the network, or put {weights.url.rpartition('/')[2]} into "
-                f"{torch.hub.get_dir()}/checkpoints"
-            ),
+            f"connect to the network, or put {weights.url.rpartition('/')[2]} into "
+            f"{torch.hub.get_dir()}/checkpoints",
         ) from error
     drop_last_layer(network)
     about = weights.transforms()

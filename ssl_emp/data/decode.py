@@ -173,9 +173,8 @@ def opened(encoded: Encoded, max_pixels: int) -> Iterator[Image.Image]:
             image = Image.open(stream, formats=FORMATS)
         except UnidentifiedImageError:
             if is_tiff:
-                raise ValueError(
-                    "a TIFF damaged, or with pixels of a kind that Pillow does not read"
-                ) from None
+                what = "a TIFF damaged, or with pixels of a kind that Pillow does not read"
+                raise ValueError(what) from None
             raise
         with image:
             if isinstance(stream, _MeteredFile | _MeteredBytes) and stream.meter:
@@ -362,9 +361,8 @@ def _decode_whole(image: Image.Image) -> tuple[Image.Image, bool]:
             count = image.width * image.height * len(image.getbands())
             most = MOST_BITS if image.mode == "1" else MOST_NUMBERS
             if count > most:
-                raise ValueError(
-                    f"{count:,} numbers written as text, at most {most:,} are read; write it binary"
-                )
+                what = f"{count:,} numbers written as text, at most {most:,} are read; write it binary"
+                raise ValueError(what)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         _check_layout(image, raw_mode)
     image.load()

@@ -495,10 +495,8 @@ def _no_split(root: str, split: str, layout: Layout) -> NoSplit:
     if split == "train":
         there = [folder for folders in layout.folders.values() for folder in folders]
         own = os.path.join(root, there[0].rstrip("/"))
-        return NoSplit(
-            f"{root} has no train split, only {some_of(there)}",
-            f"a test split is not trained on; to do so anyway, name it: {own}",
-        )
+        fix = f"a test split is not trained on; to do so anyway, name it: {own}"
+        return NoSplit(f"{root} has no train split, only {some_of(there)}", fix)
     fix = (
         f"sort the images into {root}/train and {root}/test, "
         "or give the folder of the test images as a source of its own"

@@ -338,10 +338,8 @@ def load_source(
     failed = result.failed
     if len(failed) == len(positions):
         first = f"{found.names[positions[0]]}: {failed[0]}"
-        raise UserError(
-            f"none of the {len(positions):,} images of {source} could be read ({first})",
-            "check the files, or name another source",
-        )
+        fix = "check the files, or name another source"
+        raise UserError(f"none of the {len(positions):,} images of {source} could be read ({first})", fix)
     kept = np.delete(positions, sorted(failed))
     unlabelled = labels == "none"
     return ImageSet(
@@ -525,9 +523,8 @@ def _open_folder(
     try:
         listing = list_folder(path, splits_apart=splits_apart)
     except OSError as exc:
-        raise UserError(
-            f"{path} cannot be read: {exc.strerror}", "check the permissions of the folder"
-        ) from exc
+        fix = "check the permissions of the folder"
+        raise UserError(f"{path} cannot be read: {exc.strerror}", fix) from exc
     if kind == "parquet" and not listing.tables:
         raise UserError(f"no parquet files in {source}", "give the folder that holds the .parquet files")
     tables = Tables(path, [name for name, _ in listing.tables], source)
@@ -571,9 +568,8 @@ def _torchvision(name: str, split: str, labels: str, download_dir: str) -> Sourc
             with suppress(OSError):
                 os.rmdir(folder)
         what = f"{name} is not in {download_dir} and could not be downloaded: {reason(exc)}"
-        raise UserError(
-            what, f"connect to the network, or copy torchvision's files of {name} into {download_dir}"
-        ) from exc
+        fix = f"connect to the network, or copy torchvision's files of {name} into {download_dir}"
+        raise UserError(what, fix) from exc
     pixels = np.asarray(data.data)  # (N, H, W), (N, H, W, 3), or (N, 3, H, W) for STL-10
     pixels = pixels.transpose(0, 2, 3, 1) if name == "stl10" else pixels
     numbers = np.asarray(data.labels if name == "stl10" else data.targets, np.int64)

@@ -93,6 +93,5 @@ def _keys(
     named, numbered = ("train", split) if train_names else (split, "train")
     shown = some_of(train_names or test_names or [], 3)
     what = f"the {named} split names its classes ({shown}), the {numbered} split only numbers them"
-    raise UserError(
-        what, "give both names, as folders or as text in the column of labels, or both the same numbers"
-    )
+    fix = "give both names, as folders or as text in the column of labels, or both the same numbers"
+    raise UserError(what, fix)

@@ -119,10 +119,8 @@ def check_shards(paths: Sequence[str], where: str, *, complete: bool) -> None:
         first = 1 if count in shards and 0 not in shards else 0  # most writers count from 0, some from 1
         beyond = [path for number, path in shards.items() if not first <= number < first + count]
         if beyond:
-            raise UserError(
-                f"{beyond[0]} in {where} cannot be one of {count} files",
-                "give it its right name, or move it away",
-            )
+            fix = "give it its right name, or move it away"
+            raise UserError(f"{beyond[0]} in {where} cannot be one of {count} files", fix)
         if complete and len(shards) < count:
             missing = next(number for number in range(first, first + count) if number not in shards)
             start, width, total = shown[key]

@@ -242,11 +242,10 @@ def raw_pixels(request: StoreRequest) -> tuple[np.ndarray, DecodeResult]:
             _build_raw(request, data, note, shape)
         except OSError as exc:
             size, folder = f"{num_bytes / 2**30:.1f} GiB", request.folder
-            raise UserError(
-                f"{size} of pixels cannot be written into {folder}: {reason(exc)}",
-                "set cache_dir to a folder with room, store to encoded, "
-                "or a smaller image_size or max_images",
-            ) from exc
+            fix = (
+                "set cache_dir to a folder with room, store to encoded, or a smaller image_size or max_images"
+            )
+            raise UserError(f"{size} of pixels cannot be written into {folder}: {reason(exc)}", fix) from exc
     elif request.progress:
         request.progress(shape[0], shape[0])
     if data.stat().st_size != num_bytes:

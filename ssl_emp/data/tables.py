@@ -412,10 +412,8 @@ def _image_column(table: "pq.ParquetFile", wanted: str | None, path: str) -> tup
         _check_name(schema, "image_column", wanted, path)
         if _column(schema, wanted) is None:
             kind = schema.field(schema.get_field_index(wanted)).type
-            raise UserError(
-                f"column {wanted} of {path} is {kind}, which holds no encoded images",
-                _image_columns_fix(schema),
-            )
+            fix = _image_columns_fix(schema)
+            raise UserError(f"column {wanted} of {path} is {kind}, which holds no encoded images", fix)
         return wanted, []
     names = [column.name for column in schema if _holds_bytes(column.type)]
     names = [

@@ -156,13 +156,10 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
             continue
         if state.get("format") != FORMAT:
             writer = f"{state.get('written_by', 'another version')} in format {state.get('format')}"
-            raise UserError(
-                f"{path} was written by {writer}, this is ssl_emp {__version__} and reads format {FORMAT}",
-                "resume with the version that wrote it",
-            )
+            what = f"{path} was written by {writer}, this is ssl_emp {__version__} and reads format {FORMAT}"
+            raise UserError(what, "resume with the version that wrote it")
         return state, warnings
     if paths:
-        raise UserError(
-            f"no usable checkpoint among {len(paths)} in {folder}", "start again with another out=DIR"
-        )
+        fix = "start again with another out=DIR"
+        raise UserError(f"no usable checkpoint among {len(paths)} in {folder}", fix)
     return None, warnings

@@ -104,10 +104,8 @@ def sole_writer(folder: Path) -> Iterator[Held]:
             for left in filter(_is_leftover, (folder / part).glob(".*.tmp")):
                 left.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(
-            f"cannot write into {folder} ({error.strerror})",
-            "see to its permissions, or choose another out=DIR",
-        ) from error
+        fix = "see to its permissions, or choose another out=DIR"
+        raise UserError(f"cannot write into {folder} ({error.strerror})", fix) from error
     held = Held(folder, os.stat(folder), os.fstat(file.fileno()))
     try:
         yield held
@@ -141,9 +139,8 @@ def _locked(folder: Path, path: Path) -> IO[bytes]:
         except BlockingIOError:
             holder = _holder(file)
             file.close()
-            raise UserError(
-                f"{folder} is in use by {holder}", "wait for it, or choose another out=DIR"
-            ) from None
+            fix = "wait for it, or choose another out=DIR"
+            raise UserError(f"{folder} is in use by {holder}", fix) from None
         except OSError as error:
             if error.errno not in CANNOT_LOCK:
                 raise
@@ -151,10 +148,8 @@ def _locked(folder: Path, path: Path) -> IO[bytes]:
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
         file.close()  # the previous holder removed it between our open and our lock: try again
-    raise UserError(
-        f"the lock of {folder} comes and goes",
-        "wait for the processes that use it, or choose another out=DIR",
-    )
+    fix = "wait for the processes that use it, or choose another out=DIR"
+    raise UserError(f"the lock of {folder} comes and goes", fix)
 
 
 def _holder(file: IO[bytes]) -> str:

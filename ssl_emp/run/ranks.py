@@ -697,9 +697,8 @@ def _take_slurm_for_torchrun() -> None:
         }
     except (RuntimeError, KeyError, ValueError) as error:
         what = f"SLURM's variables are not those of srun with several tasks ({error})"
-        raise UserError(
-            what, "give sbatch --ntasks-per-node and start by srun, or unset SLURM_NTASKS for one process"
-        ) from error
+        fix = "give sbatch --ntasks-per-node and start by srun, or unset SLURM_NTASKS for one process"
+        raise UserError(what, fix) from error
     nodes = os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES", "")
     per_node = os.environ.get("SLURM_NTASKS_PER_NODE", "")  # an upper bound
     if nodes == "1":

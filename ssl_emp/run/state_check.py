@@ -64,9 +64,8 @@ def check_state(
 def _raise_first(problems: Iterator[str], folder: Path) -> None:
     problem = next(problems, None)
     if problem:
-        raise UserError(
-            f"the checkpoint in {folder} does not fit the run: {problem}", "start again with another out=DIR"
-        )
+        fix = "start again with another out=DIR"
+        raise UserError(f"the checkpoint in {folder} does not fit the run: {problem}", fix)
 
 
 def _misfits(
