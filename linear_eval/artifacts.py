@@ -33,8 +33,7 @@ def artifact(path: Path) -> Iterator[IO[bytes]]:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """A matplotlib figure (inches) outside of pyplot's global state: drawn without a screen, freed with its
-    last reference.
+    """A matplotlib figure (inches) without pyplot's global state or a screen, freed with its last reference.
 
     Raises:
         EvalError: matplotlib is not installed.

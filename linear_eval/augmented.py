@@ -46,16 +46,14 @@ def augmented_probe(
 ) -> TrainResult:
     """Trains a linear head over the frozen encoder, and scores it once on the test images.
 
-    All learning rates share one forward pass, so that choosing between any number of them doubles the time
-    of one.
+    All learning rates share one forward pass: choosing between any number doubles the time of one.
 
     Args:
         encoder: (B, 3, S, S) float32 in [0, 1] -> (B, feature_dim); in eval mode and on the device.
         recipe: see `probe_recipe`.
 
     Raises:
-        EvalError: as for `finetune`; an encoder in training mode or on another device, or one that its
-            forward pass changes.
+        EvalError: as for `finetune`; an encoder in training mode, elsewhere, or changed by its forward pass.
     """
     check_frozen(encoder, execution.device)
     before = state_hash(encoder)

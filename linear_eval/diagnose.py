@@ -1,5 +1,4 @@
-"""What features look like without any label: collapse, effective rank, alignment and uniformity; and pictures
-and tables to look at.
+"""Features without labels: collapse, effective rank, alignment, uniformity; pictures and tables of them.
 
 Letters: N samples, D feature dimensions. Rows are compared by direction alone (divided by their length), as
 kNN and NT-Xent do. Rows that are all zero have no direction: they are counted and left out.
@@ -137,9 +136,7 @@ def verdict(found: Diagnosis) -> list[str]:
 
 
 def feature_std(x: Tensor) -> float:
-    """Standard deviation of each dimension of the normalised rows (N, D), averaged (Chen and He 2021,
-    SimSiam, section 4.1).
-    """
+    """Mean standard deviation of the dimensions of normalised rows (N, D) (SimSiam, 2021, section 4.1)."""
     unit = _directions(x)
     return unit.std(dim=0, correction=0).mean().item() if len(unit) else 0.0
 
@@ -162,9 +159,7 @@ def effective_rank(x: Tensor, *, epsilon: float = 1e-7) -> float:
 
 
 def alignment(a: Tensor, b: Tensor, *, power: float = 2) -> float:
-    """Mean of ||a_i - b_i||_2 ^ power over pairs of normalised rows (M, D) (Wang and Isola 2020, arXiv
-    2005.10242).
-    """
+    """Mean of ||a_i - b_i||_2 ^ power over pairs of normalised rows (M, D) (arXiv 2005.10242)."""
     both = a.any(dim=1) & b.any(dim=1)
     return (
         torch.linalg.vector_norm(_directions(a[both]) - _directions(b[both]), dim=1).pow(power).mean().item()
@@ -172,9 +167,7 @@ def alignment(a: Tensor, b: Tensor, *, power: float = 2) -> float:
 
 
 def uniformity(x: Tensor, *, t: float = 2) -> float:
-    """log of the mean of exp(-t ||x_i - x_j||_2^2) over pairs i < j of normalised rows (N, D) (Wang and Isola
-    2020).
-    """
+    """log of the mean of exp(-t ||x_i - x_j||_2^2), i < j, of normalised rows (N, D) (arXiv 2005.10242)."""
     unit = _directions(x)
     if len(unit) < 2:
         return 0.0
@@ -203,8 +196,7 @@ def uniformity_of_sphere(dim: int, *, t: float = 2) -> float:
 
 
 def nearest_rows(x: Tensor, queries: Tensor, num_neighbors: int) -> Tensor:
-    """(Q, k) rows of x (N, D) closest by cosine to the rows `queries` (Q,) of x, themselves left out; equal
-    ones lowest row first.
+    """(Q, k) rows of x (N, D) closest by cosine to its rows `queries` (Q,), without them; ties: lowest first.
 
     Raises:
         EvalError: k is not in 1..N - 1, a row is no row of x.
@@ -233,8 +225,7 @@ def draw_neighbors(
     num_neighbors: int = NUM_NEIGHBORS,
     seed: int = 0,
 ) -> Tensor:
-    """A PNG, one line for each query: the query at the left, then its nearest neighbours; gives their rows
-    (Q, k).
+    """A PNG: a line for each query, at the left, then its nearest neighbours; gives their rows (Q, k).
 
     Where there are labels, a neighbour has a blue frame if its class is the query's, else an orange one and a
     cross in the corner.
@@ -390,8 +381,7 @@ def write_embeddings(
     columns: Mapping[str, Tensor] | None = None,
     has_columns: Tensor | None = None,
 ) -> None:
-    """One parquet row for each sample: index, path, split, label, class_name, vector (list of D float32), x,
-    y, then `columns`.
+    """A parquet row a sample: index, path, split, label, class_name, vector (D float32), x, y, `columns`.
 
     Args:
         x: (N, D) features; coords: (N, 2), e.g. from `map_2d`.

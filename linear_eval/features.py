@@ -32,9 +32,7 @@ BATCH_SIZE = 256  # images a forward pass
 
 
 class Pixels(Protocol):
-    """Images as a tensor, or anything else that gives tensors of them: (N, 3, H, W) uint8, `pixels[a:b]` on
-    the CPU.
-    """
+    """Images as a tensor, or what gives tensors of them: (N, 3, H, W) uint8, `pixels[a:b]` on the CPU."""
 
     @property
     def shape(self) -> torch.Size: ...
@@ -86,8 +84,7 @@ def extract_features(
             multiples of `batch_size`: how many images are in a batch changes the rounding.
 
     Raises:
-        EvalError: no images, no labels, an encoder in training mode or on another device, non-finite
-            features.
+        EvalError: no images or labels, an encoder in training mode or elsewhere, non-finite features.
     """
     if labels is None:
         fix = "give labels: features are judged by how well they predict them"
@@ -119,8 +116,7 @@ def extract_features(
 def content_hash(pixels: Pixels) -> str:
     """SHA-256 (hex) over the shape and all pixels (N, 3, H, W) uint8, read 256 images at a time.
 
-    Pixels that lie in a compressed form may have a method `content_hash` of their own, which takes their
-    bytes as they lie.
+    Pixels kept compressed may have a method `content_hash` of their own, which takes their bytes as they lie.
     """
     own = getattr(pixels, "content_hash", None)
     if own is not None:
@@ -178,8 +174,7 @@ def check_splits(train: Features, test: Features, *, multi_label: bool = False) 
 
 
 def check_features(features: Features, name: str, *, multi_label: bool = False) -> None:
-    """Raises EvalError unless `features` are finite (N, D) rows with N labels >= 0, N > 0; `name` says which
-    split.
+    """Raise EvalError unless `features` are finite (N, D) with N > 0 labels >= 0; `name` says which split.
 
     `multi_label`: labels are (N, C) of 1, 0 and -1 instead.
     """

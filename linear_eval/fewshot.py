@@ -97,8 +97,7 @@ def fewshot(
         num_subsets: >= 3.
 
     Raises:
-        EvalError: values out of range, both or neither of `fraction` and `per_class`, a class with too
-            few images.
+        EvalError: values out of range, both or neither of `fraction` and `per_class`, a class too small.
     """
     if (fraction is None) == (per_class is None):
         raise EvalError(f"fraction is {fraction}, per_class {per_class}", "give one of the two")
@@ -147,9 +146,7 @@ def fewshot_probe(
 def fixed_l2_probe(
     train: Features, test: Features, *, l2: float = FIXED_L2, device: str | torch.device = "cpu"
 ) -> float:
-    """Test accuracy (0..1) of `linear_probe` with a given l2 beside the mean cross-entropy, so nothing is
-    held out.
-    """
+    """Test accuracy (0..1) of `linear_probe` with a given l2 beside the mean cross-entropy."""
     # linear_probe weighs l2 against the sum of cross-entropies, not their mean
     return linear_probe(
         train, test, seed=0, l2_grid=[l2 * len(train.x)], precision="float64", device=device

@@ -9,15 +9,12 @@ from typing import IO
 
 @contextmanager
 def replacing(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
-    """A file to write that takes the name `path` once all of it is on disk. Until then, and after an error,
-    what has the name stays.
+    """A file that takes the name `path` once it is whole on disk; until then, what has the name stays.
 
-    A temporary sibling, fsync, rename, fsync of the directory. A link called `path` is replaced itself, what
-    it leads to stays.
+    A temporary sibling, fsync, rename, fsync of the directory. A link called `path` is replaced itself.
 
     Args:
-        shared: other processes may write the same file at the same time; the temporary sibling then
-            carries the process number.
+        shared: others may write the file at the same time; the temporary sibling carries the process number.
 
     Raises:
         OSError: with the path.

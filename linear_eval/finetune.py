@@ -1,5 +1,4 @@
-"""Training with labels: `finetune` trains the whole network from its pretrained weights; `augmented_probe`
-shares the loop.
+"""Training with labels: `finetune` trains the whole pretrained network; `augmented_probe` shares the loop.
 
 Data flow: uint8 images -> augmented views -> encoder -> one linear head for each learning rate ->
 cross-entropy -> SGD. Protocol: SimCLR (arXiv 2002.05709, appendix B.5): random crop and flip, SGD with
@@ -45,9 +44,7 @@ RATED_BATCH = 256  # learning rates are given for this many images a step
 
 
 class IndexedPixels(Pixels, Protocol):
-    """`Pixels` that also give the rows of an index, in its order: `pixels[rows]` for rows (B,) int64 on the
-    CPU.
-    """
+    """`Pixels` that also give rows in an index's order: `pixels[rows]` for rows (B,) int64 on the CPU."""
 
     def __getitem__(self, rows: slice | Tensor, /) -> Tensor: ...
 
@@ -164,8 +161,7 @@ class Execution:
             and what is unfinished of them stays as it is; of a file by another name, a training that is not
             this one is refused.
         progress: called after each step as `progress(steps_done, steps_in_all)`.
-        warn: called with a line where a checkpoint cannot be written, which costs only the resuming, or
-            one called `{key}` not read.
+        warn: called with a line where a checkpoint cannot be written, or `{key}` not be read.
     """
 
     device: str | torch.device = "cpu"
@@ -242,8 +238,7 @@ def finetune(
         splits: a test class that train lacks counts as wrong.
 
     Raises:
-        EvalError: splits or labels that do not fit, values out of range, divergence, a checkpoint that is
-            not of this training.
+        EvalError: splits or labels do not fit, values out of range, divergence, a wrong checkpoint.
     """
     return train_and_test(encoder, feature_dim, splits, recipe, execution, frozen=False)
 
@@ -367,9 +362,7 @@ class _Trainings:
 
 
 def state_hash(module: nn.Module) -> str:
-    """SHA-256 over the names, shapes, types and bytes of all parameters and buffers, and over which modules
-    are in training mode.
-    """
+    """SHA-256 of all parameters and buffers (name, shape, type, bytes), and of which modules are training."""
     digest = hashlib.sha256()
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
@@ -379,17 +372,14 @@ def state_hash(module: nn.Module) -> str:
 
 
 def keyed_seed(*key: int) -> int:
-    """A seed in 0 .. 2^31 - 1 as a hash of the key. (torch's CPU generator looks at 32 bits only, and
-    neighbouring seeds overlap.)
-    """
+    """A seed below 2^31, a hash of the key: of torch's CPU seeds 32 bits count, and neighbours overlap."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest()) >> 1
 
 
 def parameter_groups(
     model: Classifier, lrs: Sequence[float], weight_decay: float, layer_decay: float
 ) -> list[dict[str, Any]]:
-    """SGD's groups, one for each pair of `peak_lr` and `weight_decay`; tensors of one dimension (biases,
-    BatchNorm) have no decay.
+    """SGD's groups, one for each pair of `peak_lr` and `weight_decay`; biases and BatchNorm have no decay.
 
     Args:
         lrs: peak learning rate of each head; the encoder, where it is trained, takes the only one.
@@ -414,9 +404,7 @@ def parameter_groups(
 
 
 def _heights(encoder: nn.Module) -> dict[str, int]:
-    """Stages from each parameter up to the head: 1 in `layer4` of a ResNet, 4 in `layer1`, 5 in the stem that
-    comes before.
-    """
+    """Stages from each parameter up to the head: 1 in a ResNet's `layer4`, 4 in `layer1`, 5 in the stem."""
     depths, stage = {}, 0
     for name, _ in encoder.named_parameters():  # registered from the stem to the head
         number = next(
@@ -431,9 +419,7 @@ def _heights(encoder: nn.Module) -> dict[str, int]:
 
 
 def _check(splits: LabelledSplits) -> tuple[Tensor, Tensor, Tensor]:
-    """Class ids (C,) ascending, and the labels of both splits as numbers 0..C-1, on the CPU; of a test class
-    that train lacks, -1.
-    """
+    """Class ids (C,) ascending; both splits' labels as 0..C-1 on the CPU, -1 for classes not in train."""
     train_pixels, train_labels, test_pixels, test_labels = splits
     for name, pixels, labels in (("train", train_pixels, train_labels), ("test", test_pixels, test_labels)):
         if (
@@ -472,9 +458,7 @@ def _optimizer(model: Classifier, lrs: list[float], num_rows: int, recipe: Recip
 
 
 def _resume(model: Classifier, optimizer: torch.optim.SGD, state: dict[str, Any], epochs: int) -> None:
-    """Load what was saved of a training. Raises ValueError, RuntimeError or others where it is not of this
-    network and these rates.
-    """
+    """Load a saved training. Raises ValueError, RuntimeError or others where network or rates differ."""
 
     def settings() -> list[dict[str, Any]]:
         return [
@@ -510,9 +494,7 @@ def _train(
     save: Callable[[dict[str, Any]], None],
     tick: Callable[[int], None],
 ) -> Tensor:
-    """Trains on `rows` of the data, from a saved state where there is one; gives each head's mean loss over
-    the last epoch, (L,).
-    """
+    """Train on `rows`, from a saved state if there is one; mean loss of each head's last epoch, (L,)."""
     epoch_steps = _num_batches(len(rows), recipe.batch_size)
     num_steps, warmup_steps = recipe.epochs * epoch_steps, recipe.warmup_epochs * epoch_steps
     num_heads = len(model.heads)
@@ -571,9 +553,7 @@ def _accuracy(
 
 @contextmanager
 def _keyed_random(device: torch.device, *key: int) -> Iterator[None]:
-    """torch's global generators seeded by the key, and as they were afterwards: what an epoch draws depends
-    on nothing before it.
-    """
+    """torch's generators seeded by the key, then put back: an epoch's draws depend on nothing before it."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(keyed_seed(*key))
         yield
@@ -582,9 +562,7 @@ def _keyed_random(device: torch.device, *key: int) -> Iterator[None]:
 def _fingerprint(
     encoder: nn.Module, splits: LabelledSplits, recipe: Recipe, device: torch.device
 ) -> dict[str, Any]:
-    """What a training depends on besides labels, by names for people. Views are known by what they
-    make of noise.
-    """
+    """What a training depends on besides labels, by names for people; views by what they make of noise."""
     train_pixels, settings = (
         splits.train_pixels,
         {part.name: getattr(recipe, part.name) for part in fields(recipe)},

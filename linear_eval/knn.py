@@ -36,8 +36,7 @@ def knn_accuracy(
     backend: Backend = "auto",
     device: str | torch.device = "cpu",
 ) -> float:
-    """Share of the test rows (0..1) whose neighbours vote for their label; arguments as for
-    `knn_predictions`.
+    """Share of test rows (0..1) whose neighbours vote for their label; arguments as for `knn_predictions`.
 
     A test class that does not occur in `train` cannot be predicted and counts as wrong.
     """
@@ -86,8 +85,7 @@ def knn_predictions(
     backend: Backend = "auto",
     device: str | torch.device = "cpu",
 ) -> dict[int, Tensor]:
-    """Labels (N_test,) int64 voted by each test row's k nearest train rows, for every k of `num_neighbors`;
-    one search for all.
+    """Labels (N_test,) int64 voted by the k nearest train rows, for every k of `num_neighbors`; one search.
 
     The answer is the same for every backend, and for k alone or among others: equally similar neighbours
     enter in the order of their row number, equal votes go to the lowest class id. Where the neighbours of a
@@ -158,8 +156,7 @@ def _unit_rows(x: Tensor, name: str) -> Tensor:
 
 
 def exact_cosines(queries: Tensor, bank: Tensor) -> tuple[Tensor, float]:
-    """How similar rows (Q, D) are to rows (N, D), for an order among the latter: (Q, N) float64, and the step
-    that they are rounded to.
+    """Similarity of rows (Q, D) to rows (N, D), to order the latter: (Q, N) float64, and its rounding step.
 
     Cosines, less the query's with the mean direction of the bank. So neither loses digits where a common
     offset makes all cosines nearly 1, and rows of the bank that are equal give equal numbers. Rows that are
@@ -218,8 +215,7 @@ def _settle(
 def _settle_cut(
     similarity: Tensor, index: Tensor, bank: Tensor, queries: Tensor, k: int, among: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The first k of the rows found. Where the cut falls between (nearly) equal ones, it is settled exactly:
-    lowest row first.
+    """The first k of the rows found; ties (nearly) at the cut are decided exactly: lowest row first.
 
     among: (Q,) bool, the queries that this is done for.
     """

@@ -1,5 +1,4 @@
-"""Logistic regression for many strengths of regularisation at once, by an L-BFGS whose problems advance as
-one batch.
+"""Logistic regression for many regularisation strengths at once: an L-BFGS of problems in one batch.
 
 Data flow: features -> centred, rotated to principal axes -> `minimize` on batches of problems -> weights on
 the features as they came. `fit_logistic`: one label a row, a problem for each l2, coarse ones first, each
@@ -55,8 +54,7 @@ def minimize(
 ) -> Minima:
     """Minimises H smooth convex functions of P variables at once.
 
-    Each problem has its own history, step length and end; one that has ended is frozen and no longer
-    evaluated.
+    Each problem has its own history, step length and end; one that has ended is no longer evaluated.
 
     Args:
         objective: called as `objective(points, problems)` with those problems (A,) that want a value;
@@ -156,9 +154,7 @@ def _refresh(gram: Tensor, basis: Tensor, rows: list[int]) -> None:
 
 
 def _two_loops(gram: Tensor, slots: list[int]) -> Tensor:
-    """Inverse Hessian times gradient, as coefficients (A, 2 m + 1) of the basis; `slots` are those in use,
-    oldest first.
-    """
+    """Inverse Hessian times gradient in coefficients (A, 2 m + 1) of the basis; `slots`, oldest first."""
     m = gram.shape[1] // 2
     length, change, curvature = (
         gram.diagonal(0, 1, 2)[:, :m],
@@ -333,9 +329,7 @@ class _Logistic:
 
 
 def _interpolate(logs: Tensor, points: Tensor, solved: list[int], wanted: list[int]) -> Tensor:
-    """Points at the l2 values `wanted`: the polynomial in log l2 through the (up to) four nearest of the
-    `solved`.
-    """
+    """Points at l2 values `wanted`: the polynomial in log l2 through the (up to) four nearest `solved`."""
     answers = []
     for target in wanted:
         near = sorted(solved, key=lambda other: abs(float(logs[other] - logs[target])))[:4]
@@ -414,8 +408,7 @@ def fit_binary(
 
 
 class _Binary:
-    """Mean of log(1 + exp(-s z)) over the rows that count + l2 / (2 N) ||w||^2 of P pairs of class and l2, N
-    rows counting.
+    """Mean of log(1 + exp(-s z)) over the N rows that count + l2 / (2 N) ||w||^2, of P pairs (class, l2).
 
     With only a bias, the Hessian at its optimum is p (1 - p) variance + l2 / N along each axis, p the share
     of rows that have the class: its square root scales.
@@ -470,9 +463,7 @@ class _Binary:
 
 
 def _coordinates(x: Tensor, standardize: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """Rows (N, D) as their fit sees them: center (D,), scale (D,), axes (D, R) or None, variances (R,), rows
-    on the axes (N, R).
-    """
+    """Rows (N, D) for a fit: center, scale (D,), axes (D, R) or None, variances (R,), rows on them (N, R)."""
     std, center = torch.std_mean(x, dim=0, correction=0)
     # A "constant" column's std is rounding noise of its mean; dividing by it would blow up other rows.
     varies = std > 1e-6 * center.abs()
@@ -483,8 +474,7 @@ def _coordinates(x: Tensor, standardize: bool) -> tuple[Tensor, Tensor, Tensor |
 
 
 def _principal_axes(x: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Orthonormal axes (D, R) of centred rows (N, D), R <= N, on which they are uncorrelated, and their
-    variances there (R,).
+    """Uncorrelated orthonormal axes (D, R) of centred rows (N, D), R <= N; their variances (R,).
 
     On these axes a diagonal scaling makes the Hessians nearly the identity, and ||W|| is what it was. None:
     too wide to rotate.

@@ -38,8 +38,7 @@ SWEEP_TOLERANCE, FIT_TOLERANCE = 1e-5, 1e-7
 
 
 class LinearHead(nn.Module):
-    """A linear classifier on features (B, D): logits ((x - center) / scale) W^T + b, (B, C), in the weights'
-    precision.
+    """Logits ((x - center) / scale) W^T + b, (B, C), of features (B, D), in the weights' precision.
 
     Attributes:
         center: (D,), of the features it was fitted to.
@@ -147,8 +146,7 @@ def linear_probe(
     precision: Literal["float32", "float64"] = "float32",
     device: str | torch.device = "cpu",
 ) -> LinearResult:
-    """Logistic regression on the train features: l2 chosen on validation rows, refitted on both, scored once
-    on test.
+    """Logistic regression: l2 chosen on validation rows, refitted on both, scored once on test.
 
     Everything is deterministic but for which rows are held out. Ties go to the larger l2. A test class that
     does not occur in `train` cannot be predicted and counts as wrong, as for `knn_accuracy`.
@@ -208,8 +206,7 @@ def multi_label_probe(
     max_iter: int = MAX_ITER,
     device: str | torch.device = "cpu",
 ) -> MultiLabelResult:
-    """A binary logistic regression for each class: its l2 has the best average precision on validation rows,
-    then a fit on both.
+    """A binary logistic regression a class: l2 by average precision on validation rows, refitted on both.
 
     Rows labeled -1 for a class count neither as positive nor as negative of it, in fitting and in choosing.
     Ties go to the larger l2. The test split is not looked at beyond its features and their number of classes.
@@ -266,8 +263,7 @@ def sgd_probe(
     momentum: float = 0.9,
     device: str | torch.device = "cpu",
 ) -> HeadResult:
-    """Linear heads of all learning rates x weight decays trained at once, the best on validation rows trained
-    again on both.
+    """Linear heads of all learning rates x weight decays at once; the best by validation rows, refitted.
 
     Features are standardised with the statistics of what is fitted; heads begin at 0; the learning rate falls
     along a cosine.
@@ -414,8 +410,7 @@ def _prepare(
     *,
     split: bool,
 ) -> _Task:
-    """Checked splits. Without `split` (nothing is to be chosen) and `val`, all of train is `both`, `fit` and
-    `val`.
+    """Checked splits. Without `split` (nothing to choose) and `val`, train is `both`, `fit` and `val`.
 
     Test rows of a class that train lacks stay, with a label that no fit predicts: they count as wrong.
     """
@@ -484,17 +479,13 @@ def _sorted_grid(l2_grid: Sequence[float]) -> list[float]:
 
 
 def number_in(classes: Tensor, labels: Tensor) -> Tensor:
-    """Place of each label (N,) in classes (C,) ascending, (N,) int64; -1, which is never predicted, where it
-    is not among them.
-    """
+    """Place (N,) int64 of labels (N,) in classes (C,) ascending; -1, never predicted, if it has none."""
     place = torch.searchsorted(classes, labels).clamp(max=len(classes) - 1)
     return torch.where(classes[place] == labels, place, -1)
 
 
 def split_rows(labels: Tensor, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows (fit, held out), each (K,) int64 ascending, together all of `labels` (N,); every class split
-    alike.
-    """
+    """Rows (fit, held out), (K,) int64 ascending, together all of `labels` (N,), every class split alike."""
     generator = torch.Generator().manual_seed(seed)
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     classes, counts = labels.unique(return_counts=True)
@@ -510,9 +501,7 @@ def split_rows(labels: Tensor, val_fraction: float, seed: int) -> tuple[Tensor, 
 
 
 def _standards(fitted: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (D,) of the columns; of those that are constant infinity, so that they
-    become 0.
-    """
+    """Mean and standard deviation (D,) of the columns; infinity for constant ones, so that they become 0."""
     std, mean = torch.std_mean(fitted, dim=0, correction=0)
     # A "constant" column's std is rounding noise of its mean; dividing by it would blow up the other split.
     return mean, torch.where(std > 1e-6 * mean.abs(), std, torch.inf)

@@ -91,8 +91,7 @@ def measure(
 
 
 def average_precision(scores: Tensor, labels: Tensor, metric: Metric) -> Tensor:
-    """(C,) float64 average precision of scores (N, C) against labels (N, C) in {1, 0, -1}; NaN for a class
-    without a positive.
+    """(C,) float64 average precision of scores (N, C) for labels (N, C) in {1, 0, -1}; NaN without positives.
 
     `voc_map`: the mean over recalls 0, 0.1, ... 1 of the highest precision at that recall or beyond. `map`:
     the precision at each threshold times the recall gained there. Samples of equal score enter together, so
@@ -103,9 +102,7 @@ def average_precision(scores: Tensor, labels: Tensor, metric: Metric) -> Tensor:
 
 
 def _weighted_ap(scores: Tensor, labels: Tensor, weights: Tensor, metric: Metric) -> Tensor:
-    """(R,) average precision of one class, scores and labels (N,), for every row of weights (R, N): how often
-    a sample counts.
-    """
+    """(R,) average precision of a class, scores and labels (N,), by weights (R, N): counts of samples."""
     rows = (labels >= 0).nonzero().squeeze(1)
     if len(rows) == 0:
         return torch.full((len(weights),), torch.nan, dtype=weights.dtype)
@@ -127,9 +124,7 @@ def _weighted_ap(scores: Tensor, labels: Tensor, weights: Tensor, metric: Metric
 
 
 def _bootstrap_map(scores: Tensor, labels: Tensor, metric: Metric, num_resamples: int, seed: int) -> Tensor:
-    """(R,) means over the classes, all of one resample weighted alike. 1,000 resamples of 5,000 x 20 take
-    about ten seconds on one core.
-    """
+    """(R,) means over the classes. 1,000 resamples of 5,000 x 20 take about ten seconds on one core."""
     generator = torch.Generator().manual_seed(seed)
     num, num_classes = scores.shape
     answers = []

@@ -20,7 +20,5 @@ def markdown_cell(text: str) -> str:
 
 
 def csv_cell(text: str) -> str:
-    """In a table that a spreadsheet may open: with an apostrophe before what it would take for a formula, and
-    run.
-    """
+    """For a table in a spreadsheet: an apostrophe before what it would take for a formula, and run."""
     return f"'{text}" if text.startswith(FORMULA) else text

@@ -22,9 +22,7 @@ def ieee_matmul() -> Iterator[None]:
 
 
 def cosine_schedule(step: int, num_steps: int, warmup_steps: float = 0) -> float:
-    """Share of the peak rate at a step, 0 the first: a linear rise over the warm-up, then half a cosine to
-    zero.
-    """
+    """Share of the peak rate at a step from 0: a linear rise over the warm-up, then half a cosine to zero."""
     if step < warmup_steps:
         return min(1.0, (step + 1) / warmup_steps)
     return (1 + math.cos(math.pi * (step - warmup_steps) / (num_steps - warmup_steps))) / 2

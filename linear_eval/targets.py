@@ -1,5 +1,4 @@
-"""The target data sets of the transfer literature on disk -> image files and labels of a split, as their
-creators split them.
+"""The transfer literature's data sets on disk -> image files and labels of a split, as their creators split.
 
 Folders are those that torchvision downloads into, below one root. Labels come from the lists that each data
 set ships; splits by SimCLR's appendix B.8 (Chen et al. 2020): the first split of DTD and SUN397, 30 images of
@@ -66,9 +65,7 @@ class TargetImages:
 
 @dataclass(frozen=True)
 class TargetSource:
-    """How a data set is read: (root, split, download) -> its listing; `advice` says how to get it where no
-    download does.
-    """
+    """A data set's reader: (root, split, download) -> its listing; `advice`: how to get it by hand."""
 
     read: Callable[[Path, str, bool], Listing]
     splits: tuple[str, ...] = ("train", "test")
@@ -122,9 +119,7 @@ def torchvision_target(name: str, root: str | Path, split: str, *, download: boo
 
 
 def _through_torchvision(class_name: str) -> Callable[[Path, str, bool], Listing]:
-    """Of the classes that take `split` and `loader`: with `str` for a loader an item is (path, label), and
-    nothing is decoded.
-    """
+    """For classes with `split` and `loader`: with `str` as loader an item is (path, label), not decoded."""
 
     def read(root: Path, split: str, download: bool) -> Listing:
         from torchvision import datasets
@@ -210,9 +205,7 @@ def _caltech101(root: Path, split: str, download: bool) -> Listing:
 
 
 def _voc2007(root: Path, split: str, download: bool) -> Listing:
-    """The labels of the classification task: 1, 0 (difficult objects only) and -1 (absent) in a file for each
-    class.
-    """
+    """Labels of the classification task, a file a class: 1, 0 (difficult objects only), -1 (absent)."""
     if download:
         from torchvision import datasets
 

@@ -1,5 +1,4 @@
-"""A transfer suite: target data sets, each with its splits, metric and protocol -> one table encoder x data
-set.
+"""A transfer suite: target data sets with splits, metric and protocol -> one table encoder x data set.
 
 Data flow: a mapping (from YAML) -> `parse_suite` -> `run_suite`, which calls `evaluate(encoder, target)` for
 every pair -> `Transfer` -> `to_rows`, `to_csv`, `to_markdown`, `draw_bars`. How features are made and probed
@@ -93,9 +92,7 @@ class Suite(_Strict):
 
 
 class Outcome(NamedTuple):
-    """What `evaluate` gives: outputs and labels as for `measure`, and the protocol in words with all that was
-    chosen.
-    """
+    """What `evaluate` gives: outputs and labels as for `measure`; the protocol with all choices, in words."""
 
     outputs: Tensor
     labels: Tensor
@@ -147,8 +144,7 @@ class Transfer:
 
 
 def parse_suite(values: Any, where: str) -> Suite:
-    """A suite from `{"name": ..., "defaults": {...}, "targets": [{...}, ...]}`; `defaults` fills in what a
-    target leaves out.
+    """A suite from `{"name": ..., "defaults": {...}, "targets": [{...}, ...]}`; `defaults` fills in the rest.
 
     Args:
         values: what the YAML file holds.
@@ -266,9 +262,7 @@ def tabulate(suite: str, cells: Sequence[Cell]) -> Transfer:
 
 
 def to_rows(transfer: Transfer) -> list[dict[str, Any]]:
-    """JSON-able: a row for each cell, then the macro average of each encoder. Values in percent, None where
-    not judged.
-    """
+    """JSON-able: a row a cell, then each encoder's macro average. Percent, None where not judged."""
     rows = []
     row: dict[str, Any]
     for cell in transfer.cells:
@@ -303,9 +297,7 @@ def to_rows(transfer: Transfer) -> list[dict[str, Any]]:
 
 
 def to_csv(transfer: Transfer) -> str:
-    """`to_rows` with a header; empty where there is no value. Names are as `csv_cell` and `printable` write
-    them.
-    """
+    """`to_rows` with a header, empty where no value is; names as of `csv_cell` and `printable`."""
     rows = to_rows(transfer)
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
@@ -318,9 +310,7 @@ def to_csv(transfer: Transfer) -> str:
 
 
 def to_markdown(transfer: Transfer) -> str:
-    """A line for each data set, a column for each encoder: value [interval] (place); then what is missing and
-    why.
-    """
+    """A line a data set, a column an encoder: value [interval] (place); then what is missing and why."""
     several = len(transfer.encoders) > 1
     lines = [["data", "metric", "n_test", *map(markdown_cell, transfer.encoders)]]
     for target in transfer.targets:

@@ -1,5 +1,4 @@
-"""A classifier that was kept: encoder, linear head and names of the classes, in a folder that needs nothing
-beside it.
+"""A kept classifier: encoder, linear head and names of the classes, in a folder that needs nothing else.
 
 The folder: `model.safetensors` (tensors `encoder.*` and `head.*`) and `config.json`, which says what they are
 of and holds their SHA-256. Nothing in it is run, and its sizes are checked before any of it is used.
@@ -56,8 +55,7 @@ class ClassifierConfig(Section):
 
 
 class Classifier(nn.Module):
-    """Images (B, 3, S, S) float in [0, 1] -> logits (B, C), their columns called `class_names`. It normalises
-    by itself.
+    """Images (B, 3, S, S) float in [0, 1], normalised here -> logits (B, C), in columns `class_names`.
 
     What is no such image is refused as by `ssl_emp.model.Encoder`; `checks_range` as there.
 
@@ -101,9 +99,7 @@ class Classifier(nn.Module):
 
 
 def check_keepable(encoder: nn.Module, name: str) -> None:
-    """Raise UserError where an encoder, called `name` by evaluate.py, could not be built again from what a
-    folder would hold.
-    """
+    """Raise UserError where an encoder, called `name`, could not be built again from a folder."""
     spec = _describe(encoder, name)
     try:
         expected = _shapes(_skeleton(spec, meta=True))
@@ -125,8 +121,7 @@ def save_classifier(
     bf16: bool = False,
     judged: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `model.safetensors` and `config.json`, each whole or not at all; what was there before is
-    replaced.
+    """Write `model.safetensors` and `config.json`, each whole or not at all, over what was there.
 
     Args:
         encoder: an `Encoder`, or what else evaluate.py judges, called `name` there.
@@ -163,8 +158,7 @@ def load_classifier(path: str | os.PathLike[str], *, check_range: bool = True) -
     """The classifier in a folder that `save_classifier` wrote, in eval mode on the CPU, without gradients.
 
     Args:
-        check_range: refuse images with values beyond [0, 1], which on a GPU waits for the images at each
-            call.
+        check_range: refuse values beyond [0, 1], which on a GPU waits for the images at each call.
 
     Raises:
         UserError: files missing, damaged, changed, or that do not fit each other.
@@ -305,9 +299,7 @@ def _describe(encoder: nn.Module, name: str) -> dict[str, Any]:
 
 
 def _skeleton(spec: Mapping[str, Any], meta: bool = False) -> nn.Module:
-    """The network of `_core` with no weights of worth; with `meta` none at all, so that its shapes can be
-    seen at no cost.
-    """
+    """The network of `_core`, weights without worth; with `meta` none at all, for its shapes alone."""
     if meta:
         try:
             with torch.device("meta"):

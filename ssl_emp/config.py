@@ -1,6 +1,4 @@
-"""YAML and `key=value` overrides -> one checked `PretrainConfig`. Only the two scripts know it: config stops
-at the door.
-"""
+"""YAML and `key=value` overrides -> one checked `PretrainConfig`, which only the two scripts know."""
 
 import dataclasses
 import functools
@@ -160,9 +158,7 @@ class AugmentConfig(Section):
 
 
 class PruneConfig(Section):
-    """What every policy has. Each has a section of its own, with the keys of its class in
-    ssl_emp/prune/policies.py.
-    """
+    """What every policy has; a section has the keys of the policy's class in ssl_emp/prune/policies.py."""
 
     policy: str = "emp"
     fraction: Annotated[float, Field(ge=0, lt=1)] = 0.3  # s: share left out of a pruned epoch
@@ -428,9 +424,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def read_values(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML file, unchecked. Raises UserError where it cannot be read or holds
-    something else.
-    """
+    """The keys and values of a YAML file, unchecked. Raises UserError where it cannot be read as such."""
     try:
         with open(path, "rb") as file:
             raw = file.read(MAX_CONFIG_BYTES + 1)  # whatever the path is: /dev/zero has no end
@@ -461,8 +455,7 @@ def load_config(path: str | Path | None, overrides: list[str], of_run: bool = Fa
         of_run: the file is a run's config.yaml; one from before policies had keys of their own is understood.
 
     Raises:
-        UserError: unreadable file, broken syntax, or every unknown key, wrong type and value out of range
-            at once.
+        UserError: unreadable file, broken syntax, or all unknown keys, wrong types and values at once.
     """
     values = {} if path is None else read_values(path)
     if of_run and isinstance(values.get("prune"), dict):
@@ -489,9 +482,7 @@ GONE: dict[str, Any] = {
 
 
 def keys_of_policy(section: dict[str, Any], where: str) -> dict[str, Any]:
-    """The section `prune` of a run of ssl_emp 0.1, where every policy had every key, without what had no
-    effect.
-    """
+    """The section `prune` of a run of ssl_emp 0.1, where every policy had every key, without unused ones."""
     used = [key for key, default in GONE.items() if key in section and section[key] != default]
     if used:
         what = (
@@ -514,9 +505,7 @@ def keys_of_policy(section: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def apply_override(config: type[BaseModel], values: dict[str, Any], override: str) -> None:
-    """Write `a.b=text` into nested dicts. Text is YAML, but where `config` wants a string it is taken as it
-    stands.
-    """
+    """Write `a.b=text` into nested dicts. Text is YAML, but kept as it is where `config` has a string."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         fix = "write key=value, such as epochs=20 or prune.fraction=0.5"

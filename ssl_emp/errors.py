@@ -26,9 +26,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def path_argument(text: str) -> str:
-    """For `add_argument(type=...)`: a path in which `~` is the home folder, also where the shell did not say
-    so (`--out=~/x`).
-    """
+    """For `add_argument(type=...)`: a path, with `~` for the home folder even where no shell did that."""
     try:
         return home(text)
     except ValueError as error:

@@ -14,8 +14,7 @@ def keyed_bits(*key: int | Tensor) -> Tensor:
 
     An int and a tensor of the same value give the same bits. Ints are hashed on the host, without a tensor.
     Put them and small tensors first: each part costs a pass over the broadcast shape of the parts so far.
-    Inside `torch.compile` an int must be a constant; pass one that changes between calls (an epoch) as a 0-d
-    tensor.
+    Inside `torch.compile` an int must be constant; pass one that changes (an epoch) as a 0-d tensor.
 
     Args:
         key: ints (taken modulo 2^64) and int64 tensors that broadcast; at least one tensor. Order matters.

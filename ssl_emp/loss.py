@@ -1,7 +1,6 @@
 """NT-Xent, the contrastive loss of SimCLR, one value per sample.
 
-Letters: B pairs, M = 2B views, P projection dimensions, all of one rank; A views of all ranks that share the
-batch, so A = M with one process.
+Letters: B pairs, M = 2B views, P projection dimensions of one rank; A views of all ranks (A = M for one).
 """
 
 import math

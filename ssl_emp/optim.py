@@ -11,8 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 
 class Lars(Optimizer):
-    """LARS with momentum (You et al., arXiv 1708.03888): each tensor's step is scaled by ||w|| / ||g + wd *
-    w||.
+    """LARS with momentum (arXiv 1708.03888): each tensor's step is scaled by ||w|| / ||g + wd * w||.
 
     Tensors in a group with `adapt=False` (biases, BatchNorm) take a plain momentum step, as in SimCLR. The
     norms of all tensors are taken in one call and compared on the device: no branch waits for the GPU.
@@ -63,9 +62,7 @@ class Lars(Optimizer):
 def build_optimizer(
     model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float
 ) -> Optimizer:
-    """`sgd`, `lars` or `adamw`; biases and BatchNorm (tensors of one dimension) take no weight decay and no
-    LARS scaling.
-    """
+    """`sgd`, `lars` or `adamw`; biases and BatchNorm take no weight decay and no LARS scaling."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in params if p.dim() > 1], "weight_decay": weight_decay},
@@ -84,15 +81,12 @@ def build_optimizer(
 
 
 def gradient_norm(params: Iterable[Tensor]) -> Tensor:
-    """L2 norm of all gradients together, 0-d on the device, not finite where one of them is not; nothing is
-    read from it.
-    """
+    """L2 norm of all gradients, 0-d on the device, not finite where one of them is not; no read back."""
     return torch.stack(torch._foreach_norm([p.grad for p in params if p.grad is not None])).norm()
 
 
 def step_where(optimizer: Optimizer, good: Tensor) -> None:
-    """`optimizer.step()` where `good` (0-d bool on the device) holds, else leave weights and state alone;
-    nothing is read from it.
+    """`optimizer.step()` where `good` (0-d bool on the device), else no change; reads nothing back.
 
     torch's fused optimisers take the flag that its gradient scaler gives them, and so does `Lars`.
     """
@@ -159,8 +153,7 @@ def one_cycle_lr(
     div: float = 25.0,
     final_div: float = 1e4,
 ) -> float:
-    """torch's OneCycleLR (cosine, two phases): from peak / div up to the peak, then down to peak / div /
-    final_div.
+    """torch's OneCycleLR (cosine): from peak / div up to the peak, then down to peak / div / final_div.
 
     Args:
         step: 0 for the first optimiser step, total_steps - 1 for the last, which takes the lowest rate.
@@ -176,8 +169,7 @@ def one_cycle_lr(
 def one_cycle_momentum(
     step: int, total_steps: int, pct_start: float = 0.3, base: float = 0.85, high: float = 0.95
 ) -> float:
-    """The momentum that torch's OneCycleLR sets unless told not to: against the learning rate, high -> base
-    -> high.
+    """The default momentum of torch's OneCycleLR, against the learning rate: high -> base -> high.
 
     InfoBatch's CIFAR example leaves that default on, which overrides the 0.9 that it gives its optimiser.
     """

@@ -1,5 +1,4 @@
-"""Files of run directories, which may come from strangers: written through no link, read only where they are
-what they should be.
+"""Files of run directories, perhaps of strangers: written through no link, read only if what they should be.
 
 A run directory's own path may be a link (`runs -> /scratch/runs`). What lies inside and is written to may
 not: a link called train.log would let whoever packed the directory choose which file of ours is written. The
@@ -42,8 +41,7 @@ def _finite(value: Any) -> Any:
 
 
 def open_own(path: Path, mode: str) -> IO[bytes]:
-    """Open for appending or in-place changes (`a+b`, `r+b`), unbuffered, made where `mode` makes it, never
-    waiting for a pipe.
+    """Open for appending or in-place changes (`a+b`, `r+b`), unbuffered; never waits for a pipe.
 
     Raises:
         UserError: it is a link, has a second name, or is no regular file.
@@ -65,12 +63,10 @@ def open_own(path: Path, mode: str) -> IO[bytes]:
 
 
 def check_own(path: Path, replaced: bool = False) -> None:
-    """Raise UserError where a name in a run directory stands for what must not be written to: see the head of
-    this file.
+    """Raise UserError where a name in a run directory must not be written to: see the head of this file.
 
     Args:
-        replaced: the file is only ever replaced as a whole, so that a second name of it would keep what
-            it has.
+        replaced: the file is only ever replaced as a whole, so that its second names keep what they have.
     """
     with suppress(OSError):  # missing or unreadable: opening it raises
         _check_own(path, os.lstat(path), replaced)
@@ -92,9 +88,7 @@ def _check_own(path: Path, info: os.stat_result, replaced: bool = False) -> None
 
 
 def check_inner(root: Path, *names: str) -> Path:
-    """root/name/..., whether it is there or not. `root` may be a link. Raises UserError where a folder below
-    it is one.
-    """
+    """root/name/..., there or not. Raises UserError where a folder below `root` (itself free) is a link."""
     folder = root
     for name in names:
         folder = folder / name
@@ -105,8 +99,7 @@ def check_inner(root: Path, *names: str) -> Path:
 
 
 def inner_folder(root: Path, *names: str) -> Path:
-    """root/name/..., each folder below `root` made where it is missing. `root` may be a link, those below may
-    not.
+    """root/name/..., missing folders below `root` made. `root` may be a link, those below may not.
 
     Raises:
         UserError: one of them is a link.
@@ -123,9 +116,7 @@ def inner_folder(root: Path, *names: str) -> Path:
 
 
 def check_regular(path: str | Path, limit: int = LARGE) -> int:
-    """Size in bytes of a regular file, links followed. Raises UserError where it is none, is larger than
-    `limit` or not there.
-    """
+    """Size of a regular file, links followed. UserError where it is none, above `limit` bytes or missing."""
     try:
         info = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
@@ -140,9 +131,7 @@ def check_regular(path: str | Path, limit: int = LARGE) -> int:
 
 
 def read_bytes(path: str | Path, limit: int = SMALL) -> bytes:
-    """All of a regular file of at most `limit` bytes; links are followed. Raises UserError, also where it is
-    not there.
-    """
+    """All of a regular file of at most `limit` bytes, links followed. UserError, also where it is missing."""
     check_regular(path, limit)
     try:
         # O_NONBLOCK: should it be a pipe by now
@@ -166,9 +155,7 @@ def read_text(path: str | Path, limit: int = SMALL) -> str:
 
 
 def read_json(path: str | Path, limit: int = SMALL) -> Any:
-    """What a JSON file holds; NaN and Infinity, which JSON does not have, are errors as all else that is not
-    JSON. Raises UserError.
-    """
+    """What a JSON file holds; NaN and Infinity, which JSON lacks, are errors too. Raises UserError."""
     try:
         return parse_json(read_text(path, limit))
     except (ValueError, RecursionError) as error:
@@ -177,9 +164,7 @@ def read_json(path: str | Path, limit: int = SMALL) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """`json.loads` without NaN and Infinity. Raises ValueError, or RecursionError where it is nested
-    thousands deep.
-    """
+    """`json.loads` without NaN and Infinity. Raises ValueError; RecursionError where nested too deep."""
     return json.loads(text, parse_constant=_no_number)
 
 

@@ -110,9 +110,7 @@ class EvalConfig(Section):
 
 
 def parse_overrides(overrides: list[str], settings: type[Section] = EvalConfig) -> dict[str, Any]:
-    """`["knn.num_neighbors=5", "seed=1"]` -> `{"knn": {"num_neighbors": 5}, "seed": 1}`; an unknown key is a
-    UserError.
-    """
+    """`["knn.num_neighbors=5", "seed=1"]` -> `{"knn": {"num_neighbors": 5}, "seed": 1}`, or UserError."""
     known: list[str] = []
     for name, field in settings.model_fields.items():
         section = getattr(field.annotation, "model_fields", None)

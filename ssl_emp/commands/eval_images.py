@@ -43,9 +43,7 @@ HOLD_OUT = "hold a part of the train images out with data.holdout=0.2"
 
 @dataclass(frozen=True)
 class Splits:
-    """What encoders are judged on. Without labels or without a test split there are evaluators that can still
-    look at the images.
-    """
+    """What encoders are judged on. Some evaluators need no labels, and some no test split."""
 
     train: ImageSet
     test: ImageSet | None
@@ -56,9 +54,7 @@ class Splits:
 
     @property
     def labelled(self) -> tuple[ImageSet, ImageSet]:
-        """(train, test) with labels numbered alike. Raises UserError or EvalError where there is nothing to
-        predict.
-        """
+        """(train, test), labels numbered alike. UserError or EvalError where there is nothing to predict."""
         for problem in (self.no_labels, self.no_test):
             if problem is not None:
                 raise problem
@@ -93,9 +89,7 @@ class Splits:
 
 
 def load_splits(data: DataConfig, image_size: int | None, voice: Voice) -> Splits:
-    """Train and test, of one size and labelled alike. Raises UserError where the train split cannot be
-    loaded, or a test source.
-    """
+    """Train and test, of one size and labelled alike. Raises UserError where train or a test source fails."""
     train, test, no_test = _load_train(data, image_size, data.store, voice), None, None
     try:
         test = _load_test(data, train, voice)
@@ -216,9 +210,7 @@ def _note_split(data: DataConfig, split: str, images: ImageSet, voice: Voice) ->
 def load_target(
     target: Target, image_size: int | None, config: EvalConfig, voice: Voice
 ) -> dict[str, ImageSet]:
-    """The splits of a target, of one size, with labels numbered alike: `train`, `val` where it has one,
-    `test`.
-    """
+    """The splits of a target, of one size, labels numbered alike: `train`, `test`, `val` where it has one."""
     splits: dict[str, ImageSet] = {}
     size = target.image_size or image_size
     for part in ("train", "val", "test"):

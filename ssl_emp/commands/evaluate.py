@@ -235,8 +235,7 @@ def judge(
     evaluators: list[str],
     folder: Path | None,
 ) -> None:
-    """Rows of one encoder, evaluator by evaluator, each kept in `folder` at once; its features are computed
-    once.
+    """Rows of one encoder, evaluator by evaluator, each kept in `folder` at once; features computed once.
 
     What one evaluator refuses, or all of them, is a row without a value; the others go on.
     """
@@ -280,9 +279,7 @@ def judge(
 
 
 def check_places(folder: Path | None, subject: Subject) -> None:
-    """Raise UserError where a folder that an evaluation writes to is a link in somebody's run directory, and
-    leads elsewhere.
-    """
+    """Raise UserError where a folder that is written to is a link in a run directory and leads elsewhere."""
     if folder is None:
         return
     root, names = (folder.parent, [folder.name]) if folder == subject.eval_dir else (folder, [])
@@ -310,8 +307,7 @@ def failure_as_rows(session: Session, rows: list[Row], *, shared: bool = False) 
     """What goes wrong in here costs these rows, and nothing else.
 
     Args:
-        shared: the processes work together in here. An error that one of them does not tell the others of
-            has to end it: they wait.
+        shared: the processes work together in here. An error that only one of them has must end it.
     """
     config, device, ranks, ledger = session.config, session.device, session.ranks, session.ledger
     try:

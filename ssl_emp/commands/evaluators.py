@@ -49,9 +49,7 @@ from ssl_emp.text import quoted
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the table: value as printed (percent for accuracies), `std` over draws where there are
-    several.
-    """
+    """One line of the table: value as printed (percent for accuracies), `std` over several draws."""
 
     protocol: str
     value: float
@@ -112,9 +110,7 @@ class Judged:
 
     @property
     def features(self) -> tuple[Features, Features]:
-        """Of the train and the test split, with labels. Raises UserError or EvalError where there is nothing
-        to predict.
-        """
+        """Of train and test, with labels. UserError or EvalError where there is nothing to predict."""
         splits = self.splits
         return Features(self.rows["train"], splits.train_labels), Features(
             self.rows["test"], splits.test_labels
@@ -132,8 +128,7 @@ class Judged:
         return LabelledSplits(train.pixels, train.labels, test.pixels, test.labels)
 
     def checkpoint(self, evaluator: str) -> Path | None:
-        """The file that an interrupted training goes on from, its name for `linear_eval.finetune` to
-        complete.
+        """The file that an interrupted training goes on from; `linear_eval.finetune` completes its name.
 
         Scripts that look whether `finetune.pt` is there know that a training is under way, or was
         interrupted: so the folder's name.
@@ -149,9 +144,7 @@ class Judged:
         return Execution(self.device, self.checkpoint(evaluator), progress, self.note)
 
     def views(self) -> Callable[[int, Tensor, Tensor], Tensor]:
-        """Random crop and flip, as in the literature's probes: (epoch, rows, uint8 images) -> (B, 3, S, S) in
-        [0, 1].
-        """
+        """The literature's random crop and flip: (epoch, rows, uint8 images) -> (B, 3, S, S) in [0, 1]."""
         size = self.train.pixels.shape[-1]
         recipe = Augmentation(size, jitter_prob=0.0, gray_prob=0.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
         seed = self.config.seed
@@ -189,9 +182,7 @@ def out_of_memory(config: EvalConfig, device: torch.device) -> UserError:
 
 
 def features_key(encoder: nn.Module, images: ImageSet, *how: object) -> str:
-    """Name for the features of these images: a hash of the network, its weights and buffers, all pixels, and
-    `how` they are made.
-    """
+    """The features' name: a hash of the network, its weights and buffers, all pixels and `how`."""
     made_of = f"{encoder!r} {state_hash(encoder)} {images.content['pixels']} {how}"
     return hashlib.sha256(made_of.encode()).hexdigest()[:32]
 
@@ -209,8 +200,7 @@ def features_path(judged: Judged, images: ImageSet) -> Path | None:
 
 
 def extract(judged: Judged, images: ImageSet, split: str) -> Features:
-    """Features of one split, from the cache where they are; the labels of images without any are zeros, which
-    nobody reads.
+    """Features of one split, from the cache where they are; labels of unlabelled images are zeros, not read.
 
     The first process looks, decides and writes. Where it finds the features, the others get no rows: the work
     that they would share is done.
@@ -377,9 +367,7 @@ def check_savable(judged: Judged, evaluator: str) -> None:
 def classifier_result(
     judged: Judged, evaluator: str, protocol: str, found: TrainResult | LinearResult | HeadResult, save: bool
 ) -> Result:
-    """The row of a classifier. Once it is kept, so is the classifier where that is asked for, and a
-    checkpoint that is done goes.
-    """
+    """The row of a classifier; once kept, the classifier where asked for, and a finished checkpoint goes."""
 
     def then() -> None:
         if save and judged.out is not None:
@@ -416,9 +404,7 @@ def keep_classifier(
 
 @torch.no_grad()
 def run_diagnose(judged: Judged) -> list[Result]:
-    """Label-free figures of the features of one split; pictures and embeddings where rows are kept, once
-    these are.
-    """
+    """Label-free figures of one split's features; once rows are kept, pictures and embeddings too."""
     settings, seed = judged.config.diagnose, judged.config.seed
     split = settings.split if settings.split in judged.images else "train"
     if split != settings.split:
@@ -482,9 +468,7 @@ def draw_diagnosis(judged: Judged, split: str) -> None:
 
 @contextmanager
 def or_warn(voice: Voice, path: Path, part: str = "") -> Iterator[None]:
-    """Makes a picture or a table beside the numbers. Where it cannot be made, a line says so: it never costs
-    a number.
-    """
+    """Make a picture or a table beside the numbers. Where it fails, a line says so: it costs no number."""
     try:
         yield
     # matplotlib, fonts, a full disk and missing packages raise errors of many types
@@ -498,9 +482,7 @@ def or_warn(voice: Voice, path: Path, part: str = "") -> Iterator[None]:
 
 
 def run_embed(judged: Judged) -> list[Result]:
-    """The features of all images of all splits, as embeddings.parquet: index, path, split, labels where there
-    are any, vector.
-    """
+    """All splits' features as embeddings.parquet: index, path, split, labels where there are any, vector."""
     if judged.out is None:
         fix = "name a run among the encoders, or give --out DIR"
         raise UserError("embed has no folder to write into", fix)

@@ -165,9 +165,7 @@ def recipe_of(config: PretrainConfig, stored_size: int) -> Recipe:
 
 
 def labels_of(config: PretrainConfig, images: ImageSet, device: torch.device) -> Labels | None:
-    """The labels on the device, wrong ones made where asked. Raises UserError where a supervised run cannot
-    use them.
-    """
+    """Labels on the device, some made wrong if asked. UserError where a supervised run cannot use them."""
     data, supervised = config.data, config.objective == "supervised"
     # both keys are for supervised runs alone
     clean = " data.label_noise=0 label_smoothing=0" if data.label_noise or config.label_smoothing else ""
@@ -323,8 +321,7 @@ def job_lines(job: Job) -> Iterator[str]:
 def what_is_trained_on(
     images: ImageSet, test: ImageSet | None, subset: Tensor | None, supervised: bool
 ) -> dict[str, str | None]:
-    """Digests (hex) of all that the bits of a run depend on besides its settings, by what a person would have
-    changed.
+    """Digests (hex) of what a run's bits depend on besides its settings, by what a person would have changed.
 
     Where the images lie is no part of it, nor are labels that nothing is trained on.
     """
@@ -373,9 +370,7 @@ def short_run_lines(job: Job) -> Iterator[str]:
 
 
 def hard_to_learn(config: PretrainConfig) -> str:
-    """A line where temperature and batch let no pair be learned, so that a choice of samples has little to
-    leave out; else empty.
-    """
+    """A line where temperature and batch let no pair be learned, so that pruning has little to do; or ""."""
     share = perfect_pair_share(config.batch_size, config.temperature)
     if share >= LEARNED_SHARE:
         return ""
@@ -392,9 +387,7 @@ def hard_to_learn(config: PretrainConfig) -> str:
 
 
 def load_test(config: PretrainConfig, train: ImageSet, image_size: int, report: Report) -> ImageSet | None:
-    """The test split with labels numbered as in train, before the run and not after hours of it; None where
-    there is none.
-    """
+    """The test split, labels as in train; looked at before hours of a run. None where there is none."""
     data = config.data
     try:
         test = load_test_images(

@@ -1,6 +1,4 @@
-"""What an evaluation found: every row on disk as soon as it is known, all of them in a table at the end, and
-what went wrong.
-"""
+"""What an evaluation found: every row on disk at once, all in a table at the end, and what went wrong."""
 
 import sys
 import traceback
@@ -41,9 +39,7 @@ class Voice:
 
 @dataclass
 class Ledger:
-    """Rows are kept first and shown later: whatever becomes of the table, of a later evaluator or of the
-    process, they are on disk.
-    """
+    """Rows are kept first and shown later: a table, evaluator or process that fails costs none."""
 
     interrupts: Interrupts
     voice: Voice = field(default_factory=Voice)
@@ -103,9 +99,7 @@ class Ledger:
             self.rows = []
 
     def print(self, text: str) -> None:
-        """A table on standard output. Where that fails, a line says so, and an error where nothing else has
-        the rows.
-        """
+        """A table on standard output. If that fails, a line; an error if nothing else has the rows."""
         closed = not is_shown("stdout")
         error = None if closed else put("stdout", text)
         if error is None and not closed:

@@ -82,8 +82,7 @@ class Monitor:
         return f"{', '.join(parts)}: at most {SHARE:.0%} of the time together" if parts else ""
 
     def knn(self, epoch: int) -> dict[str, float]:
-        """After this epoch, where it is due, kNN accuracy in 0..1 on a fixed part of the train split, by the
-        first process.
+        """Where due after this epoch, kNN accuracy in 0..1 on a fixed part of train, by the first process.
 
         Four fifths of that part are the bank, one fifth asks; the test split is for evaluate.py alone.
         """
@@ -125,8 +124,6 @@ class Monitor:
 
 
 def epochs_between(work: float, cost: float, epochs: int) -> int:
-    """Epochs between two measurements of `cost` that may cost `work` in a run of `epochs`; 0: not one can be
-    afforded.
-    """
+    """Epochs between measurements of `cost` that may take `work` in a run of `epochs`; 0: none fits."""
     times = min(int(work / cost), epochs)
     return math.ceil(epochs / times) if times else 0

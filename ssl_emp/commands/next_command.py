@@ -1,6 +1,4 @@
-"""The command that comes after a run: one that works on the data of this run, whatever labels and splits it
-has.
-"""
+"""The command that comes after a run and works on its data, whatever labels and splits it has."""
 
 import os
 from contextlib import suppress
@@ -34,9 +32,7 @@ WORDS = (
 
 
 def next_command(out: Path, config: PretrainConfig) -> str:
-    """`python evaluate.py RUN ...`: without labels what needs none, without a test split a part of the train
-    images held out.
-    """
+    """`python evaluate.py RUN ...`, as labels allow; without a test split a part of train is held out."""
     words = "diagnose embed"
     with suppress(Exception):  # missing or damaged images by now are no reason to fail after training
         words = _words(config) or words

@@ -145,9 +145,7 @@ def rows(
 
 
 def _likely(classifier: Classifier, logits: torch.Tensor, top_k: int) -> Iterator[Row]:
-    """For each image the names of its likeliest classes and their probabilities, in turns; of equal ones the
-    first, as in evaluating.
-    """
+    """The likeliest classes' names and probabilities of each image, in turns; of equal ones the first."""
     order = logits.argsort(dim=1, descending=True, stable=True)[:, :top_k].cpu()
     chances = logits.double().softmax(1).cpu()
     for numbers, chance in zip(order.tolist(), chances, strict=True):
@@ -169,8 +167,7 @@ def _header(classifier: Classifier, top_k: int) -> Row:
 
 @contextmanager
 def _output(path: Path | None) -> Iterator[Callable[[Row], object]]:
-    """A function that writes a row: to standard output, with what would move a terminal's cursor escaped, or
-    to a file, as it is.
+    """A function that writes a row: to standard output, escaped for the terminal, or to a file, as it is.
 
     The file is there when all of it is.
 

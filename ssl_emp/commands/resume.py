@@ -1,6 +1,4 @@
-"""What a run directory holds against what is asked of it: the same settings, the same images, all files of a
-finished run.
-"""
+"""A run directory against what is asked of it: the same settings and images, all files of a finished run."""
 
 import json
 import os
@@ -69,8 +67,7 @@ def is_run(out: Path) -> bool:
 
 
 def read_run(out: Path, overrides: list[str]) -> tuple[PretrainConfig, bool]:
-    """The settings of the run in `out` with overrides, from its newest checkpoint where config.yaml is
-    missing or no YAML.
+    """Settings of the run in `out` with overrides; of its newest checkpoint if config.yaml cannot be read.
 
     Returns:
         (settings, whether config.yaml is whole).
@@ -124,12 +121,10 @@ def load_state(
     """The newest checkpoint of the run in `out`, held against what is asked.
 
     Args:
-        may_extend: more `epochs` than the run has mean that it is trained longer; otherwise they are a
-            difference like any other.
+        may_extend: more `epochs` than the run has train it longer; else they are a difference like others.
 
     Returns:
-        (the settings to go on with, those of the run until now, state); state is None where there is no
-        checkpoint yet.
+        (settings to go on with, those of the run until now, state, or None where there is no checkpoint yet)
 
     Raises:
         UserError: the run or its checkpoint is of another config.
@@ -188,8 +183,7 @@ def plan_of(state: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def fingerprint_of(state: dict[str, Any]) -> dict[str, str | None] | None:
-    """What the run in a checkpoint is trained on, see `ssl_emp.commands.job.what_is_trained_on`; None: it
-    knows a sample of the images only.
+    """`ssl_emp.commands.job.what_is_trained_on` of a checkpoint; None: it knows a sample of the images only.
 
     Raises ValueError where the entry, a text, is neither.
     """
@@ -206,9 +200,7 @@ def fingerprint_of(state: dict[str, Any]) -> dict[str, str | None] | None:
 
 
 def missing_source(config: PretrainConfig, out: Path, problem: UserError) -> UserError:
-    """The error for images that cannot be loaded on resume, with the way out where they are not where they
-    were.
-    """
+    """The error for images that cannot be loaded on resume, with the way out where they have moved."""
     source = config.data.source
     if source in (*TORCHVISION, "mnist5k") or os.path.lexists(os.path.expanduser(source)) or "*" in source:
         return problem
@@ -277,9 +269,7 @@ def check_same(job: Job, state: dict[str, Any], before: PretrainConfig, out: Pat
 
 
 def is_finished(state: dict[str, Any], config: PretrainConfig) -> bool:
-    """Whether `state` is that of the last step of the last epoch under the plan of now, with everything
-    exported.
-    """
+    """Whether `state` is that of the last step of the last epoch as planned now, with everything exported."""
     return bool(state["finished"] and state["step_in_epoch"] == 0 and plan_of(state) == config.plans()[-1])
 
 
@@ -294,9 +284,7 @@ def image_size(config: PretrainConfig, state: dict[str, Any]) -> int | None:
 
 
 def broken_files(out: Path, config: PretrainConfig, state: dict[str, Any]) -> dict[str, str]:
-    """Of a finished run, what its last checkpoint can restore: name -> why, of each file that is missing or
-    not the checkpoint's.
-    """
+    """What a finished run's checkpoint can restore: name -> why, of files missing or not of it."""
     checks: dict[str, Callable[[], str | None]] = {
         "config.yaml": lambda: None if read_run(out, [])[1] else "no settings can be read from it",
         "environment.json": lambda: (
@@ -381,9 +369,7 @@ def _result_problem(path: Path, state: dict[str, Any]) -> str | None:
 
 
 def lost_epochs(out: Path, epochs: int) -> list[int]:
-    """Epochs, from 1 on, of which metrics.jsonl has no row: those are of the training, no checkpoint can
-    restore them.
-    """
+    """Epochs, from 1 on, without a row in metrics.jsonl: no checkpoint can restore them."""
     found = set()
     try:
         for line in read_bytes(out / "metrics.jsonl", LARGE).decode("utf-8", "replace").splitlines():
@@ -397,9 +383,7 @@ def lost_epochs(out: Path, epochs: int) -> list[int]:
 
 
 def restore_encoder(out: Path, config: PretrainConfig, state: dict[str, Any], size: int) -> None:
-    """Write the encoder of a finished run again, from its last checkpoint alone. Raises UserError where that
-    does not fit.
-    """
+    """Write a finished run's encoder again, from its last checkpoint. Raises UserError if it does not fit."""
     model = config.model
     encoder = build_encoder(
         model.arch, model.width, model.stem, size, config.augment.mean, config.augment.std
@@ -425,8 +409,7 @@ def repair(
     report: Report,
     held: Held | None,
 ) -> bool:
-    """Look at every file of a finished run, and restore what its checkpoint alone can. Whether nothing is
-    left to do.
+    """Check all files of a finished run and restore what its checkpoint can. Whether nothing is left to do.
 
     The images are needed for samples.parquet (their names), result.json (the test split), and where
     data.source is another now.

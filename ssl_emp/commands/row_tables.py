@@ -18,9 +18,7 @@ def shown(row: Row, name: str) -> str:
 
 
 def markdown_table(rows: list[Row]) -> str:
-    """A row without a value ends with the reason for that, in the column of protocols, and has no further
-    cells.
-    """
+    """A row without a value ends with the reason, in the column of protocols."""
     reason = COLUMNS.index("protocol")
     cells = [[markdown_cell(shown(row, name)) for name in COLUMNS] for row in rows]
     widths = [len(name) for name in COLUMNS]

@@ -1,5 +1,4 @@
-"""The rows of evaluations on disk: FOLDER/EVALUATOR.json, a list of rows each, merged with those of earlier
-evaluations.
+"""Rows of evaluations on disk: lists in FOLDER/EVALUATOR.json, merged with those of earlier evaluations.
 
 Several processes may write into one folder at once. Each holds the folder's lock while it reads, merges and
 replaces a file, so that none overwrites what another has just written; a file is replaced whole or not at
@@ -35,11 +34,9 @@ def row_key(row: Row) -> tuple[Any, ...]:
 
 
 def write_rows(folder: Path, rows: list[Row], note: Callable[[str], None] = lambda line: None) -> None:
-    """Merge rows into FOLDER/EVALUATOR.json. Those that agree in ROW_KEY are replaced, and what could not be
-    judged by what now was.
+    """Merge rows into FOLDER/EVALUATOR.json: equal ROW_KEYs are replaced, and failures by what was judged.
 
-    A file that holds no rows (damaged, written by something else) is moved aside under another name, and
-    `note` is told.
+    A file that holds no rows (damaged, of something else) is moved aside, and `note` is told.
 
     Raises:
         UserError: the folder or a file cannot be written, or another process keeps it locked.
@@ -88,9 +85,7 @@ def _read(path: Path, note: Callable[[str], None]) -> list[Row]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, as long as it takes to get it. The kernel frees the lock of a process that dies,
-    however it dies.
-    """
+    """Hold a lock file; waits for it. The kernel frees the lock of a process that dies, however it dies."""
     until = time.monotonic() + PATIENCE_SECONDS
     while True:
         file = open_own(path, "a+b")  # stays open while the lock is held

@@ -1,6 +1,4 @@
-"""The encoders that evaluate.py judges: a run's, an exported one, an untrained one, none at all, timm's and
-torchvision's.
-"""
+"""What evaluate.py judges: encoders of runs, exported, untrained, timm's, torchvision's, or plain pixels."""
 
 import io
 import logging
@@ -58,8 +56,7 @@ class Pixels(nn.Module):
 def find_subjects(
     names: list[str], config: EvalConfig, given: dict[str, Any], evaluators: Iterable[str]
 ) -> list[Subject]:
-    """The encoders by their names on the command line. All files are read here: mistakes show before the work
-    starts.
+    """The encoders by their names on the command line. All files are read here: mistakes show at once.
 
     What is no run is judged beside the first run: on its data, `random` with its architecture and
     normalisation. What cannot be loaded becomes a Subject with a `problem`; a word that is neither a name nor
@@ -168,9 +165,7 @@ def is_run(path: Path) -> bool:
 
 
 def read_run_data(run: Path, given: dict[str, Any]) -> DataConfig:
-    """The data section of RUN/config.yaml under the overrides. Another source does not inherit what described
-    the run's.
-    """
+    """RUN/config.yaml's data section under overrides. Another source does not inherit its description."""
     path = run / "config.yaml"
     values = parse_yaml(read_text(path), str(path))
     own = values.get("data") if isinstance(values, dict) else None
@@ -231,9 +226,7 @@ def load_timm(name: str) -> tuple[nn.Module, int, bool]:
 
 
 def load_torchvision(name: str) -> tuple[nn.Module, int, bool, str]:
-    """A torchvision model with its best weights, without its last layer: (module, image size, whether only
-    that, name of the weights).
-    """
+    """A torchvision model with its best weights, headless: (module, image size, whether fixed, weights)."""
     from torchvision import models
 
     known = models.list_models(module=models)  # image classifiers, whose last layer can be left out
@@ -262,9 +255,7 @@ def load_torchvision(name: str) -> tuple[nn.Module, int, bool, str]:
 
 
 def drop_last_layer(network: nn.Module) -> None:
-    """Puts an Identity in the place of a torchvision classifier's layer that scores the classes; what leads
-    to it stays.
-    """
+    """Put an Identity in place of the layer of a torchvision classifier that scores the classes."""
     head = next(name for name in ("fc", "classifier", "heads", "head") if hasattr(network, name))
     scoring = [
         name

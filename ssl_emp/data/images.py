@@ -419,9 +419,7 @@ def listed(images: Sequence[str | np.ndarray], labels: Tensor, class_names: list
 
 
 def find_images(source: str, split: str = "all", download_dir: str = "data") -> list[Source]:
-    """Unlabelled images: a file, all images below a folder or in tables, both splits of a data set; or one
-    split of these. Raises UserError.
-    """
+    """Unlabelled images: a file, all of a folder, tables or data set, or one split. Raises UserError."""
     path = os.path.expanduser(source)
     is_named = source in (*TORCHVISION, "mnist5k")
     if split != "all" or is_named:

@@ -76,9 +76,7 @@ def both_sides(kinds: Iterable[str]) -> bool:
 
 
 def split_of_table(path: str) -> str | None:
-    """The split of a parquet file, by its name, else by its nearest folder that names one. path: below the
-    source.
-    """
+    """The split of a parquet file by its name, else by its nearest folder that names one."""
     *folders, name = path.split("/")
     for part in (name.rpartition(".")[0], *reversed(folders)):
         if kind := split_named(part):

@@ -571,8 +571,7 @@ class HostImages:
 def place_images(pixels: Pixels, device: torch.device | str) -> DeviceImages | HostImages:
     """Put (N, 3, S, S) uint8 on the device if it takes at most half of its free memory, else stream them.
 
-    JPEGs are decoded once onto a GPU with that much room. On the CPU they are always streamed: they are kept
-    as JPEGs because memory is short.
+    JPEGs are decoded once onto a GPU with that much room; on the CPU always streamed: memory is short there.
     """
     device = torch.device(device)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()

@@ -97,8 +97,7 @@ def find_splits(tables: Tables) -> tuple[dict[str, list[str]], str]:
 
 
 def _check_one_data_set(tables: Tables, paths: Sequence[str]) -> None:
-    """Raise UserError if the files of a split belong to several data sets: `fruit/train/0.parquet` and
-    `all/train/0.parquet`.
+    """Raise UserError if a split's files are of several data sets: `a/train/0.parquet`, `b/train/0.parquet`.
 
     On the Hub these are configurations of one data set, often with the same images.
     """

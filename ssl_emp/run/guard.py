@@ -1,6 +1,4 @@
-"""A step that is not finite leaves no trace: weights, optimiser and BatchNorm stay as they were, and it is
-counted.
-"""
+"""A step that is not finite is counted, and leaves weights, optimiser and BatchNorm as they were."""
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +37,7 @@ class Guard:
         )
 
     def step(self, terms: Tensor, number: int, batches: Tensor) -> Tensor:
-        """Step number `number` of the epoch, where loss and memory (2, B) and all gradients are finite: 0-d
-        bool, on the device.
-        """
+        """Step `number`: whether loss, memory (2, B) and all gradients are finite, 0-d bool on the device."""
         if self.norms is None:
             self.norms = torch.zeros(len(batches), device=batches.device)
         norm = gradient_norm(self._parameters)  # of all ranks: the gradients are summed by now
@@ -66,9 +62,7 @@ class Guard:
             )
 
     def check_weights(self, step: int) -> None:
-        """Raise RunFailed where weights are not finite: the last update may be the bad one, and no loss has
-        seen it yet.
-        """
+        """Raise RunFailed where weights are not finite: no loss has seen the last update yet."""
         if not torch.stack([tensor.isfinite().all() for tensor in self.model.state_dict().values()]).all():
             what = f"the weights are not finite after step {step}; the last checkpoint is intact"
             raise RunFailed(f"{what}. fix: {FIX}")

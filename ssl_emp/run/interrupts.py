@@ -16,8 +16,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupts:
-    """In this context SIGTERM, SIGINT and SIGHUP raise `Stopped`, inside `held()` at its end. A second signal
-    ends the process at once.
+    """Here SIGTERM, SIGINT and SIGHUP raise `Stopped`, in `held()` at its end; a second one ends the process.
 
     Signals that are ignored stay ignored: nohup ignores SIGHUP, and shells SIGINT for background jobs. In
     other threads than the main one, which get no signals, this does nothing.

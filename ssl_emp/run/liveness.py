@@ -1,5 +1,4 @@
-"""Whether the processes of a group still live: each gives a sign every few seconds, and who gives none for
-too long is lost.
+"""Whether the processes of a group live: each gives a sign every few seconds, or is lost.
 
 A process that is gone closes its connections, and an exchange with it fails at once. One that hangs (stopped,
 waiting for a disk that does not answer, caught in code that never gives control back to Python) keeps them
@@ -34,8 +33,7 @@ class StoreSilent(RuntimeError):
 
 
 class BoundedStore:
-    """A key-value store of which no operation takes longer than `seconds`, and in which a signal is heard
-    meanwhile.
+    """A key-value store: no operation takes longer than `seconds`, and signals are heard meanwhile.
 
     Args:
         store: torch's, whose own waits are in C code and may have no end.
@@ -77,9 +75,7 @@ class BoundedStore:
 
 @dataclass(frozen=True)
 class Lost:
-    """Which processes are lost, and why in words, such as `rank 1 is lost (killed by SIGKILL)`; the exit code
-    of those that are left.
-    """
+    """Which processes are lost, why (`rank 1 is lost (killed by SIGKILL)`), and the others' exit code."""
 
     ranks: frozenset[int]
     why: str
@@ -99,11 +95,9 @@ def ending(code: int) -> str:
 
 
 def main_thread_clock() -> Callable[[], int]:
-    """CPU time of the main thread in ns: it stands still while the thread sleeps, waits for a disk or another
-    process, or is stopped.
+    """CPU time of the main thread in ns: stands still while it sleeps, waits for others, or is stopped.
 
-    Where the system has no clock of a thread (macOS), that of the process: a main thread that hangs beside
-    others is not noticed.
+    Without clocks of threads (macOS), that of the process: a main thread that hangs is not noticed.
     """
     if not hasattr(time, "pthread_getcpuclockid"):
         return time.process_time_ns
@@ -114,8 +108,7 @@ def main_thread_clock() -> Callable[[], int]:
 
 
 class Liveness:
-    """Gives this process's signs and watches those of others: process 0 watches all, all others watch process
-    0.
+    """Gives this process's signs and watches others: process 0 watches all, all others process 0.
 
     A sign has two counters: one goes up as long as the process runs at all, the other as long as its main
     thread does something, be it to look again and again for others. If either stands still for
@@ -174,9 +167,7 @@ class Liveness:
 
     @property
     def limit(self) -> float:
-        """Seconds without a sign after which a process is lost: an exchange that takes `timeout_seconds`
-        fails before that.
-        """
+        """Seconds without a sign until a process is lost; an exchange of `timeout_seconds` fails before."""
         return self.timeout_seconds + 2 * self.interval
 
     def start(self) -> None:
@@ -220,9 +211,7 @@ class Liveness:
         return found | ({0} if self.parent is not None and os.getppid() != self.parent else set())
 
     def speaks(self, lost: frozenset[int] | set[int]) -> bool:
-        """Whether this process tells the user: the first that lives; where the first one's machine is gone,
-        the first of each machine.
-        """
+        """Whether this process tells the user: the first alive; of each machine if the first's is gone."""
         return self.rank == min(set(range(self.world_size)) - lost, default=0) or (
             0 in lost and self.local_rank == 0
         )
@@ -340,9 +329,7 @@ ENDING = {int(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHU
 
 
 def leave_at_once(line: str, code: int) -> None:
-    """Write `line` to standard error, where there is one, and end the process, whatever its main thread is
-    doing.
-    """
+    """Write `line` to standard error, if any, and end the process, whatever its main thread does."""
     if line:
         with suppress(OSError):
             os.write(2, f"{line}\n".encode(errors="backslashreplace"))

@@ -135,9 +135,7 @@ class Ranks:
         return cast(list[int], values.tolist())
 
     def agree_on(self, what: str, *tensors: Tensor) -> None:
-        """Raise RunFailed on all ranks where they do not hold the same bits. Reads one number from the
-        device.
-        """
+        """RunFailed on all ranks where their bits differ. Reads one number from the device."""
         if self.world_size == 1:
             return
         total = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
@@ -221,9 +219,7 @@ class Ranks:
 
     @contextmanager
     def first_then_others(self) -> Iterator[None]:
-        """`together`, the first rank of every machine alone and then its others: what the first one downloads
-        or caches is there for them.
-        """
+        """`together`, on every machine its first rank alone and then the others, who find its downloads."""
         if self.local_rank:
             with self.together():  # wait for the first, which may have a million images to decode
                 pass
@@ -260,8 +256,7 @@ class Ranks:
         return whole
 
     def wait_for_start(self) -> None:
-        """Wait until every rank has started. One that ends before that is noticed at once by the rank that
-        started it.
+        """Wait until every rank has started; one that ends before is noticed by the rank that started it.
 
         Raises:
             LostRank: a rank ended, or failed.
@@ -288,9 +283,7 @@ class Ranks:
             time.sleep(0.02)
 
     def watch(self, signs: dist.Store) -> None:
-        """Give signs of life in `signs`, a store with a connection of its own, and watch those of others,
-        until `leave_ranks`.
-        """
+        """Give signs of life in `signs`, a connection of its own, and watch others', until `leave_ranks`."""
         if self.liveness is not None:
             self.liveness.stop()
         parent = os.environ.get(LAUNCHED)
@@ -407,9 +400,7 @@ class Failed:
 
     @classmethod
     def parse(cls, report: bytes) -> "Failed":
-        """Of `rank, code, line` with zero bytes between them. The store may be open to others: whatever is no
-        such thing is rank 0's.
-        """
+        """Of `rank, code, line` with zero bytes between; in an open store, anything else is rank 0's."""
         rank, _, rest = report[:4000].decode(errors="replace").partition("\0")
         code, separator, line = rest.partition("\0")
         if not (
@@ -530,18 +521,14 @@ def connect(
 
 
 def listen_on_loopback() -> None:
-    """Let gloo and NCCL, whose connections have no password, listen to this machine alone. Before a group is
-    made.
-    """
+    """Before a group is made: let gloo and NCCL, which ask no password, listen to this machine alone."""
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     if loopback is not None:
         os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
 
 
 class NoPlace(UserError):
-    """The environment does not say which rank this is: whoever finds out has to tell it, for it may be the
-    only one.
-    """
+    """The environment does not say which rank this is: it may be the only one, and must tell the user."""
 
 
 @dataclass(frozen=True)
@@ -562,9 +549,7 @@ class Place:
 
 
 def place_in_environment() -> Place:
-    """What RANK, WORLD_SIZE, LOCAL_RANK, and for several processes MASTER_ADDR and MASTER_PORT, say. Raises
-    NoPlace.
-    """
+    """RANK, WORLD_SIZE, LOCAL_RANK, for several processes MASTER_ADDR and MASTER_PORT. Raises NoPlace."""
     given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if os.environ.get(name)}
     optional = {
         name: os.environ[name] for name in ("LOCAL_WORLD_SIZE", "MASTER_PORT") if os.environ.get(name)
@@ -607,8 +592,7 @@ def started_by_srun(devices: int) -> bool:
     """Whether srun started this process as one of several, which then takes SLURM's numbers.
 
     Raises:
-        NoPlace: several processes were asked for, of SLURM or of mpirun, and this is the only one, or
-            does not know which it is.
+        NoPlace: SLURM or mpirun was asked for several processes, and this is the only one, or cannot tell.
     """
     environ = os.environ
     # set by srun, not in a batch script nor in salloc's shell
@@ -730,9 +714,7 @@ def launch(count: int, command: Sequence[str]) -> None:
 
 
 def leave_ranks(ranks: Ranks) -> None:
-    """After the work: wait for the others, then close the connections. Rank 0, in whose process the store may
-    live, goes last.
-    """
+    """Wait for the others, then close the connections; rank 0, which may host the store, goes last."""
     if ranks.store is None:
         return
     ranks.barrier()
@@ -754,8 +736,7 @@ def leave_ranks(ranks: Ranks) -> None:
 def end_with_line(
     line: str, code: int, ranks: Ranks, speaks: bool | None = None, lost: Collection[int] = ()
 ) -> int:
-    """One line on standard error from all ranks together; the exit code, or the end of one of several
-    processes.
+    """One line on standard error from all ranks; the exit code, or the end of one of several processes.
 
     Args:
         speaks: whether this process is the one that writes it; None where the mistake is its own, of which
@@ -780,9 +761,7 @@ def end_abruptly(ranks: Ranks, code: int, lost: Collection[int] = ()) -> None:
 
 
 def end_lost(ranks: Collection[int]) -> None:
-    """Of the ranks of one `launch`, end those that hang: stopped processes would keep their memory, and the
-    terminal, for ever.
-    """
+    """End the hanging ranks of one `launch`: stopped, they would keep memory and terminal for ever."""
     for rank in set(ranks) & STARTED.keys():
         STARTED[rank].kill()  # does nothing where it has ended
     parent = os.environ.get(LAUNCHED)
@@ -810,9 +789,7 @@ def is_exchange(error: Exception, ranks: Ranks) -> bool:
 
 
 def end_with_launcher() -> None:
-    """In a process that `launch` started: end when rank 0 has ended, however it did, and be it in the midst
-    of an exchange.
-    """
+    """In a process that `launch` started: end when rank 0 has ended, also in the midst of an exchange."""
     parent = os.environ.get(LAUNCHED)
     if parent is None:
         return
@@ -830,8 +807,7 @@ def end_with_launcher() -> None:
 
 
 def share_batch_norm(model: nn.Module, ranks: Ranks) -> None:
-    """Let every BatchNorm of `model` take the statistics of the whole batch, in place: what one process
-    would.
+    """Let every BatchNorm of `model` take the statistics of the whole batch, in place, as one process would.
 
     On a GPU that is torch's SyncBatchNorm, which does not run on a CPU; there it is `SharedBatchNorm`.
     """
@@ -882,9 +858,7 @@ class SharedBatchNorm(_BatchNorm):
 
 
 class _Normalise(torch.autograd.Function):
-    """x (b, C, …) of every rank -> x normalised over the batch of all, float32 or float64; its mean and
-    biased variance (C,).
-    """
+    """x (b, C, …) of every rank -> x normalised over all ranks; mean and biased variance (C,)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:

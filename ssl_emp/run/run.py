@@ -1,6 +1,4 @@
-"""A run under way: where it stands, how long its parts took, when it is saved, and how it goes on from a
-checkpoint.
-"""
+"""A run under way: where it stands, how long its parts took, saving, and going on from a checkpoint."""
 
 import signal
 import time
@@ -80,9 +78,7 @@ class Run:
         return self.step - self.pruner.first_step(self.epoch)
 
     def stream(self, store: Any, batches: Tensor, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(index (b,), images (b, 3, H, W)) of the batches of an epoch that are still to be trained, with a
-        progress line.
-        """
+        """(index (b,), images (b, 3, H, W)) of an epoch's batches still to train, with a progress line."""
         first = self.step_in_epoch
         part = self.ranks.part(batches[first:])
         with self.report.progress(store.stream(part), len(batches), self.label(epoch), first) as stream:

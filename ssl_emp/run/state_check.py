@@ -31,9 +31,7 @@ KEPT = {"SGD": {"momentum_buffer"}, "Lars": {"momentum_buffer"}, "AdamW": {"step
 
 
 def check_plain(state: dict[str, Any], folder: Path) -> None:
-    """Raise UserError unless the entries that a resume looks at first are there and of their types. `folder`
-    is for the message.
-    """
+    """Raise UserError unless the entries read first are there and of their types. `folder`: to be named."""
     for name, kind in PLAIN.items():
         _raise_first(
             _of_type(state.get(name), kind, name) if name in state else iter([f"{name} is missing"]), folder
@@ -48,8 +46,7 @@ def check_state(
     pruner: Pruner,
     folder: Path,
 ) -> None:
-    """Raise UserError with the first entry in which a loaded checkpoint does not fit the run, before any of
-    it is used.
+    """Raise UserError with the first entry of a loaded checkpoint that does not fit the run, before any use.
 
     Args:
         state: from `load_checkpoint`.
@@ -184,9 +181,7 @@ def _optimizer(optimizer: torch.optim.Optimizer, theirs: Any, step: Any) -> Iter
 
 
 def _config(values: Any, where: str, depth: int) -> Iterator[str]:
-    """Settings as a run saves them: words and numbers in a few levels of sections. They are compared with the
-    run's.
-    """
+    """Settings as a run saves them: words and numbers in nested sections, compared with the run's."""
     if isinstance(values, dict) and depth:
         for key, value in values.items():
             yield from (
@@ -214,9 +209,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message, whatever it is: a tensor or a dict by its type, since printing it might take for
-    ever.
-    """
+    """A value in a message: a tensor or a dict by its type, since printing it might take for ever."""
     return (
         shorten(repr(value)) if isinstance(value, str | int | float | bool | None) else type(value).__name__
     )

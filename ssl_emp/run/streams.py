@@ -16,8 +16,7 @@ Stream = Literal["stdout", "stderr"]
 def prepare_streams(errors: str = "backslashreplace") -> None:
     """Call first in a command, before any file is opened.
 
-    Otherwise the next file that is opened would get a closed descriptor's number, and warnings of libraries
-    would be written into it.
+    Otherwise the next opened file would get a closed descriptor's number, and warnings with it.
 
     Args:
         errors: how letters are written that the stream's encoding lacks; the default keeps names readable.
