@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     for cell in expand(grid["cells"]):
         out = arguments.runs / arguments.grid.stem / name_of(cell, settings_of(cell, grid), "")
         out.mkdir(parents=True, exist_ok=True)
-        with open(out.with_suffix(".lock"), "w") as lock:
+        with open(out.parent / f"{out.name}.lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

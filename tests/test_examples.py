@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 from conftest import striped_images, write_parquet
 from torch.utils.data import TensorDataset
 
@@ -57,6 +60,27 @@ def test_lightly_simclr(
     out = shown("lightly_simclr", argv, monkeypatch, capsys)
     steps, accuracy = re.findall(r"^(\d+) steps, kNN accuracy (.*)%$", out, re.MULTILINE)[0]
     assert int(steps) == 6 and float(accuracy) > 40.0, "stripes of four kinds are told apart by any network"
+
+
+def test_glue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sentences of two kinds of words, and a network of random weights."""
+    monkeypatch.chdir(tmp_path)
+    words = ["good", "fine", "bad", "dull"]
+    labels = [i % 2 for i in range(256)]
+    sentences = [" ".join(words[2 * label + i // 2 % 2] for i in range(5)) for label in labels]
+    table = pa.table({"sentence": sentences, "label": labels, "idx": range(256)})
+    for split in ("train", "validation"):
+        pq.write_table(table, tmp_path / f"cola-{split}.parquet")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "model")
+    config = transformers.BertConfig(
+        vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "model")
+    argv = ["cola", "--data", str(tmp_path), "--samples", "255", "--model", str(tmp_path / "model")]
+    out = shown("glue", argv, monkeypatch, capsys)
+    # 7 batches of 32, then 12 rounds in all of which
+    assert re.findall(r"^(\d+) steps, matthews .*", out, re.MULTILINE) == ["18"]
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*")

@@ -89,7 +89,8 @@ class PrunedTrainerMixin(Trainer):
         """Keys of an example that the model takes; None: all of them stay."""
         if not self.args.remove_unused_columns:
             return None
-        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        model: Any = self.model
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of an adapter of peft
         taken = inspect.signature(model.forward).parameters
         return {*taken, "label", "label_ids", *self.label_names}
 
@@ -167,17 +168,18 @@ class PrunedTrainerMixin(Trainer):
         goes on too.
         """
         self._check_arguments()
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(str(self.args.output_dir))
+            if checkpoint is None:
                 raise ValueError(f"there is no checkpoint in {self.args.output_dir} to resume from")
-        if resume_from_checkpoint:
-            self._resume_pruner(Path(resume_from_checkpoint))
+        if checkpoint is not None:
+            self._resume_pruner(Path(checkpoint))
         elif self.pruner.step:
             raise ValueError(
                 f"the pruner has heard of {self.pruner.step} batches already: a new run needs a new Pruner"
             )
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        return super().train(checkpoint, *args, **kwargs)
 
     def _check_arguments(self) -> None:
         given, pruner = self.args, self.pruner
@@ -199,7 +201,7 @@ class PrunedTrainerMixin(Trainer):
         if asked > planned:
             raise ValueError(f"{what}: give Pruner(epochs=...) as many, or fewer steps")
         if asked < planned:
-            warnings.warn(f"{what}: its last epochs, on all samples, are cut", stacklevel=3)
+            warnings.warn(f"{what}: the end of the plan is cut", stacklevel=3)
 
     def _resume_pruner(self, checkpoint: Path) -> None:
         """Load the state beside a checkpoint. Raises ValueError where it is missing, damaged or of another
@@ -246,14 +248,15 @@ class _PrunerCallback(TrainerCallback):
         if args.should_save:
             data = io.BytesIO()
             torch.save(self.pruner.state_dict(), data)
-            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
             write_atomically(folder / STATE_NAME, data.getvalue())
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         figures = self.pruner.figures()
-        self.log({f"prune/{name}": value for name, value in figures.items()})
+        if figures:
+            self.log({f"prune/{name}": value for name, value in figures.items()})
         advice = self.pruner.advice(figures)
         if advice is not None and not self._has_advised and state.is_world_process_zero:
             self._has_advised = True
