@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     torch.set_num_threads(1)
     results = ROOT / "experiments" / "results" / f"{arguments.grid.stem}.jsonl"
-    for cell in expand(grid["cells"]):
+    for cell in (cell for group in grid["groups"] for cell in expand(group)):
         out = arguments.runs / arguments.grid.stem / name_of(cell, settings_of(cell, grid), "")
         out.mkdir(parents=True, exist_ok=True)
         with open(out.parent / f"{out.name}.lock", "w") as lock:

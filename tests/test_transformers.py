@@ -231,7 +231,7 @@ def test_resumed_within_an_epoch_it_trains_on_the_samples_of_the_uninterrupted_r
         "gradient_accumulation_steps": accumulated, "dataloader_num_workers": workers,
         "dataloader_persistent_workers": workers > 0,
     }  # fmt: skip
-    # a loader that starts workers draws a number of torch's, one whose workers persist does not: as the Trainer
+    # a loader that starts workers draws a number of torch's, one whose workers persist does not
     dropout = NO_DROPOUT if workers else {}
     whole = make_trainer(tmp_path / "whole", model=make_model(**dropout), **options)
     whole.train()
