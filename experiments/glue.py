@@ -118,6 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=path_argument, required=True, help="folder of TASK-SPLIT.parquet")
     parser.add_argument("--until", metavar="HH:MM", help="save and leave at this time of today")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the checkpoints")
+    parser.add_argument("--results", type=Path, default=ROOT / "experiments" / "results")
     try:
         arguments = parser.parse_args(argv)
         grid = yaml.safe_load(arguments.grid.read_text(encoding="utf-8"))
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
-    results = ROOT / "experiments" / "results" / f"{arguments.grid.stem}.jsonl"
+    results = arguments.results / f"{arguments.grid.stem}.jsonl"
     for cell in (cell for group in grid["groups"] for cell in expand(group)):
         out = arguments.runs / arguments.grid.stem / name_of(cell, settings_of(cell, grid), "")
         out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Whoever copies an example or a snippet of docs/your_loop.md gets something that runs."""
 
 import importlib
+import json
 import os
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ import transformers
 from conftest import striped_images, write_parquet
 from torch.utils.data import TensorDataset
 
+from experiments import glue
 from ssl_emp.prune import POLICIES
 
 ROOT = Path(__file__).parent.parent
@@ -62,25 +64,59 @@ def test_lightly_simclr(
     assert int(steps) == 6 and float(accuracy) > 40.0, "stripes of four kinds are told apart by any network"
 
 
-def test_glue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Sentences of two kinds of words, and a network of random weights."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of sentences of two kinds of words, named as CoLA is, and `model`: random weights."""
+    folder = tmp_path_factory.mktemp("sentences")
     words = ["good", "fine", "bad", "dull"]
     labels = [i % 2 for i in range(256)]
-    sentences = [" ".join(words[2 * label + i // 2 % 2] for i in range(5)) for label in labels]
-    table = pa.table({"sentence": sentences, "label": labels, "idx": range(256)})
+    texts = [" ".join(words[2 * label + i // 2 % 2] for i in range(5)) for label in labels]
+    table = pa.table({"sentence": texts, "label": labels, "idx": range(256)})
     for split in ("train", "validation"):
-        pq.write_table(table, tmp_path / f"cola-{split}.parquet")
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
-    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "model")
+        pq.write_table(table, folder / f"cola-{split}.parquet")
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "model")
     config = transformers.BertConfig(
         vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
     )
-    transformers.BertModel(config).save_pretrained(tmp_path / "model")
-    argv = ["cola", "--data", str(tmp_path), "--samples", "255", "--model", str(tmp_path / "model")]
+    transformers.BertModel(config).save_pretrained(folder / "model")
+    return folder
+
+
+def test_glue(
+    sentences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the Trainer's checkpoints
+    argv = ["cola", "--data", str(sentences), "--samples", "255", "--model", str(sentences / "model")]
     out = shown("glue", argv, monkeypatch, capsys)
-    # 7 batches of 32, then 12 rounds in all of which
+    # 7 batches of 32, then two epochs of 5 or 6
     assert re.findall(r"^(\d+) steps, matthews .*", out, re.MULTILINE) == ["18"]
+
+
+def test_glue_experiment_goes_on_where_it_stopped(
+    sentences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = {
+        "pruning": {"rounds_per_epoch": 2}, "samples": 128,
+        "training": {"num_train_epochs": 3, "per_device_train_batch_size": 16, "learning_rate": 0.01,
+                     "model": str(sentences / "model")},
+        "groups": [[{"task": "cola", "prune.policy": "none", "seed": 0}], [
+            {"task": "cola", "prune.policy": "emp", "prune.beta": 2, "prune.fraction": 0.5, "seed": 0}]],
+    }  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text(json.dumps(grid))
+    argv = [str(tmp_path / "tiny.yaml"), "--data", str(sentences), "--runs", str(tmp_path / "runs")]
+    argv += ["--results", str(tmp_path)]
+    assert glue.main([*argv, "--until", "00:00"]) == 0
+    assert not (tmp_path / "tiny.jsonl").exists(), "the time was over after a step"
+    assert glue.main(argv) == 0
+    rows = [json.loads(line) for line in (tmp_path / "tiny.jsonl").read_text().splitlines()]
+    assert [row["cell"]["prune.policy"] for row in rows] == ["none", "emp"]
+    assert [row["samples_seen"] for row in rows] == [3 * 128, 3 * 6 * 16], "6 is 16 / 3 batches, rounded up"
+    assert all(row["matthews"] > 50 and row["cpu_seconds"] > 0 for row in rows), "two words tell the label"
+    assert sum(int(times) * count for times, count in rows[1]["times_trained"].items()) == 288
+    assert glue.main(argv) == 0 and len((tmp_path / "tiny.jsonl").read_text().splitlines()) == 2
+    assert glue.main([argv[0], "--data", ".", "--until", "noon"]) == 2
+    assert capsys.readouterr().err.endswith("error: --until is 'noon'. fix: give such as 03:25\n")
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*")
