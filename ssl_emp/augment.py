@@ -191,25 +191,10 @@ def draw_features(params_a: ViewParams, params_b: ViewParams, image_size: int) -
 
     gray_differs, gray_both = (params_a.gray ^ params_b.gray).float(), (params_a.gray & params_b.gray).float()
     jittered = params_a.jitter.float() + params_b.jitter.float()
-    return torch.stack(
-        [
-            log_a + log_b,
-            (log_a - log_b).abs(),
-            iou,
-            iou.square(),
-            covered,
-            apart("brightness", 1.0),
-            apart("contrast", 1.0),
-            apart("saturation", 1.0),
-            apart("hue", 0.0),
-            gray_differs,
-            gray_both,
-            jittered,
-            (params_a.blur ^ params_b.blur).float(),
-            (params_a.solarize ^ params_b.solarize).float(),
-        ],
-        dim=1,
-    )
+    crops = [log_a + log_b, (log_a - log_b).abs(), iou, iou.square(), covered]
+    colours = [*(apart(name, 1.0) for name in ("brightness", "contrast", "saturation")), apart("hue", 0.0)]
+    blurs = [(params_a.blur ^ params_b.blur).float(), (params_a.solarize ^ params_b.solarize).float()]
+    return torch.stack([*crops, *colours, gray_differs, gray_both, jittered, *blurs], dim=1)
 
 
 def grid_of_views(view_a: Tensor, view_b: Tensor, recipe: Recipe, columns: int = 8) -> Tensor:

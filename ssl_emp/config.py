@@ -101,6 +101,11 @@ class DataConfig(Section):
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 90
     cache_dir: Place | None = None  # where the file of a set larger than memory is kept; null: .cache/ssl_emp
 
+    def shared_options(self) -> dict[str, Any]:
+        """Arguments of `load_images` that are the same for every split."""
+        names = "labels image_column label_column max_pixels jpeg_quality download_dir cache_dir"
+        return {name: getattr(self, name) for name in names.split()}
+
 
 class ModelConfig(Section):
     arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"

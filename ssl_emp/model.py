@@ -237,14 +237,8 @@ def build_encoder(
     """
     stem = resolve_stem(stem, image_size)
     backbone = WidthResNet(arch, width, stem)
-    return Encoder(
-        backbone,
-        backbone.feature_dim,
-        image_size,
-        list(mean),
-        list(std),
-        {"arch": arch, "width": width, "stem": stem},
-    )
+    spec = {"arch": arch, "width": width, "stem": stem}
+    return Encoder(backbone, backbone.feature_dim, image_size, list(mean), list(std), spec)
 
 
 class SimCLR(nn.Module):

@@ -26,15 +26,7 @@ from ssl_emp.data.images import (
 from ssl_emp.data.matching import match_labels
 from ssl_emp.errors import UserError
 
-DESCRIBED_KEYS = (
-    "source",
-    "image_size",
-    "test_source",
-    "max_images",
-    "subset_seed",
-    "holdout",
-    "jpeg_quality",
-)
+DESCRIBED_KEYS = tuple("source image_size test_source max_images subset_seed holdout jpeg_quality".split())
 # keys that change no number, or only through those above
 UNDESCRIBED_KEYS = ("labels", "label_noise", "download_dir", "store", "cache_dir")
 
@@ -68,23 +60,14 @@ class Splits:
         parts = [f"{data.source} {self.train.pixels.shape[-1]}px"]
         parts += [f"test {data.test_source}"] if data.test_source else []
         parts += [f"judged on {self.test.stand_in}"] if self.test is not None and self.test.stand_in else []
-        parts += (
-            [f"subset {data.subset_seed} of {data.max_images} images"] if data.max_images is not None else []
-        )
-        parts += (
-            [f"{100 * (data.holdout or 0):g}% of every class held out by seed {data.subset_seed}"]
-            if self.held_out
-            else []
-        )
+        subset = f"subset {data.subset_seed} of {data.max_images} images"
+        parts += [subset] if data.max_images is not None else []
+        share = f"{100 * (data.holdout or 0):g}% of every class"
+        parts += [f"{share} held out by seed {data.subset_seed}"] if self.held_out else []
         parts += [f"JPEG quality {data.jpeg_quality}"] if self.train.store == "encoded" else []
-        others = {
-            key: value
-            for key, value in data.model_dump().items()
-            if key not in DESCRIBED_KEYS and key not in UNDESCRIBED_KEYS
-        }
-        parts += [
-            f"{key}={value}" for key, value in others.items() if value != DataConfig.model_fields[key].default
-        ]
+        for key, value in data.model_dump().items():
+            if key not in DESCRIBED_KEYS + UNDESCRIBED_KEYS and value != DataConfig.model_fields[key].default:
+                parts.append(f"{key}={value}")
         return ", ".join(parts)
 
 
@@ -131,19 +114,6 @@ def load_splits(data: DataConfig, image_size: int | None, voice: Voice) -> Split
     return Splits(train, test, data, held_out, no_test, no_labels)
 
 
-def _common(data: DataConfig) -> dict[str, Any]:
-    names = (
-        "labels",
-        "image_column",
-        "label_column",
-        "max_pixels",
-        "jpeg_quality",
-        "download_dir",
-        "cache_dir",
-    )
-    return {name: getattr(data, name) for name in names}
-
-
 def _load_train(data: DataConfig, image_size: int | None, store: str, voice: Voice) -> ImageSet:
     return load_images(
         data.source,
@@ -154,7 +124,7 @@ def _load_train(data: DataConfig, image_size: int | None, store: str, voice: Voi
         subset_seed=data.subset_seed,
         store=store,
         progress=voice.progress("train images"),
-        **_common(data),
+        **data.shared_options(),
     )
 
 
@@ -167,7 +137,7 @@ def _load_test(data: DataConfig, train: ImageSet, voice: Voice) -> ImageSet:
         # JPEG for both splits or for none
         store="encoded" if train.store == "encoded" else data.store,
         progress=voice.progress("test images"),
-        **_common(data),
+        **data.shared_options(),
     )
 
 
@@ -269,11 +239,8 @@ def warn_of_overlap(fitted: dict[str, ImageSet], test: ImageSet, voice: Voice, w
 def image_hashes(pixels: Tensor | EncodedPixels) -> set[bytes]:
     """Of images (N, 3, S, S), decoded 256 at a time."""
     chunks = (pixels[start : start + 256] for start in range(0, len(pixels), 256))
-    return {
-        hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest()
-        for chunk in chunks
-        for image in chunk
-    }
+    images = (image.numpy().tobytes() for chunk in chunks for image in chunk)
+    return {hashlib.blake2b(image, digest_size=16).digest() for image in images}
 
 
 def images_hash(sets: Iterable[ImageSet | None]) -> str:

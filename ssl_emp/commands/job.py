@@ -134,15 +134,9 @@ def train_images(config: PretrainConfig) -> ImageSet:
         image_size=data.image_size,
         max_images=data.max_images,
         subset_seed=data.subset_seed,
-        labels=data.labels,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        max_pixels=data.max_pixels,
         store=data.store,
-        jpeg_quality=data.jpeg_quality,
-        download_dir=data.download_dir,
-        cache_dir=data.cache_dir,
         progress=show_progress("reading images"),
+        **data.shared_options(),
     )
     if len(images.names) < 2:
         raise UserError(f"{data.source} has {len(images.names)} image to train on", "give more images")

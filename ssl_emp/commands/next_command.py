@@ -17,18 +17,7 @@ from ssl_emp.text import quoted
 HOLDOUT = 0.2
 NEIGHBORS = KnnConfig().num_neighbors[0]
 # words of evaluate.py, which a run of that name would be taken for
-WORDS = (
-    "random",
-    "pixels",
-    "knn",
-    "linear",
-    "fewshot",
-    "finetune",
-    "diagnose",
-    "embed",
-    "transfer",
-    "predict",
-)
+WORDS = "random pixels knn linear fewshot finetune diagnose embed transfer predict".split()
 
 
 def next_command(out: Path, config: PretrainConfig) -> str:

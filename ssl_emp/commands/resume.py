@@ -30,30 +30,14 @@ from ssl_emp.text import quoted
 # where the images and the chosen samples are: free, as what they are is compared, and kept in RUN/config.yaml
 # for the next command
 PLACES = (
-    "data.source",
-    "data.kind",
-    "data.test_source",
-    "data.image_column",
-    "data.label_column",
-    "data.max_pixels",
-    "data.holdout",
-    "data.download_dir",
-    "data.cache_dir",
-    "prune.indices",
+    *"data.source data.kind data.test_source data.image_column data.label_column data.max_pixels".split(),
+    *"data.holdout data.download_dir data.cache_dir prune.indices".split(),
 )
 # settings that may differ between a run and its resumption; whether it is bf16 is compared by itself
 FREE_ON_RESUME = (
     *PLACES,
-    "out",
-    "device",
-    "devices",
-    "timeout_seconds",
-    "max_bad_steps",
-    "precision",
-    "data.store",
-    "keep_freed_memory",
-    "monitor.",
-    "checkpoint.",
+    *"out device devices timeout_seconds max_bad_steps precision data.store keep_freed_memory".split(),
+    *"monitor. checkpoint.".split(),
 )
 NO_RUN = "give the directory that pretrain.py wrote"
 
@@ -215,35 +199,20 @@ def check_same(job: Job, state: dict[str, Any], before: PretrainConfig, out: Pat
     place = f"data.source={config.data.source}"
     if config.data.source != before.data.source:
         place += f" (was {before.data.source})"
+    others = f"the images in {place} are not those of the checkpoint in {out}"
     changed = None
     if known is None:  # a checkpoint from before all images were looked at
         if state["fingerprint"] != sampled_fingerprint(job.images):
-            changed = f"the images in {place} are not those of the checkpoint in {out}"
+            changed = others
     else:
         now = job.fingerprint
-        differing = [
-            name for name in now if name in known and known[name] is not None and known[name] != now[name]
-        ]
-        kept_alike = "kept_as" not in differing
-        differing = [
-            name
-            for name in differing
-            if name not in (("kept_as", "sample") if kept_alike else ("kept_as", "pixels"))
-        ]
-        differing = ["pixels" if name == "sample" else name for name in differing]
+        differing = {name for name in now if known.get(name) is not None and known[name] != now[name]}
+        # kept in another store, all pixels may differ; a sample tells
+        pixels = "sample" if "kept_as" in differing else "pixels"
         words = {
-            "shape": (
-                f"the images in {place} are not those of the checkpoint in {out}: {now['shape']}, and "
-                f"were {known.get('shape')}"
-            ),
-            "names": (
-                f"the images in {place} are not those of the checkpoint in {out}: their names or "
-                "their order differ"
-            ),
-            "pixels": (
-                f"the images in {place} are not those of the checkpoint in {out}: pixels differ under "
-                "the same names"
-            ),
+            "shape": f"{others}: {now['shape']}, and were {known.get('shape')}",
+            "names": f"{others}: their names or their order differ",
+            pixels: f"{others}: pixels differ under the same names",
             "labels": f"the labels in {place} are not those that the run in {out} trains on",
             "test": f"the test split in {config.data.test_source or place} is not that of the run in {out}",
             "indices": (
@@ -253,11 +222,8 @@ def check_same(job: Job, state: dict[str, Any], before: PretrainConfig, out: Pat
         }
         changed = next((line for name, line in words.items() if name in differing), None)
     if changed:
-        hint = (
-            f" (now: {job.images.stored}; was it another data.store?)"
-            if "of the checkpoint" in changed
-            else ""
-        )
+        now_stored = f" (now: {job.images.stored}; was it another data.store?)"
+        hint = now_stored if changed.startswith(others) else ""
         raise UserError(changed, f"restore them{hint}, or start a new run with another out=DIR")
     if state["bf16"] != job.bf16:
         precision = "bf16" if state["bf16"] else "fp32"

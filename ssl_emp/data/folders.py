@@ -4,7 +4,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -82,6 +82,10 @@ class Listing:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     unused: Unused = field(default_factory=Unused)
     links_between_splits: bool = False
+
+    def reader(self, files: list[tuple[str, list[int]]]) -> Callable[[np.ndarray], Iterator[Encoded]]:
+        """`Source.read` of some of the files."""
+        return lambda positions: (os.path.join(self.root, files[position][0]) for position in positions)
 
 
 def list_folder(root: str, *, splits_apart: bool = True) -> Listing:
@@ -401,15 +405,12 @@ def folder_source(listing: Listing, split: str, labels: str) -> Source:
         listing.unused.add("tables", listing.tables[0][0], len(listing.tables))
     files = [listing.files[row] for row in chosen.rows]
 
-    def read(positions: np.ndarray) -> Iterator[Encoded]:
-        return (os.path.join(listing.root, files[position][0]) for position in positions)
-
     return Source(
         names=[decodable(path) for path, _ in files],
         labels=chosen.labels,
         class_names=chosen.class_names,
         version=version_of(files),
-        read=read,
+        read=listing.reader(files),
         skipped=listing.skipped,
         labels_from=chosen.labels_from,
         unused=listing.unused.listed(),

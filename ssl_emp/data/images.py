@@ -10,7 +10,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from linear_eval.errors import did_you_mean
-from ssl_emp.data.decode import MAX_PIXELS, Encoded, opened, pillow_limits, reason
+from ssl_emp.data.decode import MAX_PIXELS, opened, pillow_limits, reason
 from ssl_emp.data.folders import (
     CONTAINERS,
     EXTENSIONS,
@@ -254,7 +254,7 @@ def load_images(
         raise UserError(f"jpeg_quality is {jpeg_quality}", "set jpeg_quality to 1 to 100")
 
     return load_source(
-        _find(source, split, kind, labels, download_dir, image_column, label_column),
+        find_split(source, split, kind, download_dir, image_column, label_column, labels),
         source,
         image_size=image_size,
         max_images=max_images,
@@ -403,9 +403,6 @@ def sampled_fingerprint(images: ImageSet) -> str:
 def listed(images: Sequence[str | np.ndarray], labels: Tensor, class_names: list[str], name: str) -> Source:
     """Image files, or (H, W, 3) uint8 pixels, with their labels, as a source called `name`."""
 
-    def read(positions: np.ndarray) -> Iterator[Encoded]:
-        return (images[position] for position in positions)
-
     content, parts = hashlib.blake2b(), [(name, [len(images)])]
     for image in images:
         if isinstance(image, str):
@@ -415,6 +412,7 @@ def listed(images: Sequence[str | np.ndarray], labels: Tensor, class_names: list
             content.update(f"{image.shape}".encode() + np.ascontiguousarray(image).tobytes())
     version = version_of([*parts, (content.hexdigest(), [])])
     names = [image if isinstance(image, str) else f"{name}#{number}" for number, image in enumerate(images)]
+    read = partial(map, images.__getitem__)
     return Source(names, labels.numpy(), class_names, version, read)
 
 
@@ -424,18 +422,23 @@ def find_images(source: str, split: str = "all", download_dir: str = "data") -> 
     is_named = source in (*TORCHVISION, "mnist5k")
     if split != "all" or is_named:
         parts = ("train", "test") if split == "all" else (split,)
-        return [_find(source, part, "auto", "auto" if is_named else "none", download_dir) for part in parts]
+        labels = "auto" if is_named else "none"
+        return [find_split(source, part, "auto", download_dir, labels=labels) for part in parts]
     if os.path.isfile(path) and not _is_table(path):
         return [Source([decodable(source)], None, None, "", lambda positions: (path for _ in positions))]
     if not os.path.isdir(path):
-        return [_find(source, "all", "auto", "none", download_dir)]
+        return [find_split(source, "all", "auto", download_dir, labels="none")]
     listing, tables = _open_folder(path, source, "auto", splits_apart=False)
     if tables is not None:
         return [table_source(tables, "all", "none", None, None, listing.unused, listing.skipped)]
     if not listing.files:
         raise no_images(listing)
-    read = partial(_read_files, path, listing.files)
-    return [Source([decodable(name) for name, _ in listing.files], None, None, "", read, listing.skipped)]
+    names = [decodable(name) for name, _ in listing.files]
+    return [Source(names, None, None, "", listing.reader(listing.files), listing.skipped)]
+
+
+class NotATable(UserError):
+    """Columns are named, but the source is not a table."""
 
 
 def find_split(
@@ -445,28 +448,9 @@ def find_split(
     download_dir: str,
     image_column: str | None = None,
     label_column: str | None = None,
+    labels: str = "auto",
 ) -> Source:
     """The source that `load_images` would decode: names and labels of a split. Raises UserError, NoSplit."""
-    return _find(source, split, kind, "auto", download_dir, image_column, label_column)
-
-
-def _read_files(root: str, files: list[tuple[str, list[int]]], positions: np.ndarray) -> Iterator[Encoded]:
-    return (os.path.join(root, files[position][0]) for position in positions)
-
-
-class NotATable(UserError):
-    """Columns are named, but the source is not a table."""
-
-
-def _find(
-    source: str,
-    split: str,
-    kind: str,
-    labels: str,
-    download_dir: str,
-    image_column: str | None = None,
-    label_column: str | None = None,
-) -> Source:
     columns = (image_column, label_column)
     known = [*TORCHVISION, "mnist5k"]
     if source in known and kind in ("auto", "torchvision" if source in TORCHVISION else "mnist5k"):
@@ -595,13 +579,11 @@ def _mnist5k(split: str) -> Source:
 
 
 def _arrays(name: str, pixels: np.ndarray, labels: np.ndarray, class_names: list[str]) -> Source:
-    def read(positions: np.ndarray) -> Iterator[Encoded]:
-        return (pixels[position] for position in positions)
-
     # the pixels are part of the version: another download_dir may hold other images under the same name
     content = hashlib.blake2b(np.ascontiguousarray(pixels).data).hexdigest()  # takes a second for 1 GB
     version = version_of([(name, [*pixels.shape]), (content, [])])
-    return Source([f"{name}#{row}" for row in range(len(pixels))], labels, class_names, version, read)
+    names = [f"{name}#{row}" for row in range(len(pixels))]
+    return Source(names, labels, class_names, version, partial(map, pixels.__getitem__))
 
 
 def _common_size(source: Source, positions: np.ndarray, max_pixels: int) -> int:

@@ -76,20 +76,12 @@ def _keys(
     train_labels = range(count_classes(train))
     train_names = train.class_names and [normal(name) for name in train.class_names]
     test_names = test.class_names and [normal(test.class_names[label]) for label in occurring]
-    if not train_names and not test_names:
-        return dict(zip(train_labels, train_labels, strict=True)), dict(
-            zip(occurring, occurring, strict=True)
-        )
-    train_values = as_numbers(train_names) if train_names else list(train_labels)
-    test_values = as_numbers(test_names) if test_names else list(occurring)
-    if train_values is not None and test_values is not None:
-        return dict(zip(train_labels, train_values, strict=True)), dict(
-            zip(occurring, test_values, strict=True)
-        )
-    if train_names and test_names:
-        return dict(zip(train_labels, train_names, strict=True)), dict(
-            zip(occurring, test_names, strict=True)
-        )
+    train_keys: Sequence[Key] | None = as_numbers(train_names) if train_names else train_labels
+    test_keys: Sequence[Key] | None = as_numbers(test_names) if test_names else occurring
+    if train_keys is None or test_keys is None:
+        train_keys, test_keys = train_names or None, test_names or None
+    if train_keys is not None and test_keys is not None:
+        return dict(zip(train_labels, train_keys, strict=True)), dict(zip(occurring, test_keys, strict=True))
     named, numbered = ("train", split) if train_names else (split, "train")
     shown = some_of(train_names or test_names or [], 3)
     what = f"the {named} split names its classes ({shown}), the {numbered} split only numbers them"

@@ -1,10 +1,16 @@
 """The image format of a file by its first bytes, whatever its suffix."""
 
 import re
-import struct
 
 HEAD_BYTES = 32  # bytes that `image_format` needs
 
+_SIGNATURES = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    **dict.fromkeys((b"GIF87a", b"GIF89a"), "GIF"),
+    **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "TIFF"),
+}
+_BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # bytes
 _NETPBM = re.compile(rb"P[1-6][ \t\r\n]+[#\d]")
 _BRANDS = {
     **dict.fromkeys((b"avif", b"avis"), "AVIF"),
@@ -17,21 +23,12 @@ def image_format(head: bytes) -> str | None:
 
     Two letters are not enough: a text may begin with `BM` or `P1`.
     """
-    if head.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if head.startswith((b"GIF87a", b"GIF89a")):
-        return "GIF"
+    for signature, name in _SIGNATURES.items():
+        if head.startswith(signature):
+            return name
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "WEBP"
-    if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return "TIFF"
-    if (
-        head.startswith(b"BM")
-        and len(head) >= 18
-        and struct.unpack_from("<I", head, 14)[0] in (12, 40, 52, 56, 64, 108, 124)
-    ):
+    if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in _BMP_HEADERS and len(head) >= 18:
         return "BMP"
     if _NETPBM.match(head):
         return "PPM"
