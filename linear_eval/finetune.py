@@ -407,11 +407,8 @@ def _heights(encoder: nn.Module) -> dict[str, int]:
     """Stages from each parameter up to the head: 1 in a ResNet's `layer4`, 4 in `layer1`, 5 in the stem."""
     depths, stage = {}, 0
     for name, _ in encoder.named_parameters():  # registered from the stem to the head
-        number = next(
-            (part[5:] for part in name.split(".") if part[:5] == "layer" and part[5:].isdigit()), None
-        )
-        stage = stage if number is None else int(number)
-        depths[name] = stage
+        numbers = (part[5:] for part in name.split(".") if part[:5] == "layer" and part[5:].isdigit())
+        stage = depths[name] = int(next(numbers, stage))
     if stage == 0:
         fix = "use a ResNet, or layer_decay=1"
         raise EvalError("layer_decay needs a network with stages layer1, layer2, ...", fix)
@@ -422,17 +419,11 @@ def _check(splits: LabelledSplits) -> tuple[Tensor, Tensor, Tensor]:
     """Class ids (C,) ascending; both splits' labels as 0..C-1 on the CPU, -1 for classes not in train."""
     train_pixels, train_labels, test_pixels, test_labels = splits
     for name, pixels, labels in (("train", train_pixels, train_labels), ("test", test_pixels, test_labels)):
-        if (
-            len(pixels.shape) != 4
-            or pixels.shape[1] != 3
-            or pixels.dtype != torch.uint8
-            or labels.shape != pixels.shape[:1]
-        ):
-            raise EvalError(
-                f"the {name} pixels are {tuple(pixels.shape)} {pixels.dtype}, their labels "
-                f"{tuple(labels.shape)}",
-                "give (N, 3, H, W) uint8 pixels and (N,) labels",
-            )
+        is_rgb = len(pixels.shape) == 4 and pixels.shape[1] == 3 and pixels.dtype == torch.uint8
+        if not is_rgb or labels.shape != pixels.shape[:1]:
+            what = f"the {name} pixels are {tuple(pixels.shape)} {pixels.dtype}, "
+            what += f"their labels {tuple(labels.shape)}"
+            raise EvalError(what, "give (N, 3, H, W) uint8 pixels and (N,) labels")
         if len(pixels) == 0:
             raise EvalError(f"the {name} split is empty", "give at least one image")
         unlabeled = int((labels < 0).sum())
@@ -513,12 +504,8 @@ def _train(
                     group["lr"] = group["peak_lr"] * cosine_schedule(step, num_steps, warmup_steps)
                 images, y = pixels[index].to(device), target[index].to(device)
                 logits = model(recipe.views(epoch, index.to(device), images))  # (B, C, L)
-                each = F.cross_entropy(
-                    logits,
-                    y.unsqueeze(1).expand(-1, num_heads),
-                    reduction="none",
-                    label_smoothing=recipe.label_smoothing,
-                )  # (B, L)
+                y, smoothing = y.unsqueeze(1).expand(-1, num_heads), recipe.label_smoothing  # (B, L)
+                each = F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing)
                 optimizer.zero_grad()
                 # summed over heads: the gradient of one does not depend on the others
                 each.mean(0).sum().backward()
@@ -563,35 +550,25 @@ def _fingerprint(
     encoder: nn.Module, splits: LabelledSplits, recipe: Recipe, device: torch.device
 ) -> dict[str, Any]:
     """What a training depends on besides labels, by names for people; views by what they make of noise."""
-    train_pixels, settings = (
-        splits.train_pixels,
-        {part.name: getattr(recipe, part.name) for part in fields(recipe)},
-    )
-    del settings["views"]
+    train_pixels = splits.train_pixels
+    settings = {part.name: getattr(recipe, part.name) for part in fields(recipe) if part.name != "views"}
     rows = torch.linspace(0, len(train_pixels) - 1, min(len(train_pixels), 8)).round().long()
-    noise = torch.randint(
-        256,
-        (len(rows), *train_pixels.shape[1:]),
-        dtype=torch.uint8,
-        generator=torch.Generator().manual_seed(0),
-    )
+    shape, generator = (len(rows), *train_pixels.shape[1:]), torch.Generator().manual_seed(0)
+    noise = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
     views = []
     for epoch in sorted({0, recipe.epochs // 2, recipe.epochs - 1}):
         with torch.no_grad(), _keyed_random(device, recipe.seed, epoch):
             views.append(recipe.views(epoch, rows.to(device), noise.to(device)))
-    return (
-        {
-            "format": FORMAT,
-            "torch": torch.__version__,
-            "device": device.type,
-            "encoder": hashlib.sha256(f"{encoder!r} {state_hash(encoder)}".encode()).hexdigest(),
-            "train images": content_hash(train_pixels),
-            "test images": content_hash(splits.test_pixels),
-            "views": _hash(*views),
-        }
-        | settings
-        | {"lr": recipe.rates}
-    )
+    return {
+        "format": FORMAT,
+        "torch": torch.__version__,
+        "device": device.type,
+        "encoder": hashlib.sha256(f"{encoder!r} {state_hash(encoder)}".encode()).hexdigest(),
+        "train images": content_hash(train_pixels),
+        "test images": content_hash(splits.test_pixels),
+        "views": _hash(*views),
+        **settings | {"lr": recipe.rates},
+    }
 
 
 def _hash(*tensors: Tensor) -> str:
@@ -630,16 +607,11 @@ class _Checkpoint:
                 check(state)
         # torch.load raises pickle, zip, runtime and key errors for what is no checkpoint of ours
         except Exception as error:
+            what = f"cannot read the checkpoint {self.path} ({type(error).__name__})"
             if self.is_keyed:
-                self.warn(
-                    f"cannot read the checkpoint {self.path} ({type(error).__name__}): the "
-                    "training begins anew"
-                )
+                self.warn(f"{what}: the training begins anew")
                 return None
-            raise EvalError(
-                f"cannot read the checkpoint {self.path} ({type(error).__name__})",
-                "delete it and start again",
-            ) from error
+            raise EvalError(what, "delete it and start again") from error
         if state["fingerprint"] == self.made_of:
             return state
         ours, theirs = json.loads(self.made_of), json.loads(state["fingerprint"])
@@ -657,24 +629,13 @@ class _Checkpoint:
         with zipfile.ZipFile(self.path) as archive:
             parts = archive.infolist()
         size = self.path.stat().st_size
-        if (
-            any(part.compress_type != zipfile.ZIP_STORED for part in parts)
-            or sum(part.file_size for part in parts) > size
-        ):
+        packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+        if packed or sum(part.file_size for part in parts) > size:
             raise ValueError("it unpacks to more than it is")
         state = torch.load(self.path, map_location="cpu", weights_only=True)
-        types = {
-            "fingerprint": str,
-            "number": int,
-            "scores": list,
-            "epochs": int,
-            "model": dict,
-            "optimizer": dict,
-            "losses": Tensor,
-        }
-        if not isinstance(state, dict) or not all(
-            isinstance(state.get(name), kind) for name, kind in types.items()
-        ):
+        types = {"fingerprint": str, "number": int, "scores": list, "epochs": int, "losses": Tensor}
+        types |= {"model": dict, "optimizer": dict}
+        if not isinstance(state, dict) or any(not isinstance(state.get(key), types[key]) for key in types):
             raise TypeError("not a training's state")
         if not all(isinstance(score, float) for score in state["scores"]):
             raise TypeError("no scores")
@@ -691,8 +652,6 @@ class _Checkpoint:
         except (EvalError, OSError, RuntimeError) as error:
             if not self.warned:
                 why = getattr(error.__cause__, "strerror", None) or first_line(error)
-                self.warn(
-                    f"cannot write the checkpoint {self.path} ({why}): the training goes on, but "
-                    "could not be resumed"
-                )
+                what = f"cannot write the checkpoint {self.path} ({why})"
+                self.warn(f"{what}: the training goes on, but could not be resumed")
             self.warned = True

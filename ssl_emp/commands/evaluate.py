@@ -191,12 +191,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[list[str], list[str], dict[
     for wanted, kind in ((encoders, "encoder"), (evaluators, "evaluator")):
         if not wanted:
             raise UserError(f"no {kind} named", USAGE)
-    return (
-        encoders,
-        evaluators,
-        parse_overrides(overrides),
-        None if arguments.out is None else Path(arguments.out),
-    )
+    out = None if arguments.out is None else Path(arguments.out)
+    return encoders, evaluators, parse_overrides(overrides), out
 
 
 def _at_home(word: str) -> str:
@@ -240,17 +236,9 @@ def judge(
     What one evaluator refuses, or all of them, is a row without a value; the others go on.
     """
     ranks, ledger = session.ranks, session.ledger
-    out = (
-        None
-        if folder is None
-        else folder / ("" if subject.eval_dir and is_run(Path(subject.name)) else safe_name(subject.name))
-    )
-    row: Row = dict.fromkeys(COLUMNS) | {
-        "encoder": subject.name,
-        "data": subject.data.source,
-        "metric": "",
-        "seed": session.config.seed,
-    }
+    out = None if folder is None else folder / own_folder(subject)
+    row: Row = dict.fromkeys(COLUMNS) | {"encoder": subject.name, "data": subject.data.source}
+    row |= {"metric": "", "seed": session.config.seed}
     with failure_as_rows(session, [row | {"evaluator": evaluator} for evaluator in evaluators], shared=True):
         with ranks.together():
             subject.check()
@@ -278,13 +266,17 @@ def judge(
                         result.then()
 
 
+def own_folder(subject: Subject) -> str:
+    """The folder of a subject's pictures below that of its rows: a run has these for itself."""
+    return "" if subject.eval_dir and is_run(Path(subject.name)) else safe_name(subject.name)
+
+
 def check_places(folder: Path | None, subject: Subject) -> None:
     """Raise UserError where a folder that is written to is a link in a run directory and leads elsewhere."""
     if folder is None:
         return
     root, names = (folder.parent, [folder.name]) if folder == subject.eval_dir else (folder, [])
-    if not (subject.eval_dir and is_run(Path(subject.name))):
-        names = [*names, safe_name(subject.name)]
+    names += [own_folder(subject)] if own_folder(subject) else []
     check_inner(root, *names)
     for inner in ("diagnose", "embed", "classifier-finetune", "classifier-linear"):
         check_inner(root, *names, inner)
@@ -327,10 +319,7 @@ def failure_as_rows(session: Session, rows: list[Row], *, shared: bool = False) 
         error = out_of_memory(config, device) if "can't allocate memory" in str(caught) else caught
     if ranks.is_first:
         for row in rows:
-            if isinstance(error, MISTAKES):
-                ledger.refuse(row, error)
-            else:
-                ledger.crash(row, error)
+            (ledger.refuse if isinstance(error, MISTAKES) else ledger.crash)(row, error)
     else:
         ledger.code = ledger.code or 2
 

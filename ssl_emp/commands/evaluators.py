@@ -111,10 +111,8 @@ class Judged:
     @property
     def features(self) -> tuple[Features, Features]:
         """Of train and test, with labels. UserError or EvalError where there is nothing to predict."""
-        splits = self.splits
-        return Features(self.rows["train"], splits.train_labels), Features(
-            self.rows["test"], splits.test_labels
-        )
+        train, test = self.splits.train_labels, self.splits.test_labels
+        return Features(self.rows["train"], train), Features(self.rows["test"], test)
 
     @property
     def feature_dim(self) -> int:
@@ -388,11 +386,8 @@ def keep_classifier(
     encoder, head, bf16 = judged.encoder, found.head, isinstance(found, TrainResult) and found.classifier.bf16
     if isinstance(found, TrainResult):
         encoder = found.classifier.encoder
-    about: dict[str, Any] = {
-        "encoder": subject.name,
-        "data": subject.data.source,
-        "protocol": f"{protocol}, {subject.weights}",
-    }
+    about: dict[str, Any] = {"encoder": subject.name, "data": subject.data.source}
+    about |= {"protocol": f"{protocol}, {subject.weights}"}
     about |= {"top1": found.top1, "n_test": len(judged.splits.test_labels)}
     size = judged.train.pixels.shape[-1]
     save_classifier(folder, encoder, subject.name, head, class_names, size, bf16=bf16, judged=about)
@@ -410,13 +405,8 @@ def run_diagnose(judged: Judged) -> list[Result]:
     if split != settings.split:
         judged.note(f"{judged.subject.data.source} has no test split: diagnose looks at the train split")
     images, x = judged.images[split], judged.rows[split]
-    rows = (
-        torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[
-            : min(2048, settings.max_samples)
-        ]
-        .sort()
-        .values
-    )
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    rows = order[: min(2048, settings.max_samples)].sort().values
     views = []
     for epoch in (0, 1):  # two random crops of each image
         parts = [
@@ -445,10 +435,8 @@ def draw_diagnosis(judged: Judged, split: str) -> None:
     settings, seed, folder = judged.config.diagnose, judged.config.seed, judged.out / "diagnose"
     images, x = judged.images[split], judged.rows[split]
     picture: dict[str, Any] = {"labels": images.labels, "class_names": images.class_names}
-    counts: dict[str, Any] = {
-        "num_queries": settings.num_queries,
-        "num_neighbors": min(settings.num_neighbors, len(x) - 1),
-    }
+    num_neighbors = min(settings.num_neighbors, len(x) - 1)
+    counts: dict[str, Any] = {"num_queries": settings.num_queries, "num_neighbors": num_neighbors}
     about: dict[str, Any] = {"names": images.names, **picture}
     with or_warn(judged.session.voice, folder / "neighbors.png"):
         draw_neighbors(folder / "neighbors.png", images.pixels, x, **picture, **counts, seed=seed)
@@ -474,11 +462,7 @@ def or_warn(voice: Voice, path: Path, part: str = "") -> Iterator[None]:
     # matplotlib, fonts, a full disk and missing packages raise errors of many types
     except Exception as error:
         reason = first_line(error, 2000)
-        voice.note(
-            f"warning: {path} is made without {part}: {reason}"
-            if part
-            else f"warning: {path} is not made: {reason}"
-        )
+        voice.note(f"warning: {path} is {f'made without {part}' if part else 'not made'}: {reason}")
 
 
 def run_embed(judged: Judged) -> list[Result]:
@@ -501,14 +485,8 @@ def run_embed(judged: Judged) -> list[Result]:
     judged.note(f"{judged.subject.name}: {path}")
     counts = " and ".join(f"{len(images.names)} {split} images" for split, images in sets.items())
     total = sum(len(images.names) for images in sets.values())
-    return [
-        Result(
-            f"embeddings.parquet of {counts}, {judged.feature_dim} features each",
-            total,
-            "images",
-            n_test=total,
-        )
-    ]
+    what = f"embeddings.parquet of {counts}, {judged.feature_dim} features each"
+    return [Result(what, total, "images", n_test=total)]
 
 
 EVALUATORS: dict[str, Callable[[Judged], list[Result]]] = {

@@ -129,11 +129,9 @@ def rows(
                 buffer, lambda chosen: islice(stream, len(chosen)), part, config.max_pixels, None
             ).failed
             images = torch.from_numpy(buffer[: len(part) - len(failed)])
-            logits = (
-                classifier(images.to(device).float() / 255)
-                if len(images)
-                else torch.empty(0, len(classifier.class_names))
-            )
+            logits = torch.empty(0, len(classifier.class_names))
+            if len(images):
+                logits = classifier(images.to(device).float() / 255)
             likely = iter(_likely(classifier, logits, config.top_k))
             for row, position in enumerate(part):
                 name = source.names[position]
@@ -156,13 +154,8 @@ def _likely(classifier: Classifier, logits: torch.Tensor, top_k: int) -> Iterato
 
 def _header(classifier: Classifier, top_k: int) -> Row:
     places = range(2, min(top_k, len(classifier.class_names)) + 1)
-    return [
-        "name",
-        "class",
-        "probability",
-        *(word for n in places for word in (f"class_{n}", f"probability_{n}")),
-        "problem",
-    ]
+    further = [word for n in places for word in (f"class_{n}", f"probability_{n}")]
+    return ["name", "class", "probability", *further, "problem"]
 
 
 @contextmanager

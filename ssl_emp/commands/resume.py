@@ -324,12 +324,11 @@ def _samples_problem(path: Path, state: dict[str, Any]) -> str | None:
 
 def _result_problem(path: Path, state: dict[str, Any]) -> str | None:
     found = read_json(path)
-    whole = (
+    if not (
         isinstance(found, dict)
         and isinstance(found.get("test_accuracy"), int | float)
         and isinstance(found.get("test_images"), int)
-    )
-    if not whole:
+    ):
         return "it holds no test accuracy"
     return None if found.get("epoch") == state["epoch"] else "it is of another epoch"
 
@@ -351,9 +350,8 @@ def lost_epochs(out: Path, epochs: int) -> list[int]:
 def restore_encoder(out: Path, config: PretrainConfig, state: dict[str, Any], size: int) -> None:
     """Write a finished run's encoder again, from its last checkpoint. Raises UserError if it does not fit."""
     model = config.model
-    encoder = build_encoder(
-        model.arch, model.width, model.stem, size, config.augment.mean, config.augment.std
-    )
+    mean, std = config.augment.mean, config.augment.std
+    encoder = build_encoder(model.arch, model.width, model.stem, size, mean, std)
     try:
         encoder.backbone.load_state_dict(_backbone(state))
     except (RuntimeError, AttributeError, TypeError) as error:
@@ -381,11 +379,8 @@ def repair(
     data.source is another now.
     """
     if lost := lost_epochs(out, state["epoch"]):
-        what = (
-            f"metrics.jsonl has no row of {len(lost)} of {state['epoch']} epochs, the first is epoch "
-            f"{lost[0]}"
-        )
-        report.say(f"warning   {what}: only training could write them again")
+        what = f"metrics.jsonl has no row of {len(lost)} of {state['epoch']} epochs"
+        report.say(f"warning   {what}, the first is epoch {lost[0]}: only training could write them again")
     broken = broken_files(out, config, state)
     for name, problem in broken.items():
         report.say(f"repair    {out / name}: {problem}")
@@ -419,8 +414,6 @@ def longer_line(job: Job, before: PretrainConfig) -> str:
         if step
         else "from the beginning"
     )
-    what = (
-        f"{before.epochs} epochs were planned, and are {job.config.epochs} now: from epoch {end + 1} "
-        "on the learning rate's curve,"
-    )
-    return f"{what} pruning and annealing are laid out anew over all {job.config.epochs}; {rates}"
+    what = f"{before.epochs} epochs were planned, and are {job.config.epochs} now: from epoch {end + 1} on"
+    parts = "the learning rate's curve, pruning and annealing"
+    return f"{what} {parts} are laid out anew over all {job.config.epochs}; {rates}"

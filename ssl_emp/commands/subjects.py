@@ -70,11 +70,9 @@ def find_subjects(
             fix = did_you_mean(name, [*evaluators, "random", "pixels"], f"ENCODER is {kinds}")
             raise UserError(f"{name!r} is no directory, encoder or evaluator", fix)
 
-    runs: dict[str, Encoder | UserError] = {
-        name: _or_problem(partial(load_encoder, name, check_range=False))
-        for name in names
-        if is_run(Path(name))
-    }
+    runs: dict[str, Encoder | UserError] = {}
+    for name in filter(lambda name: is_run(Path(name)), names):
+        runs[name] = _or_problem(partial(load_encoder, name, check_range=False))
     datas = {name: _or_problem(partial(read_run_data, Path(name), given)) for name in runs}
     host = _Host(config, given, next(iter(runs), None), runs, datas)
 
@@ -257,9 +255,6 @@ def load_torchvision(name: str) -> tuple[nn.Module, int, bool, str]:
 def drop_last_layer(network: nn.Module) -> None:
     """Put an Identity in place of the layer of a torchvision classifier that scores the classes."""
     head = next(name for name in ("fc", "classifier", "heads", "head") if hasattr(network, name))
-    scoring = [
-        name
-        for name, part in getattr(network, head).named_modules()
-        if isinstance(part, nn.Linear | nn.Conv2d)
-    ]
+    parts = getattr(network, head).named_modules()
+    scoring = [name for name, part in parts if isinstance(part, nn.Linear | nn.Conv2d)]
     network.set_submodule(f"{head}.{scoring[-1]}".rstrip("."), nn.Identity())

@@ -154,7 +154,7 @@ class Liveness:
         self.runs = self.moves = 0
         self.told_clock = self.seen_clock = 0
         self.still_since = now
-        self.lost_at: float | None = None
+        self.lost_at = now
         self.signals: list[tuple[int, float]] = []  # number, and when it came
         self.pipe: tuple[int, int] | None = None
         self.over = threading.Event()
@@ -260,13 +260,9 @@ class Liveness:
             self._hear_signals(now)
             if self.lost is None:
                 self.lost = self._find_lost(now)
-                self.lost_at = now if self.lost else None
+                self.lost_at = now
             still = now - self.still_since
-            if (
-                self.lost is not None
-                and self.lost_at is not None
-                and min(still, now - self.lost_at) > GRACE_SECONDS
-            ):
+            if self.lost is not None and min(still, now - self.lost_at) > GRACE_SECONDS:
                 self.leave(self.lost, self.speaks(self.lost.ranks))
             elif stopped := self._stopped_by(now, still):
                 self.leave(stopped, True)

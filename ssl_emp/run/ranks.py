@@ -142,10 +142,7 @@ class Ranks:
         for tensor in tensors:
             bits = tensor.flatten().view(torch.int32) if tensor.dtype == torch.float32 else tensor.flatten()
             # a sum of hashes may overflow: it wraps the same everywhere
-            total = (
-                total
-                + keyed_bits(FINGERPRINT, torch.arange(len(bits), device=bits.device), bits.long()).sum()
-            )
+            total += keyed_bits(FINGERPRINT, torch.arange(len(bits), device=bits.device), bits.long()).sum()
         sums = self._of_all_hosts(total.cpu().view(1))
         differing = [rank for rank in range(self.world_size) if sums[rank] != sums[0]]
         if differing:
@@ -270,11 +267,9 @@ class Ranks:
             for rank in missing & STARTED.keys():
                 if (code := STARTED[rank].poll()) is not None:
                     self._raise_if_failed()  # it may have reported why since the last look
-                    line = f"rank {rank} was lost while starting ({ending(code)})"
-                    line += (
-                        ". fix: see what it wrote above; where it was killed, memory may be short: "
-                        "start fewer processes"
-                    )
+                    fix = "see what it wrote above; where it was killed, memory may be short"
+                    line = f"rank {rank} was lost while starting ({ending(code)}). fix: {fix}: "
+                    line += "start fewer processes"
                     self.report_failure(line, 3)
                     raise LostRank(line, True)
             if time.monotonic() > deadline:
@@ -401,16 +396,11 @@ class Failed:
     @classmethod
     def parse(cls, report: bytes) -> "Failed":
         """Of `rank, code, line` with zero bytes between; in an open store, anything else is rank 0's."""
-        rank, _, rest = report[:4000].decode(errors="replace").partition("\0")
-        code, separator, line = rest.partition("\0")
-        if not (
-            separator
-            and re.fullmatch("[0-9]{1,9}", rank)
-            and re.fullmatch("[0-9]{1,3}", code)
-            and 0 < int(code) < 256
-        ):
+        text = report[:4000].decode(errors="replace")
+        found = re.fullmatch("([0-9]{1,9})\0([0-9]{1,3})\0(.*)", text, re.DOTALL)
+        if not found or not 0 < int(found[2]) < 256:
             return cls(0, 3, "the store of the ranks holds what none of them wrote. fix: --resume")
-        return cls(int(rank), int(code), printable(line))
+        return cls(int(found[1]), int(found[2]), printable(found[3]))
 
 
 ALONE = Ranks()
@@ -496,13 +486,8 @@ def connect(
         ranks.wait_for_start()
         ranks.watch(dist.PrefixStore("signs", store.clone()))
         timeout = timedelta(seconds=timeout_seconds)
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore("group", store),
-            rank=place.rank,
-            world_size=place.world_size,
-            timeout=timeout,
-        )
+        of_group: dict[str, Any] = {"store": dist.PrefixStore("group", store), "timeout": timeout}
+        dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, **of_group)
         ranks.control, ranks.patient = (
             cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=limit))
             for limit in (timeout, timedelta(days=30))
@@ -550,30 +535,20 @@ class Place:
 
 def place_in_environment() -> Place:
     """RANK, WORLD_SIZE, LOCAL_RANK, for several processes MASTER_ADDR and MASTER_PORT. Raises NoPlace."""
-    given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if os.environ.get(name)}
-    optional = {
-        name: os.environ[name] for name in ("LOCAL_WORLD_SIZE", "MASTER_PORT") if os.environ.get(name)
-    }
-    fix = LAUNCHERS
-    numbers = {}
-    for name, text in (given | optional).items():
-        if not re.fullmatch("[0-9]{1,9}", text.strip()):
-            raise NoPlace(
-                f"RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT must be numbers ({name} is {shorten(text)})",
-                fix,
-            )
-        numbers[name] = int(text)
+    fix, numbers = LAUNCHERS, {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        if text := os.environ.get(name):
+            if not re.fullmatch("[0-9]{1,9}", text.strip()):
+                what = "RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT must be numbers"
+                raise NoPlace(f"{what} ({name} is {shorten(text)})", fix)
+            numbers[name] = int(text)
     if numbers.get("WORLD_SIZE") == 1 and numbers.get("RANK", 0) == 0:
         return Place(0, 1)
-    needed = (
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        *(() if PRIVATE_STORE in os.environ else ("MASTER_ADDR", "MASTER_PORT")),
-    )
+    needed = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
+    needed += [] if PRIVATE_STORE in os.environ else ["MASTER_ADDR", "MASTER_PORT"]
     missing = [name for name in needed if not os.environ.get(name)]
     if missing:
-        present = ", ".join(name for name in ("RANK", "WORLD_SIZE") if name in given) or "RANK"
+        present = ", ".join(name for name in ("RANK", "WORLD_SIZE") if name in numbers) or "RANK"
         raise NoPlace(f"{present} is set, but not {', '.join(missing)}", fix)
     place = Place(
         numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], numbers.get("LOCAL_WORLD_SIZE")
@@ -608,26 +583,16 @@ def started_by_srun(devices: int) -> bool:
             return True
         if not in_step and int(tasks) > 1 and devices == 1:
             what = f"this job has {tasks} tasks, and python was started without srun: it is the only process"
-            raise NoPlace(
-                what,
-                (
-                    f"start `srun python pretrain.py …`, or give devices={tasks}, or set --ntasks=1 "
-                    "for one process"
-                ),
-            )
+            fix = f"start `srun python pretrain.py …`, or give devices={tasks}"
+            raise NoPlace(what, f"{fix}, or set --ntasks=1 for one process")
     if environ.get("WORLD_SIZE"):
         place_in_environment()  # raises, where it is not 1
     if not in_step and devices == 1:
         for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
             if environ.get(name, "1").isdecimal() and int(environ.get(name, "1")) > 1:
                 what = f"mpirun started {environ[name]} processes ({name}), and its numbers are not read"
-                raise NoPlace(
-                    what,
-                    (
-                        "start by torchrun or srun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR "
-                        "and MASTER_PORT"
-                    ),
-                )
+                names = "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+                raise NoPlace(what, f"start by torchrun or srun, or set {names}")
     return False
 
 
@@ -666,9 +631,8 @@ def _not_connected(place: Place, where: str, error: Exception) -> UserError:
 
 def _take_slurm_for_torchrun() -> None:
     """srun starts one process a task: the names that torchrun would have given them."""
-    from lightning_fabric.plugins.environments import (
-        SLURMEnvironment,  # parses SLURM's node lists; imported here, for it takes seconds
-    )
+    # parses SLURM's node lists; imported here, for it takes seconds
+    from lightning_fabric.plugins.environments import SLURMEnvironment
 
     try:
         slurm = SLURMEnvironment()
@@ -706,9 +670,8 @@ def launch(count: int, command: Sequence[str]) -> None:
     else:  # macOS: a file in a folder that only this user can open
         common[PRIVATE_STORE] = os.path.join(tempfile.mkdtemp(prefix="ssl_emp-"), "store")
     for rank in range(1, count):
-        environment = (
-            os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), LAUNCHED: str(os.getpid())}
-        )
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), LAUNCHED: str(os.getpid())}
+        environment = os.environ | common | own
         STARTED[rank] = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, pass_fds=handed)
     os.environ |= common | {"RANK": "0", "LOCAL_RANK": "0"}
 
@@ -719,10 +682,8 @@ def leave_ranks(ranks: Ranks) -> None:
         return
     ranks.barrier()
     if ranks.is_first:
-        keys, deadline = (
-            [f"left/{rank}" for rank in range(1, ranks.world_size)],
-            time.monotonic() + GRACE_SECONDS,
-        )
+        keys = [f"left/{rank}" for rank in range(1, ranks.world_size)]
+        deadline = time.monotonic() + GRACE_SECONDS
         while time.monotonic() < deadline and not ranks.store.check(keys):
             time.sleep(0.02)
     else:
@@ -816,11 +777,8 @@ def share_batch_norm(model: nn.Module, ranks: Ranks) -> None:
     for name, child in model.named_children():
         if isinstance(child, _BatchNorm):
             on_gpu = child.running_mean is not None and child.running_mean.is_cuda
-            setattr(
-                model,
-                name,
-                nn.SyncBatchNorm.convert_sync_batchnorm(child) if on_gpu else SharedBatchNorm(child, ranks),
-            )
+            to_sync = nn.SyncBatchNorm.convert_sync_batchnorm
+            setattr(model, name, to_sync(child) if on_gpu else SharedBatchNorm(child, ranks))
         else:
             share_batch_norm(child, ranks)
 

@@ -179,12 +179,8 @@ class Report:
         """A progress bar on a terminal, else a plain line now and then. It never reads a tensor."""
         label = printable(label)
         if self.console.is_terminal:
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
+            name = TextColumn("{task.description}", markup=False)
+            columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             with Progress(*columns, console=self.console, transient=True, refresh_per_second=4) as bar:
                 yield iter(bar.track(items, total=total, completed=start, description=label))
         else:
@@ -231,11 +227,8 @@ def cut_events(paths: list[Path], again: dict[int, dict[str, Any]], epoch: int) 
         events = [Event.FromString(record) for record in RawEventFileLoader(str(path)).Load()]
         kept = []
         for event in events:
-            dropped = [
-                value.tag
-                for value in event.summary.value
-                if event.step >= epoch or value.tag in again.get(event.step, ())
-            ]
+            own, late = again.get(event.step, ()), event.step >= epoch
+            dropped = [value.tag for value in event.summary.value if late or value.tag in own]
             if dropped:
                 times.setdefault(event.step, event.wall_time)
             if not event.HasField("summary") or len(dropped) < len(event.summary.value):
