@@ -2,16 +2,18 @@
 
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, TensorDataset
 
-from ssl_emp.prune import POLICIES, Policy, Pruner, closeness, entropy
+from ssl_emp.prune import POLICIES, Emp, Indices, Policy, Pruner, closeness, entropy
 
 SAMPLES, BATCH, EPOCHS = 70, 8, 8  # 8 full batches and a remainder
 
@@ -194,7 +196,8 @@ def test_set_epoch_leaves_out_what_is_before_it_and_never_goes_back() -> None:
     sampler.set_epoch(0)  # accelerate counts from 0 again after a resume
     batches = list(run(whole, plain))
     assert begun + [batch[-1].tolist() for batch in loader] == batches[: pruner.steps_per_epoch]
-    sampler.set_epoch(1)
+    with pytest.warns(UserWarning, match="update heard of none of the last pass's 2 batches"):
+        sampler.set_epoch(1)
     assert next(iter(sampler)) == batches[pruner.steps_per_epoch][0]
 
 
@@ -202,9 +205,61 @@ def test_a_pass_that_update_heard_half_of_is_refused() -> None:
     pruner = make_pruner()
     loader: DataLoader[Any] = DataLoader(pruner.indexed(make_data()), BATCH, sampler=pruner.sampler())
     for number, batch in enumerate(loader):
-        if number % 2:  # as one who accumulates gradients might
+        if number < 3:
             pruner.update(batch[-1], losses_of(batch[-1], number))
     assert "update heard of 3 of the last pass's 6 batches" in refused(lambda: list(loader))
+
+
+def test_a_loop_that_never_calls_update_is_told() -> None:
+    pruner = make_pruner()
+    loader: DataLoader[Any] = DataLoader(pruner.indexed(make_data()), BATCH, sampler=pruner.sampler())
+    with pytest.warns(UserWarning, match="update heard of none of the last pass's 6 batches"):
+        for _ in range(4):
+            list(loader)
+
+
+def test_a_plan_that_prunes_no_epoch_is_told() -> None:
+    options: dict[str, Any]
+    for options in ({"epochs": 1}, {"epochs": 1, "rounds_per_epoch": 2}, {"anneal_fraction": 1}):
+        with pytest.warns(UserWarning, match="epochs is pruned"):
+            make_pruner(**options).sampler()
+    for options in ({"epochs": 1, "policy": "none"}, {"epochs": 1, "fraction": 0}, {"epochs": 2}):
+        make_pruner(**options).sampler()  # a warning would be an error
+
+
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        ("every batch twice", "not those of batch 1"),
+        ("every second batch", "not those of batch 0"),
+        ("two loaders", "not those of batch 1"),
+        ("validation too", "not those of batch 6"),
+        ("a sample twice", "not those of batch 0"),
+        ("smaller batches", "a batch of 4 samples, of all processes, where batch_size is 8"),
+        ("larger batches", "not those of batch 0"),
+    ],
+)
+def test_update_hears_the_pruners_batches_in_their_order_and_no_others(mistake: str, words: str) -> None:
+    pruner = make_pruner()
+    sizes = {"smaller batches": BATCH // 2, "larger batches": BATCH * 2}
+    loader: DataLoader[Any] = DataLoader(
+        pruner.indexed(make_data()), sizes.get(mistake, BATCH), sampler=pruner.sampler()
+    )
+    heard = 0
+
+    def loop() -> None:
+        nonlocal heard
+        for number, batch in enumerate(loader):
+            index = batch[-1][[0] * BATCH] if mistake == "a sample twice" else batch[-1]
+            for _ in range(2 if mistake in ("every batch twice", "two loaders") else 1):
+                if mistake != "every second batch" or number % 2:
+                    pruner.update(index, losses_of(index, number))
+                    heard += 1
+        for index in torch.arange(SAMPLES).split(BATCH):
+            pruner.update(index, losses_of(index, 0))
+
+    assert words in refused(loop)
+    assert pruner.step == heard
 
 
 def test_more_epochs_than_planned_are_refused() -> None:
@@ -280,9 +335,9 @@ def test_a_schedule_over_total_steps_ends_exactly() -> None:
 
 
 def test_view_major_losses_are_averaged_over_views() -> None:
-    pruner, other = make_pruner(), make_pruner()
+    pruner, other = make_pruner(batch_size=3), make_pruner(batch_size=3)
     assert next(iter(pruner.sampler())) == next(iter(other.sampler()))
-    index = torch.tensor([4, 9, 1])
+    index = pruner.batches(0)[0]
     loss = torch.tensor([1.0, 2.0, 3.0, 5.0, 6.0, 7.0], requires_grad=True)  # three samples, twice
     mean = pruner.update(index, loss)
     mean.backward()
@@ -290,7 +345,7 @@ def test_view_major_losses_are_averaged_over_views() -> None:
     other.update(index, torch.tensor([3.0, 4.0, 5.0]))
     for name, column in pruner.table().items():
         assert torch.equal(column, other.table()[name]), name
-    assert pruner.table()["loss"][[4, 9, 1]].tolist() == [3.0, 4.0, 5.0]
+    assert pruner.table()["loss"][index].tolist() == [3.0, 4.0, 5.0]
     assert not pruner.table()["loss"].requires_grad
 
 
@@ -338,17 +393,44 @@ def test_losses_that_are_refused(index: list[Any], loss: Tensor, words: str) -> 
     next(iter(pruner.sampler()))
     assert words in refused(lambda: pruner.update(torch.tensor(index), loss))
     assert "float32" in refused(lambda: pruner.update(torch.rand(3), torch.rand(3)), TypeError)
+    values, row = torch.rand(BATCH), pruner.batches(0)[0]
+    no_index: Any
+    for no_index in (None, {"index": 1}, ["a"], torch.zeros(BATCH, device="meta", dtype=torch.int64)):
+        assert "index" in refused(partial(pruner.update, no_index, values), TypeError)
+    no_loss: Any
+    for no_loss in (0.5, values.tolist(), values.numpy(), torch.ones(BATCH, dtype=torch.int64)):
+        assert "loss is" in refused(partial(pruner.update, row, no_loss), TypeError)
+        assert "memory is" in refused(partial(pruner.update, row, values, no_loss), TypeError)
     assert pruner.step == 0 and not pruner.table()["times_trained"].any(), "nothing was noted"
+
+
+@pytest.mark.parametrize("kind", [list, np.array, "uint8", "uint16", "int32"])
+def test_an_index_may_be_a_list_an_array_or_small_integers(kind: Any) -> None:
+    pruner = make_pruner()
+    row = next(iter(BatchSampler(pruner.sampler(), BATCH, drop_last=True)))
+    index = torch.tensor(row, dtype=getattr(torch, kind)) if isinstance(kind, str) else kind(row)
+    pruner.update(index, torch.arange(8.0))
+    assert pruner.table()["loss"][row].tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_losses_of_any_precision_are_kept_detached(dtype: torch.dtype) -> None:
+    pruner = make_pruner(policy="emp")
+    row = next(iter(BatchSampler(pruner.sampler(), BATCH, drop_last=True)))
+    loss = torch.arange(8.0).to(dtype).requires_grad_()
+    assert pruner.update(torch.tensor(row), loss, loss * 2).requires_grad
+    table = pruner.table()
+    assert table["loss"][row].tolist() == list(range(8)) and not table["memory"].requires_grad
 
 
 @pytest.mark.parametrize("name", ["emp", "distance"])
 def test_policies_that_need_the_memory_term_say_so(name: str) -> None:
-    pruner = make_pruner(policy=name)
-    next(iter(pruner.sampler()))
-    index, loss = torch.tensor([1, 2]), torch.tensor([0.5, 0.7])
-    assert "memory" in refused(lambda: pruner.update(index, loss))
-    pruner.update(index, loss, closeness(torch.randn(2, 4), torch.randn(2, 4)))
-    pruner.update(index, loss, entropy(torch.randn(2, 3)))
+    pruner = make_pruner(policy=name, batch_size=2)
+    first, second, index = pruner.batches(0)[:3]
+    loss = torch.tensor([0.5, 0.7])
+    assert "memory" in refused(lambda: pruner.update(first, loss))
+    pruner.update(first, loss, closeness(torch.randn(2, 4), torch.randn(2, 4)))
+    pruner.update(second, loss, entropy(torch.randn(2, 3)))
     assert "memory" in refused(lambda: pruner.update(index, loss, torch.tensor(1.0)))
 
 
@@ -515,6 +597,30 @@ def test_a_policy_is_a_name_or_an_object() -> None:
         assert make_pruner(policy=policy).steps == make_pruner(policy=name).steps
     assert "emp" in refused(lambda: make_pruner(policy="epm"))
     assert "covariates" in refused(lambda: make_pruner(policy="foresight"))
+    for none in (None, Emp, 3):
+        assert "give a name or an object" in refused(partial(make_pruner, policy=none), TypeError)
+
+
+def test_a_fixed_subset_that_does_not_suffice_is_refused_before_the_first_epoch() -> None:
+    for index, words in (
+        (torch.arange(5), "names 5 samples, and a pruned epoch needs"),
+        (torch.arange(SAMPLES + 1), "beyond 0 to 69"),
+        (torch.arange(SAMPLES) // 2, "names a sample twice"),
+        (torch.rand(SAMPLES), "float32"),
+    ):
+        policy = Indices(index=index)
+        assert words in refused(partial(make_pruner, policy=policy, rounds_per_epoch=2))
+
+
+def test_arguments_may_be_numpys_numbers_and_the_state_stays_plain(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"batch_size": np.int64(BATCH), "epochs": np.int32(EPOCHS), "seed": np.uint8(3)}
+    samples: Any = np.int64(SAMPLES)
+    pruner = make_pruner(samples, **options, fraction=np.float32(0.5), anneal_fraction=np.float64(0.25))
+    torch.save(pruner.state_dict(), tmp_path / "pruner.pt")
+    make_pruner().load_state_dict(torch.load(tmp_path / "pruner.pt", weights_only=True))
+    for name in ("samples", "batch_size", "epochs", "seed", "warmup_epochs", "rounds_per_epoch"):
+        options = {name: 2.0}
+        assert f"{name} is 2.0" in refused(partial(make_pruner, **options), TypeError)
 
 
 # --- accelerate

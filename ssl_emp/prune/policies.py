@@ -46,7 +46,7 @@ class Kept:
 class Policy:
     """What chooses the samples of a pruned epoch. Raises ValueError where a key is out of its range."""
 
-    name: ClassVar[str]
+    name: ClassVar[str] = "of no name"
     uses_scores: ClassVar[bool] = False  # whether what is remembered of the samples decides
     is_ranking: ClassVar[bool] = False  # whether the highest of `score` are kept
     needs_memory: ClassVar[bool] = False  # whether the memory term decides
@@ -87,6 +87,10 @@ class Policy:
         compare by.
         """
         return self.formula.score(known)
+
+    def problem(self, num_samples: int, count: int) -> str | None:
+        """Why it cannot choose `count` of so many samples; None: it can."""
+        return None
 
     def choose(self, known: Known, count: int, seed: int, epoch: int, warmup_epochs: int) -> Kept:
         """The `count` samples of a pruned epoch; `warmup_epochs` is the first epoch that may be pruned."""
@@ -142,6 +146,15 @@ class Indices(Policy):
     @property
     def keeps_one_subset(self) -> bool:
         return True
+
+    def problem(self, num_samples: int, count: int) -> str | None:
+        if self.index.dim() != 1 or self.index.dtype != torch.int64:
+            return f"has an index of {self.index.dtype} {tuple(self.index.shape)}: give (M,) int64"
+        if len(self.index) < count:
+            return f"names {len(self.index)} samples, and a pruned epoch needs {count}"
+        if count and not 0 <= int(self.index.min()) <= int(self.index.max()) < num_samples:
+            return f"names samples beyond 0 to {num_samples - 1}"
+        return "names a sample twice" if len(self.index.unique()) < len(self.index) else None
 
     def choose(self, known: Known, count: int, seed: int, epoch: int, warmup_epochs: int) -> Kept:
         index = self.index.to(known.variance.device)
@@ -352,6 +365,8 @@ POLICIES: dict[str, type[Policy]] = {
 
 def policy_named(name: str) -> Policy:
     """The policy of this name with its defaults. Raises ValueError for another name, with the nearest one."""
+    if not isinstance(name, str):
+        raise TypeError(f"policy is {name!r:.80}: give a name or an object, such as 'emp' or Emp(beta=2)")
     if name not in POLICIES:
         near = difflib.get_close_matches(name, POLICIES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(POLICIES)}"

@@ -4,6 +4,8 @@ Letters: N samples, B batch, b = B / W the part of one of W processes, K samples
 covariates.
 """
 
+import operator
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
@@ -49,7 +51,7 @@ class Chosen:
     weight: Tensor | None = None  # (N,) of the losses; None: all 1
     # per-sample tensors from before the epoch, which its figures compare with
     before: dict[str, Tensor] = field(default_factory=dict)
-    rows: list[list[int]] | None = None  # the batches on the host
+    rows: Tensor | None = None  # the batches on the host
 
 
 class Pruner:
@@ -101,8 +103,14 @@ class Pruner:
         scoring_draws: int = 1,
         earlier: Sequence[tuple[int, int]] = (),
     ) -> None:
-        self.num_samples = samples if isinstance(samples, int) else len(samples)
-        self.batch_size, self.epochs, self.seed = batch_size, epochs, seed
+        self.num_samples = len(samples) if isinstance(samples, Sized) else _whole("samples", samples)
+        # plain numbers, which `torch.load(weights_only=True)` reads: not numpy's
+        self.batch_size = batch_size = _whole("batch_size", batch_size)
+        self.epochs = epochs = _whole("epochs", epochs)
+        self.seed = _whole("seed", seed)
+        warmup_epochs = _whole("warmup_epochs", warmup_epochs)
+        rounds_per_epoch = _whole("rounds_per_epoch", rounds_per_epoch)
+        fraction, anneal_fraction = float(fraction), float(anneal_fraction)
         self.policy = policy if isinstance(policy, Policy) else policy_named(policy)
         self.scoring, self.scoring_draws = scoring, scoring_draws
         self._covariates, self._gather = covariates, gather
@@ -132,11 +140,18 @@ class Pruner:
             self.policy.is_shorter, tuple((old * rounds, end * rounds) for old, end in earlier), rounds,
         )  # fmt: skip
         self.steps = self.plan.epoch_steps(self.num_samples, batch_size)
-        _check((min(self.steps, default=0) >= 1, f"an epoch keeps less than a batch of {batch_size} samples"))
+        parts = "an epoch keeps" if rounds == 1 else f"one of {rounds} rounds of an epoch keeps"
+        few = f"{parts} less than a batch of {batch_size} samples"
+        _check((min(self.steps, default=0) >= 1, f"{few}: lower fraction, batch_size or rounds_per_epoch"))
+        pruned = [count * self.plan.is_pruned(epoch) for epoch, count in enumerate(self.steps)]
+        most = max(sum(pruned[first : first + rounds]) for first in range(0, len(pruned), rounds))
+        if problem := self.policy.problem(self.num_samples, most * batch_size):
+            raise ValueError(f"policy {self.policy.name} {problem}")
         self._ends = list(accumulate(self.steps))
         self.steps_per_epoch = -(-self._ends[-1] // epochs)
         self.step = 0  # batches heard of
         self._samples_are_streamed = False  # by a sampler, whose epochs are not those of the plan
+        self._passes_unheard = 0  # whole passes of the sampler since `update` heard of a batch
         self._drawn = 0, 0  # first and last (excluded) step of the sampler's last whole pass
         self._chosen: dict[int, Chosen] = {}
         self._told: dict[str, tuple[int, float]] = {}  # findings: when, and how bad
@@ -297,11 +312,20 @@ class Pruner:
             resumes: the first pass after `load_state_dict` begins where the state stood within its epoch;
                 False for trainers that skip what was trained themselves.
         """
+        asked = self.policy.prunes and not self.policy.is_shorter and self.plan.prune_fraction > 0
+        if asked and not any(map(self.plan.is_pruned, range(len(self.steps)))):
+            what = (
+                f"none of the {self.epochs} epochs is pruned: the warm-up and the annealing are all of them"
+            )
+            warnings.warn(f"{what}, plan more epochs or a lower anneal_fraction", stacklevel=2)
         return PrunedSampler(self, num_replicas, rank, resumes)
 
     def skip_to(self, nominal: int) -> None:
         """For the sampler: leave out what is left before a nominal epoch. Never back."""
-        self.step = max(self.step, nominal * self.steps_per_epoch)
+        begin = nominal * self.steps_per_epoch
+        if begin >= self._drawn[1]:
+            self._warn_if_unheard()
+        self.step = max(self.step, begin)
 
     def next_pass(self) -> tuple[int, int]:
         """For the sampler: first and last step (excluded) that are left of the nominal epoch under way."""
@@ -310,6 +334,9 @@ class Pruner:
         if first < self.step < last:
             heard = f"update heard of {self.step - first} of the last pass's {last - first} batches"
             raise ValueError(f"{heard}: call it once a batch")
+        self._passes_unheard += first == self.step < last
+        if self._passes_unheard > 2:  # trainers call iter() again before they train, once or twice
+            self._warn_if_unheard()
         if self.step >= self.total_steps:
             raise ValueError(
                 f"all {self.epochs} planned epochs are trained: make a new Pruner, or one with more"
@@ -320,14 +347,20 @@ class Pruner:
         """For the sampler: these steps were drawn, if not heard of yet."""
         self._drawn = first, last
 
+    def _warn_if_unheard(self) -> None:
+        first, last = self._drawn
+        if first == self.step < last:
+            what = f"update heard of none of the last pass's {last - first} batches, so nothing is learned of"
+            warnings.warn(f"{what} the samples: call it once a batch", stacklevel=4)
+
     def batch(self, step: int) -> list[int]:
         """For the sampler: the samples of a step, counted over the whole run, on the host."""
         epoch = self.epoch_of(step)
         batches, chosen = self.batches(epoch), self._chosen[epoch]
         if chosen.rows is None:
-            chosen.rows = batches.tolist()
+            chosen.rows = batches.cpu()
         first = self.first_step(min(epoch, len(self.steps)))
-        return chosen.rows[(step - first) % len(chosen.rows)]
+        return chosen.rows[(step - first) % len(chosen.rows)].tolist()
 
     def update(self, index: Tensor, loss: Tensor, memory: Tensor | None = None) -> Tensor:
         """Hear the losses of a batch, once each batch; gives back what to call `backward` on.
@@ -344,10 +377,14 @@ class Pruner:
             finite is not scored.
 
         Raises:
-            ValueError, TypeError: shapes that do not fit, a loss that was averaged, an index out of
-                range, no memory.
+            ValueError, TypeError: shapes that do not fit, a loss that was averaged, no memory, samples that
+                are not those of the pruner's next batch (where `index` is on the host: nothing waits).
         """
-        index = torch.as_tensor(index)
+        try:
+            index = torch.as_tensor(index)
+        except (TypeError, ValueError, RuntimeError) as error:  # of many kinds, by what it is
+            kind = f"index is of type {type(index).__name__}"
+            raise TypeError(f"{kind}: give the (B,) integers that indexed() appends") from error
         if self.policy.needs_memory and memory is None:
             what = f"policy {self.policy.name} needs the memory term"
             raise ValueError(
@@ -357,15 +394,40 @@ class Pruner:
         if self._follows_losses:
             self._move(loss.device)
             self._follows_losses = False
-        device = self.record.terms.device
+        device, host_index = self.record.terms.device, index
         index, batch = index.to(device, torch.int64, non_blocking=True), len(index)
+        self._check_is_next(host_index)
         mean = self.weighted(index, loss)
         per_sample = loss.detach().to(device).view(-1, batch).mean(0)
         seen = self.gather(index, per_sample, None if memory is None else memory.detach().to(device))
+        if len(seen.index) != self.batch_size:
+            what = f"a batch of {len(seen.index)} samples, of all processes, where batch_size is"
+            raise ValueError(f"{what} {self.batch_size}: give the Pruner that of all processes together")
         self.observe(seen, seen.terms.isfinite().all())
+        self._passes_unheard = 0
         return mean
 
+    def _check_is_next(self, index: Tensor) -> None:
+        """Raise ValueError where `index` (b,), on the host, is no part of the batch that comes next."""
+        epoch = self.epoch_of(self.step)
+        chosen = self._chosen.get(epoch)
+        if chosen is None or chosen.batches is None or index.device.type != "cpu":
+            return
+        if chosen.rows is None and chosen.batches.device.type != "cpu":
+            return
+        if len(set(self.batch(self.step)).intersection(index.tolist())) < len(index):
+            raise ValueError(
+                f"these samples are not those of batch {self.step} of the run, which comes next: call update "
+                "once for each batch of one training loader, in its order, with the pruner's batch_size"
+            )
+
     def _check_batch(self, index: Tensor, loss: Tensor, memory: Tensor | None) -> None:
+        for name, values in {"loss": loss, "memory": memory}.items():
+            if values is not None and not (isinstance(values, Tensor) and values.is_floating_point()):
+                kind = values.dtype if isinstance(values, Tensor) else f"of type {type(values).__name__}"
+                raise TypeError(f"{name} is {kind}: give a tensor with one number a sample")
+        if index.is_meta or loss.is_meta:
+            raise TypeError("index or loss is on the device meta: give values")
         if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
             raise TypeError(
                 f"index is {index.dtype} of shape {tuple(index.shape)}: give the (B,) integers "
@@ -382,6 +444,7 @@ class Pruner:
             raise ValueError(
                 f"memory has shape {tuple(memory.shape)} for {len(index)} samples: give one value a sample"
             )
+        index = index.to(torch.int64)
         if index.device.type == "cpu" and not 0 <= int(index.min()) <= int(index.max()) < self.num_samples:
             wrong = int(index.max()) if index.max() >= self.num_samples else int(index.min())
             raise ValueError(f"index {wrong} is not one of the {self.num_samples} samples, numbered from 0")
@@ -616,6 +679,14 @@ def _check(*rules: tuple[bool, str]) -> None:
     for holds, what in rules:
         if not holds:
             raise ValueError(what)
+
+
+def _whole(name: str, value: Any) -> int:
+    """A whole number, also of numpy, as Python's; TypeError for anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r:.80}: give a whole number") from None
 
 
 def _gather_by_torch() -> Callable[[Tensor], Tensor] | None:
