@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -272,12 +272,8 @@ def draw_neighbors(
             if labels is not None:
                 label = int(labels[sample])
                 name = class_names[label] if class_names else str(label)
-                pen.text(
-                    (left + frame, top + TILE + 2 * frame + 1),
-                    printable(name[:13])[:13],
-                    fill="black",
-                    font=font,
-                )
+                place = (left + frame, top + TILE + 2 * frame + 1)
+                pen.text(place, printable(name[:13])[:13], fill="black", font=font)
     with artifact(path) as file:
         canvas.save(file, "PNG")
     return neighbors
@@ -397,19 +393,10 @@ def write_embeddings(
     import pyarrow.parquet as pq
 
     num, dim = x.shape
-    lengths = {
-        "coords": coords,
-        "names": names,
-        "splits": splits,
-        "labels": labels,
-        "has_columns": has_columns,
-        **(columns or {}),
-    }
-    odd = [
-        f"{len(values)} {name}"
-        for name, values in lengths.items()
-        if values is not None and len(values) != num
-    ]
+    given: dict[str, Any] = {"coords": coords, "names": names, "splits": splits, "labels": labels}
+    given |= {"has_columns": has_columns, **(columns or {})}
+    lengths = {name: len(values) for name, values in given.items() if values is not None}
+    odd = [f"{length} {name}" for name, length in lengths.items() if length != num]
     if odd:
         fix = "give one of each for every sample"
         raise EvalError(f"there are {num} features, but {', '.join(odd)}", fix)

@@ -101,13 +101,8 @@ def minimize(
         if ended.all():
             break
         if ended.any():
-            problems, point, value, gradient = (
-                problems[~ended],
-                point[~ended],
-                value[~ended],
-                gradient[~ended],
-            )
-            basis, gram = basis[~ended], gram[~ended]
+            problems, point, value = problems[~ended], point[~ended], value[~ended]
+            gradient, basis, gram = gradient[~ended], basis[~ended], gram[~ended]
     return minima
 
 
@@ -132,10 +127,8 @@ def _line_search(
         tried, tried_gradient = objective(trial, problems[trying])
         previous, promise = value[trying], length[trying] * slope[trying]
         accepted = tried <= previous + ARMIJO * promise + rounding * previous.abs()
-        new_value[trying[accepted]], new_gradient[trying[accepted]] = (
-            tried[accepted],
-            tried_gradient[accepted],
-        )
+        new_value[trying[accepted]] = tried[accepted]
+        new_gradient[trying[accepted]] = tried_gradient[accepted]
         # minimum of the parabola through value, slope and trial; NaN: the step was far too long
         shrink = (-promise / (2 * (tried - previous - promise))).nan_to_num(0.1).clamp(0.1, 0.5)
         length[trying[~accepted]] *= shrink[~accepted]
@@ -156,11 +149,8 @@ def _refresh(gram: Tensor, basis: Tensor, rows: list[int]) -> None:
 def _two_loops(gram: Tensor, slots: list[int]) -> Tensor:
     """Inverse Hessian times gradient in coefficients (A, 2 m + 1) of the basis; `slots`, oldest first."""
     m = gram.shape[1] // 2
-    length, change, curvature = (
-        gram.diagonal(0, 1, 2)[:, :m],
-        gram.diagonal(0, 1, 2)[:, m:-1],
-        gram.diagonal(m, 1, 2)[:, :m],
-    )
+    length, change = gram.diagonal(0, 1, 2)[:, :m], gram.diagonal(0, 1, 2)[:, m:-1]
+    curvature = gram.diagonal(m, 1, 2)[:, :m]
     usable = curvature > 1e-8 * (length * change).sqrt()
     inverse = torch.where(usable, 1 / curvature, 0)  # 0 leaves the pair out
     coefficients = torch.zeros_like(gram[:, 0])
@@ -203,12 +193,8 @@ class Classifiers:
     def predict(self, x: Tensor) -> Tensor:
         """Classes (H, N) int64 of rows (N, D), the lowest of equally likely ones."""
         x = x - self.center
-        return torch.stack(
-            [
-                torch.addmm(bias, x, weight.T).argmax(1)
-                for weight, bias in zip(self.weight, self.bias, strict=True)
-            ]
-        )
+        heads = zip(self.weight, self.bias, strict=True)
+        return torch.stack([torch.addmm(bias, x, weight.T).argmax(1) for weight, bias in heads])
 
 
 def fit_logistic(

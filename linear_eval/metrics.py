@@ -70,11 +70,9 @@ def measure(
         values = _bootstrap_map(outputs, labels, metric, num_resamples, seed)  # (R,)
     else:
         hit = (outputs.argmax(dim=1) if outputs.ndim == 2 else outputs) == labels  # (N,)
-        groups = (
-            labels.unique(return_inverse=True)[1]
-            if metric == "mean_per_class"
-            else torch.zeros(len(labels), dtype=torch.int64)
-        )
+        groups = torch.zeros(len(labels), dtype=torch.int64)
+        if metric == "mean_per_class":
+            groups = labels.unique(return_inverse=True)[1]
         # Only (class, right or wrong) of a sample matters, so that resampling N samples is one multinomial
         # draw over these cells.
         # (2C,) wrong, right of every class

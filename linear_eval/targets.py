@@ -19,19 +19,8 @@ from linear_eval.errors import EvalError, first_line
 
 CALTECH_TRAIN_PER_CLASS = 30
 VOC_CLASSES = (
-    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *(
-        "diningtable",
-        "dog",
-        "horse",
-        "motorbike",
-        "person",
-        "pottedplant",
-        "sheep",
-        "sofa",
-        "train",
-        "tvmonitor",
-    ),
+    *"aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike".split(),
+    *"person pottedplant sheep sofa train tvmonitor".split(),
 )
 # images, labels, class names
 Listing = tuple[Sequence[str | Path | np.ndarray], Sequence[int] | Tensor, Sequence[str]]
@@ -154,11 +143,8 @@ def _pets(root: Path, split: str, download: bool) -> Listing:
     labels = [int(row[1]) - 1 for row in rows]
     # Abyssinian_100 is of class 1, Abyssinian
     names = dict(zip(labels, (row[0].rpartition("_")[0] for row in rows), strict=True))
-    return (
-        [folder / "images" / f"{row[0]}.jpg" for row in rows],
-        labels,
-        [names[label] for label in sorted(names)],
-    )
+    paths = [folder / "images" / f"{row[0]}.jpg" for row in rows]
+    return paths, labels, [names[label] for label in sorted(names)]
 
 
 def _sun397(root: Path, split: str, download: bool) -> Listing:
@@ -225,18 +211,12 @@ def _cub200(root: Path, split: str, download: bool) -> Listing:
     def column(file_name: str) -> dict[str, str]:  # image number -> value
         return dict((number, text) for number, text in (line.split() for line in _lines(folder / file_name)))
 
-    paths, labels, is_train = (
-        column("images.txt"),
-        column("image_class_labels.txt"),
-        column("train_test_split.txt"),
-    )
+    paths, labels = column("images.txt"), column("image_class_labels.txt")
+    is_train = column("train_test_split.txt")
     chosen = [number for number in paths if (is_train[number] == "1") == (split == "train")]
     class_names = list(column("classes.txt").values())
-    return (
-        [folder / "images" / paths[number] for number in chosen],
-        [int(labels[number]) - 1 for number in chosen],
-        class_names,
-    )
+    files = [folder / "images" / paths[number] for number in chosen]
+    return files, [int(labels[number]) - 1 for number in chosen], class_names
 
 
 def _lines(path: Path) -> list[str]:

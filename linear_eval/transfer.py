@@ -245,16 +245,10 @@ def tabulate(suite: str, cells: Sequence[Cell]) -> Transfer:
             equal = sum(other == value for other in judged.values())
             places[encoder, name] = better + (equal + 1) / 2
     complete = tuple(name for name, judged in values.items() if len(judged) == len(encoders))
-    macro = {
-        encoder: math.fsum(values[name][encoder] for name in complete) / len(complete)
-        for encoder in encoders
-        if complete
-    }
-    mean_place = {
-        encoder: math.fsum(places[encoder, name] for name in complete) / len(complete)
-        for encoder in encoders
-        if complete
-    }
+    macro, mean_place = {}, {}
+    for encoder in encoders if complete else ():
+        macro[encoder] = math.fsum(values[name][encoder] for name in complete) / len(complete)
+        mean_place[encoder] = math.fsum(places[encoder, name] for name in complete) / len(complete)
     return Transfer(suite, tuple(cells), places, complete, macro, mean_place)
 
 
@@ -267,32 +261,21 @@ def to_rows(transfer: Transfer) -> list[dict[str, Any]]:
     row: dict[str, Any]
     for cell in transfer.cells:
         measured = cell.measured
-        row = {
-            "encoder": cell.encoder,
-            "evaluator": "transfer",
-            "data": cell.target.name,
-            "suite": transfer.suite,
-        }
-        row |= {"protocol": cell.protocol, "metric": f"{METRIC_NAMES[cell.target.metric]} %"}
+        row = {"encoder": cell.encoder, "evaluator": "transfer", "data": cell.target.name}
+        row |= {"suite": transfer.suite, "protocol": cell.protocol}
+        row |= {"metric": f"{METRIC_NAMES[cell.target.metric]} %"}
         row |= {
             name: None if measured is None else _percent(getattr(measured, name))
             for name in ("value", "low", "high")
         }
-        row |= {
-            "rank": transfer.places.get((cell.encoder, cell.target.name)),
-            "n_test": 0 if measured is None else measured.num_test,
-        }
+        row |= {"rank": transfer.places.get((cell.encoder, cell.target.name))}
+        row |= {"n_test": 0 if measured is None else measured.num_test}
         rows.append(row | {"reason": cell.reason})
     for encoder, value in transfer.macro.items():
         row = {"encoder": encoder, "evaluator": "transfer", "data": "macro average", "suite": transfer.suite}
-        row |= {
-            "protocol": f"mean over {', '.join(transfer.complete)}",
-            "metric": "mean %",
-            "value": _percent(value),
-        }
-        rows.append(
-            row | {"low": None, "high": None, "rank": transfer.mean_place[encoder], "n_test": 0, "reason": ""}
-        )
+        row |= {"protocol": f"mean over {', '.join(transfer.complete)}", "metric": "mean %"}
+        row |= {"value": _percent(value), "low": None, "high": None, "rank": transfer.mean_place[encoder]}
+        rows.append(row | {"n_test": 0, "reason": ""})
     return rows
 
 

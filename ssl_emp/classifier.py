@@ -137,12 +137,8 @@ def save_classifier(
         metadata={"format": "pt"},
     )
     config = {"kind": KIND, "format": 1, "written_by": f"ssl_emp {__version__}"} | _describe(encoder, name)
-    config |= {
-        "image_size": image_size,
-        "bf16": bf16,
-        "class_names": class_names,
-        "judged": dict(judged or {}),
-    }
+    config |= {"image_size": image_size, "bf16": bf16}
+    config |= {"class_names": class_names, "judged": dict(judged or {})}
     config |= {"sha256": hashlib.sha256(weights).hexdigest()}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -261,35 +257,21 @@ def _built(config: ClassifierConfig, weights: Path) -> Classifier:
 
 def _core(encoder: nn.Module) -> nn.Module:
     """The part that has weights, without the normalisation before it."""
-    return (
-        encoder.backbone
-        if isinstance(encoder, Encoder)
-        else encoder.network
-        if isinstance(encoder, Normalized)
-        else encoder
-    )
+    if isinstance(encoder, Encoder):
+        return encoder.backbone
+    return encoder.network if isinstance(encoder, Normalized) else encoder
 
 
 def _describe(encoder: nn.Module, name: str) -> dict[str, Any]:
     """The entries of `config.json` that say how an encoder is built."""
-    spec: dict[str, Any] = {
-        "family": "pixels",
-        "architecture": "",
-        "width": None,
-        "stem": None,
-        "mean": None,
-        "std": None,
-    }
+    spec: dict[str, Any] = {"family": "pixels", "architecture": ""}
+    spec |= {"width": None, "stem": None, "mean": None, "std": None}
     if isinstance(encoder, Encoder | Normalized):
         spec |= {"mean": encoder.mean.flatten().tolist(), "std": encoder.std.flatten().tolist()}
     if isinstance(encoder, Encoder):
         own = encoder.spec
-        return spec | {
-            "family": "ssl_emp",
-            "architecture": own["arch"],
-            "width": own["width"],
-            "stem": own["stem"],
-        }
+        spec |= {"family": "ssl_emp", "architecture": own["arch"]}
+        return spec | {"width": own["width"], "stem": own["stem"]}
     family, _, architecture = name.partition(":")
     if isinstance(encoder, Normalized) and family in ("timm", "torchvision"):
         return spec | {"family": family, "architecture": architecture}

@@ -573,11 +573,9 @@ def _describe(item: Any) -> str:
         name = str(path[-1])
         if prefix == "prune." and name in GONE:
             return f"prune.{name} is not a key any more: no published result used it"
-        of_policy = (
-            f"policy {inner.model_fields['policy'].default} has no key"
-            if prefix == "prune."
-            else "unknown key"
-        )
+        of_policy = "unknown key"
+        if prefix == "prune.":
+            of_policy = f"policy {inner.model_fields['policy'].default} has no key"
         known = f"known are {', '.join(inner.model_fields)}"
         names = did_you_mean(name, inner.model_fields, known, cutoff=0.5, prefix=prefix)
         return f"{of_policy} {prefix}{shorten(name)}, {names}"

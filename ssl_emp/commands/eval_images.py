@@ -208,14 +208,8 @@ def _load_target_split(
     target: Target, split: str, size: int | None, max_images: int | None, config: EvalConfig
 ) -> ImageSet:
     data, transfer = config.data, config.transfer
-    given: dict[str, Any] = {
-        "image_size": size,
-        "max_images": max_images,
-        "jpeg_quality": data.jpeg_quality,
-        "cache_dir": data.cache_dir,
-        "store": data.store,
-        "max_pixels": data.max_pixels,
-    }
+    given: dict[str, Any] = {"image_size": size, "max_images": max_images}
+    given |= {name: getattr(data, name) for name in ("jpeg_quality", "cache_dir", "store", "max_pixels")}
     if target.source in TARGETS and target.source not in ("cifar10", "cifar100"):
         listing = torchvision_target(target.source, transfer.root, split, download=transfer.download)
         name = f"{target.source}/{split}"

@@ -279,11 +279,8 @@ def job_lines(job: Job) -> Iterator[str]:
     yield f"device    {describe_device(job.device)}, {'bf16 autocast' if job.bf16 else 'fp32'}{shared}"
     size = images.pixels.shape[-1]
     on = "on the device" if isinstance(job.store, DeviceImages) else "streamed from the host"
-    about = [
-        f"{job.num_samples:,} of {size}x{size} from {config.data.source}, {images.stored}, {on}",
-        images.labelled,
-    ]
-    about += [f"{len(images.skipped)} unreadable"]
+    about = [f"{job.num_samples:,} of {size}x{size} from {config.data.source}, {images.stored}, {on}"]
+    about += [images.labelled, f"{len(images.skipped)} unreadable"]
     about += [f"not used: {images.not_used}"] if images.unused else []
     yield f"images    {'; '.join(about)}"
     yield from (f"          left out: {name} ({why})" for name, why in images.skipped[:10])

@@ -101,10 +101,8 @@ class Monitor:
                 device=job.device,
             )
             cut = len(features.y) * 4 // 5
-            bank, queries = (
-                Features(features.x[:cut], features.y[:cut]),
-                Features(features.x[cut:], features.y[cut:]),
-            )
+            bank = Features(features.x[:cut], features.y[:cut])
+            queries = Features(features.x[cut:], features.y[cut:])
             found = knn_accuracy(
                 bank, queries, num_neighbors=min(20, cut), temperature=0.1, device=job.device
             )

@@ -18,7 +18,7 @@ from ssl_emp.config import PretrainConfig, apply_override, check_config, flatten
 from ssl_emp.data.images import TORCHVISION, sampled_fingerprint
 from ssl_emp.device import pick_device
 from ssl_emp.errors import UserError
-from ssl_emp.model import build_encoder, load_encoder, save_encoder
+from ssl_emp.model import Encoder, build_encoder, load_encoder, save_encoder
 from ssl_emp.prune import POLICIES
 from ssl_emp.run.checkpoint import load_checkpoint
 from ssl_emp.run.lock import Held
@@ -288,14 +288,7 @@ def _encoder_problem(out: Path, config: PretrainConfig, state: dict[str, Any]) -
     weights = encoder.backbone.state_dict()
     if weights.keys() != expected.keys() or not all(weights[name].equal(expected[name]) for name in expected):
         return "its weights are not those of the last checkpoint"
-    wanted = build_encoder(
-        config.model.arch,
-        config.model.width,
-        config.model.stem,
-        size or encoder.image_size,
-        config.augment.mean,
-        config.augment.std,
-    )
+    wanted = _untrained(config, size or encoder.image_size)
     same = wanted.spec == encoder.spec and wanted.image_size == encoder.image_size
     same = (
         same
@@ -347,11 +340,14 @@ def lost_epochs(out: Path, epochs: int) -> list[int]:
     return [epoch for epoch in range(1, epochs + 1) if epoch not in found]
 
 
+def _untrained(config: PretrainConfig, size: int) -> Encoder:
+    model, augment = config.model, config.augment
+    return build_encoder(model.arch, model.width, model.stem, size, augment.mean, augment.std)
+
+
 def restore_encoder(out: Path, config: PretrainConfig, state: dict[str, Any], size: int) -> None:
     """Write a finished run's encoder again, from its last checkpoint. Raises UserError if it does not fit."""
-    model = config.model
-    mean, std = config.augment.mean, config.augment.std
-    encoder = build_encoder(model.arch, model.width, model.stem, size, mean, std)
+    encoder = _untrained(config, size)
     try:
         encoder.backbone.load_state_dict(_backbone(state))
     except (RuntimeError, AttributeError, TypeError) as error:

@@ -38,10 +38,8 @@ def terminal_table(rows: list[Row]) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    console, table = (
-        Console(highlight=False, force_terminal=True, width=shutil.get_terminal_size().columns),
-        Table(*COLUMNS),
-    )
+    console = Console(highlight=False, force_terminal=True, width=shutil.get_terminal_size().columns)
+    table = Table(*COLUMNS)
     place = COLUMNS.index("protocol")
     cells = [[shown(row, name) for name in COLUMNS] for row in rows]
     protocols = list(dict.fromkeys(line[place] for line in cells))

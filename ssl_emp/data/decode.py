@@ -375,10 +375,8 @@ def _check_scans(image: Image.Image, max_pixels: int) -> None:
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         if image.tag_v2.get(TiffImagePlugin.COMPRESSION) not in TIFF_JPEG:
             return
-        pieces = max(
-            len(image.tag_v2.get(number, ()))
-            for number in (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS)
-        )
+        lists = TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS
+        pieces = max(len(image.tag_v2.get(number, ())) for number in lists)
     elif image.format not in ("JPEG", "MPO"):
         return
     stream = getattr(image, "fp", None)

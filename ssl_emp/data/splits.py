@@ -99,11 +99,8 @@ def check_shards(paths: Sequence[str], where: str, *, complete: bool) -> None:
         if found is None:
             continue
         key = folder + slash + found["stem"]
-        shown[key] = (
-            folder + slash + name[: found.start("number")],
-            len(found["number"]),
-            found["of"] + found["count"],
-        )
+        start = folder + slash + name[: found.start("number")]
+        shown[key] = (start, len(found["number"]), found["of"] + found["count"])
         shards = sets.setdefault(key, {}).setdefault(int(found["count"]), {})
         if int(found["number"]) in shards:
             raise _twice(where, shards[int(found["number"])], path)

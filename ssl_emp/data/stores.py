@@ -541,11 +541,8 @@ class HostImages:
                     room.acquire()
                     if stop.is_set():
                         return
-                    images = torch.empty(
-                        (len(index), *self.pixels.shape[1:]),
-                        dtype=torch.uint8,
-                        pin_memory=self.device.type == "cuda",
-                    )
+                    shape, pin = (len(index), *self.pixels.shape[1:]), self.device.type == "cuda"
+                    images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
                     if isinstance(self.pixels, EncodedPixels):
                         ready.put(self.pixels.gather(index, images))
                     else:

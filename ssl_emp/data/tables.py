@@ -148,13 +148,7 @@ def table_source(
     wanted = _Wanted(labels != "none", image_column, label_column)
     chosen = _read_split(tables, parts, kinds[0], wanted)
     notes, stand_in = ([note] if note and split == "train" else []), ""
-    if (
-        split == "test"
-        and labels != "none"
-        and len(kinds) > 1
-        and chosen.labels is None
-        and not chosen.unusable
-    ):
+    if len(kinds) > 1 and labels != "none" and chosen.labels is None and not chosen.unusable:
         val = _read_split(tables, parts, "val", wanted)
         if val.labels is not None:
             chosen, stand_in = val, some_of(parts["val"], 1)
@@ -386,13 +380,8 @@ def _holds_bytes(kind: Any) -> bool:
         return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
     if pa.types.is_dictionary(kind):
         return _holds_bytes(kind.value_type)
-    types = pa.types
-    return (
-        types.is_binary(kind)
-        or types.is_large_binary(kind)
-        or types.is_binary_view(kind)
-        or types.is_fixed_size_binary(kind)
-    )
+    kinds = "binary large_binary binary_view fixed_size_binary"
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in kinds.split())
 
 
 def _column(schema: Any, name: str | None) -> Any | None:
@@ -415,10 +404,7 @@ def _image_column(table: "pq.ParquetFile", wanted: str | None, path: str) -> tup
             raise UserError(f"column {wanted} of {path} is {kind}, which holds no encoded images", fix)
         return wanted, []
     names = [column.name for column in schema if _holds_bytes(column.type)]
-    names = [
-        *(name for name in IMAGE_COLUMNS if name in names),
-        *(name for name in names if name not in IMAGE_COLUMNS),
-    ]
+    names.sort(key=lambda name: IMAGE_COLUMNS.index(name) if name in IMAGE_COLUMNS else len(IMAGE_COLUMNS))
     if len(names) < 2:
         return (names or [None])[0], []
     with_images = [name for name in names if _looks_like_images(table, name)]
