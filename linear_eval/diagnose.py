@@ -93,9 +93,7 @@ def diagnose(
 
 
 def verdict(found: Diagnosis) -> list[str]:
-    """Plain words about a diagnosis. The bounds (0.1 and 0.4 of an even spread, 5 % of the rank) are rules of
-    thumb.
-    """
+    """A diagnosis in plain words. Its bounds (0.1, 0.4 of an even spread, 5 % of the rank) are customary."""
     lines = []
     spread = found.feature_std * math.sqrt(found.dim)
     figures = (
@@ -142,12 +140,10 @@ def feature_std(x: Tensor) -> float:
 
 
 def effective_rank(x: Tensor, *, epsilon: float = 1e-7) -> float:
-    """RankMe (Garrido et al. 2023, arXiv 2210.02885, equation 1) of (N, D): exp of the entropy of p = s /
-    sum(s) + epsilon.
+    """RankMe (arXiv 2210.02885, equation 1) of (N, D): exp of the entropy of p = s / sum(s) + epsilon.
 
     s are the singular values of the rows as they are, neither centred nor normalised. They come from the
-    smaller Gram matrix in float64, good to 1e-8 of the largest: below epsilon. Features that are all zero
-    have rank 0.
+    smaller Gram matrix in float64, good to 1e-8 of the largest: below epsilon. All zero: rank 0.
     """
     x = x.detach().cpu().double()
     gram = x.T @ x if len(x) >= x.shape[1] else x @ x.T
@@ -180,8 +176,7 @@ def uniformity(x: Tensor, *, t: float = 2) -> float:
 
 
 def uniformity_of_sphere(dim: int, *, t: float = 2) -> float:
-    """`uniformity` of infinitely many directions spread evenly: -2t + log of sum_k t^2k / (k! (D/2)(D/2 +
-    1)...(D/2 + k - 1)).
+    """`uniformity` of an even spread: -2t + log of sum_k t^2k / (k! (D/2)(D/2 + 1)...(D/2 + k - 1)).
 
     The mean of exp(2t cosine) over the sphere, a confluent hypergeometric limit function 0F1(D/2; t^2).
     """
@@ -227,8 +222,7 @@ def draw_neighbors(
 ) -> Tensor:
     """A PNG: a line for each query, at the left, then its nearest neighbours; gives their rows (Q, k).
 
-    Where there are labels, a neighbour has a blue frame if its class is the query's, else an orange one and a
-    cross in the corner.
+    With labels, a neighbour has a blue frame if its class is the query's, else an orange one and a cross.
 
     Args:
         pixels: (N, 3, S, S) uint8, read one image at a time.
@@ -426,9 +420,7 @@ def write_embeddings(
 
 
 def _directions(x: Tensor) -> Tensor:
-    """Rows (N, D) that are not all zero, divided by their length; by their largest entry first, whose square
-    may leave float32.
-    """
+    """Rows (N, D), none of zeros, of length 1; first divided by their largest entry, to stay in float32."""
     x = x[x.any(dim=1)].detach().cpu().float()
     return torch.nn.functional.normalize(x / x.abs().amax(dim=1, keepdim=True), dim=1) if len(x) else x
 

@@ -51,8 +51,7 @@ class Features:
 
     Attributes:
         x: (N, D) float32 on the CPU, one row per image.
-        y: (N,) int64 on the CPU, class ids >= 0; of images with several labels (N, C): 1 present, 0 absent,
-            -1 not counted.
+        y: (N,) int64 on the CPU, class ids >= 0; or (N, C) of several labels: 1, 0, -1 not counted.
     """
 
     x: Tensor

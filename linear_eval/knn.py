@@ -159,8 +159,7 @@ def exact_cosines(queries: Tensor, bank: Tensor) -> tuple[Tensor, float]:
     """Similarity of rows (Q, D) to rows (N, D), to order the latter: (Q, N) float64, and its rounding step.
 
     Cosines, less the query's with the mean direction of the bank. So neither loses digits where a common
-    offset makes all cosines nearly 1, and rows of the bank that are equal give equal numbers. Rows that are
-    all 0 have the cosine 0.
+    offset makes all cosines nearly 1, and equal rows of the bank give equal numbers. Zeros: cosine 0.
     """
     queries = _unit_rows_exactly(queries)
     parts = bank.split(65536)
@@ -192,12 +191,10 @@ def _settle(
     """The first k of the rows found, and what can be told of them.
 
     Args:
-        similarity, index: (Q, k + SPARE), as found. bank, queries: of length 1; raw_bank, raw_queries: as
-            they were given.
+        similarity, index: (Q, k + SPARE), as found. bank, queries: of length 1; raw_...: as given.
 
     Returns:
-        (Q, k) float64, by how much each is less similar than the nearest; (Q, k) rows; (Q, 1), differences
-        below this are none.
+        (Q, k) float64, how much less similar than the nearest; (Q, k) rows; (Q, 1), least true difference.
     """
     narrow = similarity[:, 0] - similarity[:, -1] < NARROW  # (Q,)
     similarity, index = _settle_cut(similarity, index, bank, queries, k, ~narrow)

@@ -62,8 +62,7 @@ def minimize(
         start: (H, P), float32 or float64; best scaled so that the Hessians are near the identity.
         max_iter: iterations for each problem.
         tolerance: a problem ends when the last step lowered its value, and by the quadratic model the
-            next would, by less than this share of it (of `floor`, if that is larger); or when rounding hides
-            any descent.
+            next would, by less than this share of it (of `floor`, if larger); or when rounding hides it.
     """
     num_problems, m, device = len(start), HISTORY, start.device
     minima = Minima(
@@ -261,8 +260,7 @@ def fit_logistic(
 class _Logistic:
     """Mean cross-entropy + l2 / (2 N) ||W||^2 of H classifiers, each on coordinates of its own scaling.
 
-    At W = 0 the Hessian is variance / C + l2 / N along each axis, but for the mean over the classes: its
-    square root scales.
+    At W = 0 the Hessian is variance / C + l2 / N along each axis, but for the classes' mean: its root scales.
     """
 
     def __init__(self, x: Tensor, y: Tensor, num_classes: int, l2: Sequence[float], variance: Tensor) -> None:
@@ -289,9 +287,7 @@ class _Logistic:
         return lambda points, problems: self._evaluate(points, rows[problems])
 
     def _evaluate(self, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(A,) float64 values and (A, C (R + 1)) gradients at `points` (A, C (R + 1)) of the problems `rows`
-        (A,).
-        """
+        """(A,) float64 values and (A, C (R + 1)) gradients at `points` of the problems `rows` (A,)."""
         num, scaling, penalty = len(rows), self.scaling[rows].unsqueeze(1), self.penalty[rows].unsqueeze(1)
         weight = points.view(num, self.num_classes, -1) * scaling  # (A, C, R + 1)
         flat = weight.flatten(0, 1)  # (A C, R + 1): one matrix product for all problems
@@ -462,8 +458,7 @@ def _coordinates(x: Tensor, standardize: bool) -> tuple[Tensor, Tensor, Tensor |
 def _principal_axes(x: Tensor) -> tuple[Tensor | None, Tensor]:
     """Uncorrelated orthonormal axes (D, R) of centred rows (N, D), R <= N; their variances (R,).
 
-    On these axes a diagonal scaling makes the Hessians nearly the identity, and ||W|| is what it was. None:
-    too wide to rotate.
+    On these axes a diagonal scaling makes the Hessians nearly the identity; ||W|| stays. None: too wide.
     """
     num, dim = x.shape
     if min(num, dim) > MAX_ROTATED:

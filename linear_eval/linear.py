@@ -265,8 +265,7 @@ def sgd_probe(
 ) -> HeadResult:
     """Linear heads of all learning rates x weight decays at once; the best by validation rows, refitted.
 
-    Features are standardised with the statistics of what is fitted; heads begin at 0; the learning rate falls
-    along a cosine.
+    Features are standardised by what is fitted; heads begin at 0; the learning rate falls along a cosine.
 
     Args:
         seed: draws the held-out part and the order of the rows.
@@ -366,8 +365,7 @@ def train_heads(
         weight_decays: (H,), of the weights, not of the biases.
 
     Returns:
-        (H, C, D + 1) weights, the bias last, and (H,) the mean cross-entropy (nats) of the last epoch's
-        batches as they were met.
+        (H, C, D + 1) weights, the bias last; (H,) mean cross-entropy (nats) of the last epoch as trained.
     """
     num_heads, x = len(learning_rates), _with_ones(x)
     generator = torch.Generator().manual_seed(seed)

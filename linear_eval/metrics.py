@@ -57,8 +57,7 @@ def measure(
         seed: of the resamples; equal seeds give the same ones for equal labels.
 
     Raises:
-        EvalError: no samples, shapes that do not fit, scores that are not finite, no class with a
-            positive, a value out of range.
+        EvalError: no samples, shapes do not fit, scores not finite, no positives, a value out of range.
     """
     outputs, labels = outputs.detach().cpu(), labels.detach().cpu()
     _check(outputs, labels, metric)
@@ -92,8 +91,7 @@ def average_precision(scores: Tensor, labels: Tensor, metric: Metric) -> Tensor:
     """(C,) float64 average precision of scores (N, C) for labels (N, C) in {1, 0, -1}; NaN without positives.
 
     `voc_map`: the mean over recalls 0, 0.1, ... 1 of the highest precision at that recall or beyond. `map`:
-    the precision at each threshold times the recall gained there. Samples of equal score enter together, so
-    their order does not matter.
+    the precision at each threshold times the recall gained there. Samples of equal score enter together.
     """
     ones = torch.ones(1, len(scores), dtype=torch.float64)
     return torch.cat([_weighted_ap(scores[:, c], labels[:, c], ones, metric) for c in range(scores.shape[1])])

@@ -74,8 +74,7 @@ def torchvision_target(name: str, root: str | Path, split: str, *, download: boo
         download: let torchvision fetch what is missing; Food-101 alone is 5 GB, SUN397 37 GB.
 
     Raises:
-        EvalError: no such data set or split, not below root, incomplete, no download possible, scipy
-            missing where it is needed.
+        EvalError: no such data set or split, not below root, incomplete, no download, scipy missing.
     """
     source = TARGETS.get(name)
     if source is None:
@@ -167,8 +166,7 @@ def _sun397(root: Path, split: str, download: bool) -> Listing:
 def _caltech101(root: Path, split: str, download: bool) -> Listing:
     """All 102 folders: the literature counts the background as a class, torchvision's class leaves it out.
 
-    Which 30 of a class are train is drawn by the hash of their names: the same on every machine and with
-    every version.
+    Which 30 of a class are train is drawn by the hash of their names: the same everywhere.
     """
     if download:
         from torchvision import datasets

@@ -84,8 +84,7 @@ def draw_params(
         seed, epoch: ints, or 0-d int64 tensors on the index's device (inside `torch.compile`, see
             `keyed_bits`).
         index: (B,) int64, the samples' places in the data set.
-        image_size: side of the square source images in pixels, or (height, width); with `crop_padding` it
-            must be `size`.
+        image_size: side of square source images in pixels, or (height, width); `size` for `crop_padding`.
 
     Returns:
         Two `ViewParams` on the index's device.
@@ -248,8 +247,7 @@ def _resize_taps(
     """Input pixels (N, size_out, K) int32 and their float32 weights for every output pixel.
 
     The filter is a triangle with half-pixel centres, widened by the scale when shrinking (antialias), within
-    [start, start + length); weights sum to one. With `mirrors`, pixels outside the image are reflected, the
-    edge pixel not repeated.
+    [start, start + length); weights sum to one. `mirrors`: reflection outside the image, edges once.
     """
     start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
     place = torch.arange(size_out, device=start.device).view(1, -1, 1) + 0.5

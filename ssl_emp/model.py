@@ -128,8 +128,7 @@ class Encoder(nn.Module):
     def preprocess(self, images: OneImage | Sequence[OneImage], *, max_pixels: int = MAX_PIXELS) -> Tensor:
         """Images as input of `forward`, with exactly the pixels that evaluate.py uses.
 
-        EXIF rotation is applied, the short side scaled to `image_size` S (bicubic, antialiased), and the
-        centre cropped.
+        EXIF rotation, then the short side scaled to `image_size` S (bicubic, antialiased), a centre crop.
 
         Args:
             images: a file, a PIL image, (H, W), (H, W, 3) or (H, W, 4) uint8 pixels; or a list of them. A
@@ -261,8 +260,7 @@ def save_encoder(encoder: Encoder, folder: Path) -> None:
     """Write `model.safetensors` and `config.json`, each through a temporary file, in timm's local-dir layout.
 
     Where the network is the published one (width 64, ImageNet stem), `timm.create_model("local-dir:FOLDER",
-    pretrained=True)` gives the same features; the key `ssl_emp` carries what `load_encoder` needs for all
-    others.
+    pretrained=True)` gives the same features; the key `ssl_emp` is for `load_encoder` of all others.
     """
     folder.mkdir(exist_ok=True)
     # six digits: 0.485 as float32 and back is 0.485, not 0.48500001430511475

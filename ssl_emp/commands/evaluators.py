@@ -200,8 +200,7 @@ def features_path(judged: Judged, images: ImageSet) -> Path | None:
 def extract(judged: Judged, images: ImageSet, split: str) -> Features:
     """Features of one split, from the cache where they are; labels of unlabelled images are zeros, not read.
 
-    The first process looks, decides and writes. Where it finds the features, the others get no rows: the work
-    that they would share is done.
+    The first process looks, decides and writes. Where it finds the features, the others get no rows.
     """
     ranks = judged.session.ranks
     labels = torch.zeros(len(images.names), dtype=torch.int64) if images.labels is None else images.labels

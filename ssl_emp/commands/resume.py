@@ -371,8 +371,7 @@ def repair(
 ) -> bool:
     """Check all files of a finished run and restore what its checkpoint can. Whether nothing is left to do.
 
-    The images are needed for samples.parquet (their names), result.json (the test split), and where
-    data.source is another now.
+    Images are needed for samples.parquet (names), result.json (test split), and where data.source is another.
     """
     if lost := lost_epochs(out, state["epoch"]):
         what = f"metrics.jsonl has no row of {len(lost)} of {state['epoch']} epochs"

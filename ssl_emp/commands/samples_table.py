@@ -20,8 +20,7 @@ LONGEST_NAME = 16_384  # bytes; paths have up to 4,096, and an escaped byte take
 def training_columns(
     subject: Subject, images: ImageSet, split: str
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """({"score": (N,) float32, "times_trained": (N,) int64}, (N,) bool where they are known) from a run's
-    pruning/samples.parquet.
+    """A run's ({"score": (N,) float32, "times_trained": (N,) int64}, (N,) bool where they are known).
 
     Joined by name, and only if the images come from the source that the run was trained on: another one may
     have the same names. ({}, None) where the encoder is no run, or one that kept no table.
@@ -54,8 +53,7 @@ def training_columns(
 def read_samples(path: Path) -> Any:
     """A run's table of samples as a pyarrow.Table of name (text), score and times_trained (numbers).
 
-    What it says of itself is compared with the size of the file before it is read: a few bytes may stand for
-    any number of rows.
+    Its claims are compared with the file's size before it is read: few bytes may stand for many rows.
 
     Raises:
         UserError: no regular file.

@@ -24,8 +24,7 @@ def match_labels(train: ImageSet, test: ImageSet, split: str = "test") -> tuple[
         split: what messages call `test`. For other names than `test`, no class may be missing in train.
 
     Raises:
-        UserError: one set names its classes and the other numbers them; or more than half of the classes of
-            `test` are not in train.
+        UserError: only one set names its classes; or most of the classes of `test` are not in train.
     """
     assert train.labels is not None and test.labels is not None
     if train.labels.ndim > 1 or test.labels.ndim > 1:

@@ -300,8 +300,7 @@ class Liveness:
     def _stopped_by(self, now: float, still: float) -> Lost | None:
         """The signal that ends this process, where its main thread sits in C code and cannot hear it.
 
-        A first one only where others give no sign of life, for else the exchange comes about and the step is
-        finished; a second one anyway.
+        A first one only where others give no sign of life, else the step is finished; a second one anyway.
         """
         if not self.signals:
             return None

@@ -310,8 +310,7 @@ class Ranks:
 
         Args:
             lost: who gives no sign of life.
-            at_least: seconds that this takes where rank 0 started none, for those that reach its store to
-                hear why it ends.
+            at_least: seconds that this takes where rank 0 started none: others read in its store why it ends.
         """
         end_lost(lost)
         if STARTED:
@@ -659,8 +658,7 @@ def launch(count: int, command: Sequence[str]) -> None:
     """Start `command` as the ranks 1 to count - 1 of this machine, and become rank 0.
 
     Their store is a file without a name, which only these processes can open: no port, no password, and
-    nothing to clean up after a kill. Lightning Fabric's launcher would do, but it kills rank 0 before that
-    can say what happened.
+    nothing to clean up. (Lightning Fabric's launcher kills rank 0 before that can say what happened.)
     """
     common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     handed: tuple[int, ...] = ()

@@ -136,9 +136,7 @@ class Run:
     # ---- save and resume -----------------------------------------------------------------------------------
 
     def save_if_due(self, stop: Stop, batches: Tensor, epoch: int) -> int:
-        """After a step: save where the clock, the step count or a signal asks for it, on any process. -> that
-        signal, or 0.
-        """
+        """After a step: save if clock, step count or any process's signal asks for it. That signal, or 0."""
         minutes, steps = (time.monotonic() - self._saved_at) / 60, self.step - self._saved_step
         is_due = minutes > self.every_minutes or steps == self.every_steps
         stopping, due = self.ranks.highest(stop.signal, is_due)  # read once: a signal may come at any moment
