@@ -1,6 +1,7 @@
 """A file appears under its name whole, or not at all."""
 
 import os
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,6 +45,15 @@ def write_atomically(path: Path, data: bytes, shared: bool = False) -> None:
     """Write a small file whole or not at all, see `replacing`."""
     with replacing(path, shared) as file:
         file.write(data)
+
+
+def check_uncompressed(path: Path) -> None:
+    """Raise ValueError if a zip archive, as of `torch.save`, would unpack to more than its size."""
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    is_compressed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+    if is_compressed or sum(part.file_size for part in parts) > path.stat().st_size:
+        raise ValueError("it unpacks to more than it is")
 
 
 def sync_directory(folder: Path) -> None:

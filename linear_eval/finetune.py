@@ -14,7 +14,6 @@ import json
 import math
 import os
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from linear_eval.artifacts import artifact
 from linear_eval.errors import EvalError, first_line
 from linear_eval.features import Pixels, content_hash
+from linear_eval.files import check_uncompressed
 from linear_eval.linear import VAL_FRACTION, LinearHead, check_val_fraction, number_in, split_rows
 from linear_eval.numeric import cosine_schedule
 
@@ -626,12 +626,7 @@ class _Checkpoint:
         """The file's state, of the right types and extent."""
         if self.path.is_symlink() or not self.path.is_file():  # opening a pipe would wait for ever
             raise TypeError("no regular file")
-        with zipfile.ZipFile(self.path) as archive:
-            parts = archive.infolist()
-        size = self.path.stat().st_size
-        packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
-        if packed or sum(part.file_size for part in parts) > size:
-            raise ValueError("it unpacks to more than it is")
+        check_uncompressed(self.path)
         state = torch.load(self.path, map_location="cpu", weights_only=True)
         types = {"fingerprint": str, "number": int, "scores": list, "epochs": int, "losses": Tensor}
         types |= {"model": dict, "optimizer": dict}

@@ -287,23 +287,15 @@ def sgd_probe(
     ]
     task = _prepare(train, val, test, val_fraction, seed, torch.float32, device, split=len(settings) > 1)
 
+    by_sgd = partial(train_heads, epochs=epochs, batch_size=batch_size, momentum=momentum, seed=seed)
+
     def train_on(
         rows: Features, settings: list[tuple[float, float]]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         center, scale = _standards(rows.x)
         x = (rows.x - center) / scale
         rates, decays = (torch.tensor(values, device=x.device) for values in zip(*settings, strict=True))
-        weight, loss = train_heads(
-            x,
-            rows.y,
-            len(task.classes),
-            rates,
-            decays,
-            epochs=epochs,
-            batch_size=batch_size,
-            momentum=momentum,
-            seed=seed,
-        )
+        weight, loss = by_sgd(x, rows.y, len(task.classes), rates, decays)
         loss = torch.where(weight.flatten(1).isfinite().all(1), loss, torch.nan)
         return center, scale, weight, loss  # (D,), (D,), (H, C, D + 1), (H,)
 
@@ -450,10 +442,8 @@ def _prepare_multi_label(
     if val is None:
         order = torch.randperm(len(train.x), generator=torch.Generator().manual_seed(seed))
         held = min(max(round(val_fraction * len(order)), 1), len(order) - 1)
-        val, train = (
-            Features(train.x[rows], train.y[rows])
-            for rows in (order[:held].sort().values, order[held:].sort().values)
-        )
+        halves = order[:held].sort().values, order[held:].sort().values
+        val, train = (Features(train.x[rows], train.y[rows]) for rows in halves)
     for name, part in (("fitted", train), ("held-out", val)):
         one_sided = [
             c for c in range(part.y.shape[1]) if not ((part.y[:, c] == 1).any() and (part.y[:, c] == 0).any())

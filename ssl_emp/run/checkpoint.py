@@ -8,7 +8,6 @@ import errno
 import hashlib
 import json
 import shutil
-import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +15,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from linear_eval.files import check_uncompressed
 from ssl_emp._version import __version__
 from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.safe_files import inner_folder, read_json, replacing, write_atomically
@@ -113,19 +113,9 @@ def save_checkpoint(folder: Path, state: dict[str, Any], step: int) -> None:
         raise cannot_write(path, error, num_bytes(state)) from error
     for old in folder.glob("step_*.pt"):
         if old not in kept:
-            with suppress(
-                OSError
-            ):  # a file that cannot be removed only takes room; the next save tries again
+            # a file that cannot be removed only takes room; the next save tries again
+            with suppress(OSError):
                 old.unlink(missing_ok=True)
-
-
-def _check_zip(path: Path) -> None:
-    """Raise ValueError if the archive would unpack to more than its size; torch.save never compresses."""
-    with zipfile.ZipFile(path) as archive:
-        parts = archive.infolist()
-    is_compressed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
-    if is_compressed or sum(part.file_size for part in parts) > path.stat().st_size:
-        raise ValueError("it is compressed")
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -146,7 +136,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
             if not path.is_file() or _sha256(path) not in known.get(path.name, ()):
                 warnings.append(f"warning: {path} is damaged or incomplete, passed over")
                 continue
-            _check_zip(path)
+            check_uncompressed(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(state, dict):
                 raise TypeError

@@ -33,9 +33,8 @@ KEPT = {"SGD": {"momentum_buffer"}, "Lars": {"momentum_buffer"}, "AdamW": {"step
 def check_plain(state: dict[str, Any], folder: Path) -> None:
     """Raise UserError unless the entries read first are there and of their types. `folder`: to be named."""
     for name, kind in PLAIN.items():
-        _raise_first(
-            _of_type(state.get(name), kind, name) if name in state else iter([f"{name} is missing"]), folder
-        )
+        missing = iter([f"{name} is missing"])
+        _raise_first(_of_type(state[name], kind, name) if name in state else missing, folder)
     _raise_first(_config(state["config"], "config", 3), folder)
 
 
@@ -68,9 +67,8 @@ def _raise_first(problems: Iterator[str], folder: Path) -> None:
 def _misfits(
     state: dict[str, Any], like: dict[str, Any], optimizer: torch.optim.Optimizer, pruner: Pruner
 ) -> Iterator[str]:
-    yield from key_problems(
-        like, {name: part for name, part in state.items() if name not in ("format", "written_by")}, ""
-    )
+    own = {name: part for name, part in state.items() if name not in ("format", "written_by")}
+    yield from key_problems(like, own, "")
     for name, kind in PLAIN.items():
         yield from _of_type(state[name], kind, name)
     yield from _config(state["config"], "config", 3)
@@ -101,10 +99,8 @@ def _position(state: dict[str, Any], steps: Sequence[int]) -> Iterator[str]:
     if not 0 <= within <= most:
         yield f"step_in_epoch is {within} of {most}"
     if step != sum(steps[:epoch]) + within:
-        yield (
-            f"step is {step} and should be {sum(steps[:epoch]) + within} at step {within} of epoch "
-            f"{epoch + 1}"
-        )
+        place = f"at step {within} of epoch {epoch + 1}"
+        yield f"step is {step} and should be {sum(steps[:epoch]) + within} {place}"
     if state["finished"] != (step == sum(steps)):
         yield f"finished is {state['finished']} at step {step} of {sum(steps)}"
 
@@ -184,11 +180,10 @@ def _config(values: Any, where: str, depth: int) -> Iterator[str]:
     """Settings as a run saves them: words and numbers in nested sections, compared with the run's."""
     if isinstance(values, dict) and depth:
         for key, value in values.items():
-            yield from (
-                _config(value, f"{where}.{shorten(key)}", depth - 1)
-                if isinstance(key, str)
-                else [f"{where} has a key {_shown(key)}"]
-            )
+            if isinstance(key, str):
+                yield from _config(value, f"{where}.{shorten(key)}", depth - 1)
+            else:
+                yield f"{where} has a key {_shown(key)}"
     elif isinstance(values, list) and depth:
         for value in values:
             yield from _config(value, where, depth - 1)
