@@ -157,15 +157,10 @@ def read_text(path: str | Path, limit: int = SMALL) -> str:
 def read_json(path: str | Path, limit: int = SMALL) -> Any:
     """What a JSON file holds; NaN and Infinity, which JSON lacks, are errors too. Raises UserError."""
     try:
-        return parse_json(read_text(path, limit))
+        return json.loads(read_text(path, limit), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         fix = "give the file that was written there"
         raise UserError(f"{path} is not valid JSON ({type(error).__name__}: {error})", fix) from error
-
-
-def parse_json(text: str) -> Any:
-    """`json.loads` without NaN and Infinity. Raises ValueError; RecursionError where nested too deep."""
-    return json.loads(text, parse_constant=_no_number)
 
 
 def _no_number(name: str) -> None:

@@ -84,7 +84,9 @@ def predict(argv: list[str]) -> int:
     total, unread, first = 0, 0, ""
     try:
         with _output(Path(arguments.out) if arguments.out else None) as write:
-            write(_header(classifier, config.top_k))
+            places = range(2, min(config.top_k, len(classifier.class_names)) + 1)
+            further = [word for n in places for word in (f"class_{n}", f"probability_{n}")]
+            write(["name", "class", "probability", *further, "problem"])
             for prefix, source in sources:
                 for row in rows(classifier, source, config, device):
                     write([prefix + row[0], *row[1:]])
@@ -150,12 +152,6 @@ def _likely(classifier: Classifier, logits: torch.Tensor, top_k: int) -> Iterato
         yield [
             cell for number in numbers for cell in (classifier.class_names[number], f"{chance[number]:.6f}")
         ]
-
-
-def _header(classifier: Classifier, top_k: int) -> Row:
-    places = range(2, min(top_k, len(classifier.class_names)) + 1)
-    further = [word for n in places for word in (f"class_{n}", f"probability_{n}")]
-    return ["name", "class", "probability", *further, "problem"]
 
 
 @contextmanager

@@ -237,7 +237,9 @@ class _Split:
         if self.several and can_be_left and (image is None or not _looks_like_images(table, image)):
             return False
         if image is None:
-            raise _no_image_column(schema, file)
+            columns = ", ".join(f"{column.name} ({column.type})" for column in schema)
+            fix = "write one of type struct<bytes, path> or binary"
+            raise UserError(f"{file} has no column of images, only {columns}", fix)
         self.image, self.label = image, _label_column(schema, self.wanted.label_column, file)
         return True
 
@@ -419,19 +421,9 @@ def _looks_like_images(table: "pq.ParquetFile", name: str) -> bool:
         (group for group in range(table.num_row_groups) if table.metadata.row_group(group).num_rows), 0
     )
     rows = table.metadata.row_group(first).num_rows
-    cells = _read_rows(table, first, name, min(rows, PROBED_CELLS))
+    batch = next(table.iter_batches(min(rows, PROBED_CELLS), row_groups=[first], columns=[name]))
+    cells = [cell["bytes"] if isinstance(cell, dict) else cell for cell in batch.column(0).to_pylist()]
     return any(isinstance(cell, bytes) and image_format(cell[:HEAD_BYTES]) for cell in cells)
-
-
-def _read_rows(table: "pq.ParquetFile", group: int, name: str, count: int) -> list[Any]:
-    batch = next(table.iter_batches(count, row_groups=[group], columns=[name]))
-    return [cell["bytes"] if isinstance(cell, dict) else cell for cell in batch.column(0).to_pylist()]
-
-
-def _no_image_column(schema: Any, path: str) -> UserError:
-    columns = ", ".join(f"{column.name} ({column.type})" for column in schema)
-    fix = "write one of type struct<bytes, path> or binary"
-    return UserError(f"{path} has no column of images, only {columns}", fix)
 
 
 def _image_columns_fix(schema: Any) -> str:
