@@ -236,17 +236,15 @@ def draw_neighbors(
     from PIL import Image, ImageDraw, ImageFont
 
     if len(pixels) != len(x) or (labels is not None and len(labels) != len(x)):
-        counts = f"{len(pixels)} images, {len(x)} features" + (
-            "" if labels is None else f", {len(labels)} labels"
-        )
+        counts = f"{len(pixels)} images, {len(x)} features"
+        counts += "" if labels is None else f", {len(labels)} labels"
         raise EvalError(counts, "give one feature and one label for each image")
     queries = _subset(len(x), num_queries, seed) if queries is None else queries
     neighbors = nearest_rows(x, queries, num_neighbors)
     gap, frame, text = 6, 3, 0 if labels is None else 14
     step = TILE + 2 * frame + gap
-    canvas = Image.new(
-        "RGB", (gap + step * (num_neighbors + 1) + 2 * gap, gap + (step + text) * len(queries)), "white"
-    )
+    size = (gap + step * (num_neighbors + 1) + 2 * gap, gap + (step + text) * len(queries))
+    canvas = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=10)
     for line, (query, row) in enumerate(zip(queries.tolist(), neighbors.tolist(), strict=True)):
         for column, sample in enumerate([query, *row]):

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,10 +83,8 @@ def torchvision_target(name: str, root: str | Path, split: str, *, download: boo
     if split not in source.splits:
         raise EvalError(f"{name} has no split {split!r}", f"choose one of {', '.join(source.splits)}")
     root = Path(root).expanduser()
-    fix = (
-        source.advice.format(root=root)
-        or f"set download=true, or copy torchvision's files of {name} into {root}"
-    )
+    by_torchvision = f"set download=true, or copy torchvision's files of {name} into {root}"
+    fix = source.advice.format(root=root) or by_torchvision
     try:
         images, labels, class_names = source.read(root, split, download)
     except ImportError as error:
@@ -106,13 +105,18 @@ def torchvision_target(name: str, root: str | Path, split: str, *, download: boo
     return TargetImages(sources, torch.as_tensor(labels, dtype=torch.int64), list(class_names))
 
 
+def _from_torchvision(class_name: str, root: Path, **options: Any) -> Any:
+    """torchvision's data set, imported where it is needed."""
+    from torchvision import datasets
+
+    return getattr(datasets, class_name)(root, **options)
+
+
 def _through_torchvision(class_name: str) -> Callable[[Path, str, bool], Listing]:
     """For classes with `split` and `loader`: with `str` as loader an item is (path, label), not decoded."""
 
     def read(root: Path, split: str, download: bool) -> Listing:
-        from torchvision import datasets
-
-        data = getattr(datasets, class_name)(root, split=split, loader=str, download=download)
+        data = _from_torchvision(class_name, root, split=split, loader=str, download=download)
         items = [data[row] for row in range(len(data))]
         return [path for path, _ in items], [int(label) for _, label in items], data.classes
 
@@ -121,9 +125,7 @@ def _through_torchvision(class_name: str) -> Callable[[Path, str, bool], Listing
 
 def _cifar(class_name: str) -> Callable[[Path, str, bool], Listing]:
     def read(root: Path, split: str, download: bool) -> Listing:
-        from torchvision import datasets
-
-        data = getattr(datasets, class_name)(root, train=split == "train", download=download)
+        data = _from_torchvision(class_name, root, train=split == "train", download=download)
         return list(data.data), data.targets, data.classes
 
     return read
@@ -131,14 +133,10 @@ def _cifar(class_name: str) -> Callable[[Path, str, bool], Listing]:
 
 def _pets(root: Path, split: str, download: bool) -> Listing:
     if download:
-        from torchvision import datasets
-
-        datasets.OxfordIIITPet(root, split="trainval", download=True)
+        _from_torchvision("OxfordIIITPet", root, split="trainval", download=True)
     folder = root / "oxford-iiit-pet"
-    rows = [
-        line.split()
-        for line in _lines(folder / "annotations" / f"{'trainval' if split == 'train' else 'test'}.txt")
-    ]
+    file_name = f"{'trainval' if split == 'train' else 'test'}.txt"
+    rows = [line.split() for line in _lines(folder / "annotations" / file_name)]
     labels = [int(row[1]) - 1 for row in rows]
     # Abyssinian_100 is of class 1, Abyssinian
     names = dict(zip(labels, (row[0].rpartition("_")[0] for row in rows), strict=True))
@@ -149,9 +147,7 @@ def _pets(root: Path, split: str, download: bool) -> Listing:
 def _sun397(root: Path, split: str, download: bool) -> Listing:
     """torchvision's class knows no splits: the creators' first one, 50 and 50 images a class."""
     if download:
-        from torchvision import datasets
-
-        datasets.SUN397(root, download=True)
+        _from_torchvision("SUN397", root, download=True)
     folder = root / "SUN397"
     file_name = f"{'Training' if split == 'train' else 'Testing'}_01.txt"
     places = [place / file_name for place in (folder, folder / "Partitions", root / "Partitions")]
@@ -169,9 +165,7 @@ def _caltech101(root: Path, split: str, download: bool) -> Listing:
     Which 30 of a class are train is drawn by the hash of their names: the same everywhere.
     """
     if download:
-        from torchvision import datasets
-
-        datasets.Caltech101(root, download=True)
+        _from_torchvision("Caltech101", root, download=True)
     folder = root / "caltech101" / "101_ObjectCategories"
     class_names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     images: list[Path] = []
@@ -191,9 +185,7 @@ def _caltech101(root: Path, split: str, download: bool) -> Listing:
 def _voc2007(root: Path, split: str, download: bool) -> Listing:
     """Labels of the classification task, a file a class: 1, 0 (difficult objects only), -1 (absent)."""
     if download:
-        from torchvision import datasets
-
-        datasets.VOCDetection(root, year="2007", image_set=split, download=True)
+        _from_torchvision("VOCDetection", root, year="2007", image_set=split, download=True)
     folder = root / "VOCdevkit" / "VOC2007"
     ids = _lines(folder / "ImageSets" / "Main" / f"{split}.txt")
     columns: list[list[int]] = []

@@ -363,9 +363,8 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=mark)
         if self.depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(
-                problem=f"sections or lists nested more than {MAX_DEPTH} deep", problem_mark=mark
-            )
+            problem = f"sections or lists nested more than {MAX_DEPTH} deep"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -376,22 +375,16 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         # a number of thousands of digits; YAML's own complaints are no ValueErrors
         except ValueError as error:
-            raise yaml.MarkedYAMLError(
-                problem=f"{shorten(str(node.value))} cannot be read", problem_mark=node.start_mark
-            ) from error
+            problem = f"{shorten(str(node.value))} cannot be read"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.MarkedYAMLError(
-                    problem=f"key {key!r} is not a name", problem_mark=key_node.start_mark
-                )
-            if key in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark
-                )
+            if not isinstance(key, str) or key in seen:
+                problem = f"key {key!r} {'stands twice' if isinstance(key, str) else 'is not a name'}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
