@@ -288,6 +288,8 @@ class PretrainConfig(Section):
     @field_validator("prune", mode="before")
     @classmethod
     def _known_policy(cls, value: Any) -> Any:
+        if not isinstance(value, dict | PruneConfig):
+            raise ValueError(f"is {shorten(repr(value))}, give a section such as prune: {{policy: emp}}")
         policy_named(policy_of(value))  # its ValueError names the nearest
         return value
 
@@ -570,6 +572,9 @@ def _describe(item: Any) -> str:
         if prefix == "prune.":
             of_policy = f"policy {inner.model_fields['policy'].default} has no key"
         known = f"known are {', '.join(inner.model_fields)}"
+        owners = [policy for policy, keys in PRUNE_SECTIONS.items() if name in keys.model_fields]
+        if prefix == "prune." and owners:
+            return f"{of_policy} prune.{name}, which policy {owners[0]} has"
         names = did_you_mean(name, inner.model_fields, known, cutoff=0.5, prefix=prefix)
         return f"{of_policy} {prefix}{shorten(name)}, {names}"
     key, range_ = _key_and_range(item["loc"])

@@ -85,12 +85,12 @@ def gradient_norm(params: Iterable[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm([p.grad for p in params if p.grad is not None])).norm()
 
 
-def step_where(optimizer: Optimizer, good: Tensor) -> None:
-    """`optimizer.step()` where `good` (0-d bool on the device), else no change; reads nothing back.
+def step_where(optimizer: Optimizer, where: Tensor) -> None:
+    """`optimizer.step()` where `where` (0-d bool on the device), else no change; reads nothing back.
 
     torch's fused optimisers take the flag that its gradient scaler gives them, and so does `Lars`.
     """
-    optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
+    optimizer.found_inf = (~where).float()  # type: ignore[attr-defined]
     optimizer.step()
 
 
@@ -135,7 +135,7 @@ def lr_at(step: int, total_steps: int, warmup_steps: int, peak_lr: float) -> flo
 
     Args:
         step: 0 for the first optimiser step.
-        total_steps: `PrunePlan.total_steps`.
+        total_steps: of the run, as it is pruned.
         warmup_steps: steps until `peak_lr` is reached.
         peak_lr: the highest learning rate.
     """
@@ -157,7 +157,7 @@ def one_cycle_lr(
 
     Args:
         step: 0 for the first optimiser step, total_steps - 1 for the last, which takes the lowest rate.
-        total_steps: `PrunePlan.total_steps`.
+        total_steps: of the run, as it is pruned.
         peak_lr: the highest learning rate, reached after pct_start of the steps.
         pct_start: share of the steps that rise, 0 <= pct_start < 1.
         div: peak over first rate.

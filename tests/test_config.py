@@ -84,7 +84,7 @@ def test_another_policy_on_the_command_line_drops_the_keys_of_the_files(tmp_path
             "policy random has no key prune.redraw_evry, did you mean prune.redraw_every?",
         ),
         ("emp", "bta", "policy emp has no key prune.bta, did you mean prune.beta?"),
-        ("loss", "beta", "policy loss has no key prune.beta, did you mean prune.ema?"),
+        ("loss", "beta", "policy loss has no key prune.beta, which policy emp has"),
         (
             "ucb",
             "scoring_drws",
@@ -141,6 +141,9 @@ def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("prune: {fractoin: 0.5}", "policy emp has no key prune.fractoin, did you mean prune.fraction?"),
+        ("prune: emp", "prune: is 'emp', give a section such as prune: {policy: emp}"),
+        ("prune: []", "prune: is [], give a section"),
+        ("prune: null", "prune: is None, give a section"),
         ("temprature: 0.5", "unknown key temprature, did you mean temperature?"),
         ("xyzzy: 1", "unknown key xyzzy, known are out, seed"),
         ("prune: {fraction: 1.0}", "prune.fraction: should be less than 1 (is 1.0)"),
@@ -149,7 +152,7 @@ def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
         ('prune: {fraction: "0.5"}', "prune.fraction: should be a valid number (is '0.5')"),
         ("prune: {fraction: null}", "prune.fraction"),
         ("prune: {beta: .inf}", "prune.beta: should be a finite number"),
-        ("prune: 0.5", "prune: should be"),
+        ("prune: 0.5", "prune: is 0.5, give a section"),
         ("epochs: 0", "epochs: should be greater than or equal to 1"),
         ("epochs: 1.5", "epochs: should be a valid integer"),
         ("epochs: yes", "epochs: should be a valid integer"),

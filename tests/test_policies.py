@@ -359,6 +359,7 @@ def test_a_score_that_is_nan_does_not_shorten_the_epoch_unnoticed() -> None:
         (lambda: Random(redraw_every=0), "policy random: redraw_every is 0"),
         (lambda: Foresight(foresee=False), "policy foresight: foresee is False, allowed: True"),
         (lambda: policy_named("epm"), "there is no policy 'epm'; did you mean emp?"),
+        (lambda: policy_named("EMP"), "there is no policy 'EMP'; did you mean emp?"),
         (lambda: policy_named("?"), f"there is no policy '?'; known are {', '.join(POLICIES)}"),
     ],
 )

@@ -2,11 +2,9 @@
 
     python pretrain.py --config configs/demo.yaml
     python pretrain.py --config configs/cifar10_emp.yaml data.source=./images prune.fraction=0.5 out=runs/mine
-    python pretrain.py --config configs/demo.yaml --dry-run      # what would happen, and a picture of the
-    views
+    python pretrain.py --config configs/demo.yaml --dry-run  # what would happen, and a picture of the views
     python pretrain.py --resume runs/mine
-    python pretrain.py --config configs/cifar10_emp.yaml devices=2    # or: torchrun --nproc-per-node 2
-    pretrain.py ...
+    python pretrain.py --config configs/cifar10_emp.yaml devices=2  # or by torchrun --nproc-per-node 2
 
 config -> job (images, network, pruner) -> epochs of choose, train, look -> encoder. Exit codes: 0 done, 2 the
 user can fix it, 3 the run failed with its last checkpoint intact, 130/143 stopped by SIGINT/SIGTERM after
@@ -96,7 +94,8 @@ def forward(
     """A batch through the network, its augmentation keyed on (seed, epoch, index).
 
     Returns:
-        loss (b,) in nats, memory (b,) of EMP's score, and what was drawn (b, F), where the pruner uses it.
+        loss (b,) in nats and memory (b,), of which EMP's score is loss + beta * memory (`Emp.score` in
+        prune/policies.py), and what was drawn (b, F), where the pruner uses it.
     """
     config, policy, side = job.config, job.pruner.policy, images.shape[-1]
     draw = draw_params(config.seed, epoch, index, recipe, side)
@@ -127,7 +126,7 @@ def pretrain(job: Job, run: Run, stop: Stop) -> int:
     network = ranks.share_gradients(model)  # after the weights are those of the checkpoint on all ranks
     score = partial(score_batches, job, model, views_of)
     size = getattr(config.prune, "scoring_size", None) or job.recipe.size
-    rescore = partial(score, recipe=replace(job.recipe, size=size))
+    rescore = partial(score, recipe=replace(job.recipe, size=size))  # its views may be smaller
     monitor = Monitor(job, report)
     job.model.train()
     for epoch in range(run.epoch, len(pruner.steps)):

@@ -368,7 +368,7 @@ def policy_named(name: str) -> Policy:
     if not isinstance(name, str):
         raise TypeError(f"policy is {name!r:.80}: give a name or an object, such as 'emp' or Emp(beta=2)")
     if name not in POLICIES:
-        near = difflib.get_close_matches(name, POLICIES, n=1)
+        near = difflib.get_close_matches(name.lower(), POLICIES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(POLICIES)}"
         raise ValueError(f"there is no policy {name!r}; {hint}")
     return POLICIES[name]()

@@ -32,9 +32,8 @@ class Guard:
         self._parameters, self._buffers = list(model.parameters()), list(model.buffers())
         self._buffers_before = [buffer.clone() for buffer in self._buffers]
         self.in_a_row, self._longest = in_a_row, torch.zeros_like(in_a_row)
-        self.norms = (
-            norms  # (steps,) gradient norm of each step of the epoch; inf: skipped; None between epochs
-        )
+        # (steps,) gradient norm of each step of the epoch; inf: skipped; None between epochs
+        self.norms = norms
 
     def step(self, terms: Tensor, number: int, batches: Tensor) -> Tensor:
         """Step `number`: whether loss, memory (2, B) and all gradients are finite, 0-d bool on the device."""
