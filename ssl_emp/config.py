@@ -452,15 +452,16 @@ def load_config(path: str | Path | None, overrides: list[str], of_run: bool = Fa
         path: YAML file, or None for the defaults.
         overrides: such as `prune.fraction=0.5`; the value is read as YAML. Another `prune.policy` than
             the file's drops those of the file's keys that this policy does not have.
-        of_run: the file is a run's config.yaml; one from before policies had keys of their own is understood.
+        of_run: the file is a run's config.yaml, perhaps of ssl_emp 0.1, where every policy had every key; a
+            whole copy of such a section is read without it.
 
     Raises:
         UserError: unreadable file, broken syntax, or all unknown keys, wrong types and values at once.
     """
     values = {} if path is None else read_values(path)
-    if of_run and isinstance(values.get("prune"), dict):
-        values["prune"] = keys_of_policy(values["prune"], str(path))
     section = values.get("prune")
+    if isinstance(section, dict) and (of_run or GONE.keys() <= section.keys()):
+        section = values["prune"] = keys_of_policy(section, str(path))
     where = "the command line" if path is None else str(path)
     for override in overrides:
         name, equals, policy = override.partition("=")

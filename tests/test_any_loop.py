@@ -580,6 +580,9 @@ def test_a_state_of_another_plan_is_refused(other: dict[str, Any], words: str) -
 
 
 def test_a_state_that_is_none_is_refused() -> None:
+    state: Any
+    for state in (None, [1]):
+        assert "pruner: the state is of type" in refused(partial(make_pruner().load_state_dict, state))
     state = make_pruner().state_dict()
     for broken in ({}, {"scores": [1, 2]}, {name: state[name] for name in list(state)[1:]}):
         refused(lambda broken=broken: make_pruner().load_state_dict(broken))  # type: ignore[misc]

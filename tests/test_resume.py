@@ -957,6 +957,8 @@ def test_the_settings_of_0_1_are_those_of_the_policy(policy: str, tmp_path: Path
     turned = {"ema": 0.7, "explore": 0.3, "rescale": True}
     own = {key: value for key, value in turned.items() if key in section.model_fields}
     assert read == section.model_validate(plan | own)
+    assert load_config(file, []).prune == read, "a copy of a run's config, given as --config"
+    file.write_text(yaml.safe_dump({"prune": {"policy": policy, "confidence": 1.0}}))
     with pytest.raises(UserError, match="prune.confidence is not a key any more"):
         load_config(file, [])  # a config file of now has no such keys
 

@@ -42,7 +42,7 @@ def tensor_problem(ours: Any, theirs: Any, name: str) -> str | None:
 def key_problems(ours: dict[Any, Any], theirs: Any, where: str) -> Iterator[str]:
     """Entries that are missing or not known; `where` ends in a point."""
     if not isinstance(theirs, dict):
-        yield f"{where.rstrip('.')} is of type {type(theirs).__name__}"
+        yield f"{where.rstrip('.') or 'the state'} is of type {type(theirs).__name__}"
         return
     yield from (f"{where}{name} is missing" for name in ours if name not in theirs)
     yield from (f"{where}{str(name)[:80]!r} is not known" for name in theirs if name not in ours)
@@ -137,4 +137,4 @@ def _told_problems(told: Any) -> Iterator[str]:
             isinstance(kind, str) and isinstance(entry, tuple) and len(entry) == 2 and type(entry[0]) is int
         )
         if not fits or type(entry[1]) not in (int, float) or math.isnan(entry[1]):
-            yield f"told.{str(kind)[:80]!r} is {str(type(entry))}"
+            yield f"told.{str(kind)[:80]!r} is {entry!r:.80}"
