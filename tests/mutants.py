@@ -139,7 +139,7 @@ MUTANTS = [
     Mutant(
         "a bad step reaches the weights",
         "ssl_emp/optim.py",
-        "    optimizer.found_inf = (~good).float()",
+        "    optimizer.found_inf = (~where).float()",
         "    optimizer.found_inf = None",
         "tests/faults/test_numerics_matrix.py -k gradient_that_is_not_finite",
     ),
