@@ -3,8 +3,8 @@
     python -m experiments.glue experiments/glue.yaml --data DIR [--until 03:25]
 
 A cell is a run of `examples/glue.py`'s trainer with the grid's `training` (arguments of the Trainer),
-`pruning` (of `Pruner`) and `samples`; its keys are `task`, `seed`, `prune.policy`, `prune.fraction`, and
-`prune.` with a key of the policy. Start it several times for several processes: a cell that another one works
+`pruning` (of `Pruner`) and `samples`; its keys are `task`, `seed`, `prune.policy`, `prune.fraction`,
+`prune.` with a key of the policy, and what it has instead of a key in `pruning`. Start it several times for several processes: a cell that another one works
 on is passed over. Finished cells are skipped. At the time `--until`, and after a crash, a run goes on from
 its last checkpoint when the same command is given again.
 """
@@ -65,7 +65,8 @@ def run_cell(cell: Cell, grid: dict[str, Any], data: Path, out: Path, until: flo
     """The row of a finished run; None where the time was over before it."""
     keys = {key.removeprefix("prune."): value for key, value in cell.items() if key.startswith("prune.")}
     policy, fraction = POLICIES[keys.pop("policy")], keys.pop("fraction", 0.3)
-    pruning = grid["pruning"] | {"policy": policy(**keys), "fraction": fraction}
+    pruning = {name: cell.get(name, value) for name, value in grid["pruning"].items()}
+    pruning |= {"policy": policy(**keys), "fraction": fraction}
     trainer = make_trainer(
         cell["task"], data, pruning, grid["samples"], output_dir=str(out), seed=cell["seed"],
         save_steps=SAVE_STEPS, save_total_limit=1, disable_tqdm=True, report_to="none", use_cpu=True,
