@@ -4,9 +4,9 @@
 
 A cell is a run of `examples/glue.py`'s trainer with the grid's `training` (arguments of the Trainer),
 `pruning` (of `Pruner`) and `samples`; its keys are `task`, `seed`, `prune.policy`, `prune.fraction`,
-`prune.` with a key of the policy, and what it has instead of a key in `pruning`. Start it several times for several processes: a cell that another one works
-on is passed over. Finished cells are skipped. At the time `--until`, and after a crash, a run goes on from
-its last checkpoint when the same command is given again.
+`prune.` with a key of the policy, and what it has instead of a key in `pruning`. Started several times, each
+process passes over the cells that another one works on. Finished cells are skipped. At the time `--until`,
+and after a crash, a run goes on from its last checkpoint when the same command is given again.
 """
 
 import argparse
