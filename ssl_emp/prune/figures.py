@@ -129,49 +129,40 @@ def diagnose(
     num_classes: int = 0,
     is_noisy: Tensor | None = None,
 ) -> dict[str, float]:
-    """The figures of `epoch`, once it has trained on something; all tensors (N,) on one device, read from it
-    twice.
+    """The figures of `epoch`, once it has trained on something; all tensors (N,), read from the device twice.
 
     Args:
         epoch: counted from 0.
-        times_trained, last_trained: of every sample, this epoch included; last_trained -1 = never.
-            Trained now is `last_trained == epoch`.
-        last_trained_before: the same as the epoch began. None where this epoch or the one before was a
-            full one: then the overlap says nothing.
-        scores, scores_before: from each sample's last observation, as the epoch ended and as it began;
-            +inf = never scored. Running means would do, but they resemble themselves.
-        fresh: bool, the samples observed anew in both epochs, each time with other views. The others'
-            scores agree with themselves, which would pass for reliability. Where only kept samples are
-            observed, these are the high scores alone, and a narrow range lowers a correlation: at s = 0.7 one
-            of 0.2 shows as 0.1.
+        times_trained, last_trained: this epoch included; last_trained -1 = never, trained now: == epoch.
+        last_trained_before: as the epoch began. None where it or the one before was full: then the overlap
+            says nothing.
+        scores, scores_before: from each sample's last observation, as the epoch ended and as it began; +inf =
+            never scored. Running means would do, but they resemble themselves.
+        fresh: bool, the samples observed anew in both epochs, each time with other views. The others' scores
+            agree with themselves, which would pass for reliability. Where only kept samples are observed,
+            these are the high scores alone, and a narrow range lowers a correlation: at s = 0.7 one of 0.2
+            shows as 0.1.
         labels, num_classes: (N,) int64, where there are labels.
         is_noisy: bool, where wrong labels are known.
 
     Returns:
         Without those that cannot be known: `times_gini`, `times_p10`, `times_p50`, `times_p90` (deciles of
-        times
-        trained), `idle_share` (not trained for IDLE_EPOCHS epochs), `kept_overlap` and `kept_overlap_chance`,
-        `score_repeat` (rank correlation of the two scores over the `score_repeat_samples` fresh ones),
-        `class_ratio_min`, `class_min`, `class_ratio_max`, `class_max` (of the classes that are large enough
-        to judge:
-        ratio and number), `class_entropy`, `noisy_kept`, `noisy_data`.
+        times trained), `idle_share` (not trained for IDLE_EPOCHS epochs), `kept_overlap` and
+        `kept_overlap_chance`, `score_repeat` (rank correlation of the two scores over the
+        `score_repeat_samples` fresh ones), those of `class_figures`, `noisy_kept`, `noisy_data`.
     """
     trained = last_trained == epoch
-    ordered = times_trained.sort().values
-    repeated: dict[str, float] = {}
-    figures = {
-        "times_gini": gini(times_trained),
-        "idle_share": share_not_trained_for(last_trained, epoch, IDLE_EPOCHS),
-    }
-    figures |= {
-        f"times_p{percent}": ordered[round(percent / 100 * (len(ordered) - 1))] for percent in (10, 50, 90)
-    }
+    ordered, last = times_trained.sort().values, len(times_trained) - 1
+    idle_share = share_not_trained_for(last_trained, epoch, IDLE_EPOCHS)
+    figures = {"times_gini": gini(times_trained), "idle_share": idle_share}
+    figures |= {f"times_p{percent}": ordered[round(percent / 100 * last)] for percent in (10, 50, 90)}
     if last_trained_before is not None:
-        trained_before = last_trained_before == epoch - 1
+        before = last_trained_before == epoch - 1
         figures |= {
-            "kept_overlap": kept_overlap(trained, trained_before),
-            "kept_overlap_chance": trained_before.double().mean(),
+            "kept_overlap": kept_overlap(trained, before),
+            "kept_overlap_chance": before.double().mean(),
         }
+    repeated: dict[str, float] = {}
     if scores is not None and scores_before is not None and fresh is not None:
         # waits for a GPU: its size is not known
         index = (fresh & scores.isfinite() & scores_before.isfinite()).nonzero().squeeze(1)
@@ -179,10 +170,7 @@ def diagnose(
         if len(index) > 1:
             figures["score_repeat"] = rank_correlation(scores[index], scores_before[index])
     if labels is not None:
-        ratio, expected, figures["class_entropy"] = class_balance(trained, labels, num_classes)
-        judged = expected >= MIN_EXPECTED
-        figures["class_ratio_min"], figures["class_min"] = torch.where(judged, ratio, torch.inf).min(0)
-        figures["class_ratio_max"], figures["class_max"] = torch.where(judged, ratio, -torch.inf).max(0)
+        figures |= class_figures(trained, labels, num_classes)
     if is_noisy is not None:
         figures |= {"noisy_kept": noisy_share(trained, is_noisy), "noisy_data": is_noisy.double().mean()}
     values = torch.stack([figure.double() for figure in figures.values()]).tolist()
@@ -190,3 +178,19 @@ def diagnose(
     if "class_ratio_min" not in known:  # no class is large enough: nor is there a worst one
         known = {name: value for name, value in known.items() if name not in ("class_min", "class_max")}
     return known | repeated
+
+
+def class_figures(trained: Tensor, labels: Tensor, num_classes: int) -> dict[str, Tensor]:
+    """`class_entropy`, and of the classes that are large enough to judge the least and most kept.
+
+    `class_ratio_min`, `class_ratio_max`: share among the trained over share in the data; `class_min`,
+    `class_max`: which class that is. Arguments as for `class_balance`.
+    """
+    ratio, expected, entropy = class_balance(trained, labels, num_classes)
+    judged = expected >= MIN_EXPECTED
+    lowest, least = torch.where(judged, ratio, torch.inf).min(0)
+    highest, most = torch.where(judged, ratio, -torch.inf).max(0)
+    return {
+        "class_entropy": entropy, "class_ratio_min": lowest, "class_min": least,
+        "class_ratio_max": highest, "class_max": most,
+    }  # fmt: skip
