@@ -129,10 +129,9 @@ def diagnose(
     num_classes: int = 0,
     is_noisy: Tensor | None = None,
 ) -> dict[str, float]:
-    """The figures of `epoch`, once it has trained on something; all tensors (N,), read from the device twice.
+    """The figures of `epoch`, from 0, once it has trained on something; tensors (N,), read from twice.
 
     Args:
-        epoch: counted from 0.
         times_trained, last_trained: this epoch included; last_trained -1 = never, trained now: == epoch.
         last_trained_before: as the epoch began. None where it or the one before was full: then the overlap
             says nothing.
@@ -142,14 +141,13 @@ def diagnose(
             agree with themselves, which would pass for reliability. Where only kept samples are observed,
             these are the high scores alone, and a narrow range lowers a correlation: at s = 0.7 one of 0.2
             shows as 0.1.
-        labels, num_classes: (N,) int64, where there are labels.
-        is_noisy: bool, where wrong labels are known.
+        labels, num_classes, is_noisy: int64 labels, and bool where wrong ones are known.
 
     Returns:
-        Without those that cannot be known: `times_gini`, `times_p10`, `times_p50`, `times_p90` (deciles of
-        times trained), `idle_share` (not trained for IDLE_EPOCHS epochs), `kept_overlap` and
-        `kept_overlap_chance`, `score_repeat` (rank correlation of the two scores over the
-        `score_repeat_samples` fresh ones), those of `class_figures`, `noisy_kept`, `noisy_data`.
+        Without those that cannot be known: `times_gini`, `times_p10`, `times_p50`, `times_p90` (deciles),
+        `idle_share` (not trained for IDLE_EPOCHS epochs), `kept_overlap`, `kept_overlap_chance`,
+        `score_repeat` (rank correlation of the two scores over the `score_repeat_samples` fresh ones), those
+        of `class_figures`, `noisy_kept`, `noisy_data`.
     """
     trained = last_trained == epoch
     ordered, last = times_trained.sort().values, len(times_trained) - 1
@@ -162,11 +160,11 @@ def diagnose(
             "kept_overlap": kept_overlap(trained, before),
             "kept_overlap_chance": before.double().mean(),
         }
-    repeated: dict[str, float] = {}
+    repeated = {}
     if scores is not None and scores_before is not None and fresh is not None:
         # waits for a GPU: its size is not known
         index = (fresh & scores.isfinite() & scores_before.isfinite()).nonzero().squeeze(1)
-        repeated = {"score_repeat_samples": float(len(index))}
+        repeated["score_repeat_samples"] = float(len(index))
         if len(index) > 1:
             figures["score_repeat"] = rank_correlation(scores[index], scores_before[index])
     if labels is not None:
@@ -175,9 +173,9 @@ def diagnose(
         figures |= {"noisy_kept": noisy_share(trained, is_noisy), "noisy_data": is_noisy.double().mean()}
     values = torch.stack([figure.double() for figure in figures.values()]).tolist()
     known = {name: value for name, value in zip(figures, values, strict=True) if math.isfinite(value)}
-    if "class_ratio_min" not in known:  # no class is large enough: nor is there a worst one
-        known = {name: value for name, value in known.items() if name not in ("class_min", "class_max")}
-    return known | repeated
+    # no class is large enough: nor is there a worst one
+    unknown = () if "class_ratio_min" in known else ("class_min", "class_max")
+    return {name: value for name, value in known.items() if name not in unknown} | repeated
 
 
 def class_figures(trained: Tensor, labels: Tensor, num_classes: int) -> dict[str, Tensor]:
