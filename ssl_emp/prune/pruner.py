@@ -65,8 +65,8 @@ class Pruner:
         fraction: s, the share left out of a pruned epoch, 0 <= s < 1.
         warmup_epochs: first epochs on everything, at least 1: there is no score before.
         anneal_fraction: alpha, the share of the last epochs on everything; the paper states no value.
-        rounds_per_epoch: an epoch is chosen in so many rounds, each from the samples that the epoch has
-            not trained on yet, by the scores as they are then: for runs of few epochs.
+        rounds_per_epoch: an epoch is chosen in so many rounds, each from its own part of the samples, drawn
+            anew every epoch, by the scores as they are then: for runs of few epochs.
         seed: of the order of the samples and of what is left to chance.
         device: of the per-sample tensors; None: where the first losses are.
         covariates: what the coming views of samples will be, a pure function of (epoch, index);
@@ -134,7 +134,8 @@ class Pruner:
                 "the coming views will be; where views are drawn by someone else, policy ucb needs none",
             ),
         )
-        rounds = 1 if self.policy.is_shorter else rounds_per_epoch  # full epochs: nothing to choose
+        # full epochs, or a subset that stays: nothing to choose anew
+        rounds = 1 if self.policy.is_shorter or self.policy.keeps_one_subset else rounds_per_epoch
         self.plan = PrunePlan(
             epochs * rounds, fraction if self.policy.prunes else 0.0, warmup_epochs * rounds, anneal_fraction,
             self.policy.is_shorter, tuple((old * rounds, end * rounds) for old, end in earlier), rounds,
@@ -143,8 +144,7 @@ class Pruner:
         parts = "an epoch keeps" if rounds == 1 else f"one of {rounds} rounds of an epoch keeps"
         few = f"{parts} less than a batch of {batch_size} samples"
         _check((min(self.steps, default=0) >= 1, f"{few}: lower fraction, batch_size or rounds_per_epoch"))
-        pruned = [count * self.plan.is_pruned(epoch) for epoch, count in enumerate(self.steps)]
-        most = max(sum(pruned[first : first + rounds]) for first in range(0, len(pruned), rounds))
+        most = max(count * self.plan.is_pruned(epoch) for epoch, count in enumerate(self.steps))
         if problem := self.policy.problem(self.num_samples, most * batch_size):
             raise ValueError(f"policy {self.policy.name} {problem}")
         self._ends = list(accumulate(self.steps))
@@ -192,18 +192,16 @@ class Pruner:
         everyone = torch.arange(self.num_samples, device=device)
         if epoch >= len(self.steps):
             return shuffled_batches(everyone, size, self.seed, epoch), None
-        if not self.plan.is_pruned(epoch):
-            first, _ = self.plan.full_steps(epoch, self.num_samples, size)
-            whole = shuffled_batches(everyone, size, self.seed, epoch // rounds)
-            return whole[first : first + self.steps[epoch]], None  # policy shorter may end within an epoch
+        first, last = self.plan.full_steps(epoch, self.num_samples, size)
+        if rounds > 1 or not self.plan.is_pruned(epoch):
+            whole = shuffled_batches(everyone, size, self.seed, epoch // rounds)[first:last]
+            if not self.plan.is_pruned(epoch):
+                return whole[: self.steps[epoch]], None  # policy shorter may end within an epoch
+            everyone = whole.flatten().sort().values  # the part of the samples that this round is about
         known, candidates = self.record.known, everyone
         if self.policy.foresees:
             known = known._replace(terms=self._expected(epoch))
         if rounds > 1:
-            left = torch.ones(self.num_samples, dtype=torch.bool, device=device)
-            for earlier in range(epoch // rounds * rounds, epoch):
-                left[self.batches(earlier).flatten()] = False
-            candidates = left.nonzero().squeeze(1)
             known = known.of(candidates)
         count = self.steps[epoch] * size
         kept = self.policy.choose(known, count, self.seed, epoch, self.plan.warmup_epochs)
@@ -230,12 +228,10 @@ class Pruner:
 
     def _is_needed(self, epoch: int) -> bool:
         """Whether the batches of an epoch may be asked for again by a run that goes on from here."""
-        size, rounds, again = self.steps_per_epoch, self.plan.rounds, self.step
+        size, again = self.steps_per_epoch, self.step
         if self._samples_are_streamed:
             again = self.step // size * size  # some trainers read a nominal epoch again from its beginning
-        end = self._ends[epoch] if epoch < len(self.steps) else self.total_steps
-        same_epoch = rounds > 1 and epoch // rounds == self.epoch_of(self.step) // rounds
-        return end >= again or same_epoch
+        return (self._ends[epoch] if epoch < len(self.steps) else self.total_steps) >= again
 
     def _expected(self, epoch: int) -> Tensor:
         """Loss and memory (2, N) expected of each sample under its coming views, without drawing these."""

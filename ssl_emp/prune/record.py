@@ -17,17 +17,14 @@ RIDGE = 1e-3  # of the mean diagonal of its moments
 
 
 class Known(NamedTuple):
-    """What a policy looks at: of each sample loss and memory, (2, N), +inf in both where never seen, and the
-    loss's variance, (N,).
-    """
+    """What a policy looks at."""
 
-    terms: Tensor
-    variance: Tensor
-    numbers: Tensor | None = None  # (N,) int64, rising: of the samples; None: 0 to N - 1
+    terms: Tensor  # (2, N) loss and memory of each sample, +inf in both where never seen
+    variance: Tensor  # (N,) of the loss
 
     def of(self, index: Tensor) -> "Known":
         """The same of the samples `index` (K,) alone."""
-        return Known(self.terms[:, index], self.variance[index], index)
+        return Known(self.terms[:, index], self.variance[index])
 
 
 class Record:
