@@ -283,8 +283,8 @@ def test_indices_are_never_unpickled(tmp_path: Path) -> None:
 def test_an_indices_policy_keeps_its_first() -> None:
     policy = Indices(index=torch.tensor([5, 0, 3, 9]))
     assert policy.choose(known(scores(10, 1)), 3, 0, 1, WARMUP).index.tolist() == [5, 0, 3]
-    with pytest.raises(ValueError, match="names 4 samples, and a pruned epoch needs 5"):
-        policy.choose(known(scores(10, 1)), 5, 0, 1, WARMUP)
+    assert policy.problem(10, 4) is None
+    assert policy.problem(10, 5) == "names 4 samples, and a pruned epoch needs 5"
 
 
 def test_policies_that_rank_differ_in_the_score_only() -> None:
