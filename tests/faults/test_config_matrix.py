@@ -233,7 +233,7 @@ BROKEN: dict[str, tuple[str | bytes, str]] = {
     "key is a list": ("? [a, b]\n: 1", "line 1: key ['a', 'b'] is not a name"),
     "key is a number": ("1: 2", "line 1: key 1 is not a name"),
     "newline in a key": ('"a\\nb": 1', "unknown key a\\nb"),
-    "section as a value": ("prune: 0.5", "prune: should be"),
+    "section as a value": ("prune: 0.5", "prune: is 0.5, give a section such as"),
     "300 unknown keys": ("".join(f"key{i}: 1\n" for i in range(300)), "300 problems: "),
     "number of 5,000 digits": ("epochs: 1" + "0" * 5000, "line 1"),
     "text of 100,000 letters": (f"temperature: {'x' * 100_000}", "temperature: should be a valid number"),
