@@ -386,12 +386,8 @@ def load_test(config: PretrainConfig, train: ImageSet, image_size: int, report: 
             data.test_source,
             kind=data.kind,
             image_size=image_size,
-            image_column=data.image_column,
-            label_column=data.label_column,
-            max_pixels=data.max_pixels,
-            download_dir=data.download_dir,
-            cache_dir=data.cache_dir,
             store=data.store,
+            **data.shared_options(),
         )
     except UserError as error:
         report.say(f"test      none, so no test accuracy at the end: {error}")

@@ -369,8 +369,7 @@ class Pruner:
 
         Returns:
             0-d mean of the losses, weighted where the policy weighs. Scores are kept detached; a batch with a
-            loss that is not
-            finite is not scored.
+            loss that is not finite is not scored.
 
         Raises:
             ValueError, TypeError: shapes that do not fit, a loss that was averaged, no memory, samples that
@@ -455,8 +454,7 @@ class Pruner:
     # ---- score without training ----------------------------------------------------------------------------
 
     def rescore(self, epoch: int, score: Score) -> None:
-        """Before a pruned epoch is chosen, score samples with the network of now: nothing where scoring is
-        `stale`.
+        """Before a pruned epoch is chosen, score samples with the network of now, unless scoring is `stale`.
 
         Scores must be comparable with those of the training pass: batches as large, BatchNorm on the
         statistics of the batch.

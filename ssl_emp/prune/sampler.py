@@ -45,14 +45,12 @@ class Indexed(Dataset[Any]):
 
 
 class PrunedSampler(DistributedSampler[int]):
-    """Sample numbers in the order of training, as many in every epoch: the planned run cut into equal nominal
-    epochs.
+    """Sample numbers in the order of training: the planned run cut into nominal epochs of equal length.
 
     Trainers take `len(loader)` once; epochs that became shorter would cut the annealing epochs and stall the
     learning rate. It is a DistributedSampler, so that trainers call `set_epoch` on it and do not replace it.
     A pass begins at the first batch that `update` has not heard of and ends with its nominal epoch, so
-    iterating twice gives the same numbers, and nobody has to call `set_epoch`. `sampler()` of `Pruner` makes
-    it.
+    iterating twice gives the same numbers, and nobody has to call `set_epoch`. `Pruner.sampler` makes it.
     """
 
     def __init__(self, pruner: "Pruner", num_replicas: int | None, rank: int | None, resumes: bool) -> None:
