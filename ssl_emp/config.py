@@ -341,7 +341,7 @@ class PretrainConfig(Section):
                     "data.holdout is for evaluate.py, and objective supervised would train on "
                     "the labels that it holds out"
                 )
-            if getattr(policy, "memory", "raw") == "normalized":
+            if policy.memory == "normalized":
                 raise ValueError(
                     "prune.memory normalized is about distances, objective supervised has raw "
                     "and standardized"

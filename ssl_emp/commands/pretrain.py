@@ -109,7 +109,7 @@ def forward(
     h, z = through(job, network, torch.cat([view_a, view_b]))  # one BatchNorm pass over both views, as SimCLR
     (h_a, h_b), (z_a, z_b) = h.chunk(2), z.chunk(2)
     loss = nt_xent(z_a, z_b, config.temperature, job.ranks)
-    memory = closeness(h_a, h_b, normalized=getattr(policy, "memory", "raw") == "normalized")
+    memory = closeness(h_a, h_b, normalized=policy.memory == "normalized")
     return loss, memory, draw_features(*draw, side) if policy.adjusts else None
 
 

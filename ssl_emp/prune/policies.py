@@ -58,6 +58,9 @@ class Policy:
         False  # whether the covariates of the coming epoch are added to what is remembered
     )
     shrink: ClassVar[bool] = False
+    # the loss weighs N / K where a policy gives no weights: as many sums of gradients as a full epoch
+    rescale: ClassVar[bool] = False
+    memory: ClassVar[str] = "raw"  # scale of the memory term, see `Emp`
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -121,7 +124,7 @@ class Random(Policy):
 
     name: ClassVar[str] = "random"
     redraw_every: int = key(1, ge=1, le=1_000_000)  # pruned epochs that train on the same draw
-    rescale: bool = False  # the loss weighs N / K: a pruned epoch's steps sum up to those of a full one
+    rescale: bool = False  # type: ignore[misc]
 
     @property
     def keeps_one_subset(self) -> bool:
@@ -141,7 +144,7 @@ class Indices(Policy):
 
     name: ClassVar[str] = "indices"
     index: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    rescale: bool = False
+    rescale: bool = False  # type: ignore[misc]
 
     @property
     def keeps_one_subset(self) -> bool:
@@ -216,7 +219,7 @@ class Scan(Scored):
     """
 
     name: ClassVar[str] = "scan"
-    rescale: bool = False
+    rescale: bool = False  # type: ignore[misc]
 
     def choose(self, known: Known, count: int, seed: int, epoch: int, warmup_epochs: int) -> Kept:
         loss = known.terms[0]
@@ -243,7 +246,7 @@ class Ranking(Scored):
     shrink: bool = False  # type: ignore[misc]  # with foresee: what is remembered counts for as much as it was found to predict
     explore: float = key(0.0, ge=0.0, le=1.0)  # share of the kept drawn at random from all other samples
     soften: float = key(0.0, **WEIGHT)  # noise added to the score before it ranks, in its standard deviations
-    rescale: bool = False
+    rescale: bool = False  # type: ignore[misc]
 
     @property
     def adjusts(self) -> bool:  # type: ignore[override]
@@ -272,7 +275,7 @@ class Emp(Ranking):
     loss_weight: float = key(1.0, ge=-1e9, le=1e9)  # 1 in the paper; below 0 easy samples are preferred
     # scale of the memory term: as it is (the paper), of normalised features, or both terms brought to mean 0
     # and standard deviation 1 over the samples seen, so that beta is a ratio of influences
-    memory: str = key("raw", options=("raw", "normalized", "standardized"))
+    memory: str = key("raw", options=("raw", "normalized", "standardized"))  # type: ignore[misc]
 
     @property
     def formula(self) -> "Emp":
@@ -338,7 +341,7 @@ class Distance(Ranking):
 
     name: ClassVar[str] = "distance"
     needs_memory: ClassVar[bool] = True
-    memory: str = key("raw", options=("raw", "normalized", "standardized"))
+    memory: str = key("raw", options=("raw", "normalized", "standardized"))  # type: ignore[misc]
 
     @property
     def formula(self) -> Emp:

@@ -206,7 +206,7 @@ class Pruner:
         count = self.steps[epoch] * size
         kept = self.policy.choose(known, count, self.seed, epoch, self.plan.warmup_epochs)
         index, weight = candidates[kept.index], kept.weight
-        if weight is None and getattr(self.policy, "rescale", False):
+        if weight is None and self.policy.rescale:
             weight = known.variance.new_full((count,), len(candidates) / count)
         if weight is not None:
             weight = torch.ones(self.num_samples, device=device).index_put((index,), weight)
