@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import striped_images, write_parquet
 
-from benchmarks import common, evaluation, lightly_loop, memory, parity
+from benchmarks import common, evaluation, lightly_loop, memory, parity, time_to_quality
 from benchmarks.common import Ratio
 from ssl_emp.errors import UserError
 from ssl_emp.model import build_encoder, save_encoder
@@ -218,6 +218,7 @@ def test_the_sweeps_are_compared_at_the_same_objective() -> None:
             "step", False, {"returned / kept", "views / step", "floor / step"}, marks=pytest.mark.slow
         ),
         pytest.param("memory", True, {"difference in MB"}, marks=pytest.mark.slow),
+        pytest.param("cost", True, {"16 px / 32 px / area"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_quick_run_of_each(
@@ -259,3 +260,38 @@ def test_the_evaluators_are_those_of_the_libraries(
         "68 images are separable: below, the objective goes to 0, and an absolute tolerance ends the fit"
     )
     assert str(tiny_data) not in out.read_text() and "| l2 |" in capsys.readouterr().out
+
+
+def test_time_to_quality(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each contender gets longer runs until it is past the last target; a finished run is not run again."""
+    write_parquet(data / "test.parquet", *striped_images(40))
+    settings = {
+        "lightly": (time_to_quality.THEIRS | {"batch-size": 16}, [1]),
+        "ours": ({"prune.policy": "none", "batch_size": 16}, [1, 2]),
+    }
+    monkeypatch.setattr(time_to_quality, "CONTENDERS", settings)
+    monkeypatch.setattr(time_to_quality, "TARGETS", (0.0, 101.0))
+    out, words = tmp_path / "runs.jsonl", ["--data", str(data), "--images", "64", "--repeats", "1"]
+    for _ in range(2):
+        time_to_quality.main([*words, "--out", str(out), "--device", "cpu", "--quick"])
+        rows = time_to_quality.read(out)
+        assert [(row["contender"], row["epochs"]) for row in rows] == [
+            ("lightly", 1),
+            ("ours", 1),
+            ("ours", 2),
+        ]
+    assert all(row["seconds"] > 0 and 0 <= row["knn"] <= 100 for row in rows)
+
+
+def test_the_shortest_length_whose_mean_is_there_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_to_quality, "CONTENDERS", {"a": ({}, [10, 20]), "b": ({}, [10, 20])})
+    rows = [
+        {"contender": contender, "epochs": epochs, "seed": seed, "knn": knn, "seconds": 6.0 * epochs}
+        for contender, epochs, seed, knn in [
+            ("a", 10, 0, 46.0), ("a", 10, 1, 43.0), ("a", 20, 0, 47.0), ("a", 20, 1, 48.0), ("b", 10, 0, 51.0)
+        ]
+    ]  # fmt: skip
+    assert time_to_quality.minutes_to(rows, "a", 45.0) == {0: 2.0, 1: 2.0}, "44.5 is not there"
+    assert time_to_quality.minutes_to(rows, "a", 50.0) is None
+    assert time_to_quality.minutes_to(rows, "b", 50.0) == {0: 1.0}
+    assert list(time_to_quality.to_run(rows, 2)) == [("b", 10, 1)], "b is past the last target"
