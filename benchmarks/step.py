@@ -68,7 +68,7 @@ def profile(config: str, overrides: list[str], steps: int, keeps: bool) -> dict[
         if number == 0:
             guard.norms = None  # epochs differ in length
         index, images = read(batches[number : number + 1])
-        loss, memory, draw = whole_forward(job, network, views_of, index, images, epoch, job.recipe)
+        loss, _, memory, draw = whole_forward(job, network, views_of, index, images, epoch, job.recipe)
         optimizer.zero_grad(set_to_none=True)
         backward(index, loss)
         seen = gather(index, loss, memory, draw)

@@ -69,7 +69,7 @@ def draws(
         for index, images in job.store.stream(shuffled_batches(sample, batch_size, seed, key)):
             side, where = images.shape[-1], place[index]
             drawn = torch.zeros_like(index) if common else index  # views are keyed on the sample
-            loss, _, _ = forward(job, network, cut_views, drawn, images, key, recipe)
+            _, loss, _, _ = forward(job, network, cut_views, drawn, images, key, recipe)
             features[draw, where] = draw_features(*draw_params(seed, key, drawn, recipe, side), side)
             h_a, h_b = h.chunk(2)
             raw, normalised = (closeness(h_a, h_b, normalized) for normalized in (False, True))

@@ -188,6 +188,7 @@ class ScoredPruneConfig(PruneConfig):
     scoring_draws: Annotated[int, Field(ge=1, le=1000)] = 1  # passes whose mean is taken
     # pixels of their views; null: as in training; half costs a quarter
     scoring_size: Annotated[int, Field(ge=8, le=1024)] | None = None
+    scoring_loss: Literal["nt_xent", "dcl"] | None = None  # the loss in the score; null: the one trained on
 
 
 class IndicesPruneConfig(PruneConfig):
@@ -268,6 +269,8 @@ class PretrainConfig(Section):
     batch_size: Annotated[int, Field(ge=2, le=LARGEST_BATCH)] = 512
     # supervised: cross-entropy, and the entropy in the distance's place
     objective: Literal["simclr", "supervised"] = "simclr"
+    # simclr; dcl: the positive is no part of the denominator (decoupled contrastive loss, arXiv 2110.06848)
+    loss: Literal["nt_xent", "dcl"] = "nt_xent"
     temperature: Annotated[float, Field(ge=0.001, le=1000)] = 0.5  # simclr
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # supervised
     data: DataConfig = DataConfig()
@@ -277,6 +280,11 @@ class PretrainConfig(Section):
     prune: AnyPrune = PRUNE_SECTIONS["emp"]()
     monitor: MonitorConfig = MonitorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def scored_loss(self) -> str:
+        """The contrastive loss that scores are made of, and that metrics.jsonl and samples.parquet show."""
+        return getattr(self.prune, "scoring_loss", None) or self.loss
 
     def plans(self) -> list[tuple[int, list[list[int]]]]:
         """(epochs, earlier_plans) under each plan of the run, the present one last."""
@@ -325,6 +333,11 @@ class PretrainConfig(Section):
                 "optimizer.name to sgd or lars"
             )
         if self.objective == "supervised":
+            if self.loss != "nt_xent" or getattr(self.prune, "scoring_loss", None):
+                raise ValueError(
+                    "loss and prune.scoring_loss are contrastive losses of objective simclr: supervised "
+                    "trains and scores by the cross-entropy"
+                )
             policy = self.prune.build()
             if policy.adjusts:
                 raise ValueError(

@@ -52,6 +52,27 @@ MUTANTS = [
         "tests/test_ranks.py -k step_of_several",
     ),
     Mutant(
+        "the positive of DCL is sought among the first rank's views",
+        "ssl_emp/loss.py",
+        "other = own + (view",
+        "other = (view",
+        "tests/test_ranks.py -k losses_of_several",
+    ),
+    Mutant(
+        "DCL leaves out another sample's view",
+        "ssl_emp/loss.py",
+        "(view + len(z) // 2) % len(z)",
+        "(view + len(z) // 2 + 1) % len(z)",
+        "tests/test_loss.py -k algorithm_1",
+    ),
+    Mutant(
+        "scores are made of the loss that is trained on, whatever is asked",
+        "ssl_emp/commands/pretrain.py",
+        "seen = pruner.gather(index, scored, memory, draw)",
+        "seen = pruner.gather(index, loss, memory, draw)",
+        "tests/test_objective.py -k keeps_what",
+    ),
+    Mutant(
         "a view's own column is sought at the wrong rank",
         "ssl_emp/loss.py",
         "own = ranks.rank * len(z)",

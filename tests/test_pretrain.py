@@ -267,7 +267,7 @@ def test_the_scoring_pass_equals_the_training_pass(tiny_config: Path) -> None:
 
     for number, batch in enumerate(order):
         images = job.images.pixels[batch]
-        loss, memory, _ = pretrain.forward(job, job.model, cut_views, batch, images, 3, job.recipe)
+        loss, _, memory, _ = pretrain.forward(job, job.model, cut_views, batch, images, 3, job.recipe)
         expected = torch.stack([loss, memory]).detach()
         assert seen.terms[:, 8 * number : 8 * number + 8].equal(expected)
     assert any(not after[name].equal(value) for name, value in before.items()), (
@@ -569,7 +569,7 @@ def test_a_compiled_step_is_the_eager_step(tiny_config: Path) -> None:
         assert (model is job.model) == (override == "compile=false"), "a compiler is needed for this test"
         index = torch.arange(32)
         images = job.images.pixels[index]
-        loss, _, _ = pretrain.forward(job, model, views_of, index, images, 1, job.recipe)
+        loss, _, _, _ = pretrain.forward(job, model, views_of, index, images, 1, job.recipe)
         loss.mean().backward()
         gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
         results.append(([loss.detach()], gradients, [buffer.float() for buffer in job.model.buffers()]))
@@ -927,8 +927,8 @@ TURNED: dict[str, tuple[str, list[str]]] = {
     "beta": ("0.5", []), "loss_weight": ("-1.0", []), "memory": ("normalized", []), "ema": ("0.7", []),
     "adjust": ("true", []), "foresee": ("true", []), "shrink": ("true", ["prune.foresee=true"]),
     "scoring": ("all", []), "scoring_draws": ("2", ["prune.scoring=all"]),
-    "scoring_size": ("8", ["prune.scoring=all"]), "explore": ("0.5", []), "soften": ("3.0", []),
-    "rescale": ("true", []), "redraw_every": ("2", []),
+    "scoring_size": ("8", ["prune.scoring=all"]), "scoring_loss": ("dcl", []), "explore": ("0.5", []),
+    "soften": ("3.0", []), "rescale": ("true", []), "redraw_every": ("2", []),
 }  # fmt: skip
 PLAN = {"policy", "fraction", "warmup_epochs", "anneal_fraction", "indices"}
 
@@ -937,7 +937,7 @@ def test_every_key_of_every_policy_is_turned_below() -> None:
     keys = {key for section in PRUNE_SECTIONS.values() for key in section.model_fields}
     assert keys - PLAN == set(TURNED)
     own = {item.name for policy in POLICIES.values() for item in fields(policy)} - {"index"}
-    assert own | {"scoring", "scoring_draws", "scoring_size"} == set(TURNED)
+    assert own | {"scoring", "scoring_draws", "scoring_size", "scoring_loss"} == set(TURNED)
 
 
 @pytest.mark.parametrize("policy", ["emp", "foresight", "infobatch", "random"])

@@ -25,7 +25,7 @@ from linear_eval import EvalError, extract_features
 from ssl_emp.commands.evaluators import distribute
 from ssl_emp.commands.ledger import MISTAKES
 from ssl_emp.errors import RunFailed, UserError
-from ssl_emp.loss import nt_xent
+from ssl_emp.loss import dcl, nt_xent, nt_xent_and_dcl
 from ssl_emp.loss import nt_xent as nt_xent_alone
 from ssl_emp.model import SimCLR, build_encoder
 from ssl_emp.run import ranks as ranks_module
@@ -135,6 +135,34 @@ def differ(found: dict[str, list[float]], wanted: dict[str, list[float]]) -> dic
         for name in wanted
     }
     return {name: float((a - b).abs().max() / b.abs().max()) for name, (a, b) in pairs.items()}
+
+
+def contrast(ranks: Ranks) -> dict[str, list[float]]:
+    """Both contrastive losses of six pairs in float64, alone and from one pass, and the gradients of a
+    weighted sum. A rank may hold a single pair: all its negatives are on the others.
+    """
+    generator = torch.Generator().manual_seed(0)
+    z_a, z_b = (torch.randn(6, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    weight = torch.rand(2, 6, generator=generator, dtype=torch.float64)
+    index = ranks.part(torch.arange(6))
+    views = z_a[index].requires_grad_(), z_b[index].requires_grad_()
+    alone = nt_xent(*views, 0.2, ranks), dcl(*views, 0.2, ranks)
+    together = nt_xent_and_dcl(*views, 0.2, ranks)
+    found = {}
+    for name, losses in (("alone", alone), ("together", together)):
+        total = (torch.stack(losses) * weight[:, index]).sum()
+        gradients = torch.autograd.grad(total, views, retain_graph=True)
+        found[name] = ranks.gather(torch.stack(losses, 1).detach()).flatten().tolist()
+        found[f"{name}, gradient"] = ranks.gather(torch.cat(gradients, 1)).flatten().tolist()
+    return found
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+def test_the_losses_of_several_ranks_are_those_of_one(world_size: int) -> None:
+    wanted = contrast(ALONE)
+    for found in on_ranks(world_size, contrast, backward=True):
+        assert max(differ(found, wanted).values()) < 1e-12, differ(found, wanted)
 
 
 @pytest.mark.whole

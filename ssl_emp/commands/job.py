@@ -34,7 +34,7 @@ from ssl_emp.loss import perfect_pair_share
 from ssl_emp.model import Encoder, SimCLR, build_encoder
 from ssl_emp.optim import Schedule
 from ssl_emp.prune import Pruner
-from ssl_emp.prune.figures import LEARNED_SHARE
+from ssl_emp.prune.figures import LEARNED_BELOW, LEARNED_SHARE
 from ssl_emp.prune.plan import PrunePlan
 from ssl_emp.run.ranks import ALONE, Ranks, share_batch_norm
 from ssl_emp.run.report import Report, show_progress
@@ -237,6 +237,8 @@ def build_pruner(
         scoring=getattr(prune, "scoring", "stale"),
         scoring_draws=getattr(prune, "scoring_draws", 1),
         earlier=earlier,
+        # where the positive outweighs all negatives it has half of the softmax: a DCL of 0
+        learned_below=0.0 if config.scored_loss == "dcl" else LEARNED_BELOW,
     )
 
 
@@ -299,6 +301,9 @@ def job_lines(job: Job) -> Iterator[str]:
     share = f"{job.total_steps / job.full_steps:.1%}, asked {plan.asked_share():.1%}"
     yield f"plan      {config.epochs} epochs, batch {config.batch_size}; {kept}"
     yield f"          {job.total_steps:,} steps against {job.full_steps:,} unpruned ({share})"
+    if "dcl" in (config.loss, config.scored_loss):
+        other = "" if config.loss == config.scored_loss else f"; scores are made of {config.scored_loss}"
+        yield f"loss      {config.loss}{other}"
     if (
         pruned
         and pruner.policy.uses_scores
@@ -361,7 +366,12 @@ def short_run_lines(job: Job) -> Iterator[str]:
 
 
 def hard_to_learn(config: PretrainConfig) -> str:
-    """A line where temperature and batch let no pair be learned, so that pruning has little to do; or ""."""
+    """A line where the loss, or temperature and batch, let no pair fall silent, so that pruning has little to
+    do; or "".
+    """
+    if config.loss == "dcl":
+        why = "loss dcl gives every pair its full weight, learned or not (docs/method.md)"
+        return f"{why}, so a choice has little to leave out"
     share = perfect_pair_share(config.batch_size, config.temperature)
     if share >= LEARNED_SHARE:
         return ""

@@ -49,7 +49,7 @@ from ssl_emp.config import PretrainConfig, load_config
 from ssl_emp.data.images import ImageSet
 from ssl_emp.device import pick_device
 from ssl_emp.errors import Parser, RunFailed, UserError, path_argument
-from ssl_emp.loss import nt_xent
+from ssl_emp.loss import dcl, nt_xent, nt_xent_and_dcl
 from ssl_emp.model import save_encoder
 from ssl_emp.optim import build_optimizer
 from ssl_emp.prune import Seen, closeness, entropy
@@ -90,12 +90,13 @@ OUT_OF_MEMORY = (
 
 def forward(
     job: Job, network: Any, views_of: Any, index: Tensor, images: Tensor, epoch: int, recipe: Recipe
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """A batch through the network, its augmentation keyed on (seed, epoch, index).
 
     Returns:
-        loss (b,) in nats and memory (b,), of which EMP's score is loss + beta * memory (`Emp.score` in
-        prune/policies.py), and what was drawn (b, F), where the pruner uses it.
+        loss (b,) in nats to train on; scored (b,), the loss that scores are made of, which is the same one
+        unless `prune.scoring_loss` asks for another, and memory (b,), of which EMP's score is scored + beta *
+        memory (`Emp.score` in prune/policies.py); and what was drawn (b, F), where the pruner uses it.
     """
     config, policy, side = job.config, job.pruner.policy, images.shape[-1]
     draw = draw_params(config.seed, epoch, index, recipe, side)
@@ -104,13 +105,24 @@ def forward(
         (view,) = views_of(images, draw[:1], recipe)
         _, logits = through(job, network, view)
         loss = cross_entropy(logits, job.labels.values[index], config.label_smoothing)
-        return loss, entropy(logits), None
+        return loss, loss, entropy(logits), None
     view_a, view_b = views_of(images, draw, recipe)
     h, z = through(job, network, torch.cat([view_a, view_b]))  # one BatchNorm pass over both views, as SimCLR
     (h_a, h_b), (z_a, z_b) = h.chunk(2), z.chunk(2)
-    loss = nt_xent(z_a, z_b, config.temperature, job.ranks)
+    loss, scored = contrastive(config.loss, config.scored_loss, z_a, z_b, config.temperature, job.ranks)
     memory = closeness(h_a, h_b, normalized=policy.memory == "normalized")
-    return loss, memory, draw_features(*draw, side) if policy.adjusts else None
+    return loss, scored, memory, draw_features(*draw, side) if policy.adjusts else None
+
+
+def contrastive(
+    trained: str, scored: str, z_a: Tensor, z_b: Tensor, temperature: float, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """The losses (b,) of these names, `nt_xent` or `dcl`, to train on and to score by; one pass for both."""
+    if trained == scored:
+        loss = (nt_xent if trained == "nt_xent" else dcl)(z_a, z_b, temperature, ranks)
+        return loss, loss
+    coupled, decoupled = nt_xent_and_dcl(z_a, z_b, temperature, ranks)
+    return (coupled, decoupled) if trained == "nt_xent" else (decoupled, coupled)
 
 
 def through(job: Job, network: Any, views: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,10 +152,10 @@ def pretrain(job: Job, run: Run, stop: Stop) -> int:
 
             # ---- train
             for index, images in run.stream(job.store, batches, epoch):
-                loss, memory, draw = forward(job, network, views_of, index, images, epoch, job.recipe)
+                loss, scored, memory, draw = forward(job, network, views_of, index, images, epoch, job.recipe)
                 run.optimizer.zero_grad(set_to_none=True)
                 pruner.weighted(index, loss).backward()
-                seen = pruner.gather(index, loss, memory, draw)  # of all ranks
+                seen = pruner.gather(index, scored, memory, draw)  # of all ranks
                 job.schedule.set(run.optimizer, run.step)
                 finite = guard.step(seen.terms, run.step_in_epoch, batches)  # 0-d bool: no host sync
                 pruner.observe(seen, where=finite)
@@ -178,8 +190,8 @@ def score_batches(
         norm.track_running_stats = False
     parts = []
     for index, images in job.store.stream(job.ranks.part(batches)):
-        loss, memory, draw = forward(job, network, views_of, index, images, key, recipe or job.recipe)
-        parts.append(job.pruner.gather(index, loss, memory, draw))
+        _, scored, memory, draw = forward(job, network, views_of, index, images, key, recipe or job.recipe)
+        parts.append(job.pruner.gather(index, scored, memory, draw))
     for norm in norms:
         norm.track_running_stats = True
     draws = [part.covariates for part in parts if part.covariates is not None]

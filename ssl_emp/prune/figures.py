@@ -14,6 +14,7 @@ IDLE_EPOCHS = 8  # training on a random 70 % skips a sample that long once in 15
 # 1,000 classes by 0.45
 MIN_EXPECTED = 50
 LEARNED_SHARE = 0.5  # of its softmax: from here on a pair, or an image's class, counts as learned
+LEARNED_BELOW = -math.log(LEARNED_SHARE)  # the loss of NT-Xent and cross-entropy at that share
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
@@ -30,13 +31,16 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     )
 
 
-def describe_terms(trained: Tensor, beta: float, standardized: bool) -> dict[str, float]:
+def describe_terms(
+    trained: Tensor, beta: float, standardized: bool, learned_below: float = LEARNED_BELOW
+) -> dict[str, float]:
     """What decides EMP's ranking, from loss and memory (2, K) of an epoch's samples: is one drowned by the
     other? One read.
 
     `rank_correlation` is that of the loss with minus the memory: with the distance of the views.
-    `learned_share` counts the samples with a loss below ln 2, whose positive (or right class) has more than
-    half of the softmax: where it is 0, there is nothing yet that a loss could tell to leave out.
+    `learned_share` counts the samples with a loss below `learned_below`, which as it stands means that the
+    positive (or right class) has more than half of the softmax: where it is 0, there is nothing yet that a
+    loss could tell to leave out.
     """
     loss, memory = trained
     distance = torch.where(memory < torch.inf, -memory, torch.inf)
@@ -45,13 +49,15 @@ def describe_terms(trained: Tensor, beta: float, standardized: bool) -> dict[str
     figures = {"loss": loss.mean(), "std_loss": loss.std(), "std_beta_memory": (beta * distance).std()}
     figures |= {
         "rank_correlation": rank_correlation(loss, distance),
-        "learned_share": (loss < -math.log(LEARNED_SHARE)).float().mean(),
+        "learned_share": (loss < learned_below).float().mean(),
     }
     values = dict(zip(figures, torch.stack(list(figures.values())).tolist(), strict=True))
     # samples of steps that were skipped have no loss
     known = trained.isfinite().all(0) if not math.isfinite(values["loss"]) else None
     return (
-        values if known is None or known.sum() < 2 else describe_terms(trained[:, known], beta, standardized)
+        values
+        if known is None or known.sum() < 2
+        else describe_terms(trained[:, known], beta, standardized, learned_below)
     )
 
 

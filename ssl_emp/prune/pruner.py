@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssl_emp.prune.advice import findings, next_finding
-from ssl_emp.prune.figures import describe_terms, diagnose, rank_correlation
+from ssl_emp.prune.figures import LEARNED_BELOW, describe_terms, diagnose, rank_correlation
 from ssl_emp.prune.plan import PrunePlan, shuffled_batches
 from ssl_emp.prune.policies import Policy, policy_named, random_subset
 from ssl_emp.prune.record import Known, Record
@@ -79,6 +79,8 @@ class Pruner:
             samples (`all`), see `rescore`.
         scoring_draws: passes whose mean is taken.
         earlier: of each plan before this one, its epochs and the first epoch not run under it.
+        learned_below: the loss below which a sample counts in the figure `learned_share`. As it stands,
+            ln 2: the positive or right class has half of the softmax, if the loss is its -log.
 
     Raises:
         ValueError, TypeError: an argument out of its range, in one line.
@@ -102,6 +104,7 @@ class Pruner:
         scoring: str = "stale",
         scoring_draws: int = 1,
         earlier: Sequence[tuple[int, int]] = (),
+        learned_below: float = LEARNED_BELOW,
     ) -> None:
         self.num_samples = len(samples) if isinstance(samples, Sized) else _whole("samples", samples)
         # plain numbers, which `torch.load(weights_only=True)` reads: not numpy's
@@ -113,6 +116,7 @@ class Pruner:
         fraction, anneal_fraction = float(fraction), float(anneal_fraction)
         self.policy = policy if isinstance(policy, Policy) else policy_named(policy)
         self.scoring, self.scoring_draws = scoring, scoring_draws
+        self.learned_below = float(learned_below)
         self._covariates, self._gather = covariates, gather
         _check(
             (
@@ -563,7 +567,8 @@ class Pruner:
         trained_epoch, index = record.trained_epoch.clone(), chosen.batches.flatten()
         trained_epoch[index] = trained_epoch[index].clamp(max=epoch)
         figures = {"kept_share": chosen.batches.numel() / self.num_samples}
-        figures |= describe_terms(record.last[:, index], formula.beta, formula.memory == "standardized")
+        standardized = formula.memory == "standardized"
+        figures |= describe_terms(record.last[:, index], formula.beta, standardized, self.learned_below)
         if not chosen.before:
             return figures
         before = chosen.before
