@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from linear_eval.errors import first_line
 from linear_eval.linear import LinearHead
 from ssl_emp._version import __version__
-from ssl_emp.commands.subjects import Normalized, Pixels, drop_last_layer
+from ssl_emp.backbones import check_args, is_own, rebuild
+from ssl_emp.commands.subjects import Normalized, Pixels
 from ssl_emp.config import Section
 from ssl_emp.data.decode import MAX_PIXELS
 from ssl_emp.errors import UserError
-from ssl_emp.model import ARCHS, Encoder, OneImage, WidthResNet, check_images, preprocess
+from ssl_emp.model import Encoder, OneImage, check_images, preprocess
 from ssl_emp.safe_files import check_regular, inner_folder, read_json, write_atomically
 
 KIND = "ssl_emp classifier"
@@ -45,6 +46,7 @@ class ClassifierConfig(Section):
     architecture: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_.]*$")]
     width: Annotated[int, Field(ge=8, le=512, multiple_of=8)] | None  # of a WidthResNet
     stem: Literal["cifar", "imagenet"] | None
+    args: dict[str, Any] = {}  # of timm's and torchvision's: what their constructor got
     mean: Three | None  # of pixels in [0, 1]; the encoder normalises by them
     std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] | None
     image_size: Annotated[int, Field(ge=1, le=4096)]
@@ -52,6 +54,12 @@ class ClassifierConfig(Section):
     class_names: Annotated[list[str], Field(min_length=2, max_length=1_000_000)]
     judged: dict[str, str | int | float | None]  # the row that was written with it
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # of model.safetensors
+
+    @field_validator("args")
+    @classmethod
+    def _plain(cls, args: dict[str, Any]) -> dict[str, Any]:
+        check_args(args)
+        return args
 
 
 class Classifier(nn.Module):
@@ -265,15 +273,18 @@ def _core(encoder: nn.Module) -> nn.Module:
 def _describe(encoder: nn.Module, name: str) -> dict[str, Any]:
     """The entries of `config.json` that say how an encoder is built."""
     spec: dict[str, Any] = {"family": "pixels", "architecture": ""}
-    spec |= {"width": None, "stem": None, "mean": None, "std": None}
+    spec |= {"width": None, "stem": None, "args": {}, "mean": None, "std": None}
     if isinstance(encoder, Encoder | Normalized):
         spec |= {"mean": encoder.mean.flatten().tolist(), "std": encoder.std.flatten().tolist()}
-    if isinstance(encoder, Encoder):
+    if isinstance(encoder, Encoder) and is_own(encoder.spec["arch"]):
         own = encoder.spec
         spec |= {"family": "ssl_emp", "architecture": own["arch"]}
         return spec | {"width": own["width"], "stem": own["stem"]}
+    if isinstance(encoder, Encoder):
+        name = encoder.spec["arch"]
+        spec |= {"args": encoder.spec.get("args", {})}
     family, _, architecture = name.partition(":")
-    if isinstance(encoder, Normalized) and family in ("timm", "torchvision"):
+    if isinstance(encoder, Encoder | Normalized) and family in ("timm", "torchvision"):
         return spec | {"family": family, "architecture": architecture}
     if isinstance(encoder, Pixels):
         return spec
@@ -282,35 +293,16 @@ def _describe(encoder: nn.Module, name: str) -> dict[str, Any]:
 
 def _skeleton(spec: Mapping[str, Any], meta: bool = False) -> nn.Module:
     """The network of `_core`, weights without worth; with `meta` none at all, for its shapes alone."""
-    if meta:
-        try:
-            with torch.device("meta"):
-                return _skeleton(spec)
-        except (NotImplementedError, RuntimeError):  # a network that computes with its weights as it is built
-            return _skeleton(spec)
     family, name = spec["family"], spec["architecture"]
     if family == "pixels":
         return nn.Identity()
     if spec["mean"] is None or spec["std"] is None:
         raise ValueError("mean or std is missing")
     if family == "ssl_emp":
-        if name not in ARCHS or spec["width"] is None or spec["stem"] is None:
+        if not is_own(name) or spec["width"] is None or spec["stem"] is None:
             raise ValueError(f"no architecture {name!r} of width {spec['width']} and stem {spec['stem']}")
-        return WidthResNet(name, spec["width"], spec["stem"])
-    if family == "timm":
-        import timm
-
-        # a name with a prefix would be downloaded, or read from a folder
-        if ":" in name or "/" in name or not timm.is_model(name):
-            raise ValueError(f"timm has no model {name!r}")
-        return timm.create_model(name, pretrained=False, num_classes=0)
-    from torchvision import models
-
-    if name not in models.list_models(module=models):
-        raise ValueError(f"torchvision has no model {name!r}")
-    network = models.get_model(name, weights=None)
-    drop_last_layer(network)
-    return network
+        return rebuild({"arch": name, "width": spec["width"], "stem": spec["stem"]}, meta)
+    return rebuild({"arch": f"{family}:{name}", "args": spec["args"]}, meta)
 
 
 def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:

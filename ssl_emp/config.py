@@ -25,6 +25,7 @@ from torch import Tensor
 
 from linear_eval.errors import did_you_mean, first_line
 from ssl_emp.augment import Recipe
+from ssl_emp.backbones import check_args, check_name, check_options
 from ssl_emp.errors import UserError
 from ssl_emp.prune.policies import POLICIES, Indices, Policy, policy_named
 from ssl_emp.text import home, shorten
@@ -108,12 +109,27 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
-    # channels of the first stage; 64 is the published network
+    # resnet18, resnet34, resnet50, timm:NAME, torchvision:NAME (docs/backbones.md); from Python a module
+    arch: Annotated[str, AfterValidator(check_name)] = "resnet18"
+    # of timm:NAME and torchvision:NAME: what their constructor gets, such as {drop_path_rate: 0.1}
+    args: dict[str, Any] = {}
+    # of the three: channels of the first stage; 64 is the published network
     width: Annotated[int, Field(ge=8, le=512, multiple_of=8)] = 64
-    stem: Literal["auto", "cifar", "imagenet"] = "auto"  # auto: cifar (3x3, stride 1) up to 64 px
+    # of the three; auto: cifar (3x3, stride 1) up to 64 px
+    stem: Literal["auto", "cifar", "imagenet"] = "auto"
     projection_hidden: Annotated[int, Field(ge=1, le=65536)] | None = None  # null: as wide as the features
     projection_dim: Annotated[int, Field(ge=1, le=65536)] = 128
+
+    @field_validator("args")
+    @classmethod
+    def _plain(cls, args: dict[str, Any]) -> dict[str, Any]:
+        check_args(args)
+        return args
+
+    @model_validator(mode="after")
+    def _of_this_network(self) -> "ModelConfig":
+        check_options(self.arch, self.width, self.stem, self.args)
+        return self
 
 
 class OptimizerConfig(Section):
@@ -630,8 +646,10 @@ def _key_and_range(location: tuple[int | str, ...]) -> tuple[str, str]:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts -> one dict with dotted keys."""
+    """Nested dicts -> one dict with dotted keys; `model.args`, whose keys are anybody's, is one value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        name = f"{prefix}{key}"
+        is_section = isinstance(value, dict) and name != "model.args"
+        flat |= flatten(value, f"{name}.") if is_section else {name: value}
     return flat

@@ -1,4 +1,4 @@
-"""The network f and g of SimCLR (arXiv 2002.05709): a torchvision ResNet and lightly's projection head.
+"""The network f and g of SimCLR (arXiv 2002.05709): a backbone and lightly's projection head.
 
 Letters: B images, D features, P projections.
 """
@@ -6,34 +6,27 @@ Letters: B images, D features, P projections.
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from linear_eval.errors import first_line
+from ssl_emp.backbones import build, check_args, feature_dim, is_own, rebuild, resolve_stem
 from ssl_emp.config import Section
 from ssl_emp.data.decode import MAX_PIXELS, decode_any, pillow_limits, reason
 from ssl_emp.errors import UserError
 from ssl_emp.safe_files import check_regular, read_json, write_atomically
 from ssl_emp.text import quoted
 
-# name -> (block, number of blocks in each stage)
-ARCHS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
-    "resnet18": (BasicBlock, [2, 2, 2, 2]),
-    "resnet34": (BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (Bottleneck, [3, 4, 6, 3]),
-}
-FULL_WIDTH = 64  # channels of the first stage in the published ResNets
 ROUNDING = 1e-3  # allowed beyond [0, 1]: rounding errors of resizing; no mistake of scaling is that small
-SMALL_IMAGE = 64  # up to this many pixels a side, the "auto" stem keeps the resolution (SimCLR, appendix B.9)
 FLOATS = ("F16", "BF16", "F32", "F64")  # names of types in safetensors
 LARGEST_WEIGHTS = 1 << 36  # bytes; the largest network that a config allows has 6 GiB
 
@@ -43,47 +36,25 @@ class _Spec(Section):
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, frozen=True)
 
-    arch: Literal["resnet18", "resnet34", "resnet50"]
-    width: Annotated[int, Field(ge=1, le=512)]
-    stem: Literal["auto", "cifar", "imagenet"]
+    arch: Annotated[str, Field(max_length=250)]
+    width: Annotated[int, Field(ge=1, le=512)] | None = None
+    stem: Literal["auto", "cifar", "imagenet"] | None = None
+    args: dict[str, Any] = {}
     image_size: Annotated[int, Field(ge=1, le=4096)]
     mean: Annotated[list[Annotated[float, Field(ge=-1000, le=1000)]], Field(min_length=3, max_length=3)]
     std: Annotated[list[Annotated[float, Field(gt=0, le=1000)]], Field(min_length=3, max_length=3)]
 
+    @field_validator("args")
+    @classmethod
+    def _plain(cls, args: dict[str, Any]) -> dict[str, Any]:
+        check_args(args)
+        return args
 
-class WidthResNet(ResNet):
-    """torchvision's ResNet with `width` channels in the first stage instead of 64; same parameter names."""
-
-    def __init__(self, arch: str, width: int, stem: str) -> None:
-        self.width = width
-        block, layers = ARCHS[arch]
-        super().__init__(block, layers)
-        kernel, stride = (3, 1) if stem == "cifar" else (7, 2)
-        self.conv1 = nn.Conv2d(3, width, kernel, stride, padding=kernel // 2, bias=False)
-        # as torchvision's ResNet initialises its own
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.bn1 = nn.BatchNorm2d(width)
-        if stem == "cifar":
-            self.maxpool = nn.Identity()
-        self.feature_dim = 512 * block.expansion * width // FULL_WIDTH
-        self.fc = nn.Identity()  # forward ends at the pooled features
-
-    def _make_layer(
-        self,
-        block: type[BasicBlock | Bottleneck],
-        planes: int,
-        blocks: int,
-        stride: int = 1,
-        dilate: bool = False,
-    ) -> nn.Sequential:
-        if planes == FULL_WIDTH:
-            self.inplanes = self.width
-        return super()._make_layer(block, planes * self.width // FULL_WIDTH, blocks, stride, dilate)
-
-
-def resolve_stem(stem: str, image_size: int) -> str:
-    """`auto` -> `cifar` (3x3, stride 1, no max-pooling) up to 64 px, else `imagenet` (7x7, stride 2)."""
-    return ("cifar" if image_size <= SMALL_IMAGE else "imagenet") if stem == "auto" else stem
+    @model_validator(mode="after")
+    def _whole(self) -> "_Spec":
+        if is_own(self.arch) and None in (self.width, self.stem):
+            raise ValueError("width or stem is missing")
+        return self
 
 
 OneImage = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -115,7 +86,7 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.feature_dim = feature_dim
         self.image_size = image_size
-        self.spec = spec  # arch, width, stem: what builds this network again
+        self.spec = spec  # arch, and width and stem, or args: what builds this network again
         self.checks_range = False
         # not part of the state: config.json has mean and std
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -223,21 +194,32 @@ def _check_range(images: Tensor) -> None:
 
 
 def build_encoder(
-    arch: str, width: int, stem: str, image_size: int, mean: list[float], std: list[float]
+    arch: str | nn.Module,
+    width: int | None,
+    stem: str | None,
+    image_size: int,
+    mean: list[float],
+    std: list[float],
+    args: Mapping[str, Any] | None = None,
 ) -> Encoder:
     """An untrained encoder, initialised from torch's global generator.
 
     Args:
-        arch: `resnet18`, `resnet34` or `resnet50`.
-        width: channels of the first stage; 64 is the published network, a multiple of 8 otherwise.
-        stem: `auto`, `cifar` or `imagenet`, see `resolve_stem`.
+        arch: `resnet18`, `resnet34`, `resnet50`, `timm:NAME`, `torchvision:NAME`, or a network, normalised
+            images (B, 3, S, S) -> (B, D), which is taken as it is.
+        width: of the three: channels of the first stage; 64 is the published network, a multiple of 8
+            otherwise.
+        stem: of the three: `auto`, `cifar` or `imagenet`, see `ssl_emp.backbones.resolve_stem`.
         image_size: pixels a side that the encoder is trained on.
         mean, std: three numbers each, of images in [0, 1].
+        args: of timm's and torchvision's: what their constructor gets.
+
+    Raises:
+        UserError: no such network, or one that gives no features (B, D) of such images.
     """
-    stem = resolve_stem(stem, image_size)
-    backbone = WidthResNet(arch, width, stem)
-    spec = {"arch": arch, "width": width, "stem": stem}
-    return Encoder(backbone, backbone.feature_dim, image_size, list(mean), list(std), spec)
+    backbone, spec = build(arch, image_size, width, stem, args)
+    dim = feature_dim(backbone, image_size, spec["arch"])
+    return Encoder(backbone, dim, image_size, list(mean), list(std), spec)
 
 
 class SimCLR(nn.Module):
@@ -259,42 +241,48 @@ class SimCLR(nn.Module):
 def save_encoder(encoder: Encoder, folder: Path) -> None:
     """Write `model.safetensors` and `config.json`, each through a temporary file, in timm's local-dir layout.
 
-    Where the network is the published one (width 64, ImageNet stem), `timm.create_model("local-dir:FOLDER",
-    pretrained=True)` gives the same features; the key `ssl_emp` is for `load_encoder` of all others.
+    Where the network is timm's, or a published ResNet (width 64, ImageNet stem),
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the same features; the key `ssl_emp` is for
+    `load_encoder` of all others.
     """
     folder.mkdir(exist_ok=True)
     # six digits: 0.485 as float32 and back is 0.485, not 0.48500001430511475
     mean, std = (
         [round(value, 6) for value in stat.flatten().tolist()] for stat in (encoder.mean, encoder.std)
     )
-    size = encoder.image_size
+    size, spec = encoder.image_size, encoder.spec
+    about = getattr(encoder.backbone, "pretrained_cfg", None) if spec["arch"].startswith("timm:") else None
+    usual = {"fixed_input_size": False, "pool_size": None, "first_conv": "conv1", "classifier": "fc"}
+    own = {key: about[key] for key in usual if key in about} if isinstance(about, Mapping) else usual
     config = {
-        "architecture": encoder.spec["arch"],
+        "architecture": spec["arch"].removeprefix("timm:"),
         "num_classes": 0,
         "num_features": encoder.feature_dim,
         "pretrained_cfg": {
             "input_size": [3, size, size],
-            "fixed_input_size": False,
             "interpolation": "bicubic",
             "crop_pct": 1.0,
             "mean": mean,
             "std": std,
             "num_classes": 0,
-            "pool_size": None,
-            "first_conv": "conv1",
-            "classifier": "fc",
+            **own,
         },
-        "ssl_emp": {**encoder.spec, "image_size": size, "mean": mean, "std": std},
+        "model_args": spec.get("args", {}),
+        "ssl_emp": {**spec, "image_size": size, "mean": mean, "std": std},
     }
+    # clone: of tensors that share their memory safetensors takes one only
     weights = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in encoder.backbone.state_dict().items()
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in encoder.backbone.state_dict().items()
     }
     # safetensors' save_file would neither sync the file nor raise OSError on a full disk
     write_atomically(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
     write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
-def load_encoder(path: str | os.PathLike[str], *, check_range: bool = True) -> Encoder:
+def load_encoder(
+    path: str | os.PathLike[str], *, check_range: bool = True, backbone: nn.Module | None = None
+) -> Encoder:
     """The frozen encoder of a run directory or an encoder directory, in eval mode on the CPU.
 
     Args:
@@ -302,6 +290,7 @@ def load_encoder(path: str | os.PathLike[str], *, check_range: bool = True) -> E
             `config.json`.
         check_range: refuse values beyond [0, 1]. On a GPU each call then waits for its images; where they
             are known to be right, False saves that.
+        backbone: of a run whose network was a module from Python: one like it, which gets the weights.
 
     Returns:
         A module: images (B, 3, H, W) float in [0, 1] -> (B, D) float32 features. It normalises its input; its
@@ -316,23 +305,53 @@ def load_encoder(path: str | os.PathLike[str], *, check_range: bool = True) -> E
         fix = f"write it again from the run's last checkpoint: python pretrain.py --resume {quoted(folder)}"
     folder = folder / "encoder" if (folder / "encoder").is_dir() else folder
     spec, found = _read_headers(folder, fix)
-    # on the meta device nothing is allocated, whatever size config.json claims
-    with torch.device("meta"):
-        expected = build_encoder(**spec).backbone.state_dict()
-    shapes = {name: (tuple(x.shape), x.is_floating_point()) for name, x in expected.items()}
+    if spec["stem"] is not None:
+        spec["stem"] = resolve_stem(spec["stem"], spec["image_size"])
+    # without memory, whatever size config.json claims
+    tensors = _rebuilt(spec, backbone, folder, meta=True).state_dict()
+    shapes = {name: (tuple(x.shape), x.is_floating_point()) for name, x in tensors.items()}
     differing = sorted(set(shapes) ^ set(found)) or sorted(
         name for name, (shape, kind) in found.items() if shapes[name] != (shape, kind in FLOATS)
     )
     if differing:
-        network = f"{spec['arch']} of width {spec['width']}"
+        width = f" of width {spec['width']}" if spec["width"] else ""
+        name = spec["arch"] if backbone is None else f"a {type(backbone).__name__}"
         raise UserError(
-            f"the weights in {folder} do not fit {network}, first at {differing[0]}",
+            f"the weights in {folder} do not fit {name}{width}, first at {differing[0]}",
             fix if fix.startswith("write") else "give the config.json that was written with these weights",
         )
-    encoder = build_encoder(**spec)
-    encoder.backbone.load_state_dict(load_file(folder / "model.safetensors"))
+    network = _rebuilt(spec, backbone, folder)
+    network.load_state_dict(load_file(folder / "model.safetensors"))
+    size = spec["image_size"]
+    dim = feature_dim(network, size, spec["arch"])
+    built = {
+        key: spec[key] for key in (("arch", "width", "stem") if is_own(spec["arch"]) else ("arch", "args"))
+    }
+    encoder = Encoder(network, dim, size, spec["mean"], spec["std"], built)
     encoder.checks_range = check_range
     return encoder.eval().requires_grad_(False)
+
+
+def _rebuilt(spec: dict[str, Any], backbone: nn.Module | None, folder: Path, meta: bool = False) -> nn.Module:
+    """The network of a config.json, or `backbone` where it is one from Python. UserError if there is none."""
+    if backbone is not None and not spec["arch"].startswith("custom:"):
+        what = f"the encoder in {folder} is {spec['arch']}, which needs no network from outside"
+        raise UserError(what, "leave backbone out")
+    if backbone is not None:
+        return backbone.cpu()
+    try:
+        return rebuild(spec, meta)
+    except UserError as error:
+        what, _, fix = str(error).partition(". fix: ")
+        raise UserError(f"the encoder in {folder} cannot be built: {what}", fix) from error
+    except ValueError as error:
+        what, _, fix = str(error).partition("; ")
+        raise UserError(
+            f"the encoder in {folder} cannot be built: {what}", fix or "correct config.json"
+        ) from error
+    except Exception as error:  # timm and torch have no common error
+        what = f"the encoder in {folder} cannot be built ({type(error).__name__}: {first_line(error)})"
+        raise UserError(what, "use the versions of the packages that it was written with") from error
 
 
 def _read_headers(folder: Path, fix: str) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], str]]]:

@@ -161,7 +161,7 @@ def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
         ("temperature: 0", "temperature: should be greater than or equal to 0.001"),
         ("compile: 1", "compile: should be a valid boolean"),
         ("model: {width: 12}", "model.width: should be a multiple of 8"),
-        ("model: {arch: resnet19}", "model.arch: should be 'resnet18', 'resnet34' or 'resnet50'"),
+        ("model: {arch: resnet19}", "model.arch: no network is called 'resnet19'; did you mean resnet18?"),
         ("augment: {crop_scale: [0.5, 0.2]}", "crop_scale must be two rising numbers"),
         ("augment: {crop_scale: [0.5]}", "augment.crop_scale"),
         ("augment: {std: [0.2, 0, 0.2]}", "augment.std.1: should be greater than 0"),

@@ -349,7 +349,7 @@ def test_timm_models(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     timm = pytest.importorskip("timm")
-    assert "timm:no_such_net cannot be loaded" in fails(capsys, run_dir, "timm:no_such_net", "knn")
+    assert "timm has no network 'no_such_net'" in fails(capsys, run_dir, "timm:no_such_net", "knn")
     real = timm.create_model
     monkeypatch.setattr(
         timm,

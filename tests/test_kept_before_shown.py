@@ -290,6 +290,7 @@ UNMOVED = {
     "timeout_seconds": "how long to wait for another process",
     "seed": "a column",
     "model.arch": "in the weights of `random`",
+    "model.args": "in the weights of `random`, and in its protocol",
     "model.width": "in the weights of `random`",
     "model.stem": "in the weights of `random`",
     "model.projection_hidden": "no part of the encoder",

@@ -12,8 +12,9 @@ import torchvision
 from safetensors.torch import load_file, save_file
 
 from ssl_emp import load_encoder
+from ssl_emp.backbones import resolve_stem
 from ssl_emp.errors import UserError
-from ssl_emp.model import Encoder, SimCLR, build_encoder, resolve_stem, save_encoder
+from ssl_emp.model import Encoder, SimCLR, build_encoder, save_encoder
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
 

@@ -311,7 +311,7 @@ TAMPERED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edited(f, family="timm", architecture="hf-hub:someone/model"),
         "architecture",
     ),
-    "an unknown name": (lambda f: edited(f, family="timm", architecture="no_such_net"), "has no model"),
+    "an unknown name": (lambda f: edited(f, family="timm", architecture="no_such_net"), "has no network"),
     "no mean": (lambda f: edited(f, mean=None), "mean or std"),
     "an infinite mean": (lambda f: edited(f, mean=[float("inf")] * 3), "is not valid JSON"),
     "a std of zero": (lambda f: edited(f, std=[0.0] * 3), "std.0"),

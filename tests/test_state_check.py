@@ -157,7 +157,7 @@ def test_every_entry_is_looked_at_before_the_first_is_used(stopped: Stopped) -> 
         value = at(state, place)
         if place[0] == "config":
             values: Iterator[Any] = iter(
-                [object, torch.ones(3), {"a": {"b": {"c": {"d": 1}}}}, float("nan"), {1: 2}]
+                [object, torch.ones(3), {"a": {"b": {"c": {"d": {"e": 1}}}}}, float("nan"), {1: 2}]
             )
         elif place[:2] == ("optimizer", "param_groups") and len(place) > 3:
             values = iter(["x", object])

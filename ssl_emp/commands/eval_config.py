@@ -118,7 +118,7 @@ def parse_overrides(overrides: list[str], settings: type[Section] = EvalConfig) 
     values: dict[str, Any] = {}
     for override in overrides:
         key = override.partition("=")[0]
-        if key not in known:
+        if key not in known and not key.startswith("model.args."):
             otherwise = f"use one of {', '.join(known)}"
             raise UserError(f"unknown key {key!r}", did_you_mean(key, known, otherwise, cutoff=0.4))
         apply_override(settings, values, override)

@@ -181,15 +181,18 @@ def out_of_memory(config: EvalConfig, device: torch.device) -> UserError:
 
 def features_key(encoder: nn.Module, images: ImageSet, *how: object) -> str:
     """The features' name: a hash of the network, its weights and buffers, all pixels and `how`."""
-    made_of = f"{encoder!r} {state_hash(encoder)} {images.content['pixels']} {how}"
+    # what a network was built with need not show in its modules: how timm's pool is one word
+    args = getattr(encoder, "spec", {}).get("args", {})
+    made_of = f"{encoder!r} {state_hash(encoder)} {images.content['pixels']} {how}{args or ''}"
     return hashlib.sha256(made_of.encode()).hexdigest()[:32]
 
 
 def features_path(judged: Judged, images: ImageSet) -> Path | None:
     """Where these features are kept; None where they are not."""
     config, device = judged.config, judged.device
-    # without parameters there is nothing to save
-    if config.cache_dir is None or not any(True for _ in judged.encoder.parameters()):
+    # without parameters there is nothing to save; a module from Python may have been changed since
+    is_custom = str(getattr(judged.encoder, "spec", {}).get("arch")).startswith("custom:")
+    if config.cache_dir is None or is_custom or not any(True for _ in judged.encoder.parameters()):
         return None
     # all that rounding depends on: a row has the same number with a cache and without
     processor = describe_device(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_emp.augment import Recipe, draw_features, draw_params
+from ssl_emp.backbones import check_trains, described, needs_network
 from ssl_emp.config import PretrainConfig
 from ssl_emp.data.decode import reason
 from ssl_emp.data.images import (
@@ -90,8 +91,16 @@ class Job:
         return self.config.epochs * (self.num_samples // self.config.batch_size)
 
 
-def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job:
-    """Config -> images, network, pruner. Raises UserError for whatever the user can fix; writes nothing."""
+def prepare(
+    config: PretrainConfig, report: Report, ranks: Ranks = ALONE, backbone: nn.Module | None = None
+) -> Job:
+    """Config -> images, network, pruner. Raises UserError for whatever the user can fix; writes nothing.
+
+    Args:
+        backbone: the network that `model.arch: custom:CLASS` stands for; it is trained in place.
+    """
+    if config.model.arch.startswith("custom:") and backbone is None:
+        raise needs_network(config.model.arch)
     if config.batch_size % ranks.world_size:
         near = max(1, config.batch_size // ranks.world_size, -(-2 // ranks.world_size)) * ranks.world_size
         what = f"batch_size={config.batch_size} cannot be shared by {ranks.world_size} processes"
@@ -112,7 +121,7 @@ def prepare(config: PretrainConfig, report: Report, ranks: Ranks = ALONE) -> Job
     if config.objective == "supervised":
         with ranks.first_then_others():
             test = load_test(config, images, stored_size, report)
-    encoder, model = build_model(config, recipe.size, labels, device, ranks)
+    encoder, model = build_model(config, recipe.size, labels, device, ranks, backbone)
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16)
     job = Job(
@@ -253,12 +262,19 @@ def schedule_of(config: PretrainConfig, pruner: Pruner) -> Schedule:
 
 
 def build_model(
-    config: PretrainConfig, view_size: int, labels: Labels | None, device: torch.device, ranks: Ranks
+    config: PretrainConfig,
+    view_size: int,
+    labels: Labels | None,
+    device: torch.device,
+    ranks: Ranks,
+    backbone: nn.Module | None = None,
 ) -> tuple[Encoder, SimCLR | Classifier]:
-    """Encoder, and the network that is trained, on the device; weights by the seed."""
+    """Encoder, and the network that is trained, on the device; weights by the seed; or `backbone`."""
     torch.manual_seed(config.seed)
     settings, mean, std = config.model, config.augment.mean, config.augment.std
-    encoder = build_encoder(settings.arch, settings.width, settings.stem, view_size, mean, std)
+    arch = settings.arch if backbone is None else backbone
+    encoder = build_encoder(arch, settings.width, settings.stem, view_size, mean, std, settings.args)
+    check_trains(encoder.backbone, view_size, settings.arch)
     hidden = settings.projection_hidden or encoder.feature_dim
     model: SimCLR | Classifier = SimCLR(encoder, hidden, settings.projection_dim)
     if config.objective == "supervised":
@@ -290,8 +306,7 @@ def job_lines(job: Job) -> Iterator[str]:
         yield f"          left out: {len(images.skipped) - 10} more"
     yield from (f"          {line}" for line in (*images.notes, *([images.dim_line] if images.dim else [])))
     spec = job.encoder.spec
-    features = f"{spec['stem']} stem, {job.encoder.feature_dim} features"
-    yield f"encoder   {spec['arch']}, width {spec['width']}, {features}"
+    yield f"encoder   {described(spec)}, {job.encoder.feature_dim} features"
     plan, pruned = pruner.plan, job.total_steps < job.full_steps
     kept = "every epoch keeps every sample"
     if plan.shorter and plan.prune_fraction:

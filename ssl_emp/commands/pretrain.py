@@ -318,9 +318,19 @@ def parse_settings(arguments: argparse.Namespace) -> tuple[PretrainConfig, Path,
 
 
 def start_or_resume(
-    config: PretrainConfig, out: Path, resumes: bool, ranks: Ranks, may_extend: bool = False
+    config: PretrainConfig,
+    out: Path,
+    resumes: bool,
+    ranks: Ranks,
+    may_extend: bool = False,
+    backbone: nn.Module | None = None,
 ) -> int:
-    """One run, as one of its ranks. `may_extend`: more epochs than it has are asked for on purpose."""
+    """One run, as one of its ranks.
+
+    Args:
+        may_extend: more epochs than it has are asked for on purpose.
+        backbone: the network that `model.arch: custom:CLASS` stands for.
+    """
     report, state, before = Report(silent=not ranks.is_first), None, config
     held: Held | None = None
     with ExitStack() as stack:
@@ -332,10 +342,10 @@ def start_or_resume(
         if resumes:
             config, before, state = load_state(config, out, report, may_extend)
             finished = state is not None and is_finished(state, config)
-            if finished and state is not None and repair(config, before, out, state, report, held):
+            if finished and state is not None and repair(config, before, out, state, report, held, backbone):
                 return 0
         try:
-            job = prepare(config, report, ranks)
+            job = prepare(config, report, ranks, backbone)
         except UserError as problem:
             raise missing_source(config, out, problem) if resumes else problem from None
         if state:
@@ -353,7 +363,7 @@ def start_or_resume(
                 report.say(f"resume    {where}")
                 if line := longer_line(job, before):
                     report.say(f"longer    {line}")
-        if finished and state is not None and not broken_files(out, config, state):
+        if finished and state is not None and not broken_files(out, config, state, backbone):
             report.say(f"{out} is finished, nothing to do. next: {next_command(out, config)}")
             return 0
         try:

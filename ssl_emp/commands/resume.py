@@ -1,5 +1,6 @@
 """A run directory against what is asked of it: the same settings and images, all files of a finished run."""
 
+import copy
 import json
 import os
 from collections.abc import Callable
@@ -10,7 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import yaml
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from ssl_emp.commands.job import Job
 from ssl_emp.commands.next_command import next_command
@@ -18,7 +20,7 @@ from ssl_emp.config import PretrainConfig, apply_override, check_config, flatten
 from ssl_emp.data.images import TORCHVISION, sampled_fingerprint
 from ssl_emp.device import pick_device
 from ssl_emp.errors import UserError
-from ssl_emp.model import Encoder, build_encoder, load_encoder, save_encoder
+from ssl_emp.model import LARGEST_WEIGHTS, Encoder, build_encoder, load_encoder, save_encoder
 from ssl_emp.prune import POLICIES
 from ssl_emp.run.checkpoint import load_checkpoint
 from ssl_emp.run.lock import Held
@@ -249,14 +251,16 @@ def image_size(config: PretrainConfig, state: dict[str, Any]) -> int | None:
     )
 
 
-def broken_files(out: Path, config: PretrainConfig, state: dict[str, Any]) -> dict[str, str]:
+def broken_files(
+    out: Path, config: PretrainConfig, state: dict[str, Any], backbone: nn.Module | None = None
+) -> dict[str, str]:
     """What a finished run's checkpoint can restore: name -> why, of files missing or not of it."""
     checks: dict[str, Callable[[], str | None]] = {
         "config.yaml": lambda: None if read_run(out, [])[1] else "no settings can be read from it",
         "environment.json": lambda: (
             None if isinstance(read_json(out / "environment.json"), dict) else "it holds no dictionary"
         ),
-        "encoder": lambda: _encoder_problem(out, config, state),
+        "encoder": lambda: _encoder_problem(out, config, state, backbone),
         "pruning/samples.parquet": lambda: _samples_problem(out / "pruning" / "samples.parquet", state),
     }
     known = fingerprint_of(state)
@@ -283,12 +287,19 @@ def _backbone(state: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def _encoder_problem(out: Path, config: PretrainConfig, state: dict[str, Any]) -> str | None:
-    encoder, expected, size = load_encoder(out / "encoder"), _backbone(state), image_size(config, state)
-    weights = encoder.backbone.state_dict()
+def _encoder_problem(
+    out: Path, config: PretrainConfig, state: dict[str, Any], backbone: nn.Module | None
+) -> str | None:
+    expected, size = _backbone(state), image_size(config, state)
+    path = out / "encoder" / "model.safetensors"
+    check_regular(path, LARGEST_WEIGHTS)
+    weights = load_file(path)
     if weights.keys() != expected.keys() or not all(weights[name].equal(expected[name]) for name in expected):
         return "its weights are not those of the last checkpoint"
-    wanted = _untrained(config, size or encoder.image_size)
+    if config.model.arch.startswith("custom:") and backbone is None:
+        return None  # only its owner can build it
+    encoder = load_encoder(out / "encoder", backbone=copy.deepcopy(backbone))
+    wanted = _untrained(config, size or encoder.image_size, backbone)
     same = wanted.spec == encoder.spec and wanted.image_size == encoder.image_size
     same = (
         same
@@ -340,14 +351,18 @@ def lost_epochs(out: Path, epochs: int) -> list[int]:
     return [epoch for epoch in range(1, epochs + 1) if epoch not in found]
 
 
-def _untrained(config: PretrainConfig, size: int) -> Encoder:
+def _untrained(config: PretrainConfig, size: int, backbone: nn.Module | None) -> Encoder:
+    """An encoder as the run's was built, of weights without worth; a module from Python is copied."""
     model, augment = config.model, config.augment
-    return build_encoder(model.arch, model.width, model.stem, size, augment.mean, augment.std)
+    arch = model.arch if backbone is None else copy.deepcopy(backbone)
+    return build_encoder(arch, model.width, model.stem, size, augment.mean, augment.std, model.args)
 
 
-def restore_encoder(out: Path, config: PretrainConfig, state: dict[str, Any], size: int) -> None:
+def restore_encoder(
+    out: Path, config: PretrainConfig, state: dict[str, Any], size: int, backbone: nn.Module | None
+) -> None:
     """Write a finished run's encoder again, from its last checkpoint. Raises UserError if it does not fit."""
-    encoder = _untrained(config, size)
+    encoder = _untrained(config, size, backbone)
     try:
         encoder.backbone.load_state_dict(_backbone(state))
     except (RuntimeError, AttributeError, TypeError) as error:
@@ -368,6 +383,7 @@ def repair(
     state: dict[str, Any],
     report: Report,
     held: Held | None,
+    backbone: nn.Module | None = None,
 ) -> bool:
     """Check all files of a finished run and restore what its checkpoint can. Whether nothing is left to do.
 
@@ -376,7 +392,7 @@ def repair(
     if lost := lost_epochs(out, state["epoch"]):
         what = f"metrics.jsonl has no row of {len(lost)} of {state['epoch']} epochs"
         report.say(f"warning   {what}, the first is epoch {lost[0]}: only training could write them again")
-    broken = broken_files(out, config, state)
+    broken = broken_files(out, config, state, backbone)
     for name, problem in broken.items():
         report.say(f"repair    {out / name}: {problem}")
     if with_places(before, config) != before:  # written once it is known that they are the same images
@@ -390,7 +406,7 @@ def repair(
         if held is not None and name == "environment.json":
             write_environment(out / name, pick_device(config.device))
         if held is not None and name == "encoder" and size is not None:
-            restore_encoder(out, config, state, size)
+            restore_encoder(out, config, state, size, backbone)
         del broken[name]
     if not broken:
         rest = "and whole again" if was_broken else "nothing to do"

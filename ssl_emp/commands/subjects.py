@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stderr
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from linear_eval.errors import did_you_mean, first_line
+from ssl_emp.backbones import check_name, described, is_own, make_timm, make_torchvision, timm_names
 from ssl_emp.commands.eval_config import EvalConfig, check
 from ssl_emp.config import AugmentConfig, DataConfig, parse_yaml
 from ssl_emp.errors import UserError
@@ -132,17 +134,25 @@ class _Host:
 
     def _untrained(self, run: Encoder | None) -> tuple[str, Callable[[int], nn.Module]]:
         """What `random` is and how it is built: with the run's architecture where there is a run."""
-        spec, mean, std = self.config.model.model_dump(), AugmentConfig().mean, AugmentConfig().std
+        model, mean, std = self.config.model, AugmentConfig().mean, AugmentConfig().std
+        spec = {name: getattr(model, name) for name in ("arch", "width", "stem", "args")}
         if run is not None:
-            spec |= run.spec | self.given.get("model", {})
+            given = self.given.get("model", {})
             mean, std = run.mean.flatten().tolist(), run.std.flatten().tolist()
+            own: dict[str, Any] = {"width": None, "stem": None, "args": {}}
+            arch = given.get("arch", run.spec["arch"])
+            if arch == run.spec["arch"] or is_own(arch) and is_own(run.spec["arch"]):
+                own |= run.spec
+            spec = {name: value for name, value in (own | given).items() if name in spec}
 
         def untrained(image_size: int) -> nn.Module:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.config.seed)
-                return build_encoder(spec["arch"], spec["width"], spec["stem"], image_size, mean, std)
+                return build_encoder(**spec, image_size=image_size, mean=mean, std=std)
 
-        return f"untrained {spec['arch']} of width {spec['width']}, {spec['stem']} stem", untrained
+        if is_own(spec["arch"]):
+            return f"untrained {spec['arch']} of width {spec['width']}, {spec['stem']} stem", untrained
+        return f"untrained {described(spec)}", untrained
 
 
 def _or_problem(make: Callable[[], Made]) -> Made | UserError:
@@ -202,16 +212,25 @@ class Normalized(nn.Module):
         return self.network((images - self.mean) / self.std)
 
 
+def known(name: str) -> None:
+    """Raise UserError where timm or torchvision has no network of this name."""
+    try:
+        if name.startswith("timm:") and re.search("[:/]", name[5:]):
+            timm_names()  # a place of a hub, which nobody can list
+        else:
+            check_name(name)
+    except ValueError as error:
+        what, _, fix = str(error).partition("; ")
+        raise UserError(what, fix) from error
+
+
 def load_timm(name: str) -> tuple[nn.Module, int, bool]:
     """A pretrained timm model without its classifier: (module, image size, whether only that size)."""
-    try:
-        import timm
-    except ImportError as error:
-        raise UserError(f"timm:{name} needs the package timm", "pip install timm") from error
+    known(f"timm:{name}")
     # it logs every retry; the error below is enough
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        network = timm.create_model(name, pretrained=True, num_classes=0)
+        network = make_timm(name, {}, pretrained=True)
     except Exception as error:  # unknown name, no weights, no network: timm and its hub have no common error
         reason = first_line(error)
         fix = (
@@ -227,16 +246,12 @@ def load_torchvision(name: str) -> tuple[nn.Module, int, bool, str]:
     """A torchvision model with its best weights, headless: (module, image size, whether fixed, weights)."""
     from torchvision import models
 
-    known = models.list_models(module=models)  # image classifiers, whose last layer can be left out
-    if name not in known:
-        otherwise = "see torchvision.models.list_models(module=torchvision.models)"
-        fix = did_you_mean(name, known, otherwise, prefix="torchvision:")
-        raise UserError(f"torchvision has no image classifier {name!r}", fix)
+    known(f"torchvision:{name}")
     weights = models.get_model_weights(name).DEFAULT
     try:
         # torch.hub prints that it downloads
         with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
-            network = models.get_model(name, weights=weights, progress=sys.stderr.isatty())
+            network = make_torchvision(name, {}, weights, sys.stderr.isatty())
     # no network, a damaged or another file: torch.hub and the unpickler have no common error
     except Exception as error:
         reason = first_line(error)
@@ -245,16 +260,7 @@ def load_torchvision(name: str) -> tuple[nn.Module, int, bool, str]:
             f"connect to the network, or put {weights.url.rpartition('/')[2]} into "
             f"{torch.hub.get_dir()}/checkpoints",
         ) from error
-    drop_last_layer(network)
     about = weights.transforms()
     # position embeddings and windows fix the image size
     is_fixed = isinstance(network, models.VisionTransformer | models.MaxVit)
     return Normalized(network, list(about.mean), list(about.std)), about.crop_size[0], is_fixed, weights.name
-
-
-def drop_last_layer(network: nn.Module) -> None:
-    """Put an Identity in place of the layer of a torchvision classifier that scores the classes."""
-    head = next(name for name in ("fc", "classifier", "heads", "head") if hasattr(network, name))
-    parts = getattr(network, head).named_modules()
-    scoring = [name for name, part in parts if isinstance(part, nn.Linear | nn.Conv2d)]
-    network.set_submodule(f"{head}.{scoring[-1]}".rstrip("."), nn.Identity())

@@ -35,7 +35,7 @@ def check_plain(state: dict[str, Any], folder: Path) -> None:
     for name, kind in PLAIN.items():
         missing = iter([f"{name} is missing"])
         _raise_first(_of_type(state[name], kind, name) if name in state else missing, folder)
-    _raise_first(_config(state["config"], "config", 3), folder)
+    _raise_first(_config(state["config"], "config", 4), folder)
 
 
 def check_state(
@@ -71,7 +71,7 @@ def _misfits(
     yield from key_problems(like, own, "")
     for name, kind in PLAIN.items():
         yield from _of_type(state[name], kind, name)
-    yield from _config(state["config"], "config", 3)
+    yield from _config(state["config"], "config", 4)
     yield from _weights(like["model"], state["model"])
     yield from _optimizer(optimizer, state["optimizer"], state["step"])
     yield from key_problems(like["seconds"], state["seconds"], "seconds.")
