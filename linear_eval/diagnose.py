@@ -363,17 +363,16 @@ def write_embeddings(
     coords: Tensor | None = None,
     *,
     names: Sequence[str] | None = None,
-    splits: Sequence[str] | None = None,
     labels: Tensor | None = None,
     class_names: Sequence[str] | None = None,
     columns: Mapping[str, Tensor] | None = None,
     has_columns: Tensor | None = None,
 ) -> None:
-    """A parquet row a sample: index, path, split, label, class_name, vector (D float32), x, y, `columns`.
+    """A parquet row a sample: index, path, label, class_name, vector (D float32), x, y, `columns`.
 
     Args:
         x: (N, D) features; coords: (N, 2), e.g. from `map_2d`.
-        names: N paths or names; splits: N names such as `train`. What is not given leaves its column out.
+        names: N paths or names. What is not given leaves its column out.
         columns: more (N,) figures, e.g. score and times_trained. What is not finite becomes null: a score
             that was never computed.
         has_columns: (N,) bool, False where all of `columns` are null.
@@ -385,7 +384,7 @@ def write_embeddings(
     import pyarrow.parquet as pq
 
     num, dim = x.shape
-    given: dict[str, Any] = {"coords": coords, "names": names, "splits": splits, "labels": labels}
+    given: dict[str, Any] = {"coords": coords, "names": names, "labels": labels}
     given |= {"has_columns": has_columns, **(columns or {})}
     lengths = {name: len(values) for name, values in given.items() if values is not None}
     odd = [f"{length} {name}" for name, length in lengths.items() if length != num]
@@ -395,8 +394,6 @@ def write_embeddings(
     table = {"index": pa.array(range(num), pa.int64())}
     if names is not None:
         table["path"] = pa.array(list(names), pa.string())
-    if splits is not None:
-        table["split"] = pa.array(list(splits), pa.string())
     if labels is not None:
         table["label"] = pa.array(labels.cpu().numpy(), pa.int64())
         if class_names is not None:

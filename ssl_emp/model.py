@@ -6,7 +6,7 @@ Letters: B images, D features, P projections.
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -116,6 +116,38 @@ class Encoder(nn.Module):
         """
         return preprocess(images, self.image_size, max_pixels)
 
+    def embed(
+        self,
+        images: Iterable[OneImage],
+        *,
+        batch_size: int = 256,
+        progress: Callable[[int, int | None], None] | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> Tensor:
+        """The vectors of any number of images, decoded a batch at a time: those of `python -m ssl_emp embed`.
+
+        Runs in eval mode and without gradients, and leaves the module as it was. On a GPU that has bfloat16
+        the forward pass uses it.
+
+        Args:
+            images: an iterable of files, PIL images and uint8 pixels, as `preprocess` takes them; a generator
+                is read as it is needed.
+            batch_size: images a forward pass; changes vectors by rounding only.
+            progress: called with (images done, all images) after each batch; None where their number is not
+                known.
+            max_pixels: files that declare more are refused.
+
+        Returns:
+            (N, D) float32 on the CPU, in the order of the images.
+
+        Raises:
+            UserError: an image that cannot be read, by its name or its place (from 0).
+            TypeError, ValueError: what is no image; one image alone; no image at all.
+        """
+        from ssl_emp.embedding import embed
+
+        return embed(self, images, batch_size=batch_size, progress=progress, max_pixels=max_pixels)
+
 
 def preprocess(
     images: OneImage | Sequence[OneImage], image_size: int, max_pixels: int = MAX_PIXELS
@@ -125,24 +157,32 @@ def preprocess(
         if not len(images):
             raise ValueError("there are no images. fix: give at least one")
         return torch.stack([preprocess(image, image_size, max_pixels) for image in images])
-    if isinstance(images, np.ndarray):
-        shape = images.shape
+    return torch.from_numpy(decode_one(images, image_size, max_pixels).copy()).float() / 255
+
+
+def decode_one(
+    image: OneImage, image_size: int, max_pixels: int = MAX_PIXELS, name: str = "the image"
+) -> np.ndarray:
+    """(3, S, S) uint8 of one image; errors as of `Encoder.preprocess`, with `name` for what is no file."""
+    if isinstance(image, np.ndarray):
+        shape = image.shape
         is_image = len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4))
-        if images.dtype != np.uint8 or not is_image or not images.size:
+        if image.dtype != np.uint8 or not is_image or not image.size:
             fix = "give (H, W, 3) uint8 of one image, or a list of them"
-            raise ValueError(f"pixels are {shape} {images.dtype}. fix: {fix}")
-    elif not isinstance(images, str | os.PathLike | Image.Image):
+            which = "pixels" if name == "the image" else f"pixels of {name}"
+            raise ValueError(f"{which} are {shape} {image.dtype}. fix: {fix}")
+    elif not isinstance(image, str | os.PathLike | Image.Image):
         fix = "give a path, a PIL image, or (H, W, 3) uint8 pixels"
-        raise TypeError(f"an image is of type {type(images).__name__}. fix: {fix}")
-    image = os.path.expanduser(os.fspath(images)) if isinstance(images, str | os.PathLike) else images
+        which = "an image" if name == "the image" else name
+        raise TypeError(f"{which} is of type {type(image).__name__}. fix: {fix}")
+    image = os.path.expanduser(os.fspath(image)) if isinstance(image, str | os.PathLike) else image
     try:
         with pillow_limits(max_pixels):
-            pixels = decode_any(image, image_size, max_pixels)
+            return decode_any(image, image_size, max_pixels)
     except Exception as error:  # Pillow raises a dozen types
-        name = image if isinstance(image, str) else "the image"
+        name = image if isinstance(image, str) else name
         fix = "give a file that holds an image"
         raise UserError(f"{name} cannot be read ({reason(error)})", fix) from error
-    return torch.from_numpy(pixels.copy()).float() / 255
 
 
 def check_images(images: Tensor, check_range: bool) -> None:

@@ -431,12 +431,12 @@ def test_the_next_command_works(
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["next"]]
     command = shlex.split(line)[3:]
     expected = {
-        "no labels": "diagnose embed",
+        "no labels": "diagnose",
         "labels and test": "knn linear",
         "labels": "knn linear data.holdout=0.2",
     }
     expected |= dict.fromkeys(("labels off", "labels, none in test"), expected["labels"])
-    expected |= {"one image a class": "diagnose embed", "other classes in test": "diagnose embed"}
+    expected |= {"one image a class": "diagnose", "other classes in test": "diagnose"}
     assert command == [str(out), *expected[kind].split()]
     assert evaluate.main([*command, "device=cpu", "cache_dir=null"]) == 0
     assert all(row["value"] for row in table(capsys.readouterr().out))

@@ -5,11 +5,13 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import striped_images
 
+from ssl_emp import __main__
 from ssl_emp.commands import evaluate, pretrain
 
 ROOT = Path(__file__).parent.parent
@@ -17,12 +19,12 @@ README = (ROOT / "README.md").read_text()
 
 
 def commands() -> list[list[str]]:
-    """Every `python pretrain.py` and `python evaluate.py` of the "Use it" section, comments dropped."""
+    """Every `python` command of the "Use it" section, comments dropped."""
     section = README[README.index("## Use it") : README.index("## Results")]
     return [
         shlex.split(line, comments=True)
         for line in section.splitlines()
-        if re.match(r"python (pretrain|evaluate)\.py", line)
+        if re.match(r"python (pretrain\.py|evaluate\.py|-m ssl_emp)", line)
     ]
 
 
@@ -47,6 +49,10 @@ def test_the_commands(
     ]
     assert len(commands()) >= 4
     monkeypatch.chdir(tmp_path)
+
+    def own(words: list[str]) -> int:
+        return __main__.main(words[1:])
+
     table = ""
     for _, script, *arguments in commands():
         arguments = [
@@ -57,7 +63,12 @@ def test_the_commands(
         if any(word.startswith("devices=") for word in words):
             code = subprocess.run([sys.executable, str(ROOT / script), *words], timeout=120).returncode
         else:
-            code = {"pretrain.py": pretrain.main, "evaluate.py": evaluate.main}[script](words)
+            mains: dict[str, Callable[[list[str]], int]] = {
+                "pretrain.py": pretrain.main,
+                "evaluate.py": evaluate.main,
+                "-m": own,
+            }
+            code = mains[script](words)
         said, errors = capfd.readouterr()
         assert code == 0, (words, errors)
         table += said

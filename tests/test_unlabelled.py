@@ -54,21 +54,17 @@ def test_images_without_labels_are_looked_at(
         if "with test" in kind:
             write_parquet(data / "test.parquet", striped_images(12, seed=1)[0], None)
     run = make_run(tmp_path / "run", {"source": str(data)})
-    code, rows, said = judge(capsys, run, "diagnose", "embed")
-    assert code == 0 and "error" not in said and set(rows) == {"diagnose", "embed"}
+    code, rows, said = judge(capsys, run, "diagnose")
+    assert code == 0 and "error" not in said and set(rows) == {"diagnose"}
     assert {path.name for path in (run / "eval/diagnose").iterdir()} == {
         "neighbors.png",
         "map.png",
         "embeddings.parquet",
     }
-    found = pq.read_table(run / "eval/embed/embeddings.parquet").to_pydict()
-    splits = ["train"] * 30 + ["test"] * 12 * ("with test" in kind)
-    assert found["split"] == splits and rows["embed"]["value"] == str(len(splits)) == rows["embed"]["n_test"]
-    assert len(set(zip(found["split"], found["path"], strict=True))) == len(splits) and "label" not in found
-    assert (
-        torch.tensor(found["vector"]).shape == (len(splits), 64)
-        and torch.tensor(found["vector"]).std() > 0.01
-    )
+    found = pq.read_table(run / "eval/diagnose/embeddings.parquet").to_pydict()
+    count = 12 if "with test" in kind else 30
+    assert len(set(found["path"])) == count == int(rows["diagnose"]["n_test"]) and "label" not in found
+    assert torch.tensor(found["vector"]).shape == (count, 64) and torch.tensor(found["vector"]).std() > 0.01
     # what predicts labels says that there are none, and how to name some; the others go on
     code, rows, said = judge(capsys, run, "knn", "linear", "finetune", "diagnose")
     assert (
@@ -211,12 +207,8 @@ def test_a_run_that_trained_with_all_labels_holds_none_out(tmp_path: Path) -> No
     assert read_run_data(run, {"data": {"holdout": 0.2, "source": "elsewhere"}}).holdout == 0.2
 
 
-def test_embed_needs_a_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_embed_is_a_command_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = put_images(tmp_path / "data", 12, classes=True)
     code, rows, said = judge(capsys, "pixels", "embed", "diagnose", f"data.source={data}")
-    assert code == 2 and "--out DIR" in said and rows["diagnose"]["value"]
-    code, rows, said = judge(capsys, "pixels", "embed", f"data.source={data}", "--out", tmp_path / "out")
-    assert code == 0 and rows["embed"]["value"] == "12"
-    found = pq.read_table(tmp_path / "out/pixels/embed/embeddings.parquet").to_pydict()
-    assert found["class_name"] == list("aaabbbcccddd") and found["path"][0] == "a/000.png"
-    assert json.loads((tmp_path / "out/embed.json").read_text())[0]["value"] == 12
+    assert code == 2 and not rows and said.count("\n") == 1
+    assert "fix: python -m ssl_emp embed ENCODER IMAGES --out FILE.parquet" in said

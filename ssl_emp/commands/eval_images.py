@@ -173,7 +173,7 @@ def _note_split(data: DataConfig, split: str, images: ImageSet, voice: Voice) ->
     what = f"the {split} split of {source} has {images.labelled}, and encoders are judged by "
     return UserError(
         f"{what}predicting them",
-        "drop data.labels=none" if data.labels == "none" else f"{fix}; diagnose and embed need none",
+        "drop data.labels=none" if data.labels == "none" else f"{fix}; diagnose needs none",
     )
 
 

@@ -9,7 +9,7 @@ EVALUATOR  `knn` (every k of knn.num_neighbors from one search), `linear` (linea
            augmented), `fewshot` (few labels, several draws; fewshot.finetune trains the network too),
            `finetune` (the whole network), `transfer` (transfer.suite, a YAML file of target data sets).
            Without labels and without a test split: `diagnose` (collapse, effective rank, neighbours, a map,
-           embeddings.parquet), `embed` (embeddings.parquet of all images)
+           embeddings.parquet). Vectors of any images: python -m ssl_emp embed
 key=value  data.* and model.* as in pretrain.py; the sections knn, linear, fewshot, finetune, diagnose,
            transfer; seed, device, batch_size, cache_dir (all of them in ssl_emp/commands/eval_config.py)
 
@@ -84,7 +84,7 @@ from ssl_emp.safe_files import check_inner
 from ssl_emp.text import home
 
 USAGE = (
-    "python evaluate.py ENCODER [ENCODER ...] knn|linear|fewshot|finetune|diagnose|embed|transfer "
+    "python evaluate.py ENCODER [ENCODER ...] knn|linear|fewshot|finetune|diagnose|transfer "
     "[...] [key=value ...], see --help"
 )
 AGAIN = ". fix: see what it wrote, and start all of them again"
@@ -188,6 +188,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[list[str], list[str], dict[
     evaluators = [word for word in words if word in ALL_EVALUATORS]
     overrides = [word for word in words if "=" in word and not os.path.exists(word)]
     encoders = [_at_home(word) for word in words if word not in evaluators and word not in overrides]
+    if "embed" in words and not os.path.exists("embed"):
+        fix = "python -m ssl_emp embed ENCODER IMAGES --out FILE.parquet"
+        raise UserError("embed is no evaluator, but a command of its own", fix)
     for wanted, kind in ((encoders, "encoder"), (evaluators, "evaluator")):
         if not wanted:
             raise UserError(f"no {kind} named", USAGE)
@@ -278,7 +281,7 @@ def check_places(folder: Path | None, subject: Subject) -> None:
     root, names = (folder.parent, [folder.name]) if folder == subject.eval_dir else (folder, [])
     names += [own_folder(subject)] if own_folder(subject) else []
     check_inner(root, *names)
-    for inner in ("diagnose", "embed", "classifier-finetune", "classifier-linear"):
+    for inner in ("diagnose", "classifier-finetune", "classifier-linear"):
         check_inner(root, *names, inner)
 
 

@@ -467,35 +467,10 @@ def or_warn(voice: Voice, path: Path, part: str = "") -> Iterator[None]:
         voice.note(f"warning: {path} is {f'made without {part}' if part else 'not made'}: {reason}")
 
 
-def run_embed(judged: Judged) -> list[Result]:
-    """All splits' features as embeddings.parquet: index, path, split, labels where there are any, vector."""
-    if judged.out is None:
-        fix = "name a run among the encoders, or give --out DIR"
-        raise UserError("embed has no folder to write into", fix)
-    path = judged.out / "embed" / "embeddings.parquet"
-    sets = judged.images
-    labels = [images.labels for images in sets.values() if images.labels is not None]
-    labelled = len(labels) == len(sets) and judged.data.no_labels is None
-    write_embeddings(
-        path,
-        torch.cat([judged.rows[split] for split in sets]),
-        names=[name for images in sets.values() for name in images.names],
-        splits=[split for split, images in sets.items() for _ in images.names],
-        labels=torch.cat(labels) if labelled else None,
-        class_names=judged.train.class_names if labelled else None,
-    )
-    judged.note(f"{judged.subject.name}: {path}")
-    counts = " and ".join(f"{len(images.names)} {split} images" for split, images in sets.items())
-    total = sum(len(images.names) for images in sets.values())
-    what = f"embeddings.parquet of {counts}, {judged.feature_dim} features each"
-    return [Result(what, total, "images", n_test=total)]
-
-
 EVALUATORS: dict[str, Callable[[Judged], list[Result]]] = {
     "knn": run_knn,
     "linear": run_linear,
     "fewshot": run_fewshot,
     "finetune": run_finetune,
     "diagnose": run_diagnose,
-    "embed": run_embed,
 }

@@ -17,12 +17,12 @@ from ssl_emp.text import quoted
 HOLDOUT = 0.2
 NEIGHBORS = KnnConfig().num_neighbors[0]
 # words of evaluate.py, which a run of that name would be taken for
-WORDS = "random pixels knn linear fewshot finetune diagnose embed transfer predict".split()
+WORDS = "random pixels knn linear fewshot finetune diagnose transfer predict".split()
 
 
 def next_command(out: Path, config: PretrainConfig) -> str:
     """`python evaluate.py RUN ...`, as labels allow; without a test split a part of train is held out."""
-    words = "diagnose embed"
+    words = "diagnose"
     with suppress(Exception):  # missing or damaged images by now are no reason to fail after training
         words = _words(config) or words
     name = os.fspath(out)

@@ -416,25 +416,36 @@ def listed(images: Sequence[str | np.ndarray], labels: Tensor, class_names: list
     return Source(names, labels.numpy(), class_names, version, read)
 
 
-def find_images(source: str, split: str = "all", download_dir: str = "data") -> list[Source]:
+def find_images(
+    source: str,
+    split: str = "all",
+    download_dir: str = "data",
+    kind: str = "auto",
+    image_column: str | None = None,
+) -> list[Source]:
     """Unlabelled images: a file, all of a folder, tables or data set, or one split. Raises UserError."""
     path = os.path.expanduser(source)
-    is_named = source in (*TORCHVISION, "mnist5k")
+    is_named = source in (*TORCHVISION, "mnist5k") and kind in ("auto", "torchvision", "mnist5k")
     if split != "all" or is_named:
         parts = ("train", "test") if split == "all" else (split,)
         labels = "auto" if is_named else "none"
-        return [find_split(source, part, "auto", download_dir, labels=labels) for part in parts]
-    if os.path.isfile(path) and not _is_table(path):
-        return [Source([decodable(source)], None, None, "", lambda positions: (path for _ in positions))]
+        return [find_split(source, part, kind, download_dir, image_column, labels=labels) for part in parts]
+    if os.path.isfile(path) and kind == "auto" and not _is_table(path):
+        _refuse_columns(source, image_column, None)
+        info = os.stat(path)
+        version = version_of([(source, [info.st_size, info.st_mtime_ns, info.st_ctime_ns])])
+        return [Source([decodable(source)], None, None, version, lambda positions: (path for _ in positions))]
     if not os.path.isdir(path):
-        return [find_split(source, "all", "auto", download_dir, labels="none")]
-    listing, tables = _open_folder(path, source, "auto", splits_apart=False)
+        return [find_split(source, "all", kind, download_dir, image_column, labels="none")]
+    listing, tables = _open_folder(path, source, kind, splits_apart=False)
     if tables is not None:
-        return [table_source(tables, "all", "none", None, None, listing.unused, listing.skipped)]
+        return [table_source(tables, "all", "none", image_column, None, listing.unused, listing.skipped)]
+    _refuse_columns(source, image_column, None)
     if not listing.files:
         raise no_images(listing)
     names = [decodable(name) for name, _ in listing.files]
-    return [Source(names, None, None, "", listing.reader(listing.files), listing.skipped)]
+    version = version_of(listing.files)
+    return [Source(names, None, None, version, listing.reader(listing.files), listing.skipped)]
 
 
 class NotATable(UserError):

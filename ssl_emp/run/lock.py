@@ -84,11 +84,12 @@ class Held:
 
 
 @contextmanager
-def sole_writer(folder: Path) -> Iterator[Held]:
+def sole_writer(folder: Path, otherwise: str = "choose another out=DIR") -> Iterator[Held]:
     """Hold `folder/.lock`, creating it and the folder if needed. The kernel frees it when the process dies.
 
     For the process that writes (rank 0 of several), before anything that takes time. Temporary files of
-    killed processes are removed. Folders created here are removed at the end if they are empty.
+    killed processes are removed. Folders created here are removed at the end if they are empty. `otherwise`
+    ends the advice where that cannot be.
 
     Raises:
         UserError: another process holds the lock, the folder cannot be written, or see `refuse_strange`.
@@ -96,7 +97,7 @@ def sole_writer(folder: Path) -> Iterator[Held]:
     path = folder / LOCK
     made = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
     try:
-        file = _locked(folder, path)
+        file = _locked(folder, path, otherwise)
         with suppress(OSError):  # for the next process's message; a full disk makes that message shorter
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
@@ -104,7 +105,7 @@ def sole_writer(folder: Path) -> Iterator[Held]:
             for left in filter(_is_leftover, (folder / part).glob(".*.tmp")):
                 left.unlink(missing_ok=True)
     except OSError as error:
-        fix = "see to its permissions, or choose another out=DIR"
+        fix = f"see to its permissions, or {otherwise}"
         raise UserError(f"cannot write into {folder} ({error.strerror})", fix) from error
     held = Held(folder, os.stat(folder), os.fstat(file.fileno()))
     try:
@@ -123,7 +124,7 @@ def sole_writer(folder: Path) -> Iterator[Held]:
                 place.rmdir()
 
 
-def _locked(folder: Path, path: Path) -> IO[bytes]:
+def _locked(folder: Path, path: Path, otherwise: str) -> IO[bytes]:
     """The lock file `path`, open and locked. Raises UserError if another process holds it."""
     for tries_left in reversed(range(TRIES)):
         try:
@@ -139,7 +140,7 @@ def _locked(folder: Path, path: Path) -> IO[bytes]:
         except BlockingIOError:
             holder = _holder(file)
             file.close()
-            fix = "wait for it, or choose another out=DIR"
+            fix = f"wait for it, or {otherwise}"
             raise UserError(f"{folder} is in use by {holder}", fix) from None
         except OSError as error:
             if error.errno not in CANNOT_LOCK:
@@ -148,7 +149,7 @@ def _locked(folder: Path, path: Path) -> IO[bytes]:
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
         file.close()  # the previous holder removed it between our open and our lock: try again
-    fix = "wait for the processes that use it, or choose another out=DIR"
+    fix = f"wait for the processes that use it, or {otherwise}"
     raise UserError(f"the lock of {folder} comes and goes", fix)
 
 
