@@ -1,5 +1,6 @@
 """Random numbers as a function of a key (seed, epoch, index, ...): equal in any batch, rank or restart."""
 
+import torch
 from torch import Tensor
 
 # SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014).
@@ -38,6 +39,23 @@ def keyed_bits(*key: int | Tensor) -> Tensor:
 def keyed_uniform(*key: int | Tensor) -> Tensor:
     """Hash a key to a float32 uniform in [0, 1): the top 24 bits of `keyed_bits`, so every value is exact."""
     return (keyed_bits(*key) >> 38).float() * 2.0**-24
+
+
+def seed_generators(device: torch.device, *key: int) -> None:
+    """Let torch's own generators, of the CPU and of `device`, draw what this key says.
+
+    For what a network draws by itself, such as dropout and dropped paths. A step is then a function of its
+    key: a resumed run draws what the uninterrupted one does, and nothing has to be saved. Costs microseconds
+    and waits for no device.
+    """
+    state = 0
+    for part in key:
+        state = _mix_int(state + part)
+    seed = state >> 1  # of the CPU's generator 32 bits count, and those of neighbouring keys have to differ
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def _mix(state: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ from ssl_emp.config import PretrainConfig, load_config
 from ssl_emp.data.images import ImageSet
 from ssl_emp.device import pick_device
 from ssl_emp.errors import Parser, RunFailed, UserError, path_argument
+from ssl_emp.keyed import seed_generators
 from ssl_emp.loss import dcl, nt_xent, nt_xent_and_dcl
 from ssl_emp.model import save_encoder
 from ssl_emp.optim import build_optimizer
@@ -79,6 +80,7 @@ AS_COMMAND = (
     "from ssl_emp.commands.pretrain import main; sys.exit(main())"
 )
 
+TRAINED, SCORED = 1, 2  # streams of what a network draws by itself
 OUT_OF_MEMORY = (
     "--resume where there is more memory, or start again with a lower batch_size or model.width, and "
     "another out=DIR"
@@ -152,6 +154,7 @@ def pretrain(job: Job, run: Run, stop: Stop) -> int:
 
             # ---- train
             for index, images in run.stream(job.store, batches, epoch):
+                seed_generators(job.device, config.seed, TRAINED, run.step, ranks.rank)  # for dropout
                 loss, scored, memory, draw = forward(job, network, views_of, index, images, epoch, job.recipe)
                 run.optimizer.zero_grad(set_to_none=True)
                 pruner.weighted(index, loss).backward()
@@ -183,17 +186,19 @@ def score_batches(
 ) -> Seen:
     """Batches (steps, B) through the network of now without training it: what all ranks see, in order.
 
-    BatchNorm normalises by the batch, as in training, and no running statistic is touched.
+    The network is in training mode, so that scores can be compared with those of trained samples: BatchNorm
+    normalises by the batch, dropout and dropped paths are drawn, keyed on (seed, key, batch, rank). Running
+    statistics and other buffers are as before afterwards.
     """
-    norms = [module for module in job.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.track_running_stats = False
+    buffers = list(job.model.buffers())
+    before = [buffer.clone() for buffer in buffers]
     parts = []
-    for index, images in job.store.stream(job.ranks.part(batches)):
+    for number, (index, images) in enumerate(job.store.stream(job.ranks.part(batches))):
+        seed_generators(job.device, job.config.seed, SCORED, key, number, job.ranks.rank)
         _, scored, memory, draw = forward(job, network, views_of, index, images, key, recipe or job.recipe)
         parts.append(job.pruner.gather(index, scored, memory, draw))
-    for norm in norms:
-        norm.track_running_stats = True
+    if buffers:  # torch copies no empty list
+        torch._foreach_copy_(buffers, before)
     draws = [part.covariates for part in parts if part.covariates is not None]
     terms = torch.cat([part.terms for part in parts], dim=1)
     return Seen(torch.cat([part.index for part in parts]), terms, torch.cat(draws) if draws else None)

@@ -42,10 +42,11 @@ class Guard:
         norm = gradient_norm(self._parameters)  # of all ranks: the gradients are summed by now
         finite = terms.isfinite().all() & norm.isfinite()
         step_where(self.optimizer, finite)
-        # no branch, which would wait for a GPU
-        pairs = zip(self._buffers, self._buffers_before, strict=True)
-        torch._foreach_copy_(self._buffers, [torch.where(finite, *pair) for pair in pairs])
-        torch._foreach_copy_(self._buffers_before, self._buffers)
+        if self._buffers:  # a ViT may have none, and torch copies no empty list
+            # no branch on `finite`, which would wait for a GPU
+            pairs = zip(self._buffers, self._buffers_before, strict=True)
+            torch._foreach_copy_(self._buffers, [torch.where(finite, *pair) for pair in pairs])
+            torch._foreach_copy_(self._buffers_before, self._buffers)
         self.norms[number] = norm.where(finite, torch.inf)
         self.in_a_row = torch.where(finite, 0, self.in_a_row + 1)
         self._longest = torch.maximum(self.in_a_row, self._longest)

@@ -776,9 +776,17 @@ def share_batch_norm(model: nn.Module, ranks: Ranks) -> None:
         if isinstance(child, _BatchNorm):
             on_gpu = child.running_mean is not None and child.running_mean.is_cuda
             to_sync = nn.SyncBatchNorm.convert_sync_batchnorm
-            setattr(model, name, to_sync(child) if on_gpu else SharedBatchNorm(child, ranks))
+            shared: Any = to_sync(child) if on_gpu else SharedBatchNorm(child, ranks)
+            if isinstance(act := getattr(child, "act", None), nn.Module):  # timm's has its activation inside
+                shared.drop, shared.act = getattr(child, "drop", nn.Identity()), act
+                shared.register_forward_hook(_activate)
+            setattr(model, name, shared)
         else:
             share_batch_norm(child, ranks)
+
+
+def _activate(norm: Any, _: Any, normalised: Tensor) -> Tensor:
+    return cast(Tensor, norm.act(norm.drop(normalised)))
 
 
 class SharedBatchNorm(_BatchNorm):
