@@ -6,7 +6,7 @@ import operator
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -561,6 +561,7 @@ def _types_of(config: type[BaseModel], path: list[str]) -> set[Any]:
         sections = [kind for kind in kinds if hasattr(kind, "model_fields")]
     last = path[-1]
     kinds = [section.model_fields[last].annotation for section in sections if last in section.model_fields]
+    kinds = [kind for kind in kinds if get_origin(kind) is not dict]  # which no text is
     kinds = [option for union in kinds for option in (get_args(union) or (union,))]
     return {get_args(kind)[0] if get_args(kind) else kind for kind in kinds}
 
