@@ -289,6 +289,14 @@ def test_a_module_from_python_is_trained_kept_and_loaded(config: Path, tmp_path:
             ["model.arch=timm:test_vit", "augment.size=40"],
             "views of 40 pixels cannot be cut into the patches",
         ),
+        (
+            ["model.arch=timm:mixer_s32_224", "data.image_size=64", "augment.size=32"],
+            "takes no images of 64x64 pixels",  # kNN looks at the stored ones
+        ),
+        (
+            ["model.arch=timm:test_vit", "prune.scoring=all", "prune.scoring_size=24"],
+            "images of 24x24 pixels",
+        ),
         (["model.arch=timm:test_resnet", 'model.args.global_pool=""'], "which are maps"),
     ],
 )

@@ -95,12 +95,13 @@ def on_ranks(world_size: int, work: Callable[[Ranks], Any], backward: bool = Fal
     return [found[rank] for rank in range(world_size)]
 
 
-def step(ranks: Ranks) -> dict[str, list[float]]:
+def step(ranks: Ranks, arch: str = "resnet18") -> dict[str, list[float]]:
     """Loss, gradients and BatchNorm buffers of one training step on twelve images in float64, and the
     features in eval mode after it.
     """
     torch.manual_seed(0)
-    encoder = build_encoder("resnet18", 8, "cifar", 8, [0.5] * 3, [0.5] * 3)
+    width, stem = (8, "cifar") if arch == "resnet18" else (None, None)
+    encoder = build_encoder(arch, width, stem, 8, [0.5] * 3, [0.5] * 3)
     model = SimCLR(encoder, 16, 8).double()
     view_a, view_b, weight = (
         torch.randn(12, 3, 8, 8).double(),
@@ -166,10 +167,14 @@ def test_the_losses_of_several_ranks_are_those_of_one(world_size: int) -> None:
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_a_step_of_several_ranks_is_the_step_of_one(world_size: int) -> None:
-    wanted = step(ALONE)
-    for found in on_ranks(world_size, step, backward=True):
+@pytest.mark.parametrize(
+    ("world_size", "arch"), [(2, "resnet18"), (3, "resnet18"), (2, "timm:test_efficientnet")]
+)
+def test_a_step_of_several_ranks_is_the_step_of_one(world_size: int, arch: str) -> None:
+    """timm's EfficientNet has its activations inside its BatchNorms."""
+    work = partial(step, arch=arch)
+    wanted = work(ALONE)
+    for found in on_ranks(world_size, work, backward=True):
         assert max(differ(found, wanted).values()) < 1e-10, differ(found, wanted)
 
 

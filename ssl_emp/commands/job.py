@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_emp.augment import Recipe, draw_features, draw_params
-from ssl_emp.backbones import check_trains, described, needs_network
+from ssl_emp.backbones import check_trains, described, feature_dim, needs_network
 from ssl_emp.config import PretrainConfig
 from ssl_emp.data.decode import reason
 from ssl_emp.data.images import (
@@ -122,6 +122,7 @@ def prepare(
         with ranks.first_then_others():
             test = load_test(config, images, stored_size, report)
     encoder, model = build_model(config, recipe.size, labels, device, ranks, backbone)
+    check_sizes(config, encoder, images)
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16)
     job = Job(
@@ -284,6 +285,20 @@ def build_model(
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs miss this form
     share_batch_norm(model, ranks)  # after the move: it depends on where a BatchNorm is
     return encoder, model
+
+
+def check_sizes(config: PretrainConfig, encoder: Encoder, images: ImageSet) -> None:
+    """Raise UserError where the network does not take images of each size that the run will give it."""
+    stored, small = images.pixels.shape[-1], getattr(config.prune, "scoring_size", None)
+    sizes = {small: "set prune.scoring_size=null"} if small else {}
+    if images.labels is not None and config.monitor.knn_every != 0:
+        sizes[stored] = "set monitor.knn_every=0, or data.image_size and augment.size alike"
+    for size, fix in sizes.items():
+        if size != encoder.image_size:
+            try:
+                feature_dim(encoder.backbone, size, config.model.arch)
+            except UserError as error:
+                raise UserError(str(error).partition(". fix: ")[0], fix) from error
 
 
 def job_lines(job: Job) -> Iterator[str]:
