@@ -54,6 +54,38 @@ class Recipe:
         return 2 * max(1, self.size // 20) + 1
 
 
+@dataclass(frozen=True)
+class ViewSizes:
+    """Side of the views by epoch: small first, since the cost of a step goes with their pixels.
+
+    (FastDINOv2, arXiv 2507.03779; EfficientTrain++, arXiv 2405.08768.) The keyed draws are in pixels of the
+    source image, so a sample has the same crops at any size. Of the operations only the blur's kernel follows
+    the size (`Recipe.blur_kernel_size`), as it does in runs of one size.
+
+    Args:
+        stages: (pixels, share of the planned epochs after which the stage ends), shares rising to 1.
+    """
+
+    stages: tuple[tuple[int, float], ...]
+
+    @property
+    def last(self) -> int:
+        """That of the encoder: its `image_size`."""
+        return self.stages[-1][0]
+
+    @property
+    def all(self) -> list[int]:
+        """Every size, once, the smallest first."""
+        return sorted({size for size, _ in self.stages})
+
+    def at(self, epoch: int, epochs: int) -> int:
+        """The size in an epoch, counted from 0, of a run of so many: stages end after whole epochs, and the
+        last epoch has the last size however short the run is.
+        """
+        ends = (min(round(share * epochs), epochs - 1) for _, share in self.stages[:-1])
+        return self.stages[sum(end <= epoch for end in ends)][0]
+
+
 class ViewParams(NamedTuple):
     """One view's parameters, a row per sample. (A tuple, so that `torch.compile` sees through it.)"""
 

@@ -21,10 +21,11 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from linear_eval.errors import did_you_mean, first_line
-from ssl_emp.augment import Recipe
+from ssl_emp.augment import Recipe, ViewSizes
 from ssl_emp.backbones import check_args, check_name, check_options
 from ssl_emp.errors import UserError
 from ssl_emp.prune.policies import POLICIES, Indices, Policy, policy_named
@@ -39,6 +40,10 @@ Range = Annotated[list[Annotated[float, Field(ge=0, le=1000)]], Field(min_length
 PerChannel = Annotated[list[Probability], Field(min_length=3, max_length=3)]
 # far beyond use, and still far from float32's 3e38: a score that overflows ranks nothing
 Weight = Annotated[float, Field(ge=0, le=1e9)]
+Pixels = Annotated[int, Field(ge=8, le=1024)]  # a side of a view
+# a size, and the share of the epochs at which it ends
+Stage = Annotated[list[Pixels | Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)]
+Stages = Annotated[list[Stage], Field(min_length=1, max_length=100)]
 SignedWeight = Annotated[float, Field(ge=-1e9, le=1e9)]
 Strength = Annotated[float, Field(ge=0, le=1000)]
 # every number has two ends, so that no product, sum or duration of them overflows; a run of a million epochs
@@ -145,7 +150,9 @@ class OptimizerConfig(Section):
 
 
 class AugmentConfig(Section):
-    size: Annotated[int, Field(ge=8, le=1024)] | None = None  # pixels a side of a view; null: the stored size
+    # pixels a side of a view; null: the stored size. Or by epoch: [[16, 0.6], [24, 1]] is 16 px for the first
+    # 60 % of the planned epochs, then 24 px, which is the encoder's size
+    size: Pixels | Stages | None = None
     crop_scale: Range = list(Recipe.crop_scale)  # share of the image's area
     crop_ratio: Range = list(Recipe.crop_ratio)
     # above 0: pad by reflection and crop at random, instead of the resized crop
@@ -164,6 +171,40 @@ class AugmentConfig(Section):
     std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=3, max_length=3)] = list(
         Recipe.std
     )
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _stages_rise(cls, value: Any) -> Any:
+        """A schedule is checked here, in one line: pydantic has one for each type that it tried."""
+        if not isinstance(value, list):
+            return value
+        pairs = [pair for pair in value if isinstance(pair, list) and len(pair) == 2]
+        sizes, shares = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        fix = None
+        if not 0 < len(pairs) == len(value) <= 100:
+            fix = "pairs of a size and a share"
+        elif any(type(size) is not int or not 8 <= size <= 1024 for size in sizes):
+            fix = "sizes of 8 to 1024 whole pixels"
+        elif any(type(share) not in (int, float) or not 0 < share <= 1 for share in shares):
+            fix = "shares of the epochs, above 0 and up to 1"
+        elif shares[-1] != 1:
+            fix = "a last share of 1"
+        elif shares != sorted(set(shares)):
+            fix = "shares that rise"
+        elif sizes != sorted(sizes):
+            fix = "sizes that do not fall"
+        if fix:
+            line = "is {shown}, give {fix}, such as [[16, 0.6], [24, 1]]"
+            raise PydanticCustomError("schedule", line, {"shown": shorten(repr(value)), "fix": fix})
+        return value
+
+    def sizes(self, stored: int | None) -> ViewSizes:
+        """Of views of images with `stored` pixels a side; None will do where `size` is given."""
+        if isinstance(self.size, list):
+            return ViewSizes(tuple((int(size), float(share)) for size, share in self.size))
+        side = self.size or stored
+        assert side is not None
+        return ViewSizes(((side, 1.0),))
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> "AugmentConfig":
@@ -203,7 +244,7 @@ class ScoredPruneConfig(PruneConfig):
     scoring: Literal["stale", "pruned", "all"] = "stale"
     scoring_draws: Annotated[int, Field(ge=1, le=1000)] = 1  # passes whose mean is taken
     # pixels of their views; null: as in training; half costs a quarter
-    scoring_size: Annotated[int, Field(ge=8, le=1024)] | None = None
+    scoring_size: Pixels | None = None
     scoring_loss: Literal["nt_xent", "dcl"] | None = None  # the loss in the score; null: the one trained on
 
 
@@ -609,6 +650,8 @@ def _describe(item: Any) -> str:
         names = did_you_mean(name, inner.model_fields, known, cutoff=0.5, prefix=prefix)
         return f"{of_policy} {prefix}{shorten(name)}, {names}"
     key, range_ = _key_and_range(item["loc"])
+    if item["type"] == "schedule":
+        return f"{key} {item['msg']}"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
     shown = f" (is {shorten(repr(item['input']))})" if item["type"] not in ("missing", "value_error") else ""
     return f"{key}: {message}{shown}{range_}".removeprefix(": ")  # a rule of the whole config has no key

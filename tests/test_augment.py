@@ -16,6 +16,7 @@ from ssl_emp.augment import (
     NUM_DRAW_FEATURES,
     Recipe,
     ViewParams,
+    ViewSizes,
     cut_views,
     draw_features,
     draw_params,
@@ -558,3 +559,40 @@ def test_two_equal_draws_are_no_distance_apart() -> None:
     params, _ = draw_params(0, 0, torch.arange(8), Recipe(16), 16)
     features = draw_features(params, params, 16)
     assert features[:, 2].allclose(torch.ones(8)) and features[:, [1, 5, 6, 7, 8, 9, 12, 13]].eq(0).all()
+
+
+# ---- sizes by epoch ----------------------------------------------------------------------------------------
+
+
+def test_the_size_of_each_epoch() -> None:
+    """By hand; and the last epoch has the last size, however short the run is."""
+    two, four = (
+        ViewSizes(((16, 0.6), (24, 1.0))),
+        ViewSizes(((12, 0.3), (16, 0.6), (20, 0.85), (24, 1.0))),
+    )
+    assert [two.at(epoch, 20) for epoch in range(20)] == [16] * 12 + [24] * 8
+    assert [four.at(epoch, 20) for epoch in range(20)] == [12] * 6 + [16] * 6 + [20] * 5 + [24] * 3
+    assert [two.at(epoch, 5) for epoch in range(5)] == [16, 16, 16, 24, 24]
+    assert [two.at(epoch, 2) for epoch in range(2)] == [16, 24] and two.at(0, 1) == four.at(0, 1) == 24
+    assert [ViewSizes(((8, 0.99), (9, 1.0))).at(epoch, 10) for epoch in (8, 9)] == [8, 9]
+    again = ViewSizes(((16, 0.3), (16, 0.6), (24, 1.0)))
+    assert all(again.at(epoch, 20) == two.at(epoch, 20) for epoch in range(20))
+    assert again.all == [16, 24] and four.last == 24
+
+
+def test_a_sample_has_the_same_draws_at_any_size() -> None:
+    """Of the smooth part of an image a small view is the large one made smaller."""
+    index = torch.arange(64)
+    small, large = Recipe(12, **EVERYTHING), Recipe(24, **EVERYTHING)
+    draws = [draw_params(3, 5, index, recipe, 32) for recipe in (small, large)]
+    for ours, theirs in zip(*draws, strict=True):
+        assert all(a.equal(b) for a, b in zip(ours, theirs, strict=True))
+    ramp = torch.arange(32).view(1, 1, 1, 32).expand(64, 3, 32, 32).mul(7).to(torch.uint8)
+    plain: dict[str, Any] = {"jitter_prob": 0.0, "gray_prob": 0.0, "crop_scale": (0.5, 1.0)}
+    views = [
+        cut_views(ramp, draw_params(3, 5, index, recipe, 32)[:1], recipe)[0]
+        for recipe in (Recipe(12, **plain), Recipe(24, **plain))
+    ]
+    halved = torch.nn.functional.avg_pool2d(views[1], 2)
+    inner = (views[0] - halved)[..., 2:-2]
+    assert inner.abs().max() < 0.02 < (views[0] - halved.flip(0))[..., 2:-2].abs().max()

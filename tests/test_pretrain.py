@@ -3,6 +3,7 @@ one, bad input.
 """
 
 import io
+import itertools
 import json
 import math
 import os
@@ -43,7 +44,9 @@ from ssl_emp.prune.policies import Kept
 from ssl_emp.prune.pruner import SCORING_EPOCHS
 from ssl_emp.prune.record import Known
 from ssl_emp.run.checkpoint import load_checkpoint
+from ssl_emp.run.pace import seconds_of, seconds_per_step
 from ssl_emp.run.report import Report
+from ssl_emp.run.stop import Stop
 
 ROOT = Path(__file__).parent.parent
 CLOCK = ("seconds", "per_second")  # parts of the names of what may differ between equal runs
@@ -258,7 +261,7 @@ def test_the_scoring_pass_equals_the_training_pass(tiny_config: Path) -> None:
     job = make_job(tiny_config)
     before = {name: value.clone() for name, value in job.model.state_dict().items()}
     order = torch.randperm(68, generator=torch.Generator().manual_seed(0))[:24].view(3, 8)
-    seen = pretrain.score_batches(job, job.model, cut_views, order, 3)
+    seen = pretrain.score_batches(job, job.model, cut_views, order, 3, job.recipe)
     assert seen.covariates is None and seen.index.equal(order.flatten())
     assert seen.terms.shape == (2, 24) and not seen.terms.requires_grad
     after = job.model.state_dict()
@@ -1120,7 +1123,7 @@ def test_several_cheap_draws_are_their_mean(tiny_config: Path) -> None:
     centred = torch.stack([draw[:68] for draw in draws]).mean(0)
     centred = centred - centred.mean(0)
     torch.testing.assert_close(job.pruner.record.gram, centred.T @ centred)
-    full_size = pretrain.score_batches(job, job.model, cut_views, first.index.view(-1, 8), 1)
+    full_size = pretrain.score_batches(job, job.model, cut_views, first.index.view(-1, 8), 1, job.recipe)
     assert not full_size.terms.equal(first.terms)
 
 
@@ -1283,3 +1286,128 @@ def test_warnings_name_the_key_to_turn(
         or "warning   the ranking" in said
     )
     assert "try prune." in said
+
+
+# ---- views that grow ---------------------------------------------------------------------------------------
+
+GROWING = "augment.size=[[8, 0.6], [16, 1]]"  # 3 of 5 epochs at 8 px
+
+
+def test_views_grow_by_the_epoch(pretrain_run: Pretrain, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first epochs are those of a run of small views, to the bit; the encoder is of the last size."""
+    run, small = pretrain_run("growing", GROWING), pretrain_run("small", "augment.size=8")
+    assert "views     8 px for 3 epochs, then 16 px for 2\n" in capsys.readouterr().out
+    ours, theirs = rows(run), rows(small)
+    assert ours[:2] == theirs[:2], "of the third, what is measured after it depends on how often it is"
+    assert [ours[2][name] == theirs[2][name] for name in ("loss", "gradient_norm")] == [True, True]
+    assert [ours[3][name] == theirs[3][name] for name in ("loss", "gradient_norm")] == [False, False]
+    assert load_encoder(run).image_size == 16 and load_encoder(small).image_size == 8
+    seconds = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    apart = seconds["training_8px_seconds"] + seconds["training_16px_seconds"]
+    assert seconds["training_seconds"] == pytest.approx(apart)
+    # nothing new where the views have one size
+    assert not any("px" in name for name in (small / "metrics.jsonl").read_text().split('"'))
+
+
+def test_views_that_grow_resume_bit_for_bit(
+    pretrain_run: Pretrain, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped within epochs of either size, after the last small one (18 steps) and before its end."""
+    words = [GROWING, "prune.scoring=pruned", "prune.policy=foresight"]
+    reference, out = pretrain_run("reference", *words), tmp_path / "stopped"
+    monkeypatch.setattr(pretrain, "Stop", StopAfter)
+    for number, steps in enumerate([5, 12, 1, 2, 6, 100]):
+        StopAfter.steps = steps
+        start = (
+            ["--config", str(tiny_config), f"out={out}", *words] if number == 0 else ["--resume", str(out)]
+        )
+        assert pretrain.main(start) == (0 if steps == 100 else 143)
+    assert_same_run(out, reference)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        # trained and scored passes in their order, epochs 2, 3 and 4 are pruned
+        (["prune.scoring=pruned", "monitor.reliability_every=0"], "T8 S8 T8 S8 T8 S16 T16"),
+        (["prune.scoring=pruned", "monitor.reliability_every=0", "prune.scoring_size=12"],
+         "T8 S12 T8 S12 T8 S12 T16"),
+        (["monitor.reliability_every=1"], "T8 S8 T8 S8 T8 S8 T16"),
+    ],
+)  # fmt: skip
+def test_a_scoring_pass_has_the_size_of_its_epoch(
+    words: list[str], expected: str, tiny_config: Path, tmp_path: Path
+) -> None:
+    """A rescoring that of the epoch to come, a measurement of the reliability that of the epoch before."""
+    job = make_job(tiny_config, GROWING, "monitor.knn_every=0", *words)
+    passes = []
+
+    def note(network: Any, arguments: Any) -> None:
+        passes.append(f"{'T' if torch.is_grad_enabled() else 'S'}{arguments[0].shape[-1]}")
+
+    job.model.register_forward_pre_hook(note)
+    with Stop() as stop:
+        assert pretrain.pretrain(job, pretrain.open_run(job, tmp_path, None, Report()), stop) == 0
+    assert [kind for kind, _ in itertools.groupby(passes)] == expected.split()
+
+
+def test_the_cost_of_a_step_by_size() -> None:
+    """What is not measured yet is told too long rather than too short."""
+    assert seconds_per_step({24: (10, 5.0)}, 24) == 0.5
+    assert seconds_per_step({16: (10, 5.0), 24: (0, 0.0)}, 24) == 0.5 * (24 / 16) ** 2
+    assert seconds_per_step({16: (10, 5.0), 24: (4, 3.0)}, 24) == 0.75
+    # from the nearest
+    assert seconds_per_step({12: (10, 1.0), 16: (10, 5.0), 24: (0, 0.0)}, 24) == 0.5 * (24 / 16) ** 2
+    fixed, per_pixel = 0.2, 0.001  # a step costs fixed + per_pixel * size**2
+    steps, sizes = [10, 8, 8, 10], [16, 16, 24, 24]
+    true = [count * (fixed + per_pixel * size**2) for count, size in zip(steps, sizes, strict=True)]
+    after_one = seconds_of({16: (10, true[0])}, steps[1:], sizes[1:])
+    assert sum(true[1:]) < after_one < 1.5 * sum(true[1:])
+    assert after_one > 26 * true[0] / 10, "the mean of the small steps would promise too little"
+    after_three = seconds_of({16: (18, sum(true[:2])), 24: (8, true[2])}, steps[3:], sizes[3:])
+    assert after_three == pytest.approx(true[3])
+    # of one size it is the mean of all steps until now
+    assert seconds_of({32: (30, 6.0)}, [7, 3], [32, 32]) == pytest.approx(2.0)
+    assert seconds_of({32: (30, 6.0)}, [], []) == 0
+
+
+def test_pruning_saved_what_the_steps_of_their_size_cost() -> None:
+    """Half of the small epochs' steps left out saves little where the large ones cost four times as much."""
+    pace = {8: (10, 1.0), 16: (10, 4.0)}
+    unpruned = seconds_of(pace, [10, 10, 10], [8, 8, 16])
+    assert unpruned == pytest.approx(6.0)
+    seconds = {"training": 5.0, "scoring": 0.0, "monitoring": 1.0}
+    assert pretrain.saved_time(seconds, unpruned) == [
+        ("pruning saved", "about 1s of training, 17% of that without pruning")
+    ]
+    assert "nothing: scoring took 2s more" in pretrain.saved_time(seconds | {"scoring": 3.0}, unpruned)[0][1]
+
+
+def test_a_backbone_that_takes_one_size_only_is_one_line(tiny_config: Path) -> None:
+    """A ViT has a grid of patches; timm's takes another where it may."""
+    vit = [
+        "model.arch=timm:test_vit",
+        "model.width=64",
+        "model.stem=auto",
+        "augment.size=[[16, 0.6], [32, 1]]",
+        "monitor.knn_every=0",
+    ]
+    with pytest.raises(UserError, match="timm:test_vit.*16") as error:
+        make_job(tiny_config, *vit, "model.args={dynamic_img_size: false, img_size: 32}")
+    assert "fix: give one augment.size" in str(error.value) and "\n" not in str(error.value)
+    job = make_job(tiny_config, *vit)
+    assert job.view_sizes == [16, 16, 16, 32, 32] and job.encoder.image_size == 32
+
+
+def test_a_schedule_does_not_go_with_padded_crops(tiny_config: Path) -> None:
+    with pytest.raises(UserError, match="images of 16 and views of 8 and 16 pixels"):
+        make_job(tiny_config, GROWING, "augment.crop_padding=2")
+    assert (
+        make_job(tiny_config, "augment.size=[[16, 0.5], [16, 1]]", "augment.crop_padding=2").recipe.size == 16
+    )
+
+
+def test_a_shorter_run_sees_every_size(tiny_config: Path) -> None:
+    """Its epochs are fewer than those that were planned, and the stages are shares of them."""
+    job = make_job(tiny_config, GROWING, "prune.policy=shorter", "prune.fraction=0.6")
+    assert len(job.steps) == 4 and job.view_sizes == [8, 8, 16, 16]

@@ -545,6 +545,7 @@ LONGER = {
     "emp": ["prune.ema=0.5", "prune.scoring=pruned"],
     "one cycle": ["objective=supervised", "optimizer.schedule=onecycle", "prune.policy=infobatch"],
     "random": ["prune.policy=random", "optimizer.warmup_epochs=4.5", "prune.redraw_every=2"],
+    "sizes": ["augment.size=[[8, 0.3], [12, 0.6], [16, 1]]", "prune.policy=foresight"],
 }
 
 

@@ -4,14 +4,17 @@ import hashlib
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssl_emp.augment import Recipe, draw_features, draw_params
+from ssl_emp.augment import Recipe, ViewSizes, draw_features, draw_params
 from ssl_emp.backbones import check_trains, described, feature_dim, needs_network
 from ssl_emp.config import PretrainConfig
 from ssl_emp.data.decode import reason
@@ -63,7 +66,8 @@ class Job:
     store: DeviceImages | HostImages
     pruner: Pruner
     schedule: Schedule  # of the learning rate
-    recipe: Recipe
+    recipe: Recipe  # of views of the last size, see `recipe_at`
+    sizes: ViewSizes
     encoder: Encoder
     model: SimCLR | Classifier
     bf16: bool
@@ -89,6 +93,15 @@ class Job:
     def full_steps(self) -> int:
         """Steps of the same run without pruning."""
         return self.config.epochs * (self.num_samples // self.config.batch_size)
+
+    @cached_property
+    def view_sizes(self) -> list[int]:
+        """Side of the views of every epoch, pixels."""
+        return view_sizes(self.sizes, self.pruner.plan, len(self.steps))
+
+    def recipe_at(self, epoch: int) -> Recipe:
+        """What the views of an epoch are drawn from."""
+        return replace(self.recipe, size=self.view_sizes[epoch])
 
 
 def prepare(
@@ -121,13 +134,14 @@ def prepare(
     if config.objective == "supervised":
         with ranks.first_then_others():
             test = load_test(config, images, stored_size, report)
-    encoder, model = build_model(config, recipe.size, labels, device, ranks, backbone)
+    sizes = config.augment.sizes(stored_size)
+    encoder, model = build_model(config, sizes, labels, device, ranks, backbone)
     check_sizes(config, encoder, images)
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16)
     job = Job(
         config, device, images, place_images(images.pixels, device), pruner, schedule_of(config, pruner),
-        recipe, encoder, model, bf16, labels, test,
+        recipe, sizes, encoder, model, bf16, labels, test,
         what_is_trained_on(images, test, subset, config.objective == "supervised"), ranks,
     )  # fmt: skip
     for line in job_lines(job):
@@ -155,17 +169,26 @@ def train_images(config: PretrainConfig) -> ImageSet:
 
 def recipe_of(config: PretrainConfig, stored_size: int) -> Recipe:
     """What views are drawn from."""
-    augment = {
+    augment: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in config.augment.model_dump().items()
     }
-    recipe = Recipe(**augment | {"size": augment["size"] or stored_size})
-    if recipe.crop_padding and not recipe.crop_padding < recipe.size == stored_size:
-        sizes = f"images of {stored_size} and views of {recipe.size} pixels"
-        what = f"augment.crop_padding={recipe.crop_padding} with {sizes}"
+    sizes = config.augment.sizes(stored_size)
+    recipe = Recipe(**augment | {"size": sizes.last})
+    if recipe.crop_padding and not (recipe.crop_padding < stored_size and sizes.all == [stored_size]):
+        views = " and ".join(map(str, sizes.all))
+        shown = f"images of {stored_size} and views of {views} pixels"
+        what = f"augment.crop_padding={recipe.crop_padding} with {shown}"
         fix = "give views the size of the images (data.image_size, augment.size), and less padding than that"
         raise UserError(what, fix)
     return recipe
+
+
+def view_sizes(sizes: ViewSizes, plan: PrunePlan, epochs: int) -> list[int]:
+    """Side of the views, pixels, of each of `epochs` epochs; what was run under an earlier plan stays."""
+    if plan.shorter:  # all sizes in fewer epochs; it has one plan
+        return [sizes.at(epoch, epochs) for epoch in range(epochs)]
+    return [sizes.at(epoch, plan.at(epoch).epochs) for epoch in range(epochs)]
 
 
 def labels_of(config: PretrainConfig, images: ImageSet, device: torch.device) -> Labels | None:
@@ -264,7 +287,7 @@ def schedule_of(config: PretrainConfig, pruner: Pruner) -> Schedule:
 
 def build_model(
     config: PretrainConfig,
-    view_size: int,
+    sizes: ViewSizes,
     labels: Labels | None,
     device: torch.device,
     ranks: Ranks,
@@ -274,8 +297,8 @@ def build_model(
     torch.manual_seed(config.seed)
     settings, mean, std = config.model, config.augment.mean, config.augment.std
     arch = settings.arch if backbone is None else backbone
-    encoder = build_encoder(arch, settings.width, settings.stem, view_size, mean, std, settings.args)
-    check_trains(encoder.backbone, view_size, settings.arch)
+    encoder = build_encoder(arch, settings.width, settings.stem, sizes.last, mean, std, settings.args)
+    check_trains(encoder.backbone, sizes.last, settings.arch)
     hidden = settings.projection_hidden or encoder.feature_dim
     model: SimCLR | Classifier = SimCLR(encoder, hidden, settings.projection_dim)
     if config.objective == "supervised":
@@ -290,7 +313,9 @@ def build_model(
 def check_sizes(config: PretrainConfig, encoder: Encoder, images: ImageSet) -> None:
     """Raise UserError where the network does not take images of each size that the run will give it."""
     stored, small = images.pixels.shape[-1], getattr(config.prune, "scoring_size", None)
-    sizes = {small: "set prune.scoring_size=null"} if small else {}
+    one = "give one augment.size, or of a ViT set model.args.dynamic_img_size=true"
+    sizes = dict.fromkeys(config.augment.sizes(stored).all, one)
+    sizes |= {small: "set prune.scoring_size=null"} if small else {}
     if images.labels is not None and config.monitor.knn_every != 0:
         sizes[stored] = "set monitor.knn_every=0, or data.image_size and augment.size alike"
     for size, fix in sizes.items():
@@ -331,6 +356,8 @@ def job_lines(job: Job) -> Iterator[str]:
     share = f"{job.total_steps / job.full_steps:.1%}, asked {plan.asked_share():.1%}"
     yield f"plan      {config.epochs} epochs, batch {config.batch_size}; {kept}"
     yield f"          {job.total_steps:,} steps against {job.full_steps:,} unpruned ({share})"
+    if len(job.sizes.all) > 1:
+        yield f"views     {sizes_line(job.view_sizes)}"
     if "dcl" in (config.loss, config.scored_loss):
         other = "" if config.loss == config.scored_loss else f"; scores are made of {config.scored_loss}"
         yield f"loss      {config.loss}{other}"
@@ -342,6 +369,14 @@ def job_lines(job: Job) -> Iterator[str]:
     ):
         yield f"note      {line}"
     yield from (f"note      {line}" for line in short_run_lines(job))
+
+
+def sizes_line(view_sizes: list[int]) -> str:
+    """Such as `16 px for 12 epochs, then 24 px for 8`."""
+    parts = [(size, len(list(epochs))) for size, epochs in groupby(view_sizes)]
+    (size, count), *rest = parts
+    first = f"{size} px for {count} epoch{'s' if count > 1 else ''}"
+    return ", then ".join([first, *(f"{size} px for {count}" for size, count in rest)])
 
 
 def what_is_trained_on(

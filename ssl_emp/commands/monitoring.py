@@ -35,7 +35,12 @@ class Monitor:
         self.job, self.report, asked = job, report, job.config.monitor
         costs = self._costs()
         views = 2 if job.config.objective == "simclr" else 1
-        work = job.total_steps * job.config.batch_size * views * FORWARDS_TRAINED
+        # steps, as if all had the pixels of the last size
+        steps = sum(
+            count * (size / job.sizes.last) ** 2
+            for count, size in zip(job.steps, job.view_sizes, strict=True)
+        )
+        work = steps * job.config.batch_size * views * FORWARDS_TRAINED
         each = SHARE / max(len(costs), 1) * work / FORWARDS_MEASURED
         every = {name: epochs_between(each, cost, len(job.steps)) for name, cost in costs.items()}
         if asked.knn_every is not None and "knn" in costs:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from linear_eval.errors import first_line
 from ssl_emp.augment import Recipe, cut_views, draw_features, draw_params, grid_of_views
-from ssl_emp.commands.job import Job, prepare
+from ssl_emp.commands.job import Job, prepare, view_sizes
 from ssl_emp.commands.monitoring import Monitor
 from ssl_emp.commands.next_command import next_command
 from ssl_emp.commands.resume import (
@@ -56,6 +56,7 @@ from ssl_emp.optim import build_optimizer
 from ssl_emp.prune import Seen, closeness, entropy
 from ssl_emp.prune.plan import shuffled_batches
 from ssl_emp.run.lock import Held, is_unused, sole_writer
+from ssl_emp.run.pace import seconds_of
 from ssl_emp.run.ranks import (
     ALONE,
     LostRank,
@@ -139,14 +140,15 @@ def pretrain(job: Job, run: Run, stop: Stop) -> int:
     model, views_of = compiled(job, report)
     network = ranks.share_gradients(model)  # after the weights are those of the checkpoint on all ranks
     score = partial(score_batches, job, model, views_of)
-    size = getattr(config.prune, "scoring_size", None) or job.recipe.size
-    rescore = partial(score, recipe=replace(job.recipe, size=size))  # its views may be smaller
     monitor = Monitor(job, report)
     job.model.train()
     for epoch in range(run.epoch, len(pruner.steps)):
+        recipe = job.recipe_at(epoch)  # the size of its views
         # ---- choose: which samples, in which order
         with run.clock("scoring"):
-            pruner.rescore(epoch, rescore)  # nothing where scores are stale, the default
+            # nothing where scores are stale, the default; the views of a scoring pass may be smaller
+            size = getattr(config.prune, "scoring_size", None) or recipe.size
+            pruner.rescore(epoch, partial(score, recipe=replace(recipe, size=size)))
         with run.clock("training"):
             batches = pruner.batches(epoch)  # (steps, B) on the device
             known = (pruner.record.terms, pruner.record.times_trained)
@@ -155,7 +157,7 @@ def pretrain(job: Job, run: Run, stop: Stop) -> int:
             # ---- train
             for index, images in run.stream(job.store, batches, epoch):
                 seed_generators(job.device, config.seed, TRAINED, run.step, ranks.rank)  # for dropout
-                loss, scored, memory, draw = forward(job, network, views_of, index, images, epoch, job.recipe)
+                loss, scored, memory, draw = forward(job, network, views_of, index, images, epoch, recipe)
                 run.optimizer.zero_grad(set_to_none=True)
                 pruner.weighted(index, loss).backward()
                 seen = pruner.gather(index, scored, memory, draw)  # of all ranks
@@ -169,7 +171,7 @@ def pretrain(job: Job, run: Run, stop: Stop) -> int:
         # ---- look
         with run.clock("monitoring"):
             knn = monitor.knn(epoch)
-            reliability = monitor.reliability(epoch, score)
+            reliability = monitor.reliability(epoch, partial(score, recipe=recipe))
         labels, is_noisy = (job.labels.values, job.labels.is_noisy) if job.labels else (None, None)
         row = run.figures(batches) | pruner.figures(labels, is_noisy) | reliability | guard.figures() | knn
         row["lr"] = job.schedule.lr(run.step - 1)
@@ -261,14 +263,18 @@ def export(job: Job, run: Run) -> None:
     total, full, seconds = run.step * config.batch_size, job.full_steps * config.batch_size, run.seconds
     rows = [] if accuracy is None else [("test accuracy", f"{100 * accuracy:.2f} % of the last epoch")]
     share = f"{total / full:.1%}, asked {pruner.plan.asked_share():.1%}"
-    beside = seconds["monitoring"]
-    monitoring = f"{duration(beside)}, {beside / sum(seconds.values()):.1%} of the time"
+    beside, epochs = seconds["monitoring"], config.epochs
+    # of the same run without pruning
+    sizes = view_sizes(job.sizes, replace(pruner.plan, shorter=False), epochs)
+    unpruned = seconds_of(run.pace(), [job.full_steps // epochs] * epochs, sizes)
+    together = sum(seconds[part] for part in ("training", "scoring", "monitoring"))
+    monitoring = f"{duration(beside)}, {beside / together:.1%} of the time"
     rows += [
         ("samples seen", f"{total:,} of {full:,} unpruned ({share})"),
         ("training", duration(seconds["training"])),
         ("scoring passes", duration(seconds["scoring"])),
         ("monitoring", monitoring),
-        *saved_time(seconds, run.step, job.full_steps),
+        *([] if run.step == job.full_steps else saved_time(seconds, unpruned)),
         ("encoder", str(out / "encoder")),
         ("next", next_command(out, config)),
     ]
@@ -290,18 +296,19 @@ def classify(job: Job, test: ImageSet) -> float:
     return right / len(test.names)
 
 
-def saved_time(seconds: dict[str, float], steps: int, full_steps: int) -> list[tuple[str, str]]:
-    """A row of the last table: what the steps that were left out would have taken, less what scoring took;
-    none where none were.
+def saved_time(seconds: dict[str, float], unpruned: float) -> list[tuple[str, str]]:
+    """A row of the last table: what the steps that were left out would have taken, less what scoring took.
+
+    Args:
+        seconds: of the run, by part.
+        unpruned: seconds of training that the same run would have taken with every step, see `seconds_of`.
     """
-    if steps == full_steps:
-        return []
-    saved = seconds["training"] / steps * (full_steps - steps) - seconds["scoring"]
-    share = saved / (seconds["training"] / steps * full_steps)
+    saved = unpruned - seconds["training"] - seconds["scoring"]
     if saved < 0:
         return [
             ("pruning saved", f"nothing: scoring took {duration(-saved)} more than the steps it left out")
         ]
+    share = saved / unpruned
     return [("pruning saved", f"about {duration(saved)} of training, {share:.0%} of that without pruning")]
 
 
@@ -413,6 +420,8 @@ def open_run(
         every_steps=config.checkpoint.every_steps,
         source={"config": config.model_dump(), "fingerprint": fingerprint, "bf16": job.bf16},
         state=state,
+        view_sizes=job.view_sizes,
+        all_sizes=job.sizes.all,
     )
     run.was_finished = (
         state is not None and is_finished(state, config) and state["fingerprint"] == fingerprint
@@ -433,12 +442,16 @@ def dry_run(job: Job, report: Report) -> int:
         torch.arange(job.num_samples, device=job.device), job.config.batch_size, job.config.seed, 0
     )
     index, images = next(iter(job.store.stream(batches[:1])))
-    for _ in range(2):  # the first time warms up memory and libraries, the second is timed
-        began = time.perf_counter()
-        loss = forward(job, job.model, cut_views, index, images, 0, job.recipe)[0].mean()
-        loss.backward()
-        value = loss.item()  # waits for the GPU
-        took = time.perf_counter() - began
+    pace = {}
+    for size in job.sizes.all:  # the last is job.recipe's
+        for _ in range(2):  # the first time warms up memory and libraries, the second is timed
+            began = time.perf_counter()
+            recipe = replace(job.recipe, size=size)
+            loss = forward(job, job.model, cut_views, index, images, 0, recipe)[0].mean()
+            loss.backward()
+            value = loss.item()  # waits for the GPU
+            pace[size] = 1, time.perf_counter() - began
+    took = seconds_of(pace, job.steps, job.view_sizes)
     view_a, view_b = cut_views(
         images, draw_params(job.config.seed, 0, index, job.recipe, images.shape[-1]), job.recipe
     )
@@ -458,7 +471,7 @@ def dry_run(job: Job, report: Report) -> int:
             "that can be written to"
         )
     report.say(
-        f"one batch loss {value:.3f}, {took:.2f}s: about {duration(took * job.total_steps)} for "
+        f"one batch loss {value:.3f}, {pace[job.sizes.last][1]:.2f}s: about {duration(took)} for "
         "the run, without torch.compile"
     )
     report.say(f"views     {shown}")

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ssl_emp.commands.job import Job
+from ssl_emp.commands.job import Job, sizes_line
 from ssl_emp.commands.next_command import next_command
 from ssl_emp.config import PretrainConfig, apply_override, check_config, flatten, load_config, read_values
 from ssl_emp.data.images import TORCHVISION, sampled_fingerprint
@@ -243,12 +243,9 @@ def is_finished(state: dict[str, Any], config: PretrainConfig) -> bool:
 
 def image_size(config: PretrainConfig, state: dict[str, Any]) -> int | None:
     """Pixels a side that the encoder was trained on; None where only the images tell."""
-    stored = ((fingerprint_of(state) or {}).get("shape") or "").rpartition("x")[2]
-    return (
-        config.augment.size
-        or config.data.image_size
-        or (int(stored) if stored.isascii() and stored.isdigit() else None)
-    )
+    shape = ((fingerprint_of(state) or {}).get("shape") or "").rpartition("x")[2]
+    stored = config.data.image_size or (int(shape) if shape.isascii() and shape.isdigit() else None)
+    return config.augment.sizes(stored).last if stored or config.augment.size else None
 
 
 def broken_files(
@@ -427,4 +424,6 @@ def longer_line(job: Job, before: PretrainConfig) -> str:
     )
     what = f"{before.epochs} epochs were planned, and are {job.config.epochs} now: from epoch {end + 1} on"
     parts = "the learning rate's curve, pruning and annealing"
+    if len(job.sizes.all) > 1:
+        parts = f"the learning rate's curve, the views ({sizes_line(job.view_sizes)}), pruning and annealing"
     return f"{what} {parts} are laid out anew over all {job.config.epochs}; {rates}"

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ssl_emp.prune import Pruner
 from ssl_emp.run.checkpoint import save_checkpoint
 from ssl_emp.run.guard import Guard
 from ssl_emp.run.lock import Held
+from ssl_emp.run.pace import seconds_of
 from ssl_emp.run.ranks import Ranks
 from ssl_emp.run.report import Report, duration
 from ssl_emp.run.state_check import check_state
@@ -31,6 +32,8 @@ class Run:
         source: what a checkpoint says of where it comes from: config, fingerprint of the images, precision.
         state: a loaded checkpoint to go on from, or None.
         every_minutes, every_steps: how often a checkpoint is due; None: by the clock alone.
+        view_sizes: side of the views of every epoch, pixels: a step costs as much as they have pixels.
+        all_sizes: every size of the schedule, also those that no epoch has; of several, each is timed apart.
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class Run:
         every_steps: int | None,
         source: dict[str, Any],
         state: dict[str, Any] | None,
+        view_sizes: Sequence[int],
+        all_sizes: Sequence[int],
     ) -> None:
         self.folder, self.held, self.report, self.ranks = folder, held, report, ranks
         self.model, self.optimizer, self.pruner, self.source = model, optimizer, pruner, source
@@ -55,6 +60,9 @@ class Run:
         self.every_minutes, self.every_steps = every_minutes, every_steps
         self.epoch = 0  # the one under way, until its row is in metrics.jsonl
         self.seconds = {"training": 0.0, "scoring": 0.0, "monitoring": 0.0}
+        self.view_sizes = list(view_sizes)
+        if len(all_sizes) > 1:
+            self.seconds |= {f"training_{size}px": 0.0 for size in all_sizes}
         in_a_row, norms = torch.zeros((), dtype=torch.int64, device=self.device), None
         self.guard = Guard(model, optimizer, max_bad_steps, in_a_row, None)
         if state is not None:
@@ -95,7 +103,23 @@ class Run:
         try:
             yield
         finally:
-            self.seconds[part] += self._now() - self._running[1]
+            self._spend(part, self._now() - self._running[1])
+
+    def _spend(self, part: str, seconds: float) -> None:
+        self.seconds[part] += seconds
+        if part == "training" and (apart := f"training_{self.view_sizes[self.epoch]}px") in self.seconds:
+            self.seconds[apart] += seconds
+
+    def pace(self) -> dict[int, tuple[int, float]]:
+        """Side of the views -> steps that were made with it, and the seconds that these took together."""
+        made, left = dict.fromkeys(self.view_sizes, 0), self.step
+        for size, steps in zip(self.view_sizes, self.pruner.steps, strict=True):
+            made[size] += min(steps, left)
+            left -= min(steps, left)
+        together = self.seconds["training"]
+        return {
+            size: (steps, self.seconds.get(f"training_{size}px", together)) for size, steps in made.items()
+        }
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -123,9 +147,9 @@ class Run:
         self.report.metrics(row)
         epochs, seconds = len(self.pruner.steps), self.seconds
         beside = (seconds["scoring"] + seconds["monitoring"]) / (self.epoch + 1)
-        left = (sum(self.pruner.steps) - self.step) * seconds["training"] / self.step + (
-            epochs - self.epoch - 1
-        ) * beside
+        coming = slice(self.epoch + 1, None)
+        left = seconds_of(self.pace(), self.pruner.steps[coming], self.view_sizes[coming])
+        left += (epochs - self.epoch - 1) * beside
         self.report.say(f"{self.label(self.epoch)}  {epoch_line(row)}  eta {duration(left)}")
         for line in filter(None, warnings):
             self.report.say(f"warning   {line}")
@@ -145,7 +169,7 @@ class Run:
         if due or stopping:
             part, began = self._running
             now = self._now()
-            self.seconds[part] += now - began
+            self._spend(part, now - began)
             self.save()
             self._running = (part, self._now())
             self._saved_at, self._saved_step = time.monotonic(), self.step
