@@ -124,6 +124,12 @@ class ModelConfig(Section):
     stem: Literal["auto", "cifar", "imagenet"] = "auto"
     projection_hidden: Annotated[int, Field(ge=1, le=65536)] | None = None  # null: as wide as the features
     projection_dim: Annotated[int, Field(ge=1, le=65536)] = 128
+    # weights to begin with: a run, an encoder directory, a .safetensors or .pth file, or timm:NAME
+    init: Annotated[Place, Field(min_length=1)] | None = None
+    # refuse a start that fits less than this share of the backbone's numbers (docs/starts.md)
+    init_share: Annotated[float, Field(gt=0, le=1)] = 0.9
+    # first parts that are not trained: 1 the stem or patch embedding, then stages or blocks
+    freeze: Annotated[int, Field(ge=0, le=1000)] = 0
 
     @field_validator("args")
     @classmethod

@@ -3,12 +3,12 @@
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ssl_emp.augment import Recipe, ViewSizes, draw_features, draw_params
 from ssl_emp.backbones import check_trains, described, feature_dim, needs_network
-from ssl_emp.config import PretrainConfig
+from ssl_emp.config import AugmentConfig, PretrainConfig
 from ssl_emp.data.decode import reason
 from ssl_emp.data.images import (
     DeviceImages,
@@ -37,12 +37,15 @@ from ssl_emp.errors import UserError
 from ssl_emp.loss import perfect_pair_share
 from ssl_emp.model import Encoder, SimCLR, build_encoder
 from ssl_emp.optim import Schedule
+from ssl_emp.parts import Part, freeze
 from ssl_emp.prune import Pruner
 from ssl_emp.prune.figures import LEARNED_BELOW, LEARNED_SHARE
 from ssl_emp.prune.plan import PrunePlan
 from ssl_emp.run.ranks import ALONE, Ranks, share_batch_norm
 from ssl_emp.run.report import Report, show_progress
 from ssl_emp.supervised import Classifier
+from ssl_emp.weights import Found, Taken, take
+from ssl_emp.weights import read as read_weights
 
 EASILY_LEARNED = 0.95  # share of its softmax that a perfect pair has at the temperature that is advised
 
@@ -75,6 +78,8 @@ class Job:
     test: ImageSet | None  # of a supervised run, for the accuracy of the last epoch
     fingerprint: dict[str, str | None]  # of all that is trained on: scores belong to positions
     ranks: Ranks = ALONE
+    taken: Taken | None = None  # of model.init; None: none, or a checkpoint has the weights
+    frozen: Sequence[Part] = ()
 
     @property
     def num_samples(self) -> int:
@@ -105,12 +110,18 @@ class Job:
 
 
 def prepare(
-    config: PretrainConfig, report: Report, ranks: Ranks = ALONE, backbone: nn.Module | None = None
+    config: PretrainConfig,
+    report: Report,
+    ranks: Ranks = ALONE,
+    backbone: nn.Module | None = None,
+    *,
+    weights: Path | Literal["model.init", "checkpoint"] = "model.init",
 ) -> Job:
     """Config -> images, network, pruner. Raises UserError for whatever the user can fix; writes nothing.
 
     Args:
         backbone: the network that `model.arch: custom:CLASS` stands for; it is trained in place.
+        weights: where those to begin with are: a path stands in for model.init, a checkpoint's come later.
     """
     if config.model.arch.startswith("custom:") and backbone is None:
         raise needs_network(config.model.arch)
@@ -120,6 +131,11 @@ def prepare(
         raise UserError(what, f"set batch_size={near}, or change the number of processes")
     if config.keep_freed_memory:
         keep_freed_memory()
+    start = None
+    if config.model.init is not None and weights != "checkpoint":
+        with ranks.first_then_others():
+            start = read_weights(config.model.init if weights == "model.init" else weights)
+        config = normalised_alike(config, start)
     device = pick_device(config.device)
     with ranks.first_then_others():
         images = train_images(config)
@@ -137,12 +153,15 @@ def prepare(
     sizes = config.augment.sizes(stored_size)
     encoder, model = build_model(config, sizes, labels, device, ranks, backbone)
     check_sizes(config, encoder, images)
+    taken = None if start is None else take(encoder.backbone, start, config.model.init_share)
+    frozen = freeze_parts(encoder.backbone, config.model.freeze)
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16)
     job = Job(
         config, device, images, place_images(images.pixels, device), pruner, schedule_of(config, pruner),
         recipe, sizes, encoder, model, bf16, labels, test,
         what_is_trained_on(images, test, subset, config.objective == "supervised"), ranks,
+        taken, frozen,
     )  # fmt: skip
     for line in job_lines(job):
         report.say(line)
@@ -326,6 +345,46 @@ def check_sizes(config: PretrainConfig, encoder: Encoder, images: ImageSet) -> N
                 raise UserError(str(error).partition(". fix: ")[0], fix) from error
 
 
+def normalised_alike(config: PretrainConfig, start: Found) -> PretrainConfig:
+    """With the mean and std that the start's images had, unless the config gives its own: other inputs would
+    change every feature that the start has.
+    """
+    if start.mean is None or {"mean", "std"} & config.augment.model_fields_set:
+        return config
+    augment = config.augment.model_copy(update={"mean": start.mean, "std": start.std})
+    return config.model_copy(update={"augment": augment})
+
+
+def freeze_parts(backbone: nn.Module, count: int) -> list[Part]:
+    """`freeze` as the config asks for it. Raises UserError."""
+    try:
+        return freeze(backbone, count) if count else []
+    except ValueError as error:
+        raise UserError(f"model.freeze={count}: {error}", "freeze fewer") from error
+
+
+def weights_lines(job: Job) -> Iterator[str]:
+    """What the backbone begins with, what of it stays, and what its images are normalised by."""
+    init, taken, augment = job.config.model.init, job.taken, job.config.augment
+    begun = "untrained" if init is None else f"of the checkpoint; the run began from {init}"
+    yield f"weights   {begun if taken is None else taken}"
+    if job.frozen:
+        sizes = [(p.numel(), p.requires_grad) for p in job.encoder.backbone.parameters()]
+        still = sum(size for size, trains in sizes if not trains)
+        names = ", ".join(part.name for part in job.frozen)
+        yield f"frozen    {names}: {still:,} of {sum(size for size, _ in sizes):,} parameters"
+    if taken is None:
+        return
+    shown = f"mean {taken.mean} and std {taken.std}"
+    if taken.mean is not None and (taken.mean, taken.std) != (augment.mean, augment.std):
+        yield (
+            f"note      the start was trained on images normalised by {shown}, and this run has augment.mean="
+            f"{augment.mean} and augment.std={augment.std}; leave these two out to have the start's"
+        )
+    elif taken.mean is not None and (taken.mean, taken.std) != (AugmentConfig().mean, AugmentConfig().std):
+        yield f"          images are normalised as the start's were, by {shown}"
+
+
 def job_lines(job: Job) -> Iterator[str]:
     """The plan of a run for a person: device, images, encoder, steps, and what the settings will not do."""
     config, images, pruner, ranks = job.config, job.images, job.pruner, job.ranks
@@ -347,6 +406,7 @@ def job_lines(job: Job) -> Iterator[str]:
     yield from (f"          {line}" for line in (*images.notes, *([images.dim_line] if images.dim else [])))
     spec = job.encoder.spec
     yield f"encoder   {described(spec)}, {job.encoder.feature_dim} features"
+    yield from weights_lines(job)
     plan, pruned = pruner.plan, job.total_steps < job.full_steps
     kept = "every epoch keeps every sample"
     if plan.shorter and plan.prune_fraction:

@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -55,7 +55,7 @@ from ssl_emp.model import save_encoder
 from ssl_emp.optim import build_optimizer
 from ssl_emp.prune import Seen, closeness, entropy
 from ssl_emp.prune.plan import shuffled_batches
-from ssl_emp.run.lock import Held, is_unused, sole_writer
+from ssl_emp.run.lock import START, Held, is_unused, sole_writer
 from ssl_emp.run.pace import seconds_of
 from ssl_emp.run.ranks import (
     ALONE,
@@ -357,9 +357,11 @@ def start_or_resume(
             if finished and state is not None and repair(config, before, out, state, report, held, backbone):
                 return 0
         try:
-            job = prepare(config, report, ranks, backbone)
+            job = prepare(config, report, ranks, backbone, weights=first_weights(out, state, resumes))
         except UserError as problem:
             raise missing_source(config, out, problem) if resumes else problem from None
+        config = job.config  # with the start's normalisation
+        before = before if resumes else config
         if state:
             check_same(job, state, before, out)
         check_same_everywhere(job, state, out)
@@ -383,6 +385,16 @@ def start_or_resume(
                 return pretrain(job, open_run(job, out, state, report, held), stop)
         finally:
             report.close()
+
+
+def first_weights(
+    out: Path, state: dict[str, Any] | None, resumes: bool
+) -> Path | Literal["model.init", "checkpoint"]:
+    """Where a run's weights are: once it has begun it needs model.init no more, which may be gone."""
+    if state is not None:
+        return "checkpoint"
+    kept = out / START
+    return kept if resumes and (kept / "config.json").is_file() else "model.init"
 
 
 def check_unused(out: Path, resumes: bool) -> None:
@@ -429,8 +441,13 @@ def open_run(
     # that of a finished run is of its training
     if job.ranks.is_first and (run.step < job.total_steps or not (out / "environment.json").is_file()):
         write_environment(out / "environment.json", job.device)
+    if job.ranks.is_first and job.taken is not None:
+        # the encoder before its first step, which evaluate.py judges beside the run
+        save_encoder(job.encoder, inner_folder(out, START))
+        size = (out / START / "model.safetensors").stat().st_size
+        report.say(f"start     kept in {out / START}, {size / 1e6:.1f} MB")
     report.attach(out, config.monitor.tensorboard, held)
-    report.forget_from(run.epoch + 1)
+    report.forget_from(run.epoch + 1 if run.step else 0)
     return run
 
 

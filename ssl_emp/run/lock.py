@@ -18,7 +18,8 @@ LOCK = ".lock"
 # errors of file systems without locks, as on some clusters: there the run goes on without one
 CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 TRIES = 1000  # to open a lock that other processes create and remove
-WRITTEN_INTO = (".", "checkpoints", "encoder", "pruning")
+START = "start"  # the encoder before its first step, of a run with model.init
+WRITTEN_INTO = (".", "checkpoints", "encoder", "pruning", START)
 WRITTEN = ("config.yaml", "environment.json", "train.log", "metrics.jsonl", "result.json")
 
 
