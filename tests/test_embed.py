@@ -378,12 +378,16 @@ def test_a_file_of_others_is_not_overwritten(
     write_parquet(tmp_path / "table.parquet", striped_images(4)[0], None)
     (tmp_path / "text").write_text("mine")
     os.mkfifo(tmp_path / "pipe")
-    for name in ("table.parquet", "text", "pipe"):
-        before = (tmp_path / name).read_bytes() if name != "pipe" else b""
-        assert "is another file. fix: give --overwrite" in refused(
-            capsys, encoder_dir, images, "--out", tmp_path / name
-        )
-        assert name == "pipe" or (tmp_path / name).read_bytes() == before
+    for more in ((), ("--overwrite",)):
+        told = refused(capsys, encoder_dir, images, "--out", tmp_path / "pipe", *more)
+        assert "is no regular file" in told and (tmp_path / "pipe").is_fifo()
+    for name in ("table.parquet", "text"):
+        before = (tmp_path / name).read_bytes()
+        told = refused(capsys, encoder_dir, images, "--out", tmp_path / name)
+        assert "is another file. fix: give --overwrite" in told
+        assert (tmp_path / name).read_bytes() == before
+    (tmp_path / "x.parquet.parts").symlink_to(tmp_path)
+    assert "is a link" in refused(capsys, encoder_dir, images, "--out", tmp_path / "x.parquet")
     assert embed(encoder_dir, images, "--out", tmp_path / "text", "--overwrite") == 0
     wanted = (tmp_path / "text").stat()
     assert embed(encoder_dir, images, "--out", tmp_path / "text") == 0

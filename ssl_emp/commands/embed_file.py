@@ -99,10 +99,10 @@ def embed(
         with ranks.together():
             finished = ranks.is_first and is_finished(out, job, arguments.overwrite)
             if ranks.is_first and not finished:
-                make_folder(out.parent)
+                make_folder(out.parent, parts.name)
                 stack.enter_context(_disk(out))
                 stack.callback(remove_empty, parts)  # once it is no longer locked
-                stack.enter_context(sole_writer(inner_folder(out.parent, parts.name), "give another --out"))
+                stack.enter_context(sole_writer(parts, "give another --out"))
                 begin(parts, job, arguments.overwrite)
         if ranks.barrier("finished" if finished else "")[0]:
             _say(ranks, f"{out} is there already, with these images by this encoder")
@@ -250,13 +250,14 @@ class Job:
 # ---- chunks
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, parts: str) -> None:
+    """The folder of the file, and in it that of the chunks. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        inner_folder(folder, parts)
     except OSError as error:
-        raise UserError(
-            f"cannot make the folder {folder} ({error.strerror})", "give another --out"
-        ) from error
+        what = f"cannot make the folder {folder / parts} ({error.strerror})"
+        raise UserError(what, "give another --out") from error
 
 
 def is_finished(out: Path, job: Job, overwrite: bool) -> bool:
@@ -265,11 +266,11 @@ def is_finished(out: Path, job: Job, overwrite: bool) -> bool:
 
     if not os.path.lexists(out):
         return False
+    if os.path.exists(out) and not out.is_file():
+        raise UserError(f"{out} is no regular file, and would be replaced", "give another --out")
     found: Any = None
-    # a pipe would wait for ever; whatever else cannot be read is another file
-    with suppress(Exception):
-        if out.is_file():
-            found = json.loads((pq.read_schema(out).metadata or {})[KEY])
+    with suppress(Exception):  # whatever cannot be read is another file
+        found = json.loads((pq.read_schema(out).metadata or {})[KEY])
     differing = difference(found, job)
     if not differing:
         return True
@@ -384,7 +385,10 @@ def decoded(
         for chunk in np.split(positions, ends)
         for start in range(0, len(chunk), size)
     ]
-    buffers = np.empty((2, min(size, len(positions)), 3, job.size, job.size), np.uint8)
+    try:
+        buffers = np.empty((2, min(size, len(positions)), 3, job.size, job.size), np.uint8)
+    except MemoryError as error:
+        raise too_large(min(size, len(positions)), "this machine") from error
 
     with pillow_limits(max_pixels), ThreadPoolExecutor(1) as ahead:
         stream = job.source.read(positions)
@@ -403,6 +407,11 @@ def decoded(
             yield part, torch.from_numpy(buffers[turn % 2][: len(part) - len(failed)]), failed
 
 
+def too_large(batch_size: int, where: str) -> UserError:
+    what = f"a batch of {batch_size} images does not fit into the memory of {where}"
+    return UserError(what, f"give --batch-size {max(1, batch_size // 4)}")
+
+
 def read_features(reader: FeatureReader, pixels: Tensor, names: list[str]) -> dict[str, Tensor]:
     """Column -> rows of a batch. Raises UserError where one is not finite, or the batch is too large."""
     try:
@@ -413,8 +422,7 @@ def read_features(reader: FeatureReader, pixels: Tensor, names: list[str]) -> di
             isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         ):
             raise
-        what = f"a batch of {len(pixels)} images does not fit into the memory of {reader.device}"
-        raise UserError(what, f"give --batch-size {max(1, len(pixels) // 4)}") from error
+        raise too_large(len(pixels), str(reader.device)) from error
     for column, rows in found.items():
         bad = (~rows.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
         if bad:
