@@ -52,7 +52,7 @@ def profile(config: str, overrides: list[str], steps: int, keeps: bool) -> dict[
     job = prepare(load_config(config, [*overrides, f"keep_freed_memory={str(keeps).lower()}"]), Report())
     settings, pruner = job.config.optimizer, job.pruner
     optimizer = build_optimizer(
-        job.model, settings.name, settings.lr, settings.momentum, settings.weight_decay
+        job.model, settings.name, job.schedule.peak_lr, settings.momentum, settings.weight_decay
     )
     guard = Guard(job.model, optimizer, 10, torch.zeros((), dtype=torch.int64, device=job.device), None)
     job.model.train()

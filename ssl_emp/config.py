@@ -144,10 +144,11 @@ class ModelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["sgd", "lars", "adamw"] = "sgd"
-    # the peak, for the batch size given; 0.06 for 128 images is a start for SGD. Beyond its end float32 ends
-    # as well
-    lr: Annotated[float, Field(gt=0, le=1e38)] = 0.24
+    # auto: adamw where the backbone has layer norms, as transformers do, else sgd; with lr: auto only
+    name: Literal["sgd", "lars", "adamw", "auto"] = "sgd"
+    # the peak, for the batch size given. auto: by the rule of ssl_emp/optim.py for optimizer and batch size;
+    # the run's config.yaml has the number. Beyond the end float32 ends as well
+    lr: Annotated[float, Field(gt=0, le=1e38)] | Literal["auto"] = 0.24
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0, le=1000)] = 5e-4
     # onecycle has its own warm-up, and moves the momentum too
@@ -390,10 +391,18 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _fits_the_objective(self) -> "PretrainConfig":
-        if self.optimizer.schedule == "onecycle" and self.optimizer.name == "adamw":
+        if self.optimizer.schedule == "onecycle" and self.optimizer.name in ("adamw", "auto"):
             raise ValueError(
                 "optimizer.schedule onecycle moves the momentum, which adamw has not: set "
                 "optimizer.name to sgd or lars"
+            )
+        if self.optimizer.name == "auto" and self.optimizer.lr != "auto":
+            raise ValueError(
+                "optimizer.name auto needs optimizer.lr auto: a number is the rate of one optimizer"
+            )
+        if self.optimizer.lr == "auto" and self.objective == "supervised":
+            raise ValueError(
+                "optimizer.lr auto is for objective simclr: give the rate of a supervised run as a number"
             )
         if self.objective == "supervised":
             if self.loss != "nt_xent" or getattr(self.prune, "scoring_loss", None):

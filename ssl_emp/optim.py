@@ -80,6 +80,39 @@ def build_optimizer(
     return sgd
 
 
+def auto_name(backbone: nn.Module) -> str:
+    """The optimizer for a backbone: `adamw` where it has layer norms (or RMS norms), else `sgd`.
+
+    These are what transformers and the convolutional networks after them (Swin, ConvNeXt, CoAtNet) have in
+    common, and the published recipes of all of them train with AdamW.
+    """
+    names = {
+        type(module).__name__.lower() for module in backbone.modules()
+    }  # every library has its own RmsNorm
+    has_layer_norm = any(isinstance(module, nn.LayerNorm) for module in backbone.modules())
+    return "adamw" if has_layer_norm or any("rmsnorm" in name for name in names) else "sgd"
+
+
+def auto_lr(name: str, batch_size: int) -> float:
+    """The peak learning rate of a SimCLR run, to four digits.
+
+    lars: 0.075 sqrt(B), SimCLR's own for small batches and few epochs (arXiv 2002.05709, appendix B.1).
+    sgd: 0.06 sqrt(B), through the best rates that were measured at batches of 64 (0.48) and 256 (0.96), both
+    within a factor of two (experiments/README.md, "The temperature and the batch"). adamw: 1.5e-4 B / 256,
+    MoCo v3's for vision transformers (arXiv 2104.02057).
+
+    Args:
+        name: `sgd`, `lars` or `adamw`.
+        batch_size: B, of all processes together.
+    """
+    rates = {
+        "lars": 0.075 * math.sqrt(batch_size),
+        "sgd": 0.06 * math.sqrt(batch_size),
+        "adamw": 1.5e-4 * batch_size / 256,
+    }
+    return float(f"{rates[name]:.4g}")
+
+
 def gradient_norm(params: Iterable[Tensor]) -> Tensor:
     """L2 norm of all gradients, 0-d on the device, not finite where one of them is not; no read back."""
     return torch.stack(torch._foreach_norm([p.grad for p in params if p.grad is not None])).norm()

@@ -73,6 +73,13 @@ MUTANTS = [
         "tests/test_objective.py -k keeps_what",
     ),
     Mutant(
+        "a run under way takes today's rule for auto",
+        "ssl_emp/commands/resume.py",
+        "    config = keeping_auto(config, before)",
+        "    config = config",
+        "tests/test_objective.py -k under_way",
+    ),
+    Mutant(
         "a view's own column is sought at the wrong rank",
         "ssl_emp/loss.py",
         "own = ranks.rank * len(z)",

@@ -85,6 +85,63 @@ def test_dcl_resumes_bit_for_bit_and_says_that_no_pair_falls_silent(
     assert yaml.safe_load((out / "config.yaml").read_text())["loss"] == "dcl"
 
 
+# ---- the learning rate
+
+
+def test_auto_becomes_a_number_that_resume_and_a_longer_run_keep(
+    pretrain_run: Pretrain,
+    tiny_config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """auto at batch 8 is the run with 0.06 sqrt(8), however it is stopped and started again."""
+    auto = ("optimizer.name=auto", "optimizer.lr=auto")
+    numbers = pretrain_run("numbers", "optimizer.lr=0.1697")
+    capsys.readouterr()
+    monkeypatch.setattr(pretrain, "Stop", StopAfter)
+    out = numbers.parent / "auto"
+    start = ["--config", str(tiny_config), f"out={out}", *auto]
+    StopAfter.steps = 10
+    assert pretrain.main(start) == 143
+    assert "optimizer sgd, learning rate 0.1697 at its peak" in capsys.readouterr().out
+    settings = yaml.safe_load((out / "config.yaml").read_text())["optimizer"]
+    assert (settings["name"], settings["lr"]) == ("sgd", 0.1697)
+    StopAfter.steps = 4
+    assert pretrain.main([*start, "--auto-resume"]) == 143
+    StopAfter.steps = 10**9
+    assert pretrain.main(["--resume", str(out), "optimizer.lr=auto"]) == 0
+    assert_same_run(out, numbers)
+    for run in (out, numbers):
+        assert pretrain.main(["--resume", str(run), "epochs=7"]) == 0
+    assert_same_run(out, numbers)
+    assert yaml.safe_load((out / "config.yaml").read_text())["optimizer"]["lr"] == 0.1697
+    capsys.readouterr()
+    assert pretrain.main(["--resume", str(out), "optimizer.lr=0.2"]) == 2
+    assert "optimizer.lr was 0.1697 and is now 0.2" in capsys.readouterr().err
+
+
+def test_a_run_under_way_takes_its_own_number_for_auto(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a version with another rule: the number that the run began with, not that of today."""
+    monkeypatch.setattr(pretrain, "Stop", StopAfter)
+    StopAfter.steps = 4
+    start = ["--config", str(tiny_config), f"out={tmp_path / 'run'}", "epochs=2", "--auto-resume"]
+    assert pretrain.main([*start, "optimizer.lr=0.3"]) == 143
+    StopAfter.steps = 10**9
+    assert pretrain.main([*start, "optimizer.lr=auto"]) == 0
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["optimizer"]["lr"] == 0.3
+    assert max(row["lr"] for row in rows(tmp_path / "run")) == pytest.approx(0.3)
+
+
+def test_a_dry_run_shows_the_number(tiny_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["optimizer.name=lars", "optimizer.lr=auto", "batch_size=16", f"out={tiny_config.parent / 'dry'}"]
+    assert pretrain.main(["--config", str(tiny_config), "--dry-run", *words]) == 0
+    said = capsys.readouterr().out
+    assert "  lr: 0.3\n" in said and "optimizer lars, learning rate 0.3 at its peak" in said
+    assert not (tiny_config.parent / "dry").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -94,6 +151,15 @@ def test_dcl_resumes_bit_for_bit_and_says_that_no_pair_falls_silent(
         (["prune.policy=random", "prune.scoring_loss=dcl"], "policy random has no key prune.scoring_loss"),
         (["objective=supervised", "loss=dcl"], "contrastive losses of objective simclr"),
         (["objective=supervised", "prune.scoring_loss=nt_xent"], "contrastive losses of objective simclr"),
+        (["optimizer.lr=automatic"], "optimizer.lr: should be "),
+        (["optimizer.lr=null"], "optimizer.lr: should be "),
+        (["optimizer.lr=0"], "allowed: 0 < value <= 1e+38, or auto"),
+        (["optimizer.name=auto"], "optimizer.name auto needs optimizer.lr auto"),
+        (["optimizer.lr=auto", "objective=supervised"], "optimizer.lr auto is for objective simclr"),
+        (
+            ["optimizer.name=auto", "optimizer.lr=auto", "optimizer.schedule=onecycle"],
+            "set optimizer.name to sgd or lars",
+        ),
     ],
 )
 def test_mistakes(tiny_config: Path, overrides: list[str], said: str) -> None:

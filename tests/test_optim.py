@@ -5,11 +5,14 @@ import math
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from ssl_emp.optim import (
     Lars,
     Schedule,
+    auto_lr,
+    auto_name,
     build_optimizer,
     gradient_norm,
     lr_at,
@@ -191,6 +194,43 @@ def test_a_step_that_is_skipped_leaves_no_trace(name: str) -> None:
     states = [optimizer.state_dict()["state"] for optimizer in optimizers]
     for number, kept in states[1].items():
         assert all(kept[key].equal(states[0][number][key]) for key in kept), number
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet18", "sgd"), ("resnet50", "sgd"), ("mobilenet_v2", "sgd"), ("efficientnet_b0", "sgd"),
+        ("densenet121", "sgd"), ("vit_b_16", "adamw"), ("swin_t", "adamw"), ("convnext_tiny", "adamw"),
+    ],
+)  # fmt: skip
+def test_the_optimizer_of_a_backbone(name: str, expected: str) -> None:
+    with torch.device("meta"):
+        assert auto_name(torchvision.models.get_model(name)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("vit_tiny_patch16_224", "adamw"), ("convnext_atto", "adamw"), ("aimv2_large_patch14_224", "adamw"),
+        ("efficientnet_lite0", "sgd"), ("resnet18", "sgd"),
+    ],
+)  # fmt: skip
+def test_the_optimizer_of_a_backbone_of_timm(name: str, expected: str) -> None:
+    """Its norms are classes of its own; aimv2 has RMS norms only."""
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        assert auto_name(timm.create_model(name, num_classes=0)) == expected
+
+
+def test_the_rates_of_auto_are_those_measured_and_published() -> None:
+    """sgd: experiments/README.md, the best of each batch; lars: SimCLR, B.1, whose 4.8 at 4,096 is both its
+    linear and its square-root rule; adamw: MoCo v3's 1.5e-4 for 256.
+    """
+    assert [auto_lr("sgd", batch) for batch in (64, 256)] == [0.48, 0.96]
+    assert auto_lr("lars", 4096) == 4.8 == 0.3 * 4096 / 256
+    assert [auto_lr("adamw", batch) for batch in (256, 1024)] == [1.5e-4, 6e-4]
+    assert auto_lr("sgd", 512) == 1.358, "four digits, as config.yaml shows them"
+    assert auto_lr("sgd", 2) > 0 and math.isfinite(auto_lr("lars", 2**20))
 
 
 @pytest.mark.parametrize("one_cycle", [False, True])

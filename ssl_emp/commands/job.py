@@ -36,7 +36,7 @@ from ssl_emp.device import describe_device, keep_freed_memory, pick_device
 from ssl_emp.errors import UserError
 from ssl_emp.loss import perfect_pair_share
 from ssl_emp.model import Encoder, SimCLR, build_encoder
-from ssl_emp.optim import Schedule
+from ssl_emp.optim import Schedule, auto_lr, auto_name
 from ssl_emp.parts import Part, freeze
 from ssl_emp.prune import Pruner
 from ssl_emp.prune.figures import LEARNED_BELOW, LEARNED_SHARE
@@ -63,7 +63,7 @@ class Labels:
 class Job:
     """Everything that a config becomes before the first step."""
 
-    config: PretrainConfig
+    config: PretrainConfig  # with numbers where `auto` stood for one
     device: torch.device
     images: ImageSet
     store: DeviceImages | HostImages
@@ -155,6 +155,7 @@ def prepare(
     check_sizes(config, encoder, images)
     taken = None if start is None else take(encoder.backbone, start, config.model.init_share)
     frozen = freeze_parts(encoder.backbone, config.model.freeze)
+    config = without_auto(config, encoder)
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16)
     job = Job(
@@ -166,6 +167,14 @@ def prepare(
     for line in job_lines(job):
         report.say(line)
     return job
+
+
+def without_auto(config: PretrainConfig, encoder: Encoder) -> PretrainConfig:
+    """The config with a name and a number where `optimizer` has `auto`."""
+    settings = config.optimizer
+    name = auto_name(encoder.backbone) if settings.name == "auto" else settings.name
+    lr = auto_lr(name, config.batch_size) if settings.lr == "auto" else settings.lr
+    return config.model_copy(update={"optimizer": settings.model_copy(update={"name": name, "lr": lr})})
 
 
 def train_images(config: PretrainConfig) -> ImageSet:
@@ -300,6 +309,7 @@ def schedule_of(config: PretrainConfig, pruner: Pruner) -> Schedule:
     optimizer = config.optimizer
     ends = [(end, plan.at(end - 1)) for _, end in plan.earlier if end] + [(len(pruner.steps), plan)]
     curves = [(sum(pruner.steps[:end]), sum(part.epoch_steps(num_samples, batch_size))) for end, part in ends]
+    assert not isinstance(optimizer.lr, str), optimizer.lr
     warmup_steps = round(optimizer.warmup_epochs * (num_samples // batch_size))
     return Schedule(optimizer.lr, warmup_steps, tuple(curves), optimizer.schedule == "onecycle")
 
@@ -407,6 +417,7 @@ def job_lines(job: Job) -> Iterator[str]:
     spec = job.encoder.spec
     yield f"encoder   {described(spec)}, {job.encoder.feature_dim} features"
     yield from weights_lines(job)
+    yield f"optimizer {config.optimizer.name}, learning rate {config.optimizer.lr:g} at its peak"
     plan, pruned = pruner.plan, job.total_steps < job.full_steps
     kept = "every epoch keeps every sample"
     if plan.shorter and plan.prune_fraction:

@@ -365,7 +365,8 @@ def start_or_resume(
         if state:
             check_same(job, state, before, out)
         check_same_everywhere(job, state, out)
-        kept = with_places(before, config)
+        config = job.config  # with numbers where `auto` stood for one
+        kept = with_places(before, config) if resumes else config
         if held is not None:
             held.check()  # reading the images may have taken an hour
             if not resumes or kept != read_run(out, [])[0]:
@@ -425,7 +426,9 @@ def open_run(
         report,
         job.ranks,
         job.model,
-        build_optimizer(job.model, settings.name, settings.lr, settings.momentum, settings.weight_decay),
+        build_optimizer(
+            job.model, settings.name, job.schedule.peak_lr, settings.momentum, settings.weight_decay
+        ),
         job.pruner,
         max_bad_steps=config.max_bad_steps,
         every_minutes=config.checkpoint.every_minutes,

@@ -88,6 +88,15 @@ def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None
     return None
 
 
+def keeping_auto(config: PretrainConfig, before: PretrainConfig) -> PretrainConfig:
+    """The config with the run's name and number where it asks for `auto`: they were found when the run began,
+    and another version may have other rules.
+    """
+    asked, kept = config.optimizer, before.optimizer
+    update = {name: getattr(kept, name) for name in ("name", "lr") if getattr(asked, name) == "auto"}
+    return config.model_copy(update={"optimizer": asked.model_copy(update=update)})
+
+
 def with_places(before: PretrainConfig, now: PretrainConfig) -> PretrainConfig:
     """What RUN/config.yaml says from now on: as `before`, but for the plan and for where the images are."""
     values, new = before.model_dump(), now.model_dump()
@@ -116,6 +125,7 @@ def load_state(
         UserError: the run or its checkpoint is of another config.
     """
     before, _ = read_run(out, [])
+    config = keeping_auto(config, before)
     state, warnings = load_checkpoint(out / "checkpoints")
     for line in warnings:
         report.say(line)
