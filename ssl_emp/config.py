@@ -160,6 +160,10 @@ class AugmentConfig(Section):
     # pixels a side of a view; null: the stored size. Or by epoch: [[16, 0.6], [24, 1]] is 16 px for the first
     # 60 % of the planned epochs, then 24 px, which is the encoder's size
     size: Pixels | Stages | None = None
+    # simclr: draw so many pairs of views for a sample, and train on the one whose loss is predicted to be the
+    # highest or the lowest, without a forward pass of the others
+    candidates: Annotated[int, Field(ge=1, le=64)] = 1
+    choose: Literal["hardest", "easiest"] = "hardest"
     crop_scale: Range = list(Recipe.crop_scale)  # share of the image's area
     crop_ratio: Range = list(Recipe.crop_ratio)
     # above 0: pad by reflection and crop at random, instead of the resized crop
@@ -420,6 +424,11 @@ class PretrainConfig(Section):
                 raise ValueError(
                     "augment.crop_padding takes views of the images' own size, so "
                     "prune.scoring_size must be null"
+                )
+            if self.augment.candidates > 1:
+                raise ValueError(
+                    "augment.candidates chooses among pairs of views, and objective supervised has one view "
+                    "of a sample: set augment.candidates to 1"
                 )
             if self.data.holdout is not None:
                 raise ValueError(

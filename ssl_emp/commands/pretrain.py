@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from linear_eval.errors import first_line
 from ssl_emp.augment import Recipe, cut_views, draw_features, draw_params, grid_of_views
-from ssl_emp.commands.job import Job, prepare, view_sizes
+from ssl_emp.commands.job import Job, drawn, prepare, view_sizes
 from ssl_emp.commands.monitoring import Monitor
 from ssl_emp.commands.next_command import next_command
 from ssl_emp.commands.resume import (
@@ -102,7 +102,7 @@ def forward(
         memory (`Emp.score` in prune/policies.py); and what was drawn (b, F), where the pruner uses it.
     """
     config, policy, side = job.config, job.pruner.policy, images.shape[-1]
-    draw = draw_params(config.seed, epoch, index, recipe, side)
+    draw = drawn(config, job.pruner, recipe, side, epoch, index)
     if config.objective == "supervised":
         assert job.labels is not None
         (view,) = views_of(images, draw[:1], recipe)
@@ -114,7 +114,7 @@ def forward(
     (h_a, h_b), (z_a, z_b) = h.chunk(2), z.chunk(2)
     loss, scored = contrastive(config.loss, config.scored_loss, z_a, z_b, config.temperature, job.ranks)
     memory = closeness(h_a, h_b, normalized=policy.memory == "normalized")
-    return loss, scored, memory, draw_features(*draw, side) if policy.adjusts else None
+    return loss, scored, memory, draw_features(*draw, side) if job.pruner.learns else None
 
 
 def contrastive(
