@@ -278,12 +278,13 @@ def read_run(out: Path, evaluators: list[str], logged: list[str]) -> dict[str, A
             if isinstance(value, int | float)
         }
     for name in evaluators:
-        # the newest: there may be files of earlier protocols
-        found = json.loads((out / "eval" / f"{name}.json").read_text())[-1]
+        # of the run itself, not of what it began from; the newest: there may be files of earlier protocols
+        rows = json.loads((out / "eval" / f"{name}.json").read_text())
+        found = [line for line in rows if Path(line["encoder"]).name != "start"][-1]
         row[name] = found["value"]
         row.setdefault("protocols", {})[name] = found["protocol"]
     # below 1 in a full epoch with a remainder; the first epoch is never pruned
-    full = max(epoch.get("kept_share", 1) for epoch in epochs)
+    full = max((epoch["kept_share"] for epoch in epochs if "kept_share" in epoch), default=1)
     pruned = [epoch for epoch in epochs if epoch.get("kept_share", 1) < full]
     values = {
         key: [epoch[key] for epoch in pruned if isinstance(epoch.get(key), int | float)] for key in logged

@@ -1,6 +1,7 @@
 """Starts: what is found in files of others, what is refused, and what a run that begins so leaves behind."""
 
 import argparse
+import json
 import os
 import pickle
 import shutil
@@ -17,8 +18,13 @@ from torchvision.models import mobilenet_v2
 
 from ssl_emp import load_encoder
 from ssl_emp.backbones import WidthResNet
+from ssl_emp.commands.evaluate import main as evaluate_main
+from ssl_emp.commands.job import prepare
+from ssl_emp.commands.monitoring import Monitor
 from ssl_emp.commands.pretrain import main
+from ssl_emp.config import load_config
 from ssl_emp.errors import UserError
+from ssl_emp.run.report import Report
 from ssl_emp.weights import grouped, read, resampled_positions, take
 
 
@@ -357,3 +363,74 @@ def test_frozen_parts_stay_bit_for_bit(
     still = sum(size for name, size in sizes.items() if name.startswith(("conv1", "bn1", "layer1")))
     told = f"frozen    conv1, layer1: {still:,} of {sum(sizes.values()):,} parameters"
     assert told in capsys.readouterr().out
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_knn_of_the_start_is_epoch_0(
+    first: Path, pretrain_run: Pretrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where kNN is seldom taken afterwards; once, however often it is resumed; nothing changes by it."""
+    words = [f"model.init={first}", "epochs=2", "monitor.knn_every=2", "checkpoint.every_steps=1"]
+    run = pretrain_run("measured", *words)
+    assert "start     kNN (train split)" in capsys.readouterr().out
+    assert [row["epoch"] for row in rows_of(run)] == [0, 1, 2]
+    start = rows_of(run)[0]
+    assert start.keys() == {"epoch", "step", "samples_seen", "knn_train_split"} and start["samples_seen"] == 0
+    assert 0 <= start["knn_train_split"] <= 1
+    early, late = tmp_path / "early", tmp_path / "late"
+    for cut, kept in ((early, 0), (late, 1)):
+        shutil.copytree(run, cut)
+        shutil.rmtree(cut / "encoder")
+        for path in sorted((cut / "checkpoints").glob("step_*.pt"))[kept:]:
+            path.unlink()
+        assert main(["--resume", str(cut)]) == 0
+        assert [(row["epoch"], row.get("knn_train_split")) for row in rows_of(cut)] == [
+            (row["epoch"], row.get("knn_train_split")) for row in rows_of(run)
+        ]
+    silent = pretrain_run("silent", f"model.init={first}", "epochs=2", "monitor.knn_every=0")
+    assert [row["epoch"] for row in rows_of(silent)] == [1, 2]
+    weights = [(each / "encoder" / "model.safetensors").read_bytes() for each in (run, silent, early, late)]
+    assert len(set(weights)) == 1, "measuring changes nothing"
+
+
+def test_an_encoder_that_falls_below_its_start_is_told_once(
+    first: Path, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(tiny_config, [f"model.init={first}", f"out={tmp_path / 'x'}"])
+    report = Report(silent=True)
+    monitor = Monitor(prepare(config, report), report)
+    assert monitor.below_start({"knn_train_split": 0.1}) is None, "no start was measured"
+    monitor.start_knn = 0.8
+    assert monitor.below_start({"knn_train_split": 0.75}) is None, "within what few queries tell"
+    assert monitor.below_start({}) is None
+    told = monitor.below_start({"knn_train_split": 0.2})
+    assert told is not None and "kNN is 20.0, below the 80.0 that training began from" in told
+    assert monitor.below_start({"knn_train_split": 0.1}) is None, "once"
+
+
+def test_evaluate_puts_the_start_beside_the_run(
+    first: Path, pretrain_run: Pretrain, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = pretrain_run("judged", f"model.init={first}", "epochs=2")
+    words = ["knn", f"cache_dir={tmp_path / 'cache'}", "knn.num_neighbors=1"]
+
+    def judged() -> list[str]:
+        return [row["encoder"] for row in json.loads((run / "eval" / "knn.json").read_text())]
+
+    assert evaluate_main([str(run), *words, "start=false"]) == 0
+    assert judged() == [str(run)]
+    for named in ([], ["start"], [str(run / "start")]):
+        (run / "eval" / "knn.json").unlink()
+        assert evaluate_main([str(run), *named, *words]) == 0
+        assert judged() == [str(run), str(run / "start")], named
+    rows = json.loads((run / "eval" / "knn.json").read_text())
+    assert "before the first step" in rows[1]["protocol"]
+    began, theirs = load_encoder(run / "start").state_dict(), load_encoder(first).state_dict()
+    assert all(began[name].equal(theirs[name]) for name in theirs)
+    capsys.readouterr()
+    assert evaluate_main([str(first), "start", *words]) == 2
+    error = capsys.readouterr().err
+    assert "there is no start to judge" in error and error.count("\n") == 1

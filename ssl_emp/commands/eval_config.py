@@ -101,6 +101,7 @@ class EvalConfig(Section):
     finetune: FinetuneConfig = FinetuneConfig()
     diagnose: DiagnoseConfig = DiagnoseConfig()
     transfer: TransferConfig = TransferConfig()
+    start: bool = True  # beside a run of model.init, judge what it began from as well
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # initialises `random`, draws what is held out
     device: str = "auto"
     batch_size: Count = BATCH_SIZE

@@ -4,7 +4,8 @@ table, and the rows as JSON.
     python evaluate.py ENCODER [ENCODER ...] EVALUATOR [EVALUATOR ...] [key=value ...] [--out DIR]
 
 ENCODER    a run directory, an encoder directory (model.safetensors and config.json), `random` (the same
-           network, untrained), `pixels` (no network at all), `timm:NAME`, `torchvision:NAME`
+           network, untrained), `pixels` (no network at all), `timm:NAME`, `torchvision:NAME`. What a run of
+           model.init began from, `start`, is judged beside it (start=false: not)
 EVALUATOR  `knn` (every k of knn.num_neighbors from one search), `linear` (linear.protocol: lbfgs, cached or
            augmented), `fewshot` (few labels, several draws; fewshot.finetune trains the network too),
            `finetune` (the whole network), `transfer` (transfer.suite, a YAML file of target data sets).

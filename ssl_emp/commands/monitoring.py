@@ -50,6 +50,8 @@ class Monitor:
         self.knn_every, self.reliability_every = every.get("knn", 0), every.get("reliability", 0)
         if line := self._line():
             report.say(f"monitor   {line}")
+        self.start_knn: float | None = None  # of the weights that training began from
+        self.fell = False  # below it, at some epoch
 
     def _costs(self) -> dict[str, float]:
         """Forward passes of one view that each measurement takes, of those that are possible."""
@@ -86,13 +88,52 @@ class Monitor:
                 parts.append(f"{name} {'every epoch' if every == 1 else how}")
         return f"{', '.join(parts)}: at most {SHARE:.0%} of the time together" if parts else ""
 
+    def start(self, step: int) -> None:
+        """The kNN of a run's model.init, as epoch 0 of metrics.jsonl: measured before the first step, however
+        often it is afterwards, and read again by a run that goes on.
+        """
+        job, report = self.job, self.report
+        if job.config.model.init is None or job.config.monitor.knn_every == 0:
+            return
+        if step == 0:
+            if found := self._knn():
+                report.metrics({"epoch": 0, "step": 0, "samples_seen": 0, **found})
+                self.start_knn = found["knn_train_split"]
+                report.say(f"start     kNN (train split) {100 * self.start_knn:.1f}, before the first step")
+            return
+        rows = [row for row in report.rows() if "knn_train_split" in row]
+        if rows and rows[0]["epoch"] == 0:
+            self.start_knn = rows[0]["knn_train_split"]
+            self.fell = any(self._is_below(row["knn_train_split"]) for row in rows)
+
     def knn(self, epoch: int) -> dict[str, float]:
         """Where due after this epoch, kNN accuracy in 0..1 on a fixed part of train, by the first process.
 
         Four fifths of that part are the bank, one fifth asks; the test split is for evaluate.py alone.
         """
-        job, labels, every = self.job, self.job.images.labels, self.knn_every
-        if labels is None or not job.ranks.is_first or not every or (epoch + 1) % every:
+        return {} if not self.knn_every or (epoch + 1) % self.knn_every else self._knn()
+
+    def below_start(self, row: dict[str, Any]) -> str | None:
+        """A warning where the kNN of an epoch's row is below the start's by more than chance, once a run."""
+        found = row.get("knn_train_split")
+        if self.fell or found is None or self.start_knn is None or not self._is_below(found):
+            return None
+        self.fell = True
+        return (
+            f"kNN is {100 * found:.1f}, below the {100 * self.start_knn:.1f} that training began from; if it "
+            "does not come back, try a lower optimizer.lr, a longer optimizer.warmup_epochs, or model.freeze"
+        )
+
+    def _is_below(self, found: float) -> bool:
+        """By more than two standard errors of a difference of two shares of the queries."""
+        assert self.start_knn is not None
+        size = min(self.job.config.monitor.knn_images, self.job.num_samples)
+        variances = sum(share * (1 - share) for share in (found, self.start_knn))
+        return found < self.start_knn - 2 * math.sqrt(variances / (size - size * 4 // 5))
+
+    def _knn(self) -> dict[str, float]:
+        job, labels = self.job, self.job.images.labels
+        if labels is None or not job.ranks.is_first:
             return {}
         everyone = torch.randperm(job.num_samples, generator=torch.Generator().manual_seed(0))
         picked = everyone[: job.config.monitor.knn_images]

@@ -142,6 +142,8 @@ def pretrain(job: Job, run: Run, stop: Stop) -> int:
     score = partial(score_batches, job, model, views_of)
     monitor = Monitor(job, report)
     job.model.train()
+    with run.clock("monitoring"):
+        monitor.start(run.step)
     for epoch in range(run.epoch, len(pruner.steps)):
         recipe = job.recipe_at(epoch)  # the size of its views
         # ---- choose: which samples, in which order
@@ -175,7 +177,8 @@ def pretrain(job: Job, run: Run, stop: Stop) -> int:
         labels, is_noisy = (job.labels.values, job.labels.is_noisy) if job.labels else (None, None)
         row = run.figures(batches) | pruner.figures(labels, is_noisy) | reliability | guard.figures() | knn
         row["lr"] = job.schedule.lr(run.step - 1)
-        run.end_epoch(row, guard.skipped_line(batches, epoch), pruner.advice(row, job.images.class_names))
+        said = pruner.advice(row, job.images.class_names)
+        run.end_epoch(row, guard.skipped_line(batches, epoch), monitor.below_start(row), said)
     guard.check_weights(run.step)
     if ranks.is_first:
         export(job, run)

@@ -20,6 +20,7 @@ from ssl_emp.commands.eval_config import EvalConfig, check
 from ssl_emp.config import AugmentConfig, DataConfig, parse_yaml
 from ssl_emp.errors import UserError
 from ssl_emp.model import Encoder, build_encoder, load_encoder
+from ssl_emp.run.lock import START
 from ssl_emp.safe_files import read_text
 from ssl_emp.text import quoted
 
@@ -64,12 +65,15 @@ def find_subjects(
     normalisation. What cannot be loaded becomes a Subject with a `problem`; a word that is neither a name nor
     a folder is a UserError at once, with the nearest of `evaluators`, which it may have been meant for.
     """
+    names = with_starts(names, asked=config.start)
     for name in names:
         if not (
             name in ("random", "pixels") or name.startswith(("timm:", "torchvision:")) or Path(name).is_dir()
         ):
-            kinds = "a run directory, an encoder directory, random, pixels, timm:NAME or torchvision:NAME"
-            fix = did_you_mean(name, [*evaluators, "random", "pixels"], f"ENCODER is {kinds}")
+            kinds = (
+                "a run directory, an encoder directory, start, random, pixels, timm:NAME or torchvision:NAME"
+            )
+            fix = did_you_mean(name, [*evaluators, "start", "random", "pixels"], f"ENCODER is {kinds}")
             raise UserError(f"{name!r} is no directory, encoder or evaluator", fix)
 
     runs: dict[str, Encoder | UserError] = {}
@@ -78,6 +82,17 @@ def find_subjects(
     datas = {name: _or_problem(partial(read_run_data, Path(name), given)) for name in runs}
     host = _Host(config, given, next(iter(runs), None), runs, datas)
 
+    def start_subject(name: str) -> Subject:
+        """What the run `name` began from, on the run's images."""
+        start, run, data = (
+            load_encoder(Path(name) / START, check_range=False),
+            _right(runs[name]),
+            _right(datas[name]),
+        )
+        size = config.data.image_size or run.image_size
+        weights = "before the first step"
+        return Subject(str(Path(name) / START), weights, data, size, fixed(start), Path(name) / "eval")
+
     def run_subject(name: str) -> Subject:
         run, data = _right(runs[name]), _right(datas[name])
         size = config.data.image_size or run.image_size
@@ -85,11 +100,32 @@ def find_subjects(
 
     subjects = []
     for name in names:
-        made = _or_problem(partial(run_subject if name in runs else host.guest, name))
+        parent = str(Path(name).parent)
+        if name in runs:
+            made = _or_problem(partial(run_subject, name))
+        elif Path(name).name == START and parent in runs:
+            made = _or_problem(partial(start_subject, parent))
+        else:
+            made = _or_problem(partial(host.guest, name))
         if isinstance(made, UserError):
             made = Subject(name, "", config.data, None, Pixels, None, made)
         subjects.append(made)
     return subjects
+
+
+def with_starts(names: list[str], asked: bool) -> list[str]:
+    """The names, and after each run what it began from, where it did; `start` is that of the first run."""
+    begun = [name for name in names if is_run(Path(name)) and (Path(name) / START / "config.json").is_file()]
+    if "start" in names and not Path("start").is_dir() and not begun:
+        fix = "name a run with model.init, which has a folder start"
+        raise UserError(
+            "there is no start to judge: none of the encoders is a run that began from weights", fix
+        )
+    found: list[str] = []
+    for name in names:
+        found += [str(Path(begun[0]) / START)] if name == "start" and begun else [name]
+        found += [str(Path(name) / START)] if name in begun and asked else []
+    return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)

@@ -132,17 +132,23 @@ class Report:
         """Drop the rows of metrics.jsonl from `epoch` on: a resumed run writes them again."""
         if self.folder is None:
             return
-        path = self.folder / "metrics.jsonl"
-        rows: list[str] = []
+        path, rows = self.folder / "metrics.jsonl", [row for row in self.rows() if row["epoch"] < epoch]
         if path.exists():
+            write_atomically(path, "".join(f"{as_json(row)}\n" for row in rows).encode())
+        self._rewrite_events(rows, epoch)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl, up to one that a crash cut off: its epoch runs again."""
+        path, rows = None if self.folder is None else self.folder / "metrics.jsonl", []
+        if path is not None and path.exists():
             for line in read_bytes(path, LARGE).decode("utf-8", "replace").splitlines():
                 try:
-                    rows += [line] if json.loads(line)["epoch"] < epoch else []
-                # a line that a crash cut off: its epoch runs again
+                    row = json.loads(line)
+                    row["epoch"] < 0  # noqa: B015 - a TypeError for what is no number
                 except (ValueError, KeyError, TypeError, RecursionError):
                     break
-            write_atomically(path, "".join(f"{line}\n" for line in rows).encode())
-        self._rewrite_events([json.loads(line) for line in rows], epoch)
+                rows.append(row)
+        return rows
 
     def _rewrite_events(self, rows: list[dict[str, Any]], epoch: int) -> None:
         """Make TensorBoard show the rows of metrics.jsonl, each once; a crash may have lost some."""
