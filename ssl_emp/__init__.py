@@ -4,6 +4,7 @@ Images live as one uint8 tensor on the device or in a mapped file (`data`). Each
 trains on from their scores, the plan and the seed (`prune`); each step cuts two views of a batch (`augment`),
 trains SimCLR (`model`, `loss`, `optim`) and takes every sample's score from the same forward pass.
 `commands/pretrain.py` is that story from top to bottom. It leaves an encoder: `load_encoder("runs/demo")`.
+From Python: `pretrain(images)`, `resume(run)`, `evaluate(run)`, see docs/python.md.
 
 Names are imported when they are first used, so that `ssl_emp.prune` costs torch and numpy only.
 """
@@ -15,11 +16,31 @@ from ssl_emp._version import __version__
 
 if TYPE_CHECKING:
     from ssl_emp.classifier import load_classifier
+    from ssl_emp.commands.from_python import EvalTable, RunFolder, evaluate, pretrain, resume
+    from ssl_emp.errors import RunFailed, UserError
     from ssl_emp.model import load_encoder
 
-__all__ = ["__version__", "load_classifier", "load_encoder"]
+_MODULES = {
+    "load_classifier": "ssl_emp.classifier",
+    "load_encoder": "ssl_emp.model",
+    **dict.fromkeys(("RunFailed", "UserError"), "ssl_emp.errors"),
+    **dict.fromkeys(
+        ("EvalTable", "RunFolder", "evaluate", "pretrain", "resume"), "ssl_emp.commands.from_python"
+    ),
+}
 
-_MODULES = {"load_classifier": "ssl_emp.classifier", "load_encoder": "ssl_emp.model"}
+__all__ = [
+    "EvalTable",
+    "RunFailed",
+    "RunFolder",
+    "UserError",
+    "__version__",
+    "evaluate",
+    "load_classifier",
+    "load_encoder",
+    "pretrain",
+    "resume",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,9 +5,11 @@ import functools
 import operator
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
+import numpy as np
 import yaml
 from pydantic import (
     AfterValidator,
@@ -78,7 +80,8 @@ class Section(BaseModel):
 class DataConfig(Section):
     # folder, parquet file | glob | folder, cifar10, cifar100, stl10, fashion_mnist, mnist5k
     source: Place = "mnist5k"
-    kind: Literal["auto", "folder", "parquet", "torchvision", "mnist5k"] = "auto"
+    # object: images that were given in Python, see docs/python.md; source is then "<in memory>"
+    kind: Literal["auto", "folder", "parquet", "torchvision", "mnist5k", "object"] = "auto"
     test_source: Place | None = None  # for evaluate.py, where source has no test split of its own
     # for evaluate.py, where source has labels and no test split: this share of every class is the test split,
     # by a hash of subset_seed and the images' names; pretraining sees these images all the same, without
@@ -539,15 +542,25 @@ def read_values(path: str | Path) -> dict[str, Any]:
     return loaded or {}
 
 
-def load_config(path: str | Path | None, overrides: list[str], of_run: bool = False) -> PretrainConfig:
-    """Read a YAML file, apply `a.b=value` overrides, check everything.
+# `a.b=value` on the command line, the value read as YAML; in Python (`a.b`, value)
+Override = str | tuple[str, Any]
+
+
+def load_config(
+    path: str | Path | None,
+    overrides: Sequence[Override],
+    of_run: bool = False,
+    overridden_in: str = "the command line",
+) -> PretrainConfig:
+    """Read a YAML file, apply overrides, check everything.
 
     Args:
         path: YAML file, or None for the defaults.
-        overrides: such as `prune.fraction=0.5`; the value is read as YAML. Another `prune.policy` than
-            the file's drops those of the file's keys that this policy does not have.
+        overrides: such as `prune.fraction=0.5`. Another `prune.policy` than the file's drops those of the
+            file's keys that this policy does not have.
         of_run: the file is a run's config.yaml, perhaps of ssl_emp 0.1, where every policy had every key; a
             whole copy of such a section is read without it.
+        overridden_in: where the overrides come from, for messages.
 
     Raises:
         UserError: unreadable file, broken syntax, or all unknown keys, wrong types and values at once.
@@ -556,17 +569,18 @@ def load_config(path: str | Path | None, overrides: list[str], of_run: bool = Fa
     section = values.get("prune")
     if isinstance(section, dict) and (of_run or GONE.keys() <= section.keys()):
         section = values["prune"] = keys_of_policy(section, str(path))
-    where = "the command line" if path is None else str(path)
+    where = overridden_in if path is None else str(path)
     for override in overrides:
-        name, equals, policy = override.partition("=")
-        if equals and name == "prune.policy" and policy in POLICIES and isinstance(section, dict):
+        name, policy = override if isinstance(override, tuple) else override.partition("=")[::2]
+        is_policy = name == "prune.policy" and isinstance(policy, str) and policy in POLICIES
+        if is_policy and isinstance(section, dict):
             keys = PRUNE_SECTIONS[policy].model_fields
             values["prune"] = {key: value for key, value in section.items() if key in keys}
     for override in overrides:
         apply_override(PretrainConfig, values, override)
     if values.get("out") is None and path is not None:
         values["out"] = f"runs/{Path(path).stem}"
-    return check_config(values, f"{where} and the command line" if path is not None and overrides else where)
+    return check_config(values, f"{where} and {overridden_in}" if path is not None and overrides else where)
 
 
 # keys that `prune` had in ssl_emp 0.1 and that no published config or result used, with their defaults
@@ -599,10 +613,34 @@ def keys_of_policy(section: dict[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def apply_override(config: type[BaseModel], values: dict[str, Any], override: str) -> None:
-    """Write `a.b=text` into nested dicts. Text is YAML, but kept as it is where `config` has a string."""
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
+def pairs_of(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Settings from Python, nested and with dotted names, as overrides (dotted key, plain value)."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in settings.items():
+        if not isinstance(key, str) or not all(key.split(".")):
+            fix = "use names such as epochs or prune.fraction"
+            raise UserError(f"{shorten(repr(key))} is not the name of a setting", fix)
+        pairs += (
+            pairs_of(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else [(f"{prefix}{key}", _plain(value))]
+        )
+    return pairs
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML has it: numpy's numbers, paths and tuples are none of YAML."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def apply_override(config: type[BaseModel], values: dict[str, Any], override: Override) -> None:
+    """Write it into nested dicts. Text is YAML, but kept as it is where `config` has a string."""
+    key, equals, text = (*override, "") if isinstance(override, tuple) else override.partition("=")
+    if isinstance(override, str) and (not equals or not all(key.split("."))):
         fix = "write key=value, such as epochs=20 or prune.fraction=0.5"
         raise UserError(f"{shorten(override)} is not an override", fix)
     *sections, name = key.split(".")
@@ -611,6 +649,9 @@ def apply_override(config: type[BaseModel], values: dict[str, Any], override: st
         if not isinstance(values, dict):
             fix = f"write {shorten(section)}=value"
             raise UserError(f"{shorten(key)}: {shorten(section)} is a value, not a section", fix)
+    if isinstance(override, tuple):
+        values[name] = override[1]
+        return
     takes_text = str in _types_of(config, key.split("."))
     values[name] = text if takes_text and text != "null" else parse_yaml(text, shorten(override))
 

@@ -158,7 +158,7 @@ def one_source(sources: Sequence[Source]) -> Source:
         names=[name for source in sources for name in source.names],
         labels=None,
         class_names=None,
-        version=version_of((source.version, [len(source.names)]) for source in sources),
+        version=version_of((source.version_now(), [len(source.names)]) for source in sources),
         read=read,
         skipped=[item for source in sources for item in source.skipped],
     )
@@ -197,7 +197,7 @@ def about(
         # of timm and torchvision a name says it; how a network of theirs pools shows in no weight
         "architecture": dict(getattr(encoder, "spec", {"arch": name})),
         "encoder_sha256": state_hash(encoder),
-        "images_sha256": version_of([(source.version, [len(source.names)]), (names.hexdigest(), [])]),
+        "images_sha256": version_of([(source.version_now(), [len(source.names)]), (names.hexdigest(), [])]),
         "num_images": len(source.names),
         "image_size": size,
         "preprocessing": {

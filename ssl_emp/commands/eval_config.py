@@ -1,5 +1,6 @@
 """The settings of evaluate.py: one section an evaluator, and how `key=value` fills them."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
@@ -17,6 +18,7 @@ from ssl_emp.config import (
     MOST_EPOCHS,
     DataConfig,
     ModelConfig,
+    Override,
     Patience,
     Place,
     Section,
@@ -110,7 +112,7 @@ class EvalConfig(Section):
     cache_dir: Place | None = ".cache/ssl_emp/features"  # null: features are not kept
 
 
-def parse_overrides(overrides: list[str], settings: type[Section] = EvalConfig) -> dict[str, Any]:
+def parse_overrides(overrides: Sequence[Override], settings: type[Section] = EvalConfig) -> dict[str, Any]:
     """`["knn.num_neighbors=5", "seed=1"]` -> `{"knn": {"num_neighbors": 5}, "seed": 1}`, or UserError."""
     known: list[str] = []
     for name, field in settings.model_fields.items():
@@ -118,7 +120,7 @@ def parse_overrides(overrides: list[str], settings: type[Section] = EvalConfig) 
         known += [name] if section is None else [f"{name}.{key}" for key in section]
     values: dict[str, Any] = {}
     for override in overrides:
-        key = override.partition("=")[0]
+        key = override[0] if isinstance(override, tuple) else override.partition("=")[0]
         if key not in known and not key.startswith("model.args."):
             otherwise = f"use one of {', '.join(known)}"
             raise UserError(f"unknown key {key!r}", did_you_mean(key, known, otherwise, cutoff=0.4))

@@ -24,6 +24,7 @@ from ssl_emp.data.images import (
     load_test_images,
 )
 from ssl_emp.data.matching import match_labels
+from ssl_emp.data.objects import load_object
 from ssl_emp.errors import UserError
 
 DESCRIBED_KEYS = tuple("source image_size test_source max_images subset_seed holdout jpeg_quality".split())
@@ -66,18 +67,33 @@ class Splits:
         parts += [f"{share} held out by seed {data.subset_seed}"] if self.held_out else []
         parts += [f"JPEG quality {data.jpeg_quality}"] if self.train.store == "encoded" else []
         for key, value in data.model_dump().items():
+            if value == "object" and key == "kind":
+                continue  # as the source says
             if key not in DESCRIBED_KEYS + UNDESCRIBED_KEYS and value != DataConfig.model_fields[key].default:
                 parts.append(f"{key}={value}")
         return ", ".join(parts)
 
 
-def load_splits(data: DataConfig, image_size: int | None, voice: Voice) -> Splits:
+@dataclass(frozen=True)
+class GivenImages:
+    """Splits that were given in Python, as `ssl_emp.data.objects.load_object` takes them; None: not given."""
+
+    train: Any = None
+    test: Any = None
+
+
+NONE_GIVEN = GivenImages()
+
+
+def load_splits(
+    data: DataConfig, image_size: int | None, voice: Voice, given: GivenImages = NONE_GIVEN
+) -> Splits:
     """Train and test, of one size and labelled alike. Raises UserError where train or a test source fails."""
-    train, test, no_test = _load_train(data, image_size, data.store, voice), None, None
+    train, test, no_test = _load_train(data, image_size, data.store, voice, given.train), None, None
     try:
-        test = _load_test(data, train, voice)
+        test = _load_test(data, train, voice, given.test)
     except UserError as error:
-        if data.test_source is not None:
+        if data.test_source is not None or given.test is not None:
             raise
         no_test = error
     held_out = False
@@ -90,7 +106,7 @@ def load_splits(data: DataConfig, image_size: int | None, voice: Voice) -> Split
         voice.note(f"data.holdout is not used: {data.test_source or data.source} has a test split")
     elif may_hold_out and isinstance(no_test, NoSplit):
         if train.store == "raw":  # indexing a mapped tensor would copy it into memory
-            train = _load_train(data, image_size, "encoded", voice)
+            train = _load_train(data, image_size, "encoded", voice, given.train)
         held_out = True
         train, test, no_test = _held_out(data, train, voice)
     elif isinstance(no_test, NoSplit):
@@ -114,31 +130,26 @@ def load_splits(data: DataConfig, image_size: int | None, voice: Voice) -> Split
     return Splits(train, test, data, held_out, no_test, no_labels)
 
 
-def _load_train(data: DataConfig, image_size: int | None, store: str, voice: Voice) -> ImageSet:
-    return load_images(
-        data.source,
-        "train",
-        kind=data.kind,
-        image_size=image_size,
-        max_images=data.max_images,  # of the train split only
-        subset_seed=data.subset_seed,
-        store=store,
-        progress=voice.progress("train images"),
-        **data.shared_options(),
-    )
+def _load_train(data: DataConfig, image_size: int | None, store: str, voice: Voice, given: Any) -> ImageSet:
+    options: dict[str, Any] = {"image_size": image_size, "store": store}
+    # of the train split only
+    options |= {"max_images": data.max_images, "subset_seed": data.subset_seed}
+    options |= {"progress": voice.progress("train images"), **data.shared_options()}
+    if given is not None:
+        return load_object(given, **options)
+    return load_images(data.source, "train", kind=data.kind, **options)
 
 
-def _load_test(data: DataConfig, train: ImageSet, voice: Voice) -> ImageSet:
-    return load_test_images(
-        data.source,
-        data.test_source,
-        kind=data.kind,
-        image_size=train.pixels.shape[-1],
-        # JPEG for both splits or for none
-        store="encoded" if train.store == "encoded" else data.store,
-        progress=voice.progress("test images"),
-        **data.shared_options(),
-    )
+def _load_test(data: DataConfig, train: ImageSet, voice: Voice, given: Any) -> ImageSet:
+    # JPEG for both splits or for none
+    options: dict[str, Any] = {"store": "encoded" if train.store == "encoded" else data.store}
+    options |= {"image_size": train.pixels.shape[-1], "progress": voice.progress("test images")}
+    options |= data.shared_options()
+    if given is not None:
+        return load_object(given, "test", **options)
+    if data.kind == "object" and data.test_source is None:
+        raise NoSplit("no test images were given", "give data=(train, test)")
+    return load_test_images(data.source, data.test_source, kind=data.kind, **options)
 
 
 def _held_out(

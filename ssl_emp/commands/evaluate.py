@@ -50,7 +50,7 @@ import torch
 from linear_eval import EvalError
 from linear_eval.finetune import state_hash
 from ssl_emp.commands.eval_config import EvalConfig, check, parse_overrides
-from ssl_emp.commands.eval_images import Splits, images_hash, load_splits
+from ssl_emp.commands.eval_images import NONE_GIVEN, GivenImages, Splits, images_hash, load_splits
 from ssl_emp.commands.evaluators import (
     EVALUATORS,
     Judged,
@@ -134,9 +134,25 @@ def evaluate(argv: list[str] | None, interrupts: Interrupts, ranks: Ranks = ALON
     with ranks.first_then_others():
         subjects, evaluators, config, device, out = find_work(argv, ranks)
     ranks.set_timeout(config.timeout_seconds)
-    alone = [evaluator for evaluator in evaluators if evaluator != "transfer"]
     ledger = Ledger(interrupts, Voice(ranks.is_first))
-    session = Session(config, device, ranks, ledger)
+    return judge_all(Session(config, device, ranks, ledger), subjects, evaluators, out)
+
+
+def judge_all(
+    session: Session,
+    subjects: list[Subject],
+    evaluators: list[str],
+    out: Path | None,
+    given: GivenImages = NONE_GIVEN,
+) -> int:
+    """Every encoder by every evaluator: what the command and `ssl_emp.evaluate` both do. The exit code.
+
+    Args:
+        out: where rows go; None: to the folder of each subject.
+        given: images from Python, in the place of data.source and data.test_source.
+    """
+    ranks, ledger = session.ranks, session.ledger
+    alone = [evaluator for evaluator in evaluators if evaluator != "transfer"]
     loaded: dict[tuple[DataConfig, int | None], Splits | Exception] = {}
 
     def splits_of(subject: Subject) -> Splits:
@@ -144,7 +160,7 @@ def evaluate(argv: list[str] | None, interrupts: Interrupts, ranks: Ranks = ALON
         if key not in loaded:
             try:
                 with ranks.first_then_others():
-                    splits = load_splits(*key, session.voice)
+                    splits = load_splits(*key, session.voice, given)
                 try:
                     with ranks.together():  # all have a test split, or none
                         if splits.no_test is not None:

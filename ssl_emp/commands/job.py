@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ssl_emp.augment import Recipe, ViewParams, ViewSizes, draw_features, draw_pair
 from ssl_emp.backbones import check_trains, described, feature_dim, needs_network
+from ssl_emp.commands.given import FROM_A_SHELL, Given
 from ssl_emp.config import AugmentConfig, PretrainConfig
 from ssl_emp.data.decode import reason
 from ssl_emp.data.images import (
@@ -32,6 +33,7 @@ from ssl_emp.data.images import (
 )
 from ssl_emp.data.label_noise import noisy_labels
 from ssl_emp.data.matching import match_labels
+from ssl_emp.data.objects import load_object
 from ssl_emp.device import describe_device, keep_freed_memory, pick_device
 from ssl_emp.errors import UserError
 from ssl_emp.loss import perfect_pair_share
@@ -43,7 +45,7 @@ from ssl_emp.prune.figures import LEARNED_BELOW, LEARNED_SHARE
 from ssl_emp.prune.plan import PrunePlan
 from ssl_emp.prune.pruner import CHUNK
 from ssl_emp.run.ranks import ALONE, Ranks, share_batch_norm
-from ssl_emp.run.report import Report, show_progress
+from ssl_emp.run.report import Report
 from ssl_emp.supervised import Classifier
 from ssl_emp.weights import Found, Taken, take
 from ssl_emp.weights import read as read_weights
@@ -115,6 +117,7 @@ def prepare(
     report: Report,
     ranks: Ranks = ALONE,
     backbone: nn.Module | None = None,
+    given: Given = FROM_A_SHELL,
     *,
     weights: Path | Literal["model.init", "checkpoint"] = "model.init",
 ) -> Job:
@@ -122,6 +125,7 @@ def prepare(
 
     Args:
         backbone: the network that `model.arch: custom:CLASS` stands for; it is trained in place.
+        given: what else the config cannot hold.
         weights: where those to begin with are: a path stands in for model.init, a checkpoint's come later.
     """
     if config.model.arch.startswith("custom:") and backbone is None:
@@ -139,7 +143,7 @@ def prepare(
         config = normalised_alike(config, start)
     device = pick_device(config.device)
     with ranks.first_then_others():
-        images = train_images(config)
+        images = train_images(config, report, given)
     stored_size = images.pixels.shape[-1]
     recipe = recipe_of(config, stored_size)
     labels = labels_of(config, images, device)
@@ -178,19 +182,15 @@ def without_auto(config: PretrainConfig, encoder: Encoder) -> PretrainConfig:
     return config.model_copy(update={"optimizer": settings.model_copy(update={"name": name, "lr": lr})})
 
 
-def train_images(config: PretrainConfig) -> ImageSet:
-    data = config.data
-    images = load_images(
-        data.source,
-        "train",
-        kind=data.kind,
-        image_size=data.image_size,
-        max_images=data.max_images,
-        subset_seed=data.subset_seed,
-        store=data.store,
-        progress=show_progress("reading images"),
-        **data.shared_options(),
-    )
+def train_images(config: PretrainConfig, report: Report, given: Given = FROM_A_SHELL) -> ImageSet:
+    data, progress = config.data, report.counted("reading images")
+    options: dict[str, Any] = {name: getattr(data, name) for name in ("image_size", "max_images")}
+    options |= {"subset_seed": data.subset_seed, "store": data.store, "progress": progress}
+    options |= data.shared_options()
+    if given.images is not None:
+        images = load_object(given.images, **options)
+    else:
+        images = load_images(data.source, "train", kind=data.kind, **options)
     if len(images.names) < 2:
         raise UserError(f"{data.source} has {len(images.names)} image to train on", "give more images")
     return images

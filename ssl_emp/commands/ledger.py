@@ -5,10 +5,11 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from linear_eval import EvalError
 from ssl_emp.commands.row_tables import markdown_table, terminal_table
-from ssl_emp.commands.rows import Row, write_rows
+from ssl_emp.commands.rows import Row, row_key, write_rows
 from ssl_emp.errors import RunFailed, UserError, printable
 from ssl_emp.run.interrupts import Interrupts
 from ssl_emp.run.report import show_progress
@@ -43,7 +44,10 @@ class Ledger:
 
     interrupts: Interrupts
     voice: Voice = field(default_factory=Voice)
+    prints: bool = True  # its tables; `ssl_emp.evaluate` returns one instead
     rows: list[Row] = field(default_factory=list)  # of the table, in order
+    found: dict[tuple[Any, ...], Row] = field(default_factory=dict)  # all rows, in or out of the table
+    error: Exception | None = None  # that of the first problem
     problems: list[str] = field(default_factory=list)  # `what. fix: how`, each once
     kept_in: list[Path] = field(default_factory=list)
     # rows that could not be written yet, and why
@@ -53,6 +57,7 @@ class Ledger:
     def keep(self, folder: Path | None, rows: list[Row], *, in_table: bool = True) -> None:
         """Write rows (None: nowhere), with those that could not be written before."""
         self.rows += rows if in_table else []
+        self.found |= {(row["evaluator"], *row_key(row)): row for row in rows}
         if folder is None or not rows:
             return
         with self.interrupts.held():
@@ -71,11 +76,15 @@ class Ledger:
     def refuse(self, row: Row, error: Exception) -> None:
         """A row without a value: why there is none stands in the place of its protocol."""
         reason = printable(str(error))
-        self.rows.append(row | {"value": None, "std": None, "protocol": f"not judged: {reason}"})
+        refused = row | {"value": None, "std": None, "protocol": f"not judged: {reason}"}
+        self.rows.append(refused)
+        self.found |= {(row["evaluator"], *row_key(refused)): refused}
+        self.error = self.error or error
         self._problem(reason, 2)
 
     def crash(self, row: Row, error: Exception) -> None:
         """As `refuse`, for what should not happen: the traceback is what helps."""
+        self.error = self.error or error
         for line in "".join(traceback.format_exception(error)).rstrip().split("\n"):
             self.voice.note(line)
         self.refuse(
@@ -100,6 +109,8 @@ class Ledger:
 
     def print(self, text: str) -> None:
         """A table on standard output. If that fails, a line; an error if nothing else has the rows."""
+        if not self.prints:
+            return
         closed = not is_shown("stdout")
         error = None if closed else put("stdout", text)
         if error is None and not closed:

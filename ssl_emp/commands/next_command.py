@@ -21,7 +21,12 @@ WORDS = "random pixels knn linear fewshot finetune diagnose transfer predict".sp
 
 
 def next_command(out: Path, config: PretrainConfig) -> str:
-    """`python evaluate.py RUN ...`, as labels allow; without a test split a part of train is held out."""
+    """`python evaluate.py RUN ...`, as labels allow; without a test split a part of train is held out.
+
+    Images that were given in Python have to be given again.
+    """
+    if config.data.kind == "object":
+        return f"ssl_emp.evaluate({os.fspath(out)!r}, data=(train, test))"
     words = "diagnose"
     with suppress(Exception):  # missing or damaged images by now are no reason to fail after training
         words = _words(config) or words

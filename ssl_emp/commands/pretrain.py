@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from linear_eval.errors import first_line
 from ssl_emp.augment import Recipe, cut_views, draw_features, draw_params, grid_of_views
+from ssl_emp.commands.given import FROM_A_SHELL, Given
 from ssl_emp.commands.job import Job, drawn, prepare, view_sizes
 from ssl_emp.commands.monitoring import Monitor
 from ssl_emp.commands.next_command import next_command
@@ -339,20 +340,26 @@ def start_or_resume(
     ranks: Ranks,
     may_extend: bool = False,
     backbone: nn.Module | None = None,
+    given: Given = FROM_A_SHELL,
 ) -> int:
-    """One run, as one of its ranks.
+    """One run, as one of its ranks: what the command and `ssl_emp.pretrain` both do.
 
     Args:
         may_extend: more epochs than it has are asked for on purpose.
         backbone: the network that `model.arch: custom:CLASS` stands for.
+        given: what else the config cannot hold.
+
+    Returns:
+        0, or 128 + the number of the signal that stopped it, after a checkpoint was saved.
     """
-    report, state, before = Report(silent=not ranks.is_first), None, config
+    report, state, before = Report(not ranks.is_first, given.verbose), None, config
     held: Held | None = None
     with ExitStack() as stack:
         if ranks.is_first:  # before the images are read; a mistake leaves nothing behind
-            check_unused(out, resumes)
+            check_unused(out, resumes, given)
             held = stack.enter_context(sole_writer(out))
-            check_unused(out, resumes)  # another process may have taken the directory before we held the lock
+            # another process may have taken the directory before we held the lock
+            check_unused(out, resumes, given)
         finished = False
         if resumes:
             config, before, state = load_state(config, out, report, may_extend)
@@ -360,9 +367,11 @@ def start_or_resume(
             if finished and state is not None and repair(config, before, out, state, report, held, backbone):
                 return 0
         try:
-            job = prepare(config, report, ranks, backbone, weights=first_weights(out, state, resumes))
+            start = first_weights(out, state, resumes)
+            job = prepare(config, report, ranks, backbone, given, weights=start)
         except UserError as problem:
-            raise missing_source(config, out, problem) if resumes else problem from None
+            is_missing = resumes and given.images is None
+            raise missing_source(config, out, problem) if is_missing else problem from None
         config = job.config  # with the start's normalisation
         before = before if resumes else config
         if state:
@@ -386,7 +395,8 @@ def start_or_resume(
             return 0
         try:
             with Stop() as stop:
-                return pretrain(job, open_run(job, out, state, report, held), stop)
+                stop.ends_process = not given.in_python
+                return pretrain(job, open_run(job, out, state, report, held, given), stop)
         finally:
             report.close()
 
@@ -401,9 +411,10 @@ def first_weights(
     return kept if resumes and (kept / "config.json").is_file() else "model.init"
 
 
-def check_unused(out: Path, resumes: bool) -> None:
+def check_unused(out: Path, resumes: bool, given: Given) -> None:
     if not resumes and not is_unused(out):
-        fix = f"go on with --resume {quoted(out)}, or choose another out=DIR"
+        again = given.again(out) if given.in_python else f"--resume {quoted(out)}"
+        fix = f"go on with {again}, or choose another out=DIR"
         raise UserError(f"{out} exists and is not empty", fix)
 
 
@@ -418,7 +429,12 @@ def check_same_everywhere(job: Job, state: dict[str, Any] | None, out: Path) -> 
 
 
 def open_run(
-    job: Job, out: Path, state: dict[str, Any] | None, report: Report, held: Held | None = None
+    job: Job,
+    out: Path,
+    state: dict[str, Any] | None,
+    report: Report,
+    held: Held | None = None,
+    given: Given = FROM_A_SHELL,
 ) -> Run:
     """The run in the directory `out`, from `state` where a checkpoint gave one, with its files open."""
     config, settings = job.config, job.config.optimizer
@@ -440,6 +456,7 @@ def open_run(
         state=state,
         view_sizes=job.view_sizes,
         all_sizes=job.sizes.all,
+        again=given.again(out),
     )
     run.was_finished = (
         state is not None and is_finished(state, config) and state["fingerprint"] == fingerprint

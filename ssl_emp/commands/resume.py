@@ -3,7 +3,7 @@
 import copy
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from ssl_emp.commands.job import Job, sizes_line
 from ssl_emp.commands.next_command import next_command
-from ssl_emp.config import PretrainConfig, apply_override, check_config, flatten, load_config, read_values
+from ssl_emp.config import (
+    Override,
+    PretrainConfig,
+    apply_override,
+    check_config,
+    flatten,
+    load_config,
+    read_values,
+)
 from ssl_emp.data.images import TORCHVISION, sampled_fingerprint
 from ssl_emp.device import pick_device
 from ssl_emp.errors import UserError
@@ -52,7 +60,9 @@ def is_run(out: Path) -> bool:
     return (out / "config.yaml").is_file() or any((out / "checkpoints").glob("step_*.pt"))
 
 
-def read_run(out: Path, overrides: list[str]) -> tuple[PretrainConfig, bool]:
+def read_run(
+    out: Path, overrides: Sequence[Override], overridden_in: str = "the command line"
+) -> tuple[PretrainConfig, bool]:
     """Settings of the run in `out` with overrides; of its newest checkpoint if config.yaml cannot be read.
 
     Returns:
@@ -66,7 +76,7 @@ def read_run(out: Path, overrides: list[str]) -> tuple[PretrainConfig, bool]:
     if path.is_file():
         try:
             if read_values(path):
-                return load_config(path, overrides, of_run=True), True
+                return load_config(path, overrides, True, overridden_in), True
         except UserError as error:
             problem = error
     state, _ = load_checkpoint(out / "checkpoints")
@@ -75,7 +85,7 @@ def read_run(out: Path, overrides: list[str]) -> tuple[PretrainConfig, bool]:
     values = check_config(state.get("config", {}), f"the checkpoint in {out}").model_dump()
     for override in overrides:
         apply_override(PretrainConfig, values, override)
-    return check_config(values, f"the checkpoint in {out} and the command line"), False
+    return check_config(values, f"the checkpoint in {out} and {overridden_in}"), False
 
 
 def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
@@ -198,6 +208,9 @@ def fingerprint_of(state: dict[str, Any]) -> dict[str, str | None] | None:
 def missing_source(config: PretrainConfig, out: Path, problem: UserError) -> UserError:
     """The error for images that cannot be loaded on resume, with the way out where they have moved."""
     source = config.data.source
+    if config.data.kind == "object":
+        what = f"the images of the run in {out} were given in Python, and are in no file"
+        return UserError(what, f"go on there: ssl_emp.resume({os.fspath(out)!r}, data)")
     if source in (*TORCHVISION, "mnist5k") or os.path.lexists(os.path.expanduser(source)) or "*" in source:
         return problem
     what = f"the images of the run in {out} are not in data.source={source}"

@@ -1,14 +1,16 @@
 """What evaluate.py judges: encoders of runs, exported, untrained, timm's, torchvision's, or plain pixels."""
 
+import copy
 import io
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -57,13 +59,18 @@ class Pixels(nn.Module):
 
 
 def find_subjects(
-    names: list[str], config: EvalConfig, given: dict[str, Any], evaluators: Iterable[str]
+    names: list[str],
+    config: EvalConfig,
+    given: dict[str, Any],
+    evaluators: Iterable[str],
+    backbones: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> list[Subject]:
     """The encoders by their names on the command line. All files are read here: mistakes show at once.
 
     What is no run is judged beside the first run: on its data, `random` with its architecture and
     normalisation. What cannot be loaded becomes a Subject with a `problem`; a word that is neither a name nor
     a folder is a UserError at once, with the nearest of `evaluators`, which it may have been meant for.
+    Runs whose network is a module from Python are given one like it in `backbones`.
     """
     names = with_starts(names, asked=config.start)
     for name in names:
@@ -78,7 +85,8 @@ def find_subjects(
 
     runs: dict[str, Encoder | UserError] = {}
     for name in filter(lambda name: is_run(Path(name)), names):
-        runs[name] = _or_problem(partial(load_encoder, name, check_range=False))
+        own = copy.deepcopy(backbones.get(name))
+        runs[name] = _or_problem(partial(load_encoder, name, check_range=False, backbone=own))
     datas = {name: _or_problem(partial(read_run_data, Path(name), given)) for name in runs}
     host = _Host(config, given, next(iter(runs), None), runs, datas)
 

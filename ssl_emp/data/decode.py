@@ -66,8 +66,8 @@ WHITE_IS_ZERO, YCBCR = 0, 6  # in PhotometricInterpretation
 # a marker of a JPEG that is followed by a length, or the last marker
 END_OF_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 
-# path, file content, (H, W) or (H, W, 3) uint8 pixels, or a null in a table
-Encoded = str | bytes | np.ndarray | None
+# path, file content, (H, W) or (H, W, 3) uint8 pixels, a decoded image, why there is none, a null in a table
+Encoded = str | bytes | np.ndarray | Image.Image | Exception | None
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 T = TypeVar("T")
 
@@ -157,6 +157,13 @@ def opened(encoded: Encoded, max_pixels: int) -> Iterator[Image.Image]:
     """An image whose header is read but not its pixels; the format is found by content, not suffix."""
     if encoded is None:
         raise ValueError("no bytes in this row")
+    if isinstance(encoded, Exception):
+        raise encoded
+    if isinstance(encoded, Image.Image):
+        if encoded.width * encoded.height > max_pixels:
+            raise Image.DecompressionBombError
+        yield encoded
+        return
     if isinstance(encoded, np.ndarray):
         yield Image.fromarray(encoded)
         return
@@ -236,20 +243,24 @@ def decode(
 
 def decode_any(image: Encoded | Image.Image, size: int, max_pixels: int) -> np.ndarray:
     """`decode`, also for an opened PIL image: from its file, if it is not decoded yet."""
-    if not isinstance(image, Image.Image):
-        return decode(image, size, max_pixels)
+    return decode(detached(image) if isinstance(image, Image.Image) else image, size, max_pixels)
+
+
+def detached(image: Image.Image) -> bytes | Image.Image:
+    """The file of an opened image that is not decoded yet, or the decoded image; the caller's stays as it is.
+
+    Raises ValueError where its file was closed.
+    """
     stream = getattr(image, "fp", None)
-    if stream is not None and getattr(image, "tile", None):
-        # another frame than the first: decode a copy in full, and leave the caller's image as it is
-        if image.tell():
-            image = image.copy()
-        else:
-            here = stream.tell()
-            stream.seek(0)
-            content = stream.read()
-            stream.seek(here)
-            return decode(content, size, max_pixels)
-    return fit(image, size, max_pixels).transpose(2, 0, 1)
+    if stream is None or not getattr(image, "tile", None):
+        return image
+    if image.tell():  # another frame than the first: decode a copy in full
+        return image.copy()
+    here = stream.tell()
+    stream.seek(0)
+    content = stream.read()
+    stream.seek(here)
+    return bytes(content)
 
 
 def to_jpeg(
@@ -257,7 +268,8 @@ def to_jpeg(
 ) -> bytes:
     """`decode` as a JPEG without chroma subsampling; an upright RGB JPEG of that size is copied."""
     with opened(encoded, max_pixels) as image:
-        fits = image.format == "JPEG" and image.mode == "RGB" and image.size == (size, size)
+        is_file = isinstance(encoded, str | bytes) and image.format == "JPEG"
+        fits = is_file and image.mode == "RGB" and image.size == (size, size)
         pixels = fit(image, size, max_pixels, when_dim)
     if fits:
         assert isinstance(encoded, str | bytes)

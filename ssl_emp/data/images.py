@@ -69,7 +69,7 @@ __all__ = [
     "sampled_fingerprint",
 ]
 
-KINDS = ("auto", "folder", "parquet", "torchvision", "mnist5k")
+KINDS = ("auto", "folder", "parquet", "torchvision", "mnist5k", "object")
 STORES = {"memory": "in memory", "raw": "raw in a file", "encoded": "as JPEG in a file"}
 TORCHVISION = {
     "cifar10": "CIFAR10",
@@ -78,6 +78,8 @@ TORCHVISION = {
     "fashion_mnist": "FashionMNIST",
 }
 MNIST_SPLIT_SEED = 20240831  # chooses the 1,000 test images: changing it changes every published number
+# what takes images of kind `object`, see ssl_emp/data/objects.py
+PYTHON_CALLS = "resume(RUN, data) or ssl_emp.evaluate(RUN, data=(train, test))"
 SHOWN_REASONS = 5  # reasons for unused files in one line
 SUBSET_STREAM = 0x5B5E7  # first key of the subset's hash, so that other uses of the seed are independent
 
@@ -325,13 +327,20 @@ def load_source(
     folder = Path(os.path.expanduser(cache_dir or ".cache/ssl_emp"))
     with pillow_limits(max_pixels):
         size = image_size or _common_size(found, positions, max_pixels)
-        keys = {
-            "raw": store_key(found.version, positions, size, max_pixels),
-            "encoded": store_key(found.version, positions, size, max_pixels, jpeg_quality),
-        }
+        num_bytes = len(positions) * 3 * size * size
+        if store == "auto" and num_bytes <= (
+            available_memory() // 2 if memory_limit is None else memory_limit
+        ):
+            store = "memory"
+        keys = {}
+        if store != "memory":
+            version = found.version_now()
+            keys = {
+                "raw": store_key(version, positions, size, max_pixels),
+                "encoded": store_key(version, positions, size, max_pixels, jpeg_quality),
+            }
         if store == "auto":
-            num_bytes = len(positions) * 3 * size * size
-            store = _choose_store(num_bytes, memory_limit, folder, keys)
+            store = _choose_file(num_bytes, folder, keys)
         request = StoreRequest(folder, keys.get(store, ""), size, found.read, positions, max_pixels, progress)
         pixels, result = _stored_pixels(store, request, jpeg_quality)
 
@@ -358,16 +367,13 @@ def load_source(
     )
 
 
-def _choose_store(num_bytes: int, memory_limit: int | None, folder: Path, keys: dict[str, str]) -> str:
-    """What `store="auto"` stands for, see `load_images`. keys: store -> key of its file in `folder`."""
-    available = available_memory()
-    if num_bytes <= (available // 2 if memory_limit is None else memory_limit):
-        return "memory"
+def _choose_file(num_bytes: int, folder: Path, keys: dict[str, str]) -> str:
+    """What `store="auto"` stands for where memory does not do. keys: store -> key of its file in `folder`."""
     if raw_path(folder, keys["raw"]).is_file():
         return "raw"
     if encoded_path(folder, keys["encoded"]).is_file():
         return "encoded"
-    return "raw" if num_bytes < available else "encoded"
+    return "raw" if num_bytes < available_memory() else "encoded"
 
 
 def _stored_pixels(
@@ -462,6 +468,9 @@ def find_split(
     labels: str = "auto",
 ) -> Source:
     """The source that `load_images` would decode: names and labels of a split. Raises UserError, NoSplit."""
+    if kind == "object":
+        what = "the images were given in Python, and are in no file that could be read"
+        raise UserError(what, f"give them again, there: ssl_emp.{PYTHON_CALLS}")
     columns = (image_column, label_column)
     known = [*TORCHVISION, "mnist5k"]
     if source in known and kind in ("auto", "torchvision" if source in TORCHVISION else "mnist5k"):

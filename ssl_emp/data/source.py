@@ -39,19 +39,25 @@ class Unused:
 class Source:
     """Images that are not decoded yet. `read(positions)` yields them; `version` changes with any image.
 
+    `version` names files of the cache. Where it costs a pass over all images, it is a function.
+
     The fields from `labels_from` on are those of `ImageSet`.
     """
 
     names: list[str]
     labels: np.ndarray | None  # (N,) int64, or (N, C) where a sample has several
     class_names: list[str] | None
-    version: str
+    version: str | Callable[[], str]
     read: Callable[[np.ndarray], Iterator[Encoded]]
     skipped: list[tuple[str, str]] = field(default_factory=list)
     labels_from: str = ""
     unused: list[tuple[str, int, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     stand_in: str = ""
+
+    def version_now(self) -> str:
+        """`version` as a text."""
+        return self.version if isinstance(self.version, str) else self.version()
 
 
 def counted(count: int, why: str) -> str:

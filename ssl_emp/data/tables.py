@@ -27,13 +27,13 @@ MAX_CLASSES = 1_000_000  # a column with more values numbers images, not classes
 READ_ROWS = 64
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """A column of labels cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
-class _FileLabels:
-    """Labels of one file: (rows,) int64, -1 where missing. With `names`, they index these."""
+class ColumnLabels:
+    """Labels of a file or an object: (rows,) int64, -1 where missing. With `names`, they index these."""
 
     labels: np.ndarray
     names: list[str] | None
@@ -193,7 +193,7 @@ class _Split:
     image: str = ""
     other_images: list[str] = field(default_factory=list)
     label: str | None = None
-    parts: list[_FileLabels] = field(default_factory=list)
+    parts: list[ColumnLabels] = field(default_factory=list)
     declared: list[str] | None = None
     unusable: str = ""
     labels: np.ndarray | None = None
@@ -250,7 +250,7 @@ class _Split:
         self.declared = self.declared or own
         try:
             self.parts.append(_read_labels(table, label, rows, path))
-        except _Unusable as exc:
+        except Unusable as exc:
             self.unusable = str(exc)
 
     def join_labels(self, other_splits: Iterable[list[str]]) -> None:
@@ -269,9 +269,9 @@ class _Split:
                 names = self.declared
                 for paths in other_splits:
                     names = names or _names_of_others(self.tables, paths, self.label)
-                joined = _joined(self.parts, names, self.label, self.tables.name)
-                self.labels, self.class_names, self.labels_from = joined
-            except _Unusable as exc:
+                found = joined(self.parts, names, f"column {self.label}", self.tables.name)
+                self.labels, self.class_names, self.labels_from = found
+            except Unusable as exc:
                 self.unusable = self.labels_from = str(exc)
 
     def source(self, unused: Unused, notes: list[str], skipped: list[tuple[str, str]]) -> Source:
@@ -454,39 +454,39 @@ def _label_column(schema: Any, wanted: str | None, path: str) -> str | None:
     return next((name for name in LABEL_COLUMNS if name in schema.names), None)
 
 
-def _read_labels(table: "pq.ParquetFile", label: str, rows: int, path: str) -> _FileLabels:
-    """Labels of one file: integers as they are; text, booleans and categories by name. Else _Unusable."""
+def _read_labels(table: "pq.ParquetFile", label: str, rows: int, path: str) -> ColumnLabels:
+    """Labels of one file: integers as they are; text, booleans and categories by name. Else Unusable."""
     import pyarrow as pa
 
     place = table.schema_arrow.get_field_index(label)
     if place < 0:
         found = "two columns" if label in table.schema_arrow.names else "no column"
-        raise _Unusable(f"{path} has {found} {label}")
+        raise Unusable(f"{path} has {found} {label}")
     kind = table.schema_arrow.field(place).type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
     is_text = pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)
     if pa.types.is_floating(value) and _all_missing(table, label):
-        return _FileLabels(np.full(rows, -1), None)
+        return ColumnLabels(np.full(rows, -1), None)
     if not (is_text or pa.types.is_integer(value) or pa.types.is_boolean(value) or pa.types.is_null(value)):
-        raise _Unusable(f"column {label} is {kind}, not whole numbers, text, truth values or categories")
+        raise Unusable(f"column {label} is {kind}, not whole numbers, text, truth values or categories")
     column = table.read([label])[label]
     if len(column) != rows:
         raise UserError(f"{path} is damaged: {len(column)} labels for {rows} rows", "fetch the file again")
     if pa.types.is_null(value):
-        return _FileLabels(np.full(rows, -1), None)
+        return ColumnLabels(np.full(rows, -1), None)
     if pa.types.is_integer(value):
         try:
             whole = column.cast(value).cast(pa.int64()).fill_null(-1).to_numpy()
         except pa.ArrowInvalid as exc:  # an unsigned integer above the largest int64
-            raise _Unusable(f"column {label} holds numbers of more than 63 bits") from exc
-        return _FileLabels(np.maximum(whole, -1), None)
+            raise Unusable(f"column {label} holds numbers of more than 63 bits") from exc
+        return ColumnLabels(np.maximum(whole, -1), None)
     coded = column.cast(pa.string()).combine_chunks().dictionary_encode()
     coded = coded.combine_chunks() if isinstance(coded, pa.ChunkedArray) else coded
     names = [normal(name or "") for name in coded.dictionary.to_pylist()]
     numbers = coded.indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False).copy()
     if "" in names:  # an empty cell is a missing label
         numbers[numbers == names.index("")] = -1
-    return _FileLabels(numbers, names)
+    return ColumnLabels(numbers, names)
 
 
 def _all_missing(table: "pq.ParquetFile", label: str) -> bool:
@@ -495,22 +495,22 @@ def _all_missing(table: "pq.ParquetFile", label: str) -> bool:
     return bool((np.isnan(values) | (values == -1)).all())
 
 
-def _joined(
-    parts: list[_FileLabels], declared: list[str] | None, label: str, name: str
+def joined(
+    parts: list[ColumnLabels], declared: list[str] | None, where: str, name: str
 ) -> tuple[np.ndarray | None, list[str] | None, str]:
-    """((N,) labels 0 .. C - 1, class names, where they are from) of all files of a split.
+    """((N,) labels 0 .. C - 1, class names, where they are from) of a split, which are in `where`.
 
     Integers without gaps stay as they are and have names only if the metadata declares some. Integers with
     gaps are renumbered and their values become the names. Texts are numbered like names of folders.
 
     Raises:
-        _Unusable: labels are missing, of mixed kinds, or of too many values.
+        Unusable: labels are missing, of mixed kinds, or of too many values.
     """
     is_named = [part.names is not None for part in parts if (part.labels >= 0).any()]
     if not is_named:
-        return None, None, f"all labels in column {label} are missing"
+        return None, None, f"all labels in {where} are missing"
     if any(is_named) and not all(is_named):
-        raise _Unusable(f"column {label} holds numbers in one file and text in another")
+        raise Unusable(f"{where} holds numbers in one file and text in another")
     class_names: list[str] | None
     if all(is_named):
         class_names = sorted_classes(text for part in parts for text in _occurring(part))
@@ -520,26 +520,26 @@ def _joined(
             np.array([*(number.get(text, -1) for text in part.names or ()), -1])[part.labels]
             for part in parts
         ]
-        numbers, how = np.concatenate(codes), f"the text in column {label}, in sorted order"
+        numbers, how = np.concatenate(codes), f"the text in {where}, in sorted order"
     else:
         class_names = declared
-        numbers, how = np.concatenate([part.labels for part in parts]), f"column {label}"
+        numbers, how = np.concatenate([part.labels for part in parts]), where
     missing = int((numbers < 0).sum())
     if missing:
-        raise _Unusable(f"{missing:,} of {len(numbers):,} labels of {name} are missing")
+        raise Unusable(f"{missing:,} of {len(numbers):,} labels of {name} are missing")
     if not all(is_named):
         values, dense = np.unique(numbers, return_inverse=True)
         if declared and values[-1] >= len(declared):
-            raise _Unusable(f"{name} has label {values[-1]}, but names for {len(declared)} classes only")
+            raise Unusable(f"{name} has label {values[-1]}, but names for {len(declared)} classes only")
         if not declared and (values[0] != 0 or values[-1] != len(values) - 1):
             numbers, class_names = dense.reshape(-1).astype(np.int64), list(map(str, values.tolist()))
     count = len(class_names) if class_names else int(numbers.max()) + 1
     if count > MAX_CLASSES:
-        raise _Unusable(f"column {label} holds {count:,} different values, which are no classes")
+        raise Unusable(f"{where} holds {count:,} different values, which are no classes")
     return numbers, class_names, how
 
 
-def _occurring(part: _FileLabels) -> Iterator[str]:
+def _occurring(part: ColumnLabels) -> Iterator[str]:
     names = part.names or []
     return (names[place] for place in np.unique(part.labels[part.labels >= 0]).tolist())
 

@@ -411,7 +411,11 @@ def count_devices(devices: int | str) -> int:
 
 
 def join_ranks(
-    devices: int | str, timeout_seconds: float, needs_gpu: bool, command: Sequence[str] = ()
+    devices: int | str,
+    timeout_seconds: float,
+    needs_gpu: bool,
+    command: Sequence[str] = (),
+    call: int = 0,
 ) -> Ranks:
     """Become one of the ranks that torchrun, srun or `launch` started; alone where none of them did.
 
@@ -420,6 +424,7 @@ def join_ranks(
         timeout_seconds: how long a rank may give no sign of life, and an exchange may take.
         needs_gpu: whether each rank takes a GPU (then tensors travel by NCCL, else by gloo).
         command: what starts the other processes: that which started this one.
+        call: how often these processes have met and left before.
 
     Raises:
         UserError: the environment is not complete, the address does not answer, or there are fewer GPUs
@@ -446,7 +451,8 @@ def join_ranks(
             here = place.local_world_size or place.world_size
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
 
-    return connect(timeout_seconds, backend="nccl" if needs_gpu else "gloo", prepare=take_device)
+    backend = "nccl" if needs_gpu else "gloo"
+    return connect(timeout_seconds, backend=backend, prepare=take_device, call=call)
 
 
 def connect(
@@ -455,12 +461,14 @@ def connect(
     backend: str = "gloo",
     prepare: "Callable[[Place], None]" = lambda place: None,
     advice: str = INTACT,
+    call: int = 0,
 ) -> Ranks:
     """Become the rank that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say. See `join_ranks`.
 
     Args:
         prepare: called once the others can hear of its UserError, and before they are connected.
         advice: of `Ranks`.
+        call: how often these processes have met and left before.
     """
     place = place_in_environment()
     if place.world_size == 1:
@@ -477,7 +485,8 @@ def connect(
     except (dist.DistError, RuntimeError, ValueError, OSError) as error:
         raise _not_connected(place, where, error) from error
     # torchrun's store survives a restart: a prefix for each attempt
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    store = dist.PrefixStore(f"{attempt}, call {call}" if call else attempt, store)
     bounded = BoundedStore(dist.PrefixStore("run", store))
     ranks = Ranks(place.rank, place.world_size, place.local_rank, bounded, timeout_seconds, advice)
     try:

@@ -39,6 +39,7 @@ from ssl_emp.text import printable
 
 Item = TypeVar("Item")
 PLAIN_EVERY_SECONDS = 60.0  # between two lines of progress within an epoch, where there is no terminal
+CHANGES_EVERY_SECONDS = 0.5  # of the line in a notebook
 
 
 class _Console(Console):
@@ -56,12 +57,21 @@ class Report:
 
     Args:
         silent: print and write nothing, as all ranks but the first.
+        verbose: print; train.log has every line anyway.
     """
 
-    def __init__(self, silent: bool = False) -> None:
+    def __init__(self, silent: bool = False, verbose: bool = True) -> None:
         self.silent = silent
-        # names are shown as they are: without rich's [markup] and :emoji:
-        self.console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=silent)
+        # names are shown as they are: without rich's [markup] and :emoji:. In a notebook, lines are text, not
+        # a piece of HTML each
+        self.console = _Console(
+            highlight=False,
+            markup=False,
+            emoji=False,
+            soft_wrap=True,
+            force_jupyter=False,
+            quiet=silent or not verbose,
+        )
         self.folder: Path | None = None
         self.held: Held | None = None
         self.writer: Any = None
@@ -182,9 +192,16 @@ class Report:
     def progress(
         self, items: Iterable[Item], total: int, label: str, start: int = 0
     ) -> Iterator[Iterator[Item]]:
-        """A progress bar on a terminal, else a plain line now and then. It never reads a tensor."""
+        """A progress bar on a terminal, one line that changes in a notebook, else a plain line now and then.
+        It never reads a tensor.
+        """
         label = printable(label)
-        if self.console.is_terminal:
+        if not self.console.quiet and (line := notebook_line()):
+            try:
+                yield self._in_line(items, total, label, start, line)
+            finally:
+                line("")
+        elif self.console.is_terminal:
             name = TextColumn("{task.description}", markup=False)
             columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             with Progress(*columns, console=self.console, transient=True, refresh_per_second=4) as bar:
@@ -199,6 +216,22 @@ class Report:
             if time.monotonic() - spoke > PLAIN_EVERY_SECONDS:
                 spoke = time.monotonic()
                 self._print(f"{label} step {done}/{total}")
+
+    def _in_line(
+        self, items: Iterable[Item], total: int, label: str, start: int, line: Callable[[str], None]
+    ) -> Iterator[Item]:
+        began = spoke = time.monotonic()
+        for done, item in enumerate(items, start + 1):
+            yield item
+            now = time.monotonic()
+            if now - spoke > CHANGES_EVERY_SECONDS:
+                spoke = now
+                left = (now - began) / (done - start) * (total - done)
+                line(f"{label} step {done}/{total}, {duration(left)} left in it")
+
+    def counted(self, label: str) -> Callable[[int, int], None] | None:
+        """`show_progress` of a run's own work; None where nothing is printed."""
+        return None if self.console.quiet else show_progress(label)
 
     def close(self) -> None:
         if self.writer is not None:
@@ -300,11 +333,37 @@ def write_samples(path: Path, names: list[str], columns: dict[str, Tensor]) -> N
         pq.write_table(table, file)
 
 
+def notebook_line() -> Callable[[str], None] | None:
+    """In a notebook, a line of output that shows the last text it was called with; None elsewhere.
+
+    rich would ask for the package ipywidgets to draw its bar there.
+    """
+    ipython = sys.modules.get("IPython")  # where it was never imported, this is no notebook
+    shell = ipython.get_ipython() if ipython is not None else None
+    if shell is None or not hasattr(shell, "kernel"):  # none, or IPython in a terminal
+        return None
+    from IPython.display import display
+
+    shown = display({"text/plain": ""}, raw=True, display_id=True)
+    return lambda text: shown.update({"text/plain": text}, raw=True)
+
+
 def show_progress(label: str) -> Callable[[int, int], None] | None:
-    """A callback (done, total) that prints to standard error, or None if that is not a terminal."""
+    """A callback (done, total) that prints to standard error or into a notebook; None where neither is."""
+    label = printable(label)
+    if line := notebook_line():
+        seen = [0.0]
+
+        def show(done: int, total: int) -> None:
+            if done >= total:
+                line("")
+            elif time.monotonic() - seen[0] > CHANGES_EVERY_SECONDS:
+                seen[0] = time.monotonic()
+                line(f"{label} {done:,} of {total:,}")
+
+        return show
     if not sys.stderr.isatty():
         return None
-    label = printable(label)
     return lambda done, total: print(
         f"\r{label} {done:,} of {total:,}", end="" if done < total else "\n", file=sys.stderr
     )

@@ -20,7 +20,6 @@ from ssl_emp.run.ranks import Ranks
 from ssl_emp.run.report import Report, duration
 from ssl_emp.run.state_check import check_state
 from ssl_emp.run.stop import Stop
-from ssl_emp.text import quoted
 
 
 class Run:
@@ -34,6 +33,7 @@ class Run:
         every_minutes, every_steps: how often a checkpoint is due; None: by the clock alone.
         view_sizes: side of the views of every epoch, pixels: a step costs as much as they have pixels.
         all_sizes: every size of the schedule, also those that no epoch has; of several, each is timed apart.
+        again: how to go on with it once it was stopped, such as a command.
     """
 
     def __init__(
@@ -53,7 +53,9 @@ class Run:
         state: dict[str, Any] | None,
         view_sizes: Sequence[int],
         all_sizes: Sequence[int],
+        again: str,
     ) -> None:
+        self.again = again
         self.folder, self.held, self.report, self.ranks = folder, held, report, ranks
         self.model, self.optimizer, self.pruner, self.source = model, optimizer, pruner, source
         self.device = pruner.record.terms.device
@@ -175,8 +177,7 @@ class Run:
             self._saved_at, self._saved_step = time.monotonic(), self.step
         if stopping:
             name = signal.Signals(stopping).name
-            again = f"python pretrain.py --resume {quoted(self.folder)}"
-            self.report.say(f"stopped by {name} after step {self.step}, saved. go on: {again}")
+            self.report.say(f"stopped by {name} after step {self.step}, saved. go on: {self.again}")
         return stopping
 
     def save(self) -> None:
