@@ -411,6 +411,10 @@ class PretrainConfig(Section):
             raise ValueError(
                 "optimizer.lr auto is for objective simclr: give the rate of a supervised run as a number"
             )
+        if self.augment.crop_padding and getattr(self.prune, "scoring_size", None):
+            raise ValueError(
+                "augment.crop_padding takes views of the images' own size, so prune.scoring_size must be null"
+            )
         if self.objective == "supervised":
             if self.loss != "nt_xent" or getattr(self.prune, "scoring_loss", None):
                 raise ValueError(
@@ -422,11 +426,6 @@ class PretrainConfig(Section):
                 raise ValueError(
                     "prune.adjust and policy foresight are about the two views of a sample, which objective "
                     "supervised does not have"
-                )
-            if self.augment.crop_padding and getattr(self.prune, "scoring_size", None):
-                raise ValueError(
-                    "augment.crop_padding takes views of the images' own size, so "
-                    "prune.scoring_size must be null"
                 )
             if self.augment.candidates > 1:
                 raise ValueError(

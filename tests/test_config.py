@@ -165,6 +165,7 @@ def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
         ("augment: {crop_scale: [0.5, 0.2]}", "crop_scale must be two rising numbers"),
         ("augment: {crop_scale: [0.5]}", "augment.crop_scale"),
         ("augment: {std: [0.2, 0, 0.2]}", "augment.std.1: should be greater than 0"),
+        ("augment: {crop_padding: 2}\nprune: {scoring_size: 8}", "prune.scoring_size must be null"),
         ("augment: {candidates: 0}", "augment.candidates: should be greater than or equal to 1"),
         ("augment: {candidates: 1000}", "allowed: 1 <= value <= 64"),
         ("augment: {choose: harder}", "augment.choose: should be 'hardest' or 'easiest'"),

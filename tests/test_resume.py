@@ -164,9 +164,9 @@ def test_a_directory_moved_while_images_are_read_is_noticed(
     out = tmp_path / "run"
     prepare = pretrain.prepare
 
-    def slow(*arguments: object) -> object:
+    def slow(*arguments: object, **named: object) -> object:
         replaced(out)
-        return prepare(*arguments)  # type: ignore[arg-type]
+        return prepare(*arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(pretrain, "prepare", slow)
     assert pretrain.main(["--config", str(tiny_config), f"out={out}"]) == 3
