@@ -154,6 +154,8 @@ class OptimizerConfig(Section):
     lr: Annotated[float, Field(gt=0, le=1e38)] | Literal["auto"] = 0.24
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0, le=1000)] = 5e-4
+    # below 1: each part of the backbone learns at so much of the rate of the part above it (BEiT)
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     # onecycle has its own warm-up, and moves the momentum too
     schedule: Literal["cosine", "onecycle"] = "cosine"
     warmup_epochs: Annotated[float, Field(ge=0, le=MOST_EPOCHS)] = 1.0  # in full epochs, may be a part of one

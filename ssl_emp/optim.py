@@ -1,7 +1,7 @@
 """Optimisers and the curves of their learning rate and momentum."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,17 +59,46 @@ class Lars(Optimizer):
             torch._foreach_add_(weights, moves, alpha=-group["lr"])
 
 
+# vectors by their meaning, though their tensors have more dimensions: position embeddings, class tokens
+NOT_DECAYED = ("pos_embed", "pos_embedding", "cls_token", "class_token", "reg_token", "dist_token")
+
+
 def build_optimizer(
-    model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float
+    model: nn.Module,
+    name: str,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    lr_scales: Mapping[str, float] | None = None,
 ) -> Optimizer:
-    """`sgd`, `lars` or `adamw`; biases and BatchNorm take no weight decay and no LARS scaling."""
-    params = [p for p in model.parameters() if p.requires_grad]
+    """`sgd`, `lars` or `adamw`.
+
+    Biases, norms, position embeddings and class tokens, and what timm's `no_weight_decay` names, take no
+    weight decay and no LARS scaling.
+
+    Args:
+        lr_scales: parameter of `model` -> factor of its learning rate (layer-wise decay), 1 for all others.
+    """
+    backbone = getattr(model, "backbone", model)
+    no_weight_decay: Any = getattr(backbone, "no_weight_decay", set)  # timm's networks have it
+    own = no_weight_decay()
+    scales: dict[float, tuple[list[Tensor], list[Tensor]]] = {1.0: ([], [])}
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.dim() > 1 and key.rpartition(".")[2] not in NOT_DECAYED
+            decays = decays and key.removeprefix("backbone.") not in own
+            scale = 1.0 if lr_scales is None else lr_scales.get(key, 1.0)
+            scales.setdefault(scale, ([], []))[0 if decays else 1].append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in params if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": part, "weight_decay": weight_decay if decays else 0.0}
+        | ({} if scale == 1.0 else {"lr_scale": scale})
+        | ({} if decays or name != "lars" else {"adapt": False})
+        for scale, parts in scales.items()
+        for part, decays in zip(parts, (True, False), strict=True)
+        if part or scale == 1.0
     ]
+    params = [parameter for group in groups for parameter in group["params"]]
     if name == "lars":
-        groups[1]["adapt"] = False
         return Lars(groups, lr=lr, momentum=momentum)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=True)
@@ -161,6 +190,7 @@ class Schedule:
             moving["momentum"] = one_cycle_momentum(step, self.planned_steps(step))
         for group in optimizer.param_groups:
             group.update(moving)
+            group["lr"] *= group.get("lr_scale", 1.0)  # layer-wise decay
 
 
 def lr_at(step: int, total_steps: int, warmup_steps: int, peak_lr: float) -> float:

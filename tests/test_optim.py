@@ -20,6 +20,7 @@ from ssl_emp.optim import (
     one_cycle_momentum,
     step_where,
 )
+from ssl_emp.parts import lr_scales
 
 
 def small_model(seed: int = 0) -> nn.Sequential:
@@ -94,6 +95,37 @@ def test_biases_and_norms_do_not_decay_and_state_survives(name: str) -> None:
         o.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert p.equal(q)
+
+
+def test_what_is_no_weight_matrix_does_not_decay_and_lower_parts_learn_slower() -> None:
+    """Against timm's own groups: layer-wise decay; no weight decay of tokens and position embeddings."""
+    timm = pytest.importorskip("timm")
+    from timm.optim import param_groups_layer_decay
+
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=3)
+    model = nn.ModuleDict({"head": nn.Linear(192, 8)})
+    model.backbone = network
+    scales = {f"backbone.{name}": scale for name, scale in lr_scales(network, 0.5).items()}
+    optimizer = build_optimizer(model, "adamw", 0.1, 0.9, 0.3, scales)
+    Schedule(0.1, 1, ((10, 10),)).set(optimizer, 0)
+    ours = {
+        id(p): (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    assert ours.keys() == {id(p) for p in model.parameters()}
+    theirs = param_groups_layer_decay(network, 0.3, network.no_weight_decay(), layer_decay=0.5)
+    # theirs counts the layers of a head that is not there: all scales are those of one more
+    highest = max(group["lr_scale"] for group in theirs)
+    for group in theirs:
+        for p in group["params"]:
+            assert ours[id(p)] == (
+                pytest.approx(0.1 * 0.5 * group["lr_scale"] / highest),
+                group["weight_decay"],
+            )
+    assert ours[id(model["head"].weight)] == (0.1, 0.3) and ours[id(model["head"].bias)] == (0.1, 0.0)
+    no_decay = {name for name, p in network.named_parameters() if ours[id(p)][1] == 0}
+    assert {"pos_embed", "cls_token", "norm.weight", "blocks.0.mlp.fc1.bias"} <= no_decay
 
 
 def test_the_gradient_norm_is_that_of_all_gradients() -> None:

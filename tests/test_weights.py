@@ -434,3 +434,24 @@ def test_evaluate_puts_the_start_beside_the_run(
     assert evaluate_main([str(first), "start", *words]) == 2
     error = capsys.readouterr().err
     assert "there is no start to judge" in error and error.count("\n") == 1
+
+
+def test_layer_decay_resumes_bit_for_bit(
+    first: Path, pretrain_run: Pretrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"model.init={first}", "epochs=2", "checkpoint.every_steps=1", "optimizer.layer_decay=0.5"]
+    run = pretrain_run("decayed", *words)
+    cut = tmp_path / "cut"
+    shutil.copytree(run, cut)
+    shutil.rmtree(cut / "encoder")
+    for path in sorted((cut / "checkpoints").glob("step_*.pt"))[1:]:
+        path.unlink()
+    assert main(["--resume", str(cut)]) == 0
+    plain = pretrain_run("undecayed", *words[:-1])
+    decayed, resumed, whole = (load_encoder(each).state_dict() for each in (run, cut, plain))
+    began = load_encoder(first).state_dict()
+    assert all(decayed[name].equal(resumed[name]) for name in decayed)
+    moved, free = (
+        (each["backbone.conv1.weight"] - began["backbone.conv1.weight"]).norm() for each in (decayed, whole)
+    )
+    assert 0 < moved < free / 4, "the stem learns at 1/32 of the rate"

@@ -39,7 +39,7 @@ from ssl_emp.errors import UserError
 from ssl_emp.loss import perfect_pair_share
 from ssl_emp.model import Encoder, SimCLR, build_encoder
 from ssl_emp.optim import Schedule, auto_lr, auto_name
-from ssl_emp.parts import Part, freeze
+from ssl_emp.parts import Part, freeze, lr_scales
 from ssl_emp.prune import Pruner
 from ssl_emp.prune.figures import LEARNED_BELOW, LEARNED_SHARE
 from ssl_emp.prune.plan import PrunePlan
@@ -83,6 +83,13 @@ class Job:
     ranks: Ranks = ALONE
     taken: Taken | None = None  # of model.init; None: none, or a checkpoint has the weights
     frozen: Sequence[Part] = ()
+
+    @property
+    def lr_scales(self) -> dict[str, float]:
+        """Parameter of `model` -> factor of the learning rate, by optimizer.layer_decay; the head has 1."""
+        decay = self.config.optimizer.layer_decay
+        scales = {} if decay == 1 else lr_scales(self.model.backbone, decay)
+        return {f"backbone.{name}": scale for name, scale in scales.items()}
 
     @property
     def num_samples(self) -> int:

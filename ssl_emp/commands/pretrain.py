@@ -446,7 +446,12 @@ def open_run(
         job.ranks,
         job.model,
         build_optimizer(
-            job.model, settings.name, job.schedule.peak_lr, settings.momentum, settings.weight_decay
+            job.model,
+            settings.name,
+            job.schedule.peak_lr,
+            settings.momentum,
+            settings.weight_decay,
+            job.lr_scales,
         ),
         job.pruner,
         max_bad_steps=config.max_bad_steps,
