@@ -734,6 +734,19 @@ def test_modules_held_out_parts_and_mixed_sources(tiny_data: Path, tmp_path: Pat
     assert unlabelled[0].n_test == 68 and (tmp_path / "pixels" / "diagnose" / "embeddings.parquet").is_file()
 
 
+def test_the_start_of_a_run_is_judged_beside_it(tmp_path: Path) -> None:
+    train, test = arrays(24), arrays(12, 1)
+    first = ssl_emp.pretrain(train, out=tmp_path / "first", **SHORT)
+    model = TINY["model"] | {"init": first.folder}
+    warm = ssl_emp.pretrain(train, out=tmp_path / "warm", **SHORT | {"model": model, "epochs": 1})
+    near: dict[str, Any] = {"knn": {"num_neighbors": 3}, "verbose": False}
+    table = ssl_emp.evaluate([nn.Flatten(), warm, "pixels"], (train, test), "knn", **near)
+    assert [row.encoder for row in table] == [str(warm.folder), f"{warm.folder}/start", "pixels", "Flatten"]
+    assert table[2].value == table[3].value, "both see the pixels"
+    alone = ssl_emp.evaluate(warm, (train, test), "knn", start=False, **near)
+    assert list(alone) == [table[0]]
+
+
 def test_what_cannot_be_judged(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     train, test = arrays(24), arrays(12, 1)
     near: dict[str, Any] = {"knn": {"num_neighbors": 3}}

@@ -46,7 +46,7 @@ from ssl_emp.safe_files import LARGE, check_regular, read_bytes
 
 Settings = Mapping[str, Any]
 SETTINGS = "the settings"  # where they come from, in messages
-FIRST_FOLDER = "runs/python"  # of runs without `out` and config file; python-2 and so on where it is taken
+FIRST_FOLDER = "runs/python"  # of runs without `out` and config file; python-2, … where it is taken
 MEETINGS = count()  # of the processes that torchrun started, in this one
 
 
@@ -300,6 +300,8 @@ def _of_model(model: Any) -> list[tuple[str, Any]]:
 
 
 def _first_free() -> str:
+    if "RANK" in os.environ:  # the processes of one run must find the same name
+        return FIRST_FOLDER
     names = (f"{FIRST_FOLDER}-{number}" if number > 1 else FIRST_FOLDER for number in count(1))
     return next(name for name in names if not os.path.lexists(name))
 
@@ -335,7 +337,7 @@ def evaluate(
             has room for the section `data`. All are in ssl_emp/commands/eval_config.py.
 
     Returns:
-        The rows, in order. What could not be judged has the value None, and why.
+        The rows, in order, those of modules last. What could not be judged has the value None, and why.
 
     Raises:
         UserError: a mistake in the arguments.
@@ -387,21 +389,17 @@ def _typed(row: Row) -> EvalRow:
 
 
 def _subjects(encoders: list[Any], config: EvalConfig, values: dict[str, Any]) -> list[Subject]:
-    """Encoders by name as the command finds them, and modules, in the order given."""
-    named = [_name_of(encoder) for encoder in encoders]
+    """Encoders by name as the command finds them, starts of runs among them, and then the modules."""
+    names = [name for encoder in encoders if (name := _name_of(encoder)) is not None]
     runs = [encoder for encoder in encoders if isinstance(encoder, RunFolder)]
     backbones = {os.fspath(run.folder): run.backbone for run in runs if run.backbone is not None}
-    names = [name for name in named if name is not None]
-    found = find_subjects(names, config, values, ALL_EVALUATORS, backbones)
-    by_name = iter(found)
-    data = found[0].data if found and "source" not in values.get("data", {}) else config.data
+    found = find_subjects(list(dict.fromkeys(names)), config, values, ALL_EVALUATORS, backbones)
     modules = [encoder for encoder in encoders if isinstance(encoder, nn.Module)]
-    if modules and not found and "source" not in values.get("data", {}):
+    has_source = "source" in values.get("data", {})
+    if modules and not found and not has_source:
         raise UserError("there are no images to judge a module on", "give data=(train, test)")
-    return [
-        _module_subject(encoder, data, config) if name is None else next(by_name)
-        for encoder, name in zip(encoders, named, strict=True)
-    ]
+    data = found[0].data if found and not has_source else config.data
+    return found + [_module_subject(module, data, config) for module in modules]
 
 
 def _name_of(encoder: Any) -> str | None:
