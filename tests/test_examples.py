@@ -15,6 +15,7 @@ import torch
 import transformers
 from conftest import striped_images, write_parquet
 from torch.utils.data import TensorDataset
+from torchvision.models import mobilenet_v2
 
 from experiments import glue
 from ssl_emp.prune import POLICIES
@@ -143,3 +144,20 @@ def test_the_page_names_every_policy() -> None:
     assert set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE)))) == set(
         POLICIES
     )
+
+
+def test_warm_start(
+    stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With weights as the package's file holds them: the same network's, in its order, under other names."""
+    torch.manual_seed(0)
+    theirs = mobilenet_v2().features.state_dict()
+    file = tmp_path / "theirs.pt"
+    torch.save({f"their.{number}": value for number, value in enumerate(theirs.values())}, file)
+    words = [str(file), "--data", str(stripes), "--images", "96", "--pixels", "32", "--epochs", "2"]
+    with pytest.raises(ValueError):  # the counters of BatchNorm have no weight's shape: their names tell them
+        shown("warm_start", [*words, "--out", str(tmp_path / "no")], monkeypatch, capsys)
+    torch.save({f"their.{name}": value for name, value in theirs.items()}, file)
+    out = shown("warm_start", [*words, "--out", str(tmp_path / "out")], monkeypatch, capsys)
+    assert "start.safetensors: 260 of 260 tensors" in out and "start     kNN (train split)" in out
+    assert str(tmp_path / "out" / "run" / "start") in out, "the start is judged beside the run"

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v2
 
+import ssl_emp
 from ssl_emp import load_encoder
 from ssl_emp.backbones import WidthResNet
 from ssl_emp.commands.evaluate import main as evaluate_main
@@ -430,6 +431,10 @@ def test_evaluate_puts_the_start_beside_the_run(
     assert "before the first step" in rows[1]["protocol"]
     began, theirs = load_encoder(run / "start").state_dict(), load_encoder(first).state_dict()
     assert all(began[name].equal(theirs[name]) for name in theirs)
+    cache = {"cache_dir": str(tmp_path / "cache"), "knn": {"num_neighbors": 1}}
+    untrained = load_encoder(first)
+    table = ssl_emp.evaluate([untrained, run, "random"], None, "knn", config=cache)
+    assert [row.encoder for row in table] == ["Encoder", str(run), str(run / "start"), "random"]
     capsys.readouterr()
     assert evaluate_main([str(first), "start", *words]) == 2
     error = capsys.readouterr().err
