@@ -92,11 +92,9 @@ def find_subjects(
 
     def start_subject(name: str) -> Subject:
         """What the run `name` began from, on the run's images."""
-        start, run, data = (
-            load_encoder(Path(name) / START, check_range=False),
-            _right(runs[name]),
-            _right(datas[name]),
-        )
+        own = copy.deepcopy(backbones.get(name))
+        start = load_encoder(Path(name) / START, check_range=False, backbone=own)
+        run, data = _right(runs[name]), _right(datas[name])
         size = config.data.image_size or run.image_size
         weights = "before the first step"
         return Subject(str(Path(name) / START), weights, data, size, fixed(start), Path(name) / "eval")
