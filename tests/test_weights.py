@@ -434,7 +434,7 @@ def test_evaluate_puts_the_start_beside_the_run(
     cache = {"cache_dir": str(tmp_path / "cache"), "knn": {"num_neighbors": 1}}
     untrained = load_encoder(first)
     table = ssl_emp.evaluate([untrained, run, "random"], None, "knn", config=cache)
-    assert [row.encoder for row in table] == ["Encoder", str(run), str(run / "start"), "random"]
+    assert [row.encoder for row in table] == [str(run), str(run / "start"), "random", "Encoder"]
     capsys.readouterr()
     assert evaluate_main([str(first), "start", *words]) == 2
     error = capsys.readouterr().err
