@@ -133,6 +133,8 @@ class ModelConfig(Section):
     init_share: Annotated[float, Field(gt=0, le=1)] = 0.9
     # first parts that are not trained: 1 the stem or patch embedding, then stages or blocks
     freeze: Annotated[int, Field(ge=0, le=1000)] = 0
+    # decay of a running average of the weights, such as 0.999: what is then exported and measured
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     @field_validator("args")
     @classmethod

@@ -771,6 +771,7 @@ class HostReads(TorchDispatchMode):
         ("lars", []),
         ("adamw", []),
         ("sgd", ["augment.candidates=3", "augment.size=[[8, 0.5], [16, 1]]"]),
+        ("sgd", ["loss=dcl", "prune.scoring_loss=nt_xent", "model.ema=0.9"]),
     ],
 )
 def test_an_epoch_reads_nothing_from_the_device(
@@ -901,6 +902,9 @@ def test_no_host_sync_inside_an_epoch(
                     f"out={tmp_path / 'run'}",
                     "device=cuda",
                     "prune.scoring=pruned",
+                    "loss=dcl",
+                    "prune.scoring_loss=nt_xent",
+                    "model.ema=0.9",
                 ]
             )
             == 0

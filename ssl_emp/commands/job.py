@@ -446,6 +446,8 @@ def job_lines(job: Job) -> Iterator[str]:
     yield f"encoder   {described(spec)}, {job.encoder.feature_dim} features"
     yield from weights_lines(job)
     yield f"optimizer {config.optimizer.name}, learning rate {config.optimizer.lr:g} at its peak"
+    if config.model.ema is not None:
+        yield f"average   of the weights, decay {config.model.ema:g}: what is exported and measured"
     plan, pruned = pruner.plan, job.total_steps < job.full_steps
     kept = "every epoch keeps every sample"
     if plan.shorter and plan.prune_fraction:

@@ -166,6 +166,8 @@ def pretrain(job: Job, run: Run, stop: Stop) -> int:
                 seen = pruner.gather(index, scored, memory, draw)  # of all ranks
                 job.schedule.set(run.optimizer, run.step)
                 finite = guard.step(seen.terms, run.step_in_epoch, batches)  # 0-d bool: no host sync
+                if run.average is not None:
+                    run.average.update(run.step, where=finite)
                 pruner.observe(seen, where=finite)
                 if signal := run.save_if_due(stop, batches, epoch):
                     return 128 + signal
@@ -173,7 +175,8 @@ def pretrain(job: Job, run: Run, stop: Stop) -> int:
 
         # ---- look
         with run.clock("monitoring"):
-            knn = monitor.knn(epoch)
+            with run.averaged():
+                knn = monitor.knn(epoch)
             reliability = monitor.reliability(epoch, partial(score, recipe=recipe))
         labels, is_noisy = (job.labels.values, job.labels.is_noisy) if job.labels else (None, None)
         row = run.figures(batches) | pruner.figures(labels, is_noisy) | reliability | guard.figures() | knn
@@ -252,8 +255,9 @@ def export(job: Job, run: Run) -> None:
     order = ("loss", "distance", "entropy", "score", "times_trained", "scored_epoch")
     columns = {name: table[name] for name in order if name in table}
     write_samples(out / "pruning" / "samples.parquet", job.images.names, columns)
-    save_encoder(job.encoder, inner_folder(out, "encoder"))
-    accuracy = None if job.test is None else classify(job, job.test)
+    with run.averaged():
+        save_encoder(job.encoder, inner_folder(out, "encoder"))
+        accuracy = None if job.test is None else classify(job, job.test)
     if job.test is not None and accuracy is not None:
         result = {
             "test_accuracy": round(100 * accuracy, 2),
@@ -462,6 +466,7 @@ def open_run(
         view_sizes=job.view_sizes,
         all_sizes=job.sizes.all,
         again=given.again(out),
+        ema=config.model.ema,
     )
     run.was_finished = (
         state is not None and is_finished(state, config) and state["fingerprint"] == fingerprint

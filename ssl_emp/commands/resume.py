@@ -300,9 +300,10 @@ def broken_files(
 
 
 def _backbone(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights that a finished run exports."""
     return {
         name.removeprefix("backbone."): value
-        for name, value in state["model"].items()
+        for name, value in (state["model"] | state.get("average", {})).items()
         if name.startswith("backbone.")
     }
 
