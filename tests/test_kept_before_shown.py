@@ -286,6 +286,7 @@ def test_a_suite_keeps_its_cells(
 UNMOVED = {
     "device": "rounding",
     "batch_size": "rounding",
+    "start": "which encoders are judged",
     "cache_dir": "where features are kept",
     "timeout_seconds": "how long to wait for another process",
     "seed": "a column",
