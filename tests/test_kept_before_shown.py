@@ -296,6 +296,7 @@ UNMOVED = {
     "model.stem": "in the weights of `random`",
     "model.projection_hidden": "no part of the encoder",
     "model.projection_dim": "no part of the encoder",
+    "model.ema": "of training",
     "model.init": "of training",
     "model.init_share": "of training",
     "model.freeze": "of training",
