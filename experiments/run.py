@@ -280,7 +280,7 @@ def read_run(out: Path, evaluators: list[str], logged: list[str]) -> dict[str, A
     for name in evaluators:
         # of the run itself, not of what it began from; the newest: there may be files of earlier protocols
         rows = json.loads((out / "eval" / f"{name}.json").read_text())
-        found = [line for line in rows if Path(line["encoder"]).name != "start"][-1]
+        found = [line for line in rows if Path(line.get("encoder", "")).name != "start"][-1]
         row[name] = found["value"]
         row.setdefault("protocols", {})[name] = found["protocol"]
     # below 1 in a full epoch with a remainder; the first epoch is never pruned
