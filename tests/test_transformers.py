@@ -476,6 +476,8 @@ def _one_process(out: Path) -> None:
     table = {name: values.tolist() for name, values in trainer.pruner.table().items()}
     found = {"trained": trainer.trained, "table": table}
     (out / f"{trainer.args.process_index}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()  # gloo aborts a process whose peer is gone before it has taken its leave
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
