@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from linear_eval.errors import first_line
 from linear_eval.linear import LinearHead
 from ssl_emp._version import __version__
-from ssl_emp.backbones import check_args, is_own, rebuild
+from ssl_emp.backbones import is_own, rebuild
 from ssl_emp.commands.subjects import Normalized, Pixels
-from ssl_emp.config import Section
+from ssl_emp.config import NetworkArgs, Section
 from ssl_emp.data.decode import MAX_PIXELS
 from ssl_emp.errors import UserError
 from ssl_emp.model import Encoder, OneImage, check_images, preprocess
@@ -46,7 +46,7 @@ class ClassifierConfig(Section):
     architecture: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_.]*$")]
     width: Annotated[int, Field(ge=8, le=512, multiple_of=8)] | None  # of a WidthResNet
     stem: Literal["cifar", "imagenet"] | None
-    args: dict[str, Any] = {}  # of timm's and torchvision's: what their constructor got
+    args: NetworkArgs = {}  # of timm's and torchvision's: what their constructor got
     mean: Three | None  # of pixels in [0, 1]; the encoder normalises by them
     std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] | None
     image_size: Annotated[int, Field(ge=1, le=4096)]
@@ -54,12 +54,6 @@ class ClassifierConfig(Section):
     class_names: Annotated[list[str], Field(min_length=2, max_length=1_000_000)]
     judged: dict[str, str | int | float | None]  # the row that was written with it
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # of model.safetensors
-
-    @field_validator("args")
-    @classmethod
-    def _plain(cls, args: dict[str, Any]) -> dict[str, Any]:
-        check_args(args)
-        return args
 
 
 class Classifier(nn.Module):

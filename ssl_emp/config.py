@@ -56,6 +56,14 @@ Every = Annotated[int, Field(ge=0, le=MOST_EPOCHS)]  # epochs from one time to t
 Patience = Annotated[float, Field(ge=1, le=604_800)]  # seconds, up to a week
 
 
+def _checked_args(args: dict[str, Any]) -> dict[str, Any]:
+    check_args(args)
+    return args
+
+
+NetworkArgs = Annotated[dict[str, Any], AfterValidator(_checked_args)]  # of timm's and torchvision's networks
+
+
 class Section(BaseModel):
     """Unknown keys, wrong types, nan and inf are errors; `fraction: "0.5"` is a string, not a number."""
 
@@ -120,7 +128,7 @@ class ModelConfig(Section):
     # resnet18, resnet34, resnet50, timm:NAME, torchvision:NAME (docs/backbones.md); from Python a module
     arch: Annotated[str, AfterValidator(check_name)] = "resnet18"
     # of timm:NAME and torchvision:NAME: what their constructor gets, such as {drop_path_rate: 0.1}
-    args: dict[str, Any] = {}
+    args: NetworkArgs = {}
     # of the three: channels of the first stage; 64 is the published network
     width: Annotated[int, Field(ge=8, le=512, multiple_of=8)] = 64
     # of the three; auto: cifar (3x3, stride 1) up to 64 px
@@ -135,12 +143,6 @@ class ModelConfig(Section):
     freeze: Annotated[int, Field(ge=0, le=1000)] = 0
     # decay of a running average of the weights, such as 0.999: what is then exported and measured
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-
-    @field_validator("args")
-    @classmethod
-    def _plain(cls, args: dict[str, Any]) -> dict[str, Any]:
-        check_args(args)
-        return args
 
     @model_validator(mode="after")
     def _of_this_network(self) -> "ModelConfig":

@@ -13,14 +13,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from linear_eval.errors import first_line
-from ssl_emp.backbones import build, check_args, feature_dim, is_own, rebuild, resolve_stem
-from ssl_emp.config import Section
+from ssl_emp.backbones import build, feature_dim, is_own, rebuild, resolve_stem
+from ssl_emp.config import NetworkArgs, Section
 from ssl_emp.data.decode import MAX_PIXELS, decode_any, pillow_limits, reason
 from ssl_emp.errors import UserError
 from ssl_emp.safe_files import check_regular, read_json, write_atomically
@@ -39,16 +39,10 @@ class _Spec(Section):
     arch: Annotated[str, Field(max_length=250)]
     width: Annotated[int, Field(ge=1, le=512)] | None = None
     stem: Literal["auto", "cifar", "imagenet"] | None = None
-    args: dict[str, Any] = {}
+    args: NetworkArgs = {}
     image_size: Annotated[int, Field(ge=1, le=4096)]
     mean: Annotated[list[Annotated[float, Field(ge=-1000, le=1000)]], Field(min_length=3, max_length=3)]
     std: Annotated[list[Annotated[float, Field(gt=0, le=1000)]], Field(min_length=3, max_length=3)]
-
-    @field_validator("args")
-    @classmethod
-    def _plain(cls, args: dict[str, Any]) -> dict[str, Any]:
-        check_args(args)
-        return args
 
     @model_validator(mode="after")
     def _whole(self) -> "_Spec":

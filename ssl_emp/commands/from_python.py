@@ -6,7 +6,6 @@ function returns or raises, no stream is touched, and nothing ends the process.
 """
 
 import copy
-import json
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,7 +41,8 @@ from ssl_emp.errors import UserError
 from ssl_emp.model import Encoder, load_encoder
 from ssl_emp.run.interrupts import Interrupts, Stopped
 from ssl_emp.run.ranks import ALONE, LostRank, Ranks, count_devices, join_ranks, leave_ranks
-from ssl_emp.safe_files import LARGE, check_regular, read_bytes
+from ssl_emp.run.report import read_metrics
+from ssl_emp.safe_files import check_regular
 
 Settings = Mapping[str, Any]
 SETTINGS = "the settings"  # where they come from, in messages
@@ -88,12 +88,7 @@ class RunFolder:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """A row an epoch: loss (nats), kept_share, knn_train_split (both of 1), training_seconds, … ."""
-        path, rows = self.folder / "metrics.jsonl", []
-        if path.is_file():
-            for line in read_bytes(path, LARGE).decode("utf-8", "replace").splitlines():
-                with suppress(ValueError, RecursionError):  # a line that a crash cut off
-                    rows.append(json.loads(line))
-        return [row for row in rows if isinstance(row, dict)]
+        return read_metrics(self.folder)
 
     @property
     def samples(self) -> dict[str, np.ndarray]:

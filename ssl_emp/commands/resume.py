@@ -4,6 +4,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ from ssl_emp.model import LARGEST_WEIGHTS, Encoder, build_encoder, load_encoder,
 from ssl_emp.prune import POLICIES
 from ssl_emp.run.checkpoint import load_checkpoint
 from ssl_emp.run.lock import Held
-from ssl_emp.run.report import Report, write_environment
+from ssl_emp.run.report import Report, read_metrics, write_environment
 from ssl_emp.run.state_check import check_plain
-from ssl_emp.safe_files import LARGE, check_regular, read_bytes, read_json, write_atomically
+from ssl_emp.safe_files import check_regular, read_json, write_atomically
 from ssl_emp.text import quoted
 
 # where the images and the chosen samples are: free, as what they are is compared, and kept in RUN/config.yaml
@@ -361,14 +362,8 @@ def _result_problem(path: Path, state: dict[str, Any]) -> str | None:
 def lost_epochs(out: Path, epochs: int) -> list[int]:
     """Epochs, from 1 on, without a row in metrics.jsonl: no checkpoint can restore them."""
     found = set()
-    try:
-        for line in read_bytes(out / "metrics.jsonl", LARGE).decode("utf-8", "replace").splitlines():
-            try:
-                found.add(json.loads(line)["epoch"])
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue
-    except UserError:
-        pass
+    with suppress(UserError):
+        found = {row["epoch"] for row in read_metrics(out)}
     return [epoch for epoch in range(1, epochs + 1) if epoch not in found]
 
 

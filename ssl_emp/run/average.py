@@ -23,10 +23,9 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._names = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
-        self._weights = [
-            model.state_dict()[name] for name in self._names
-        ]  # of the network: these see its steps
+        state = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+        self._names = list(state)
+        self._weights = list(state.values())  # the network's own tensors: they see its steps
         self._average = [tensor.clone() for tensor in self._weights]
 
     @torch.no_grad()

@@ -52,6 +52,22 @@ class _Console(Console):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, one an epoch, without lines that a crash cut off; [] without a file.
+
+    Raises:
+        UserError: it is no regular file, or too large to be one of ours.
+    """
+    path, rows = folder / "metrics.jsonl", []
+    if path.exists():
+        for line in read_bytes(path, LARGE).decode("utf-8", "replace").splitlines():
+            with suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("epoch"), int):
+                    rows.append(row)
+    return rows
+
+
 class Report:
     """Console of a run, and its files once `attach` names their folder.
 
@@ -143,22 +159,13 @@ class Report:
         if self.folder is None:
             return
         path, rows = self.folder / "metrics.jsonl", [row for row in self.rows() if row["epoch"] < epoch]
-        if path.exists():
+        if path.exists():  # a line that a crash cut off goes, and its epoch runs again
             write_atomically(path, "".join(f"{as_json(row)}\n" for row in rows).encode())
         self._rewrite_events(rows, epoch)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl, up to one that a crash cut off: its epoch runs again."""
-        path, rows = None if self.folder is None else self.folder / "metrics.jsonl", []
-        if path is not None and path.exists():
-            for line in read_bytes(path, LARGE).decode("utf-8", "replace").splitlines():
-                try:
-                    row = json.loads(line)
-                    row["epoch"] < 0  # noqa: B015 - a TypeError for what is no number
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    break
-                rows.append(row)
-        return rows
+        """The rows of metrics.jsonl so far, see `read_metrics`."""
+        return [] if self.folder is None else read_metrics(self.folder)
 
     def _rewrite_events(self, rows: list[dict[str, Any]], epoch: int) -> None:
         """Make TensorBoard show the rows of metrics.jsonl, each once; a crash may have lost some."""
