@@ -31,7 +31,8 @@ from ssl_emp.augment import Recipe, ViewSizes
 from ssl_emp.backbones import check_args, check_name, check_options
 from ssl_emp.errors import UserError
 from ssl_emp.prune.policies import POLICIES, Indices, Policy, policy_named
-from ssl_emp.text import home, shorten
+from ssl_emp.shipped import find_config
+from ssl_emp.text import command_line, home, shorten
 
 # A path: `~` and `~user` are home folders, `./~` is not. It is kept as expanded: config.yaml then says where
 # the run's files were, whoever reads it, and `~/x` on resume is the /home/me/x of before.
@@ -535,15 +536,15 @@ def read_values(path: str | Path) -> dict[str, Any]:
             raise UserError(f"{path} has more than {MAX_CONFIG_BYTES:,} bytes", fix)
         text = raw.decode("utf-8-sig")
     except OSError as error:
-        fix = "give the path of a YAML file, such as configs/demo.yaml"
+        fix = f"give the path of a YAML file, or a name that `{command_line('configs')}` lists"
         raise UserError(f"cannot read {path} ({error.strerror})", fix) from error
     except UnicodeDecodeError as error:
-        fix = "give the path of a YAML file, such as configs/demo.yaml"
+        fix = f"give the path of a YAML file, or a name that `{command_line('configs')}` lists"
         raise UserError(f"{path} is not a text file", fix) from error
     loaded = parse_yaml(text, str(path))
     if not isinstance(loaded, dict | None):
         what = f"{path} holds a {type(loaded).__name__}, not keys and values"
-        raise UserError(what, "write key: value lines, as configs/demo.yaml does")
+        raise UserError(what, "write key: value lines")
     return loaded or {}
 
 
@@ -560,7 +561,7 @@ def load_config(
     """Read a YAML file, apply overrides, check everything.
 
     Args:
-        path: YAML file, or None for the defaults.
+        path: YAML file, or the name of a shipped one (`demo`); None for the defaults.
         overrides: such as `prune.fraction=0.5`. Another `prune.policy` than the file's drops those of the
             file's keys that this policy does not have.
         of_run: the file is a run's config.yaml, perhaps of ssl_emp 0.1, where every policy had every key; a
@@ -570,6 +571,7 @@ def load_config(
     Raises:
         UserError: unreadable file, broken syntax, or all unknown keys, wrong types and values at once.
     """
+    path = None if path is None else find_config(path)
     values = {} if path is None else read_values(path)
     section = values.get("prune")
     if isinstance(section, dict) and (of_run or GONE.keys() <= section.keys()):
@@ -584,7 +586,7 @@ def load_config(
     for override in overrides:
         apply_override(PretrainConfig, values, override)
     if values.get("out") is None and path is not None:
-        values["out"] = f"runs/{Path(path).stem}"
+        values["out"] = f"runs/{path.stem}"
     return check_config(values, f"{where} and {overridden_in}" if path is not None and overrides else where)
 
 

@@ -1,10 +1,15 @@
 """Text from outside (names of files and classes, settings, messages of libraries), safe to show in a line.
 
-`printable` is for terminals, logs, tables and pictures, `quoted` for paths in commands to copy.
+`printable` is for terminals, logs, tables and pictures, `quoted` for paths in commands to copy, and
+`command_line` begins such a command.
 """
 
 import os
 import shlex
+import sys
+from pathlib import Path
+
+SCRIPTS = ("pretrain", "evaluate")  # of the clone, NAME.py
 
 
 def printable(text: str) -> str:
@@ -41,6 +46,21 @@ def _in_ansi_quotes(character: str) -> str:
     if character.isprintable():
         return character
     return "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
+
+
+def command_line(name: str) -> str:
+    """How to start the command `name`, in the way in which this program was started.
+
+    `ssl-emp NAME`; after `python pretrain.py` of a clone `python NAME.py` beside it, where there is one;
+    after `python -m ssl_emp` the same.
+    """
+    started = Path(sys.argv[0] if sys.argv else "")
+    is_script = started.suffix == ".py" and started.stem in SCRIPTS
+    if is_script and name in SCRIPTS:
+        return f"python {quoted(started.with_name(f'{name}.py'))}"
+    if is_script or started.parts[-2:] == ("ssl_emp", "__main__.py"):
+        return f"python -m ssl_emp {name}"
+    return f"ssl-emp {name}"
 
 
 def home(path: str) -> str:

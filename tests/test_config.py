@@ -29,10 +29,7 @@ def write(tmp_path: Path, text: str) -> Path:
 def test_shipped_configs_are_valid_and_say_their_command(path: Path) -> None:
     config = load_config(path, [])
     assert config.out == f"runs/{path.stem}"
-    assert (
-        path.read_text().startswith("#")
-        and f"python pretrain.py --config configs/{path.name}" in path.read_text()
-    )
+    assert path.read_text().startswith("#") and f"ssl-emp pretrain --config {path.stem}" in path.read_text()
 
 
 # of experiments/run.py; glue.yaml is that of experiments/glue.py

@@ -211,4 +211,4 @@ def test_embed_is_a_command_of_its_own(tmp_path: Path, capsys: pytest.CaptureFix
     data = put_images(tmp_path / "data", 12, classes=True)
     code, rows, said = judge(capsys, "pixels", "embed", "diagnose", f"data.source={data}")
     assert code == 2 and not rows and said.count("\n") == 1
-    assert "fix: python -m ssl_emp embed ENCODER IMAGES --out FILE.parquet" in said
+    assert "fix: ssl-emp embed ENCODER IMAGES --out FILE.parquet" in said

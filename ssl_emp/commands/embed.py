@@ -1,4 +1,4 @@
-"""`python -m ssl_emp embed ENCODER IMAGES --out FILE.parquet`: a vector for every image.
+"""`ssl-emp embed ENCODER IMAGES --out FILE.parquet`: a vector for every image.
 
 What the command does is in ssl_emp/commands/embed_file.py, which needs torch; its words and how it ends are
 here.
@@ -10,9 +10,8 @@ import os
 from ssl_emp.errors import Parser, RunFailed, UserError, path_argument
 from ssl_emp.run.interrupts import Interrupts, Stopped
 from ssl_emp.run.streams import prepare_streams, put
-from ssl_emp.text import printable
+from ssl_emp.text import command_line, printable
 
-USAGE = "python -m ssl_emp embed ENCODER IMAGES --out FILE.parquet [--features ...] [key=value ...]"
 DESCRIPTION = """Write a parquet row for every image: its path and its vector, by a frozen encoder.
 
 ENCODER    a run directory, an encoder directory (model.safetensors and config.json), timm:NAME,
@@ -20,7 +19,7 @@ ENCODER    a run directory, an encoder directory (model.safetensors and config.j
 IMAGES     a folder of images (any depth), an image, parquet (a file, a glob, a folder), a name such as
            cifar10: with labels or without
 key=value  data.image_size (pixels a side; the encoder's own), data.kind, data.image_column, data.max_pixels,
-           data.download_dir as in pretrain.py; split (train or test of what has both; all), precision
+           data.download_dir as for pretraining; split (train or test of what has both; all), precision
            (float32 or bfloat16; auto: bfloat16 on GPUs that have it)
 
 Columns: path (below IMAGES, or FILE.parquet#ROW), vector; with --features=patches also patches, the last map
@@ -40,12 +39,17 @@ Several processes share the chunks, each on a GPU of its own where there are GPU
 AGAIN = "; whole chunks are kept. fix: see what it wrote, and start the same command again"
 
 
+def usage() -> str:
+    words = "ENCODER IMAGES --out FILE.parquet [--features ...] [key=value ...]"
+    return f"{command_line('embed')} {words}"
+
+
 def parser() -> Parser:
     made = Parser(
-        prog="python -m ssl_emp embed",
+        prog=command_line("embed"),
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=USAGE,
+        usage=usage(),
     )
     made.add_argument("words", nargs="*", metavar="ENCODER IMAGES | key=value")
     made.add_argument("--out", type=path_argument, metavar="FILE", help="the parquet file")
@@ -67,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         given = [word for word in arguments.words if "=" in word and not os.path.exists(word)]
         names = [word for word in arguments.words if word not in given]
         if len(names) != 2:
-            raise UserError(f"embed takes one ENCODER and one IMAGES, {len(names)} words are named", USAGE)
+            raise UserError(f"embed takes one ENCODER and one IMAGES, {len(names)} words are named", usage())
         if not arguments.out:
             raise UserError("embed has no file to write", "give --out FILE.parquet")
     except UserError as error:

@@ -88,7 +88,7 @@ class DiagnoseConfig(Section):
 
 
 class TransferConfig(Section):
-    suite: Place = "configs/suites/small.yaml"
+    suite: Place = "small"  # a file, or the name of a shipped one
     root: Place = "data"  # where torchvision keeps its data sets
     download: bool = False
     num_draws: Annotated[int, Field(ge=100, le=100_000)] = NUM_RESAMPLES  # of the bootstrap

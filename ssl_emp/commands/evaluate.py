@@ -1,39 +1,7 @@
 """Judge encoders: encoder -> features -> knn | linear | fewshot | finetune | diagnose | transfer -> one
-table, and the rows as JSON.
-
-    python evaluate.py ENCODER [ENCODER ...] EVALUATOR [EVALUATOR ...] [key=value ...] [--out DIR]
-
-ENCODER    a run directory, an encoder directory (model.safetensors and config.json), `random` (the same
-           network, untrained), `pixels` (no network at all), `timm:NAME`, `torchvision:NAME`. What a run of
-           model.init began from, `start`, is judged beside it (start=false: not)
-EVALUATOR  `knn` (every k of knn.num_neighbors from one search), `linear` (linear.protocol: lbfgs, cached or
-           augmented), `fewshot` (few labels, several draws; fewshot.finetune trains the network too),
-           `finetune` (the whole network), `transfer` (transfer.suite, a YAML file of target data sets).
-           Without labels and without a test split: `diagnose` (collapse, effective rank, neighbours, a map,
-           embeddings.parquet). Vectors of any images: python -m ssl_emp embed
-key=value  data.* and model.* as in pretrain.py; the sections knn, linear, fewshot, finetune, diagnose,
-           transfer; seed, device, batch_size, cache_dir (all of them in ssl_emp/commands/eval_config.py)
-
-A run is judged on the data in its own config.yaml, all others on that of the first run named, without one on
-mnist5k; data.source replaces the whole of it. data.max_images limits the train split only; data.holdout=0.2
-makes a test split where labels come without one. Features are computed once for an encoder and a data set and
-kept in cache_dir. Rows go to RUN/eval/EVALUATOR.json, or to DIR, as soon as an evaluator is done, and are
-printed at the end. What cannot be judged is a row with the reason, and the rest goes on. Exit codes: 0 all
-was judged, 2 something was not that the user can see to (all other rows are kept), 3 another process was
-lost, 1 an error of the program, 128+n stopped by signal n (what was judged is kept).
-
-    python evaluate.py predict RUN/eval/classifier-finetune IMAGES [--out FILE]
-
-says which class each image is, by a classifier that finetune.save=true or linear.save=true kept (python
-evaluate.py predict --help).
-
-    torchrun --nproc-per-node 8 evaluate.py ...
-
-Several processes share the forward passes that make the features, each on a GPU of its own where there are
-GPUs; the first one fits on them and writes. The numbers are those of one process.
+table, and the rows as JSON. What may be typed is in ssl_emp/commands/arguments.py.
 """
 
-import argparse
 import math
 import os
 import re
@@ -49,6 +17,7 @@ import torch
 
 from linear_eval import EvalError
 from linear_eval.finetune import state_hash
+from ssl_emp.commands.arguments import evaluate_parser, evaluate_usage
 from ssl_emp.commands.eval_config import EvalConfig, check, parse_overrides
 from ssl_emp.commands.eval_images import NONE_GIVEN, GivenImages, Splits, images_hash, load_splits
 from ssl_emp.commands.evaluators import (
@@ -68,7 +37,7 @@ from ssl_emp.commands.subjects import Subject, find_subjects, is_run
 from ssl_emp.commands.transfer import run_transfer
 from ssl_emp.config import DataConfig
 from ssl_emp.device import keep_freed_memory, pick_device
-from ssl_emp.errors import Parser, RunFailed, UserError, path_argument
+from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.run.interrupts import Interrupts, Stopped
 from ssl_emp.run.ranks import (
     ALONE,
@@ -82,12 +51,8 @@ from ssl_emp.run.ranks import (
 )
 from ssl_emp.run.streams import prepare_streams
 from ssl_emp.safe_files import check_inner
-from ssl_emp.text import home
+from ssl_emp.text import command_line, home
 
-USAGE = (
-    "python evaluate.py ENCODER [ENCODER ...] knn|linear|fewshot|finetune|diagnose|transfer "
-    "[...] [key=value ...], see --help"
-)
 AGAIN = ". fix: see what it wrote, and start all of them again"
 ALL_EVALUATORS = (*EVALUATORS, "transfer")
 
@@ -195,22 +160,17 @@ def judge_all(
 
 def parse_arguments(argv: list[str] | None) -> tuple[list[str], list[str], dict[str, Any], Path | None]:
     """(encoders, evaluators, overrides as nested dicts, --out), each name once and in the order given."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=USAGE)
-    parser.add_argument("words", nargs="*", metavar="ENCODER | EVALUATOR | key=value")
-    parser.add_argument(
-        "--out", type=path_argument, metavar="DIR", help="write knn.json and linear.json here instead"
-    )
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = evaluate_parser().parse_intermixed_args(argv)
     words = list(dict.fromkeys(arguments.words))
     evaluators = [word for word in words if word in ALL_EVALUATORS]
     overrides = [word for word in words if "=" in word and not os.path.exists(word)]
     encoders = [_at_home(word) for word in words if word not in evaluators and word not in overrides]
     if "embed" in words and not os.path.exists("embed"):
-        fix = "python -m ssl_emp embed ENCODER IMAGES --out FILE.parquet"
+        fix = f"{command_line('embed')} ENCODER IMAGES --out FILE.parquet"
         raise UserError("embed is no evaluator, but a command of its own", fix)
     for wanted, kind in ((encoders, "encoder"), (evaluators, "evaluator")):
         if not wanted:
-            raise UserError(f"no {kind} named", USAGE)
+            raise UserError(f"no {kind} named", evaluate_usage())
     out = None if arguments.out is None else Path(arguments.out)
     return encoders, evaluators, parse_overrides(overrides), out
 

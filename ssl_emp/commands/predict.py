@@ -1,10 +1,9 @@
-"""`python evaluate.py predict CLASSIFIER IMAGES`: a kept classifier -> the class of every image, as CSV.
+"""`ssl-emp evaluate predict CLASSIFIER IMAGES`: a kept classifier -> the class of every image, as CSV.
 
 Images are decoded, classified and written a batch at a time: there may be any number of them, with labels or
 without.
 """
 
-import argparse
 import csv
 import io
 import os
@@ -20,30 +19,17 @@ import torch
 from pydantic import Field
 
 from ssl_emp.classifier import Classifier, load_classifier
+from ssl_emp.commands.arguments import predict_parser, predict_usage
 from ssl_emp.commands.eval_config import Count, check, parse_overrides
 from ssl_emp.config import LARGEST_BATCH, Section
 from ssl_emp.data.decode import MAX_PIXELS, pillow_limits
 from ssl_emp.data.images import Source, find_images
 from ssl_emp.data.stores import decode_into
 from ssl_emp.device import pick_device
-from ssl_emp.errors import Parser, UserError, path_argument, printable
+from ssl_emp.errors import UserError, printable
 from ssl_emp.run.report import show_progress
 from ssl_emp.run.streams import put
 from ssl_emp.safe_files import replacing
-
-USAGE = "python evaluate.py predict CLASSIFIER IMAGES [IMAGES ...] [key=value ...] [--out FILE]"
-DESCRIPTION = """Say of every image which class it is, by a classifier that finetune.save=true or
-linear.save=true kept.
-
-CLASSIFIER  its folder, such as RUN/eval/classifier-finetune
-IMAGES      an image, a folder of images, parquet, a name such as cifar10: with labels or without
-key=value   top_k (so many classes an image, the likeliest first), split (train or test of what has both;
-            all), max_pixels (of an image), batch_size, device
-
-CSV on standard output, or in FILE: name, class, probability (and class_2, probability_2, ... for top_k above
-1), problem. An image that cannot be read has a row too, without a class: `problem` says why. A name is the
-path below IMAGES, or FILE.parquet#ROW; where several IMAGES are given, it begins with the one it is from.
-"""
 
 
 class PredictConfig(Section):
@@ -59,18 +45,13 @@ Row = list[str]
 
 def predict(argv: list[str]) -> int:
     """The command. Raises UserError; gives the exit code, 2 where not one image could be read."""
-    parser = Parser(
-        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, usage=USAGE
-    )
-    parser.add_argument("words", nargs="*", metavar="CLASSIFIER IMAGES | key=value")
-    parser.add_argument(
-        "--out", type=path_argument, metavar="FILE", help="write the CSV here, not to standard output"
-    )
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = predict_parser().parse_intermixed_args(argv)
     overrides = [word for word in arguments.words if "=" in word and not os.path.exists(word)]
     paths = [word for word in arguments.words if word not in overrides]
     if len(paths) < 2:
-        raise UserError(f"predict needs a classifier and images, {len(paths)} of the two is named", USAGE)
+        raise UserError(
+            f"predict needs a classifier and images, {len(paths)} of the two is named", predict_usage()
+        )
     config = check(PredictConfig, parse_overrides(overrides, PredictConfig), "the command line")
     device = pick_device(config.device)
     # unchecked: bytes divided by 255 are in range

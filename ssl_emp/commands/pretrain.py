@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from linear_eval.errors import first_line
 from ssl_emp.augment import Recipe, cut_views, draw_features, draw_params, grid_of_views
+from ssl_emp.commands.arguments import pretrain_parser
 from ssl_emp.commands.given import FROM_A_SHELL, Given
 from ssl_emp.commands.job import Job, drawn, prepare, view_sizes
 from ssl_emp.commands.monitoring import Monitor
@@ -49,7 +50,7 @@ from ssl_emp.commands.resume import (
 from ssl_emp.config import PretrainConfig, load_config
 from ssl_emp.data.images import ImageSet
 from ssl_emp.device import pick_device
-from ssl_emp.errors import Parser, RunFailed, UserError, path_argument
+from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.keyed import seed_generators
 from ssl_emp.loss import dcl, nt_xent, nt_xent_and_dcl
 from ssl_emp.model import save_encoder
@@ -530,35 +531,17 @@ def dry_run(job: Job, report: Report) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(
-        description="Pretrain an image encoder with SimCLR and EMP data pruning.",
-        epilog="Every key is in ssl_emp/config.py; override it with key=value.",
-    )
-    parser.add_argument(
-        "--config", type=path_argument, metavar="FILE", help="YAML file, such as configs/demo.yaml"
-    )
-    parser.add_argument(
-        "--resume", type=path_argument, metavar="RUN", help="go on with the run in this directory"
-    )
-    parser.add_argument(
-        "--auto-resume",
-        action="store_true",
-        help="start, or go on where the run directory has a run: for restarts",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="show what would happen, train nothing")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="such as epochs=20 prune.fraction=0.5"
-    )
     prepare_streams("replace")  # a terminal without a beta, or none at all, is no reason to end a run
     ranks = ALONE
     try:
-        arguments = parser.parse_intermixed_args(argv)
+        arguments = pretrain_parser().parse_intermixed_args(argv)
         if arguments.resume and (arguments.config or arguments.dry_run or arguments.auto_resume):
             raise UserError(
                 "--resume takes its config from the run", "drop --config, --auto-resume and --dry-run"
             )
         if not arguments.resume and not arguments.config:
-            raise UserError("nothing to do", "give --config FILE, such as configs/demo.yaml, or --resume RUN")
+            fix = "give --config FILE, or a name such as --config demo, or --resume RUN"
+            raise UserError("nothing to do", fix)
         config, out, resumes = parse_settings(arguments)
         if arguments.dry_run:
             return dry_run(prepare(config, report := Report()), report)

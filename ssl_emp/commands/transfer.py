@@ -34,6 +34,7 @@ from ssl_emp.config import parse_yaml
 from ssl_emp.data.images import ImageSet
 from ssl_emp.errors import UserError
 from ssl_emp.safe_files import read_text, write_atomically
+from ssl_emp.shipped import find_config
 
 
 def judge_target(
@@ -90,17 +91,19 @@ def _linear(
     return probe.predicted, f"lbfgs, l2={probe.l2:.3g} of {grid} chosen on {chosen}, refit on train+val"
 
 
-def read_suite(path: Path) -> Suite:
+def read_suite(given: str) -> Suite:
+    """The suite of a YAML file, or of the name of a shipped one. Raises UserError, EvalError."""
+    path = find_config(given, suites=True)
     if not path.is_file():  # a pipe or a device would be read for ever
         what = f"transfer.suite={path} is no file"
-        raise UserError(what, "give transfer.suite=FILE.yaml, such as configs/suites/small.yaml")
+        raise UserError(what, "give transfer.suite=FILE.yaml, or a shipped one: transfer.suite=small")
     return parse_suite(parse_yaml(read_text(path), str(path)), str(path))
 
 
 def run_transfer(session: Session, subjects: list[Subject], folder: Path | None) -> None:
     """Every encoder on every target of transfer.suite; each cell is kept in `folder` at once."""
     config, ranks, ledger = session.config, session.ranks, session.ledger
-    suite = read_suite(Path(config.transfer.suite))
+    suite = read_suite(config.transfer.suite)
     by_name = {subject.name: subject for subject in subjects}
     loaded: dict[tuple[str, int | None], dict[str, ImageSet] | Exception] = {}
     judged: dict[tuple[str, str], Row] = {}  # (encoder, data set) -> hashes of its weights and images
