@@ -25,6 +25,7 @@ from ssl_emp.errors import UserError  # noqa: E402
 from ssl_emp.loss import nt_xent  # noqa: E402
 from ssl_emp.run.ranks import Ranks  # noqa: E402
 from ssl_emp.run.report import Report  # noqa: E402
+from ssl_emp.run.run import Run  # noqa: E402
 
 what, where = sys.argv.pop(1), sys.argv.pop(1)
 calls = 0
@@ -57,11 +58,16 @@ def nudged(self: Ranks, name: str, *tensors: Tensor) -> None:
     agree_on(self, name, *tensors)
 
 
+def opened_double(job: Job, *args: Any) -> Run:
+    job.model.double()  # before the optimizer, whose momentum has the type of its weights
+    return open_run(job, *args)
+
+
 def double(job: Job, report: Report) -> tuple[Any, Any]:
-    return job.model.double(), lambda *args: tuple(view.double() for view in cut_views(*args))
+    return job.model, lambda *args: tuple(view.double() for view in cut_views(*args))
 
 
-load_images, agree_on = job_module.load_images, Ranks.agree_on
+load_images, agree_on, open_run = job_module.load_images, Ranks.agree_on, pretrain.open_run
 match what:
     case "nan" | "raise":
         pretrain.nt_xent = sick  # type: ignore[assignment]
@@ -70,6 +76,6 @@ match what:
     case "scores":
         Ranks.agree_on = nudged  # type: ignore[method-assign, assignment]
     case "double":
-        pretrain.compiled = double
+        pretrain.compiled, pretrain.open_run = double, opened_double
 if __name__ == "__main__":
     sys.exit(pretrain.main())

@@ -5,6 +5,7 @@ by a server that has imported torch (`inject.py --serve`): a SIGKILL is a real o
 """
 
 import atexit
+import contextlib
 import functools
 import hashlib
 import json
@@ -144,7 +145,8 @@ class Started:
     def signal(self, number: int) -> None:
         """Send a signal; the seconds until the end count from here."""
         self.began = time.monotonic()
-        os.kill(self.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.kill(self.pid, number)
 
     def running(self) -> bool:
         try:

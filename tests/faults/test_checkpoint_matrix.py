@@ -482,7 +482,7 @@ EDITS: dict[str, tuple[Callable[[Any], None], str]] = {
     "no scores": (drop("pruner"), "pruner"),
     "no position": (drop("step_in_epoch"), "step_in_epoch"),
     "one more entry": (put(1, "more"), "more"),
-    "one more weight": (put(torch.ones(3), "model", "more"), "model.more"),
+    "one more weight": (put(torch.ones(3), "model", "more"), "model.'more'"),
     "scores too long": (put(torch.ones(2, 65), "pruner", "record", "last"), "record.last"),
     "scores of another type": (
         put(torch.ones(64), "pruner", "record", "times_trained"),

@@ -51,7 +51,7 @@ def test_A1_kill_at_random_moments(number: int, tmp_path: Path, record_property:
     kills = killed = 0
     for _ in range(rng.randint(1, 3)):
         process = rig.start(rig.go_on(out, SAVES), record=record)
-        time.sleep(rng.uniform(0, 1.5))
+        time.sleep(rng.uniform(0, 1.2))
         alive = process.running()
         process.signal(signal.SIGKILL)
         kills += alive
