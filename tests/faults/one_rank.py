@@ -76,6 +76,6 @@ match what:
     case "scores":
         Ranks.agree_on = nudged  # type: ignore[method-assign, assignment]
     case "double":
-        pretrain.compiled, pretrain.open_run = double, opened_double
+        pretrain.compiled, pretrain.open_run = double, opened_double  # type: ignore[assignment]
 if __name__ == "__main__":
     sys.exit(pretrain.main())
