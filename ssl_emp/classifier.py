@@ -29,9 +29,9 @@ from ssl_emp.data.decode import MAX_PIXELS
 from ssl_emp.errors import UserError
 from ssl_emp.model import Encoder, OneImage, check_images, preprocess
 from ssl_emp.safe_files import check_regular, inner_folder, read_json, write_atomically
+from ssl_emp.text import command_line
 
 KIND = "ssl_emp classifier"
-KEEP = "python evaluate.py RUN finetune finetune.save=true keeps one in RUN/eval/classifier-finetune"
 Three = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
@@ -152,6 +152,11 @@ def save_classifier(
         raise UserError(f"cannot write {error.filename or folder} ({error.strerror})", fix) from error
 
 
+def _how_to_keep_one() -> str:
+    command = f"{command_line('evaluate')} RUN finetune finetune.save=true"
+    return f"{command} keeps one in RUN/eval/classifier-finetune"
+
+
 def load_classifier(path: str | os.PathLike[str], *, check_range: bool = True) -> Classifier:
     """The classifier in a folder that `save_classifier` wrote, in eval mode on the CPU, without gradients.
 
@@ -165,14 +170,14 @@ def load_classifier(path: str | os.PathLike[str], *, check_range: bool = True) -
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             inner = sorted(str(found.parent) for found in folder.glob("eval/**/classifier-*/config.json"))
-            fix = f"give {' or '.join(inner[:3])}" if inner else KEEP
+            fix = f"give {' or '.join(inner[:3])}" if inner else _how_to_keep_one()
             raise UserError(f"no classifier in {folder}: {name} is missing", fix)
     values, weights = read_json(folder / "config.json"), folder / "model.safetensors"
     if isinstance(values, dict) and values.get("kind") != KIND:
         what = f"{folder} holds no classifier" + (
             ", but an encoder, which knows no classes" if "ssl_emp" in values else ""
         )
-        raise UserError(what, KEEP)
+        raise UserError(what, _how_to_keep_one())
     try:
         config = ClassifierConfig.model_validate(values)
     except ValidationError as error:

@@ -233,7 +233,7 @@ def embed(
         isinstance(images, np.ndarray) and images.ndim < 4
     ):
         kind = type(images).__name__
-        fix = "give a list: [image]; a folder is what `python -m ssl_emp embed` takes"
+        fix = "give a list: [image]; a folder is what `ssl-emp embed` takes"
         raise TypeError(f"images are one {kind}, not several images. fix: {fix}")
     if not isinstance(images, Iterable):
         fix = "give a list of paths, PIL images or (H, W, 3) uint8 pixels"

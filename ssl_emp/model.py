@@ -24,7 +24,7 @@ from ssl_emp.config import NetworkArgs, Section
 from ssl_emp.data.decode import MAX_PIXELS, decode_any, pillow_limits, reason
 from ssl_emp.errors import UserError
 from ssl_emp.safe_files import check_regular, read_json, write_atomically
-from ssl_emp.text import quoted
+from ssl_emp.text import resume_command
 
 ROUNDING = 1e-3  # allowed beyond [0, 1]: rounding errors of resizing; no mistake of scaling is that small
 FLOATS = ("F16", "BF16", "F32", "F64")  # names of types in safetensors
@@ -118,7 +118,7 @@ class Encoder(nn.Module):
         progress: Callable[[int, int | None], None] | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> Tensor:
-        """The vectors of any number of images, decoded a batch at a time: those of `python -m ssl_emp embed`.
+        """The vectors of any number of images, decoded a batch at a time: those of `ssl-emp embed`.
 
         Runs in eval mode and without gradients, and leaves the module as it was. On a GPU that has bfloat16
         the forward pass uses it.
@@ -334,9 +334,9 @@ def load_encoder(
         UserError: files missing or unreadable, or weights that do not match the network key by key.
     """
     folder = Path(os.path.expanduser(path))
-    fix = "give a run directory or an encoder directory that pretrain.py wrote"
+    fix = "give a run directory or an encoder directory that pretraining wrote"
     if (folder / "config.yaml").is_file():
-        fix = f"write it again from the run's last checkpoint: python pretrain.py --resume {quoted(folder)}"
+        fix = f"write it again from the run's last checkpoint: {resume_command(folder)}"
     folder = folder / "encoder" if (folder / "encoder").is_dir() else folder
     spec, found = _read_headers(folder, fix)
     if spec["stem"] is not None:

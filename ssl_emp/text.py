@@ -1,7 +1,7 @@
 """Text from outside (names of files and classes, settings, messages of libraries), safe to show in a line.
 
 `printable` is for terminals, logs, tables and pictures, `quoted` for paths in commands to copy, and
-`command_line` begins such a command.
+`command_line` and `resume_command` are such commands.
 """
 
 import os
@@ -61,6 +61,11 @@ def command_line(name: str) -> str:
     if is_script or started.parts[-2:] == ("ssl_emp", "__main__.py"):
         return f"python -m ssl_emp {name}"
     return f"ssl-emp {name}"
+
+
+def resume_command(run: str | os.PathLike[str]) -> str:
+    """The command that goes on with the run in this directory."""
+    return f"{command_line('pretrain')} --resume {quoted(run)}"
 
 
 def home(path: str) -> str:

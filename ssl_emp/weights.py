@@ -28,7 +28,7 @@ from linear_eval.errors import did_you_mean, first_line
 from linear_eval.files import check_uncompressed
 from ssl_emp.errors import UserError
 from ssl_emp.safe_files import check_regular, read_json
-from ssl_emp.text import quoted, shorten
+from ssl_emp.text import resume_command, shorten
 
 LEAST_SHARE = 0.9  # default of model.init_share
 LARGEST_FILE = 1 << 36  # bytes
@@ -146,7 +146,7 @@ def read(init: str | os.PathLike[str]) -> Found:
     mean = std = None
     if path.is_dir():
         if (path / "config.yaml").is_file() and not (path / "encoder").is_dir():
-            fix = f"finish it: python pretrain.py --resume {quoted(path)}"
+            fix = f"finish it: {resume_command(path)}"
             raise UserError(f"the run {path} has no encoder yet", fix)
         path = path / "encoder" if (path / "encoder").is_dir() else path
         files = [path / file for file in IN_FOLDER if (path / file).is_file()]

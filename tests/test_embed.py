@@ -1,4 +1,4 @@
-"""`python -m ssl_emp embed`: the vectors of the encoder, whatever the images, and whatever interrupts it."""
+"""`ssl-emp embed`: the vectors of the encoder, whatever the images, and whatever interrupts it."""
 
 import json
 import os
@@ -638,7 +638,7 @@ def test_the_page_is_true(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(encoder_dir, tmp_path / "runs" / "mine")
     write_parquet(tmp_path / "crops-0.parquet", striped_images(8)[0], None)
-    commands = re.findall(r"^python -m ssl_emp (embed runs/.*)$", page, re.MULTILINE)
+    commands = re.findall(r"^ssl-emp (embed runs/.*)$", page, re.MULTILINE)
     assert len(commands) == 2
     for line in commands[::-1]:
         words = shlex.split(line.replace("/path/to/images", str(images)))

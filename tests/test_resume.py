@@ -330,7 +330,7 @@ def test_whoever_loads_a_missing_encoder_is_told_how_to_get_it(
     damage(out / "encoder" / "model.safetensors")
     with pytest.raises(UserError) as caught:
         load_encoder(out)
-    assert f"fix: write it again from the run's last checkpoint: python pretrain.py --resume '{out}'" in str(
+    assert f"fix: write it again from the run's last checkpoint: ssl-emp pretrain --resume '{out}'" in str(
         caught.value
     )
 

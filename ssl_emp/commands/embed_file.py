@@ -1,4 +1,4 @@
-"""What `python -m ssl_emp embed` does: images -> chunks of rows beside the file -> the file.
+"""What `ssl-emp embed` does: images -> chunks of rows beside the file -> the file.
 
 Memory holds the pixels of two batches and the rows of one chunk; of all images only the names. Chunks are cut
 by position, so that a batch holds the same images however often the command was interrupted and whichever
@@ -167,7 +167,7 @@ def one_source(sources: Sequence[Source]) -> Source:
 def load(name: str, config: EmbedConfig, device: torch.device) -> tuple[nn.Module, int, str]:
     """(encoder on the device, S, what its weights are)."""
     if name in ("random", "pixels"):
-        what = f"{name} has learned nothing: evaluate.py judges encoders beside it"
+        what = f"{name} has learned nothing: evaluate judges encoders beside it"
         raise UserError(what, f"name an encoder, or the folder ./{name}")
     # a run's own data is not asked for
     data = {"source": "mnist5k", "image_size": config.data.image_size}

@@ -44,7 +44,7 @@ from ssl_emp.errors import UserError
 from ssl_emp.run.ranks import Ranks
 from ssl_emp.run.report import show_progress
 from ssl_emp.safe_files import check_inner
-from ssl_emp.text import quoted
+from ssl_emp.text import command_line, quoted
 
 
 @dataclass(frozen=True)
@@ -393,7 +393,8 @@ def keep_classifier(
     about |= {"top1": found.top1, "n_test": len(judged.splits.test_labels)}
     size = judged.train.pixels.shape[-1]
     save_classifier(folder, encoder, subject.name, head, class_names, size, bf16=bf16, judged=about)
-    judged.note(f"the classifier is in {folder}; use it: python evaluate.py predict {quoted(folder)} IMAGES")
+    use = f"{command_line('evaluate')} predict {quoted(folder)} IMAGES"
+    judged.note(f"the classifier is in {folder}; use it: {use}")
 
 
 # ---- without labels

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssl_emp.text import quoted
+from ssl_emp.text import resume_command
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Given:
     def again(self, out: Path) -> str:
         """How to go on with the run in `out`."""
         if not self.in_python:
-            return f"python pretrain.py --resume {quoted(out)}"
+            return resume_command(out)
         more = "" if self.images is None else ", data"
         return f"ssl_emp.resume({os.fspath(out)!r}{more}{', model=model' if self.has_network else ''})"
 

@@ -12,16 +12,16 @@ from ssl_emp.data.holdout import held_out_rows
 from ssl_emp.data.images import ImageSet, NoSplit, find_split
 from ssl_emp.data.matching import match_labels
 from ssl_emp.errors import UserError
-from ssl_emp.text import quoted
+from ssl_emp.text import command_line, quoted
 
 HOLDOUT = 0.2
 NEIGHBORS = KnnConfig().num_neighbors[0]
-# words of evaluate.py, which a run of that name would be taken for
+# words of evaluate, which a run of that name would be taken for
 WORDS = "random pixels knn linear fewshot finetune diagnose transfer predict".split()
 
 
 def next_command(out: Path, config: PretrainConfig) -> str:
-    """`python evaluate.py RUN ...`, as labels allow; without a test split a part of train is held out.
+    """`ssl-emp evaluate RUN ...`, as labels allow; without a test split a part of train is held out.
 
     Images that were given in Python have to be given again.
     """
@@ -32,7 +32,7 @@ def next_command(out: Path, config: PretrainConfig) -> str:
         words = _words(config) or words
     name = os.fspath(out)
     name = f"./{name}" if name in WORDS else name
-    return f"python evaluate.py {quoted(name)} {words}"
+    return f"{command_line('evaluate')} {quoted(name)} {words}"
 
 
 def _words(config: PretrainConfig) -> str | None:

@@ -36,7 +36,7 @@ from ssl_emp.run.lock import Held
 from ssl_emp.run.report import Report, read_metrics, write_environment
 from ssl_emp.run.state_check import check_plain
 from ssl_emp.safe_files import check_regular, read_json, write_atomically
-from ssl_emp.text import quoted
+from ssl_emp.text import resume_command
 
 # where the images and the chosen samples are: free, as what they are is compared, and kept in RUN/config.yaml
 # for the next command
@@ -50,7 +50,7 @@ FREE_ON_RESUME = (
     *"out device devices timeout_seconds max_bad_steps precision data.store keep_freed_memory".split(),
     *"monitor. checkpoint.".split(),
 )
-NO_RUN = "give the directory that pretrain.py wrote"
+NO_RUN = "give the directory that pretraining wrote"
 
 
 # ---- settings ----------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def load_state(
             f"the run in {out} is of another config: earlier_plans was {before.earlier_plans} and is "
             f"now {config.earlier_plans}"
         )
-        raise UserError(what, f"leave it to python pretrain.py --resume {quoted(out)} epochs=N")
+        raise UserError(what, f"leave it to {resume_command(out)} epochs=N")
     if config.epochs > before.epochs and may_extend:
         if POLICIES[before.prune.policy].is_shorter:
             what = (
@@ -175,7 +175,7 @@ def load_state(
         if difference := first_difference(config.model_dump(), settings):
             fix = "resume without that change, or start a new run with another out=DIR"
             if difference.startswith("epochs ") and config.epochs > before.epochs:
-                fix = f"to train it longer: python pretrain.py --resume {quoted(out)} epochs={config.epochs}"
+                fix = f"to train it longer: {resume_command(out)} epochs={config.epochs}"
             elif difference.startswith("epochs ") and may_extend:
                 fix = f"give {before.epochs} or more, or start a new run with another out=DIR"
             raise UserError(f"the {source} in {out} is of another config: {difference}", fix)
@@ -215,7 +215,7 @@ def missing_source(config: PretrainConfig, out: Path, problem: UserError) -> Use
     if source in (*TORCHVISION, "mnist5k") or os.path.lexists(os.path.expanduser(source)) or "*" in source:
         return problem
     what = f"the images of the run in {out} are not in data.source={source}"
-    fix = f"name the place that they have moved to: python pretrain.py --resume {quoted(out)} data.source=NEW"
+    fix = f"name the place that they have moved to: {resume_command(out)} data.source=NEW"
     return UserError(what, fix)
 
 

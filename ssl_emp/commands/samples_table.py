@@ -12,7 +12,7 @@ from ssl_emp.commands.subjects import Subject, is_run, read_run_data
 from ssl_emp.data.images import ImageSet
 from ssl_emp.errors import UserError
 from ssl_emp.safe_files import check_regular
-from ssl_emp.text import quoted
+from ssl_emp.text import resume_command
 
 LONGEST_NAME = 16_384  # bytes; paths have up to 4,096, and an escaped byte takes four
 
@@ -35,7 +35,7 @@ def training_columns(
         table = read_samples(path)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         what = f"{path} cannot be read ({first_line(error)})"
-        raise UserError(what, f"move it away, or: python pretrain.py --resume {quoted(run)}") from error
+        raise UserError(what, f"move it away, or: {resume_command(run)}") from error
     trained_on = read_run_data(run, {}).source
     source = subject.data.source if split == "train" else subject.data.test_source or subject.data.source
     same = source == trained_on or os.path.realpath(source) == os.path.realpath(trained_on)

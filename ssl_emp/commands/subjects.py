@@ -24,7 +24,7 @@ from ssl_emp.errors import UserError
 from ssl_emp.model import Encoder, build_encoder, load_encoder
 from ssl_emp.run.lock import START
 from ssl_emp.safe_files import read_text
-from ssl_emp.text import quoted
+from ssl_emp.text import resume_command
 
 Made = TypeVar("Made")
 
@@ -169,7 +169,7 @@ class _Host:
             return Subject(name, f"torchvision weights {weights}", data, size, fixed(network), eval_dir)
         if (Path(name) / "config.yaml").is_file():
             what = f"the run {name} has no encoder yet"
-            raise UserError(what, f"finish it: python pretrain.py --resume {quoted(name)}")
+            raise UserError(what, f"finish it: {resume_command(name)}")
         encoder = load_encoder(name, check_range=False)
         size = given_size or encoder.image_size
         return Subject(name, "as exported", data, size, fixed(encoder), eval_dir)
@@ -220,7 +220,7 @@ def read_run_data(run: Path, given: dict[str, Any]) -> DataConfig:
     values = parse_yaml(read_text(path), str(path))
     own = values.get("data") if isinstance(values, dict) else None
     if not isinstance(own, dict):
-        raise UserError(f"{path} has no data section", "give a run directory that pretrain.py wrote")
+        raise UserError(f"{path} has no data section", "give a run directory that pretraining wrote")
     overrides = given.get("data", {})
     # a run may train without labels; judging needs them
     inherited = {} if "source" in overrides else own | {"labels": "auto"}

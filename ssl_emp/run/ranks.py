@@ -34,7 +34,7 @@ from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.keyed import keyed_bits
 from ssl_emp.run.liveness import GRACE_SECONDS, BoundedStore, Liveness, Lost, ending, leave_at_once
 from ssl_emp.run.streams import put
-from ssl_emp.text import printable, shorten
+from ssl_emp.text import command_line, printable, shorten
 
 LAUNCHED = "SSL_EMP_LAUNCHED"  # process number of rank 0, in those that `launch` starts
 PRIVATE_STORE = "SSL_EMP_STORE"  # the file that serves as the store of those processes
@@ -44,7 +44,7 @@ TIMEOUT_SECONDS = 600.0  # without a sign of life from a rank
 LEAVE_SECONDS = 60.0  # for Python to end in the others, after the work
 INTACT = "; the last checkpoint is intact. fix: --resume"
 LAUNCHERS = (
-    "start by torchrun (pretrain.py: or srun, or devices=N), or unset RANK and WORLD_SIZE for one process"
+    "start by torchrun (pretraining: or srun, or devices=N), or unset RANK and WORLD_SIZE for one process"
 )
 FINGERPRINT = 108  # first key of `Ranks.agree_on`
 BYTES_AT_ONCE = 2**28  # of `Ranks.gather_rows`
@@ -591,7 +591,7 @@ def started_by_srun(devices: int) -> bool:
             return True
         if not in_step and int(tasks) > 1 and devices == 1:
             what = f"this job has {tasks} tasks, and python was started without srun: it is the only process"
-            fix = f"start `srun python pretrain.py …`, or give devices={tasks}"
+            fix = f"start `srun {command_line('pretrain')} …`, or give devices={tasks}"
             raise NoPlace(what, f"{fix}, or set --ntasks=1 for one process")
     if environ.get("WORLD_SIZE"):
         place_in_environment()  # raises, where it is not 1
