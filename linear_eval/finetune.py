@@ -29,7 +29,7 @@ from linear_eval.errors import EvalError, first_line
 from linear_eval.features import Pixels, content_hash
 from linear_eval.files import check_uncompressed
 from linear_eval.linear import VAL_FRACTION, LinearHead, check_val_fraction, number_in, split_rows
-from linear_eval.numeric import cosine_schedule
+from linear_eval.numeric import cosine_schedule, takes_weight_decay
 
 # epoch, row numbers (B,), images (B, 3, H, W) uint8 -> (B, 3, S, S) in [0, 1]
 Views = Callable[[int, Tensor, Tensor], Tensor]
@@ -37,7 +37,7 @@ Progress = Callable[[int, int], None]  # steps done, steps in all
 Warn = Callable[[str], Any]
 
 # of checkpoints; raised also when the training changes, so that an unfinished one begins anew
-FORMAT = 2
+FORMAT = 3
 MOMENTUM = 0.9
 LR = 0.05
 RATED_BATCH = 256  # learning rates are given for this many images a step
@@ -100,11 +100,13 @@ class Recipe:
         epochs: passes over the train images.
         lr: peak learning rate for 256 images a step, scaled with the real batch; several: chosen on a
             held-out part of train, then the whole train split is trained on. Equal ones: the lowest.
-        weight_decay: of weights; biases and BatchNorm have none.
+        weight_decay: of weights; biases, norms, position embeddings and class tokens have none.
         batch_size: most images a step; an epoch's batches differ in size by one image at most. It takes
             part in the scaling of lr.
-        layer_decay: a stage `layerK` of a ResNet learns at this multiple of the rate of the stage above
-            it, the stem below the first, the head on top at the full rate. 1: all alike.
+        layer_decay: each of `parts` learns at this multiple of the rate of the part above it, the head on
+            top at the full rate (BEiT, arXiv 2106.08254). 1: all alike.
+        parts: names of the encoder's parameters, one tuple a part (stem, stages or blocks), input first;
+            each name once. For `layer_decay` alone.
         label_smoothing: share of the target that is spread over all classes.
         warmup_epochs: of linear rise to the peak; the rest falls as half a cosine to zero.
         bf16: encoder in bfloat16 autocast, also when tested; head and loss stay in float32.
@@ -121,6 +123,7 @@ class Recipe:
     weight_decay: float = 0.0
     batch_size: int = 256
     layer_decay: float = 1.0
+    parts: Sequence[Sequence[str]] = ()
     label_smoothing: float = 0.0
     warmup_epochs: float = 0.0
     bf16: bool = False
@@ -377,42 +380,47 @@ def keyed_seed(*key: int) -> int:
 
 
 def parameter_groups(
-    model: Classifier, lrs: Sequence[float], weight_decay: float, layer_decay: float
+    model: Classifier,
+    lrs: Sequence[float],
+    weight_decay: float,
+    layer_decay: float,
+    parts: Sequence[Sequence[str]] = (),
 ) -> list[dict[str, Any]]:
-    """SGD's groups, one for each pair of `peak_lr` and `weight_decay`; biases and BatchNorm have no decay.
+    """SGD's groups, one for each pair of `peak_lr` and `weight_decay`. Biases, norms, position embeddings and
+    class tokens have no decay.
 
     Args:
         lrs: peak learning rate of each head; the encoder, where it is trained, takes the only one.
-        layer_decay: see `finetune`.
+        layer_decay, parts: see `Recipe`.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
 
-    def add(parameter: nn.Parameter, lr: float) -> None:
-        groups.setdefault((lr, weight_decay if parameter.dim() > 1 else 0.0), []).append(parameter)
+    def add(name: str, parameter: nn.Parameter, lr: float) -> None:
+        decay = weight_decay if takes_weight_decay(name, parameter) else 0.0
+        groups.setdefault((lr, decay), []).append(parameter)
 
     for head, lr in zip(model.heads, lrs, strict=True):
-        for parameter in head.parameters():
-            add(parameter, lr)
+        for name, parameter in head.named_parameters():
+            add(name, parameter, lr)
     if not model.frozen:
         assert len(lrs) == 1, "heads with different rates cannot share an encoder that learns"
-        heights = _heights(model.encoder) if layer_decay < 1 else {}
+        heights = _heights(model.encoder, parts) if layer_decay < 1 else {}
         for name, parameter in model.encoder.named_parameters():
-            add(parameter, lrs[0] * layer_decay ** heights.get(name, 0))
+            add(name, parameter, lrs[0] * layer_decay ** heights.get(name, 0))
     return [
         {"params": params, "peak_lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()
     ]
 
 
-def _heights(encoder: nn.Module) -> dict[str, int]:
-    """Stages from each parameter up to the head: 1 in a ResNet's `layer4`, 4 in `layer1`, 5 in the stem."""
-    depths, stage = {}, 0
-    for name, _ in encoder.named_parameters():  # registered from the stem to the head
-        numbers = (part[5:] for part in name.split(".") if part[:5] == "layer" and part[5:].isdigit())
-        stage = depths[name] = int(next(numbers, stage))
-    if stage == 0:
-        fix = "use a ResNet, or layer_decay=1"
-        raise EvalError("layer_decay needs a network with stages layer1, layer2, ...", fix)
-    return {name: stage + 1 - depth for name, depth in depths.items()}
+def _heights(encoder: nn.Module, parts: Sequence[Sequence[str]]) -> dict[str, int]:
+    """Parts from each parameter up to the head: 1 in the last one. EvalError unless these are all of them."""
+    heights = {name: len(parts) - number for number, part in enumerate(parts) for name in part}
+    known = {name for name, _ in encoder.named_parameters()}
+    if wrong := sorted(heights.keys() ^ known):
+        what = "do not name the encoder's" if wrong[0] in known else "name what the encoder has not:"
+        fix = "name every parameter in parts, input first, or set layer_decay=1"
+        raise EvalError(f"layer_decay counts parts, and these {what} {wrong[0]}", fix)
+    return heights
 
 
 def _check(splits: LabelledSplits) -> tuple[Tensor, Tensor, Tensor]:
@@ -444,7 +452,8 @@ def _num_batches(num_images: int, batch_size: int) -> int:
 def _optimizer(model: Classifier, lrs: list[float], num_rows: int, recipe: Recipe) -> torch.optim.SGD:
     # the real batch size: few labels make small batches
     scale = num_rows / _num_batches(num_rows, recipe.batch_size) / RATED_BATCH
-    groups = parameter_groups(model, [lr * scale for lr in lrs], recipe.weight_decay, recipe.layer_decay)
+    rates = [lr * scale for lr in lrs]
+    groups = parameter_groups(model, rates, recipe.weight_decay, recipe.layer_decay, recipe.parts)
     return torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, nesterov=True)
 
 

@@ -5,6 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+# vectors by their meaning, though their tensors have more dimensions: position embeddings, class tokens
+NOT_DECAYED = ("pos_embed", "pos_embedding", "cls_token", "class_token", "reg_token", "dist_token")
 
 
 @contextmanager
@@ -26,3 +30,8 @@ def cosine_schedule(step: int, num_steps: int, warmup_steps: float = 0) -> float
     if step < warmup_steps:
         return min(1.0, (step + 1) / warmup_steps)
     return (1 + math.cos(math.pi * (step - warmup_steps) / (num_steps - warmup_steps))) / 2
+
+
+def takes_weight_decay(name: str, parameter: Tensor) -> bool:
+    """Whether the parameter of this name is a weight: not a bias, a norm, a position embedding, a token."""
+    return parameter.dim() > 1 and name.rpartition(".")[2] not in NOT_DECAYED

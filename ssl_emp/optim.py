@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from linear_eval.numeric import takes_weight_decay
+
 
 class Lars(Optimizer):
     """LARS with momentum (arXiv 1708.03888): each tensor's step is scaled by ||w|| / ||g + wd * w||.
@@ -59,10 +61,6 @@ class Lars(Optimizer):
             torch._foreach_add_(weights, moves, alpha=-group["lr"])
 
 
-# vectors by their meaning, though their tensors have more dimensions: position embeddings, class tokens
-NOT_DECAYED = ("pos_embed", "pos_embedding", "cls_token", "class_token", "reg_token", "dist_token")
-
-
 def build_optimizer(
     model: nn.Module,
     name: str,
@@ -85,8 +83,7 @@ def build_optimizer(
     scales: dict[float, tuple[list[Tensor], list[Tensor]]] = {1.0: ([], [])}
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.dim() > 1 and key.rpartition(".")[2] not in NOT_DECAYED
-            decays = decays and key.removeprefix("backbone.") not in own
+            decays = takes_weight_decay(key, parameter) and key.removeprefix("backbone.") not in own
             scale = 1.0 if lr_scales is None else lr_scales.get(key, 1.0)
             scales.setdefault(scale, ([], []))[0 if decays else 1].append(parameter)
     groups: list[dict[str, Any]] = [

@@ -6,6 +6,7 @@
 import json
 import re
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -358,3 +359,42 @@ def test_old_folders_still_load(tmp_path: Path) -> None:
         "resnet34",
         "resnet50",
     }
+
+
+# ---- the evaluators that train, and those that look inside
+
+
+@pytest.mark.parametrize(
+    ("arch", "config"),
+    [
+        ("torchvision:mobilenet_v2", 32),
+        ("timm:test_vit", 32),
+        pytest.param("timm:convnext_atto", 32, marks=pytest.mark.whole),
+        pytest.param("timm:vit_tiny_patch16_224", 64, marks=pytest.mark.whole),
+    ],
+    indirect=["config"],
+)
+def test_finetune_fewshot_and_diagnose_take_any_family(arch: str, config: Path, tmp_path: Path) -> None:
+    """With layer decay, a kept classifier that gives the same logits, and few labels fine-tuned."""
+    size = 64 if "vit_tiny" in arch else 32
+    torch.manual_seed(0)
+    save_encoder(build_encoder(arch, None, None, size, MEAN, STD), tmp_path / "encoder")
+    words = [
+        "data.source=" + str(tmp_path / "data"), f"data.image_size={size}", "device=cpu", "cache_dir=null",
+        "finetune.epochs=1", "finetune.batch_size=12", "finetune.layer_decay=0.5", "finetune.save=true",
+        "fewshot.fractions=[]", "fewshot.per_class=2", "fewshot.num_draws=3", "fewshot.finetune=true",
+        "fewshot.epochs=1", "diagnose.max_samples=12",
+    ]  # fmt: skip
+    judge = [str(tmp_path / "encoder"), "finetune", "fewshot", "diagnose", *words]
+    assert evaluate.main([*judge, f"--out={tmp_path / 'rows'}"]) == 0
+    rows = [row for path in (tmp_path / "rows").glob("*.json") for row in json.loads(path.read_text())]
+    assert Counter(row["evaluator"] for row in rows) == {"finetune": 1, "fewshot": 2, "diagnose": 4}
+    assert all(row["value"] is not None for row in rows)
+    assert any("layer decay 0.5" in row["protocol"] for row in rows)
+    (folder,) = (tmp_path / "rows").glob("*/classifier-finetune")
+    classifier = load_classifier(folder)
+    images = torch.rand(2, 3, size, size)
+    logits = classifier(images)
+    assert logits.shape == (2, 4) and logits.isfinite().all()
+    untrained = load_encoder(tmp_path / "encoder")(images)
+    assert not classifier.encoder(images).allclose(untrained, atol=1e-6), "the whole network was trained"

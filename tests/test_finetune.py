@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,6 +64,13 @@ def tiny_encoder() -> nn.Module:
     encoder.add_module("backbone", TinyResNet())
     encoder(torch.rand(32, 3, SIZE, SIZE))  # running statistics that are not the initial ones
     return encoder.eval().requires_grad_(False)
+
+
+def stages(encoder: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Names of the parameters of a ResNet behind a prefix: its stem, then its stages."""
+    names = [name for name, _ in encoder.named_parameters()]
+    stem = tuple(name for name in names if "layer" not in name)
+    return stem, *(tuple(name for name in names if f"layer{k}." in name) for k in range(1, 5))
 
 
 class Flat(nn.Module):
@@ -133,7 +141,13 @@ def test_one_training_equals_a_plain_loop(tmp_path: Path) -> None:
     lr, decay, falloff, smoothing = 0.4, 0.01, 0.5, 0.1
     path = tmp_path / "tuned.pt"
     result = tuned(
-        epochs=2, lr=lr, weight_decay=decay, layer_decay=falloff, label_smoothing=smoothing, checkpoint=path
+        epochs=2,
+        lr=lr,
+        weight_decay=decay,
+        layer_decay=falloff,
+        parts=stages(tiny_encoder()),
+        label_smoothing=smoothing,
+        checkpoint=path,
     )
 
     head = nn.Linear(DIM, 2)
@@ -213,7 +227,8 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 def test_layer_decay_groups_are_exact() -> None:
     model = Classifier(tiny_encoder(), DIM, 2, 1, frozen=False, bf16=False)
-    groups = parameter_groups(model, [1.0], weight_decay=0.1, layer_decay=0.5)
+    parts = stages(model.encoder)
+    groups = parameter_groups(model, [1.0], weight_decay=0.1, layer_decay=0.5, parts=parts)
     found = {id(p): (group["peak_lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     heights = {"conv1": 5, "bn1": 5, "layer1": 4, "layer2": 3, "layer3": 2, "layer4": 1}
     expected = {}
@@ -223,11 +238,25 @@ def test_layer_decay_groups_are_exact() -> None:
     assert found == expected and sum(len(group["params"]) for group in groups) == len(expected)
     assert len(groups) == 12  # six depths, with and without decay
     assert len(parameter_groups(model, [1.0], weight_decay=0.1, layer_decay=1.0)) == 2
-    flat = Classifier(
-        nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE**2, DIM)), DIM, 2, 1, frozen=False, bf16=False
-    )
-    with pytest.raises(EvalError, match="layer_decay needs a network with stages"):
-        parameter_groups(flat, [1.0], weight_decay=0.1, layer_decay=0.5)
+    for wrong, said in (
+        ((), "these do not name the encoder's backbone.bn1.bias"),
+        (parts[:-1], "these do not name the encoder's backbone.layer4.0.bn1.bias"),
+        ((*parts, ("fc.weight",)), "these name what the encoder has not: fc.weight"),
+    ):
+        with pytest.raises(EvalError, match=f"layer_decay counts parts, and {said}. fix: name every"):
+            parameter_groups(model, [1.0], weight_decay=0.1, layer_decay=0.5, parts=wrong)
+    flat = Classifier(Flat(), 3, 2, 1, frozen=False, bf16=False)  # its head alone learns
+    assert len(parameter_groups(flat, [1.0], weight_decay=0.1, layer_decay=0.5)) == 2
+
+
+def test_tokens_and_positions_take_no_weight_decay() -> None:
+    network = timm.create_model("test_vit", num_classes=0)
+    model = Classifier(network, 64, 2, 1, frozen=False, bf16=False)
+    groups = parameter_groups(model, [1.0], weight_decay=0.1, layer_decay=1.0)
+    undecayed = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
+    names = {name for name, p in network.named_parameters() if id(p) in undecayed}
+    tokens = {"cls_token", "pos_embed"}  # timm's network.no_weight_decay(), of which it has these
+    assert names == {name for name, p in network.named_parameters() if p.dim() < 2} | tokens
 
 
 def test_schedule_rises_and_falls() -> None:
@@ -326,7 +355,7 @@ ANOTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "epochs": ("epochs, views", {"epochs": 5}),
     "batch_size": ("batch_size", {"batch_size": 25}),
     "weight_decay": ("weight_decay", {"weight_decay": 0.01}),
-    "layer_decay": ("layer_decay", {"layer_decay": 0.9}),
+    "layer_decay": ("layer_decay, parts", {"layer_decay": 0.9, "parts": stages(tiny_encoder())}),
     "label_smoothing": ("label_smoothing", {"label_smoothing": 0.2}),
     "warmup_epochs": ("warmup_epochs", {"warmup_epochs": 1}),
     "bf16": ("bf16", {"bf16": True}),

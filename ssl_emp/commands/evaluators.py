@@ -41,6 +41,7 @@ from ssl_emp.commands.subjects import Subject
 from ssl_emp.data.images import ImageSet
 from ssl_emp.device import describe_device
 from ssl_emp.errors import UserError
+from ssl_emp.parts import parts as parts_of
 from ssl_emp.run.ranks import Ranks
 from ssl_emp.run.report import show_progress
 from ssl_emp.safe_files import check_inner
@@ -337,7 +338,10 @@ def run_finetune(judged: Judged) -> list[Result]:
     tune = judged.config.finetune
     if tune.save:
         check_savable(judged, "finetune")
-    recipe = Recipe(judged.views(), judged.config.seed, **tune.model_dump(exclude={"save"}))
+    has_parts = tune.layer_decay < 1 and any(True for _ in judged.encoder.parameters())
+    groups = tuple(part.parameters for part in parts_of(judged.encoder)) if has_parts else ()
+    settings = tune.model_dump(exclude={"save"})
+    recipe = Recipe(judged.views(), judged.config.seed, parts=groups, **settings)
     execution = judged.execution("finetune", "fine-tuning steps")
     result = finetune(judged.encoder, judged.feature_dim, judged.splits, recipe, execution)
     chosen = f" (chosen on {100 * tune.val_fraction:g}% of train, refit)" if len(set(tune.lr)) > 1 else ""
