@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_origin
 
 import numpy as np
 import yaml
@@ -109,9 +109,8 @@ class DataConfig(Section):
     label_column: Annotated[str, Field(min_length=1)] | None = None
     # supervised: share of the train labels that are made wrong, which ones by subset_seed
     label_noise: Probability = 0.0
-    download_dir: Place = "data"  # where torchvision keeps what it downloads
-    # where the pixels are kept. auto: in memory up to half of it, else in a file; raw: uint8 in a file;
-    # encoded: JPEGs in one
+    download_dir: Place = "data"
+    # memory up to half of it; raw: uint8 in a file; encoded: JPEGs in one
     store: Literal["auto", "memory", "raw", "encoded"] = "auto"
     # images that declare more are left out undecoded. A pixel takes 4 bytes, of 16 bits more, in each thread
     # that decodes
@@ -126,19 +125,27 @@ class DataConfig(Section):
         return {name: getattr(self, name) for name in names.split()}
 
 
-class ModelConfig(Section):
+class NetworkConfig(Section):
+    """Which network."""
+
     # resnet18, resnet34, resnet50, timm:NAME, torchvision:NAME (docs/backbones.md); from Python a module
     arch: Annotated[str, AfterValidator(check_name)] = "resnet18"
     # of timm:NAME and torchvision:NAME: what their constructor gets, such as {drop_path_rate: 0.1}
     args: NetworkArgs = {}
-    # of the three ResNets: channels of the first stage; 64 is the published network
+    # of the three: channels of the first stage; 64 is the published network
     width: Annotated[int, Field(ge=8, le=512, multiple_of=8)] = 64
-    # of the three ResNets; auto: cifar (3x3, stride 1) for views of up to 64 px, else imagenet (7x7,
-    # stride 2)
+    # of the three; auto: cifar (3x3, stride 1) up to 64 px
     stem: Literal["auto", "cifar", "imagenet"] = "auto"
-    # width of the projection head's hidden layer; null: as wide as the features
-    projection_hidden: Annotated[int, Field(ge=1, le=65536)] | None = None
-    projection_dim: Annotated[int, Field(ge=1, le=65536)] = 128  # numbers that the projection head gives
+
+    @model_validator(mode="after")
+    def _of_this_network(self) -> Self:
+        check_options(self.arch, self.width, self.stem, self.args)
+        return self
+
+
+class ModelConfig(NetworkConfig):
+    projection_hidden: Annotated[int, Field(ge=1, le=65536)] | None = None  # null: as wide as the features
+    projection_dim: Annotated[int, Field(ge=1, le=65536)] = 128
     # weights to begin with: a run, an encoder directory, a .safetensors or .pth file, or timm:NAME
     init: Annotated[Place, Field(min_length=1)] | None = None
     # refuse a start that fits less than this share of the backbone's numbers (docs/starts.md)
@@ -148,11 +155,6 @@ class ModelConfig(Section):
     # decay of a running average of the weights, such as 0.999: what is then exported and measured
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
 
-    @model_validator(mode="after")
-    def _of_this_network(self) -> "ModelConfig":
-        check_options(self.arch, self.width, self.stem, self.args)
-        return self
-
 
 class OptimizerConfig(Section):
     # auto: adamw where the backbone has layer norms, as transformers do, else sgd; with lr: auto only
@@ -160,16 +162,13 @@ class OptimizerConfig(Section):
     # the peak, for the batch size given. auto: by the rule of ssl_emp/optim.py for optimizer and batch size;
     # the run's config.yaml has the number. Beyond the end float32 ends as well
     lr: Annotated[float, Field(gt=0, le=1e38)] | Literal["auto"] = 0.24
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of sgd and lars
-    # not of norms, biases, position embeddings and class tokens
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0, le=1000)] = 5e-4
     # below 1: each part of the backbone learns at so much of the rate of the part above it (BEiT)
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    # of the learning rate, over the steps of the whole plan; onecycle has its own warm-up, and moves the
-    # momentum too
+    # onecycle has its own warm-up, and moves the momentum too
     schedule: Literal["cosine", "onecycle"] = "cosine"
-    # until the peak of the learning rate, in full epochs; may be a part of one
-    warmup_epochs: Annotated[float, Field(ge=0, le=MOST_EPOCHS)] = 1.0
+    warmup_epochs: Annotated[float, Field(ge=0, le=MOST_EPOCHS)] = 1.0  # in full epochs, may be a part of one
 
 
 class AugmentConfig(Section):
@@ -179,25 +178,22 @@ class AugmentConfig(Section):
     # simclr: draw so many pairs of views for a sample, and train on the one whose loss is predicted to be the
     # highest or the lowest, without a forward pass of the others
     candidates: Annotated[int, Field(ge=1, le=64)] = 1
-    choose: Literal["hardest", "easiest"] = "hardest"  # of candidates
+    choose: Literal["hardest", "easiest"] = "hardest"
     crop_scale: Range = list(Recipe.crop_scale)  # share of the image's area
-    crop_ratio: Range = list(Recipe.crop_ratio)  # width over height of a crop
+    crop_ratio: Range = list(Recipe.crop_ratio)
     # above 0: pad by reflection and crop at random, instead of the resized crop
     crop_padding: Annotated[int, Field(ge=0, le=1024)] = Recipe.crop_padding
-    flip_prob: Probability = Recipe.flip_prob  # how often a view is mirrored, left to right
-    jitter_prob: Probability = Recipe.jitter_prob  # how often a view's colours change, by the next four
-    brightness: Strength = Recipe.brightness  # b: a factor between 1 - b and 1 + b
-    contrast: Strength = Recipe.contrast  # as brightness
-    saturation: Strength = Recipe.saturation  # as brightness
-    # largest turn of the colour circle, 0.5: half of it
+    flip_prob: Probability = Recipe.flip_prob
+    jitter_prob: Probability = Recipe.jitter_prob
+    brightness: Strength = Recipe.brightness
+    contrast: Strength = Recipe.contrast
+    saturation: Strength = Recipe.saturation
     hue: Annotated[float, Field(ge=0, le=0.5)] = Recipe.hue
-    gray_prob: Probability = Recipe.gray_prob  # how often a view is made grey
-    blur_prob: Probability = Recipe.blur_prob  # how often a view is blurred
-    blur_sigma: Range = list(Recipe.blur_sigma)  # in pixels of a Gaussian whose kernel is a tenth of the view
-    solarize_prob: Probability = Recipe.solarize_prob  # how often what is brighter than half is inverted
-    # what views are normalised by, of pixels in [0, 1]; the default is ImageNet's
+    gray_prob: Probability = Recipe.gray_prob
+    blur_prob: Probability = Recipe.blur_prob
+    blur_sigma: Range = list(Recipe.blur_sigma)
+    solarize_prob: Probability = Recipe.solarize_prob
     mean: PerChannel = list(Recipe.mean)
-    # as mean
     std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=3, max_length=3)] = list(
         Recipe.std
     )
@@ -310,21 +306,19 @@ else:
 
 
 class MonitorConfig(Section):
-    # epochs between two measurements of the encoder's kNN accuracy, where labels exist; 0: never; null: as
-    # often as this and reliability_every take at most 5 % of the time together
-    knn_every: Every | None = None
-    # images for it, taken from the train split: 4/5 bank, 1/5 queries
+    # epochs between two measurements, 0: never; null: as often as they take at most 5 % of the time together
+    knn_every: Every | None = None  # of the encoder's kNN accuracy, where labels exist
+    # taken from the train split: 4/5 bank, 1/5 queries
     knn_images: Annotated[int, Field(ge=100, le=10**9)] = 2000
-    # epochs between two measurements of the score's reliability, as knn_every
-    reliability_every: Every | None = None
+    reliability_every: Every | None = None  # of the score's reliability
     reliability_images: Annotated[int, Field(ge=2, le=10**9)] = 512  # scored twice for it, in whole batches
-    tensorboard: bool = True  # write TensorBoard events beside metrics.jsonl
+    tensorboard: bool = True
 
 
 class CheckpointConfig(Section):
-    # minutes between two checkpoints, besides one at the end and one at a stop
+    # besides one at the end and one at a stop
     every_minutes: Annotated[float, Field(gt=0, le=1_000_000)] = 10.0
-    # steps between two, besides every_minutes; null: by the clock alone
+    # and besides every_minutes; null: by the clock alone
     every_steps: Annotated[int, Field(ge=1, le=10**15)] | None = None
 
 
@@ -333,7 +327,6 @@ class PretrainConfig(Section):
 
     # run directory; null: runs/<name of the config file>
     out: Annotated[Place, Field(min_length=1)] | None = None
-    # of the first weights and of all randomness, which is keyed on (seed, epoch, sample, view)
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     devices: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = (
@@ -341,30 +334,28 @@ class PretrainConfig(Section):
     )
     # of several processes: how long one may give no sign of life before the others end
     timeout_seconds: Patience = 600.0
-    # steps with a loss or gradient that is not finite are skipped; after so many in a row the run ends
-    max_bad_steps: Annotated[int, Field(ge=0, le=10**9)] = 10
+    max_bad_steps: Annotated[int, Field(ge=0, le=10**9)] = (
+        10  # in a row: steps with a loss or gradient that is not finite are skipped, up to so many
+    )
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on GPUs that have it, else fp32
     compile: bool = False  # torch.compile the network and the augmentation
     # replay the compiled views, forward and backward as CUDA graphs: for batches that leave a GPU waiting
     cuda_graphs: bool = False
     keep_freed_memory: bool = True  # on Linux CPUs: faster steps for more memory, see benchmarks/README.md
-    epochs: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 200  # of the plan, pruned ones included
+    epochs: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 200
     # written by --resume RUN epochs=N: of each plan before this one, its epochs and the first epoch that is
     # not run under it
     earlier_plans: Annotated[
         list[Annotated[list[Annotated[int, Field(ge=0, le=MOST_EPOCHS)]], Field(min_length=2, max_length=2)]],
         Field(max_length=1000),
     ] = []
-    # samples a step, of all processes together
     batch_size: Annotated[int, Field(ge=2, le=LARGEST_BATCH)] = 512
-    # simclr: without labels. supervised: cross-entropy, and in the score the entropy in the distance's place
+    # supervised: cross-entropy, and the entropy in the distance's place
     objective: Literal["simclr", "supervised"] = "simclr"
-    # of simclr: SimCLR's, or dcl, where the positive is no part of the denominator (decoupled contrastive
-    # loss, arXiv 2110.06848)
+    # simclr; dcl: the positive is no part of the denominator (decoupled contrastive loss, arXiv 2110.06848)
     loss: Literal["nt_xent", "dcl"] = "nt_xent"
-    # of simclr's loss; it settles whether a sample can be learned, and so left out (docs/method.md)
-    temperature: Annotated[float, Field(ge=0.001, le=1000)] = 0.5
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of supervised
+    temperature: Annotated[float, Field(ge=0.001, le=1000)] = 0.5  # simclr
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # supervised
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -266,6 +266,11 @@ def test_wrong_words_are_named(run_dir: Path, tmp_path: Path, capsys: pytest.Cap
         capsys, run_dir, "knn", "knn.num_neighbours=5"
     )
     assert "unknown key 'zzz'. fix: use one of data.source" in fails(capsys, run_dir, "knn", "zzz=5")
+    for word in ("model.init=other/encoder", "model.ema=0.9", "epochs=3", "prune.fraction=0.5"):
+        said = (
+            f"{word.partition('=')[0]} is a setting of pretraining, and does nothing here. fix: leave it out"
+        )
+        assert said in fails(capsys, run_dir, "random", "knn", word)
     for override in (
         "knn.num_neighbors=0",
         "knn.temperature=0",

@@ -34,8 +34,9 @@ EVALUATOR  `knn` (every k of knn.num_neighbors from one search), `linear` (linea
            `finetune` (the whole network), `transfer` (transfer.suite, a YAML file of target data sets or the
            name of a shipped one). Without labels and without a test split: `diagnose` (collapse, effective
            rank, neighbours, a map, embeddings.parquet). Vectors of any images: {embed}
-key=value  data.* and model.* as for pretraining; the sections knn, linear, fewshot, finetune, diagnose,
-           transfer; seed, device, batch_size, cache_dir (all of them in ssl_emp/commands/eval_config.py)
+key=value  data.* as for pretraining; model.arch, args, width and stem (of `random`); the sections knn,
+           linear, fewshot, finetune, diagnose, transfer; seed, device, batch_size, cache_dir (all of them in
+           ssl_emp/commands/eval_config.py)
 
 A run is judged on the data in its own config.yaml, all others on that of the first run named, without one on
 mnist5k; data.source replaces the whole of it. data.max_images limits the train split only; data.holdout=0.2
