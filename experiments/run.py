@@ -116,8 +116,18 @@ def read_extra(words: list[str], cells: list[Cell]) -> Cell:
 
 
 def planned_work(settings: Cell, base: Cell) -> float:
-    """Relative cost of a cell, for the ETA: its samples seen, in epochs."""
-    return float(settings.get("epochs", base.get("epochs", 1)) * (1 - settings.get("prune.fraction", 0)))
+    """Relative cost of a cell, for the ETA: its samples seen, in epochs with views of their last size."""
+    epochs = settings.get("epochs", base.get("epochs", 1))
+    size = settings.get("augment.size", base.get("augment", {}).get("size"))
+    share = 1.0  # of the pixels, with which the cost of a step goes
+    if isinstance(size, list) and size:
+        with suppress(TypeError, ValueError, IndexError, ZeroDivisionError):  # pretrain.py says what is wrong
+            ends = [0, *(end for _, end in size)]
+            share = sum(
+                (end - begin) * (side / size[-1][0]) ** 2
+                for begin, (side, end) in zip(ends, size, strict=False)
+            )
+    return float(epochs * (1 - settings.get("prune.fraction", 0)) * share)
 
 
 # ---- one cell ----------------------------------------------------------------------------------------------

@@ -70,6 +70,15 @@ def test_planned_work_counts_epochs_of_samples() -> None:
     )
 
 
+def test_planned_work_knows_the_sizes_of_views() -> None:
+    sizes = [[12, 0.5], [24, 1]]  # a quarter of the pixels in half of the epochs
+    assert run.planned_work({"augment.size": sizes}, {"epochs": 8}) == 5
+    assert run.planned_work({}, {"epochs": 8, "augment": {"size": sizes}}) == 5
+    assert run.planned_work({"augment.size": 24}, {"epochs": 8, "augment": {"size": sizes}}) == 8
+    for wrong in ([], [16, 24], [["a", 1]], [[24]]):  # its cell ends with pretrain.py's line
+        assert run.planned_work({"augment.size": wrong}, {"epochs": 8}) == 8
+
+
 FAKE_PRETRAIN = """
 import json, os, signal, sys, time
 from pathlib import Path
