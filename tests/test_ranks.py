@@ -22,13 +22,18 @@ from test_linear_eval import images, small_encoder
 from torch import Tensor, nn
 
 from linear_eval import EvalError, extract_features
+from ssl_emp.augment import cut_views
+from ssl_emp.commands import pretrain
 from ssl_emp.commands.evaluators import distribute
+from ssl_emp.commands.job import Job
 from ssl_emp.commands.ledger import MISTAKES
+from ssl_emp.config import load_config
 from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.loss import dcl, nt_xent, nt_xent_and_dcl
 from ssl_emp.loss import nt_xent as nt_xent_alone
-from ssl_emp.model import SimCLR, build_encoder
+from ssl_emp.model import SimCLR, build_encoder, save_encoder
 from ssl_emp.run import ranks as ranks_module
+from ssl_emp.run.checkpoint import load_checkpoint
 from ssl_emp.run.liveness import BoundedStore, Liveness
 from ssl_emp.run.ranks import (
     ALONE,
@@ -40,6 +45,7 @@ from ssl_emp.run.ranks import (
     share_batch_norm,
     started_by_srun,
 )
+from ssl_emp.run.report import Report
 
 
 def free_port() -> int:
@@ -57,7 +63,8 @@ def _as_rank(
         "LOCAL_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1",
     }
-    os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_PORT": str(port)}
+    torch.set_num_threads(1)  # a forkserver imported torch without conftest
     try:
         answers.put((rank, work(join_ranks(1, 30.0, needs_gpu=False))))
     except Exception as error:  # noqa: BLE001 - told to the test
@@ -212,6 +219,72 @@ def test_the_controls_fail() -> None:
     assert without_gather["loss"] > 1e-3 and without_gather["gradients"] > 1e-3
     assert without_statistics["buffers"] > 1e-3 and without_statistics["loss"] > 1e-3
     assert without_sum["gradients"] > 1e-3 and without_sum["loss"] < 1e-10
+
+
+def whole_run(ranks: Ranks, config: Path, out: Path, words: list[str]) -> dict[str, list[float]]:
+    """A run with its network in float64: weights, statistics, what each sample was trained and scored."""
+
+    prepare = pretrain.prepare
+
+    def prepare_double(*given: Any, **options: Any) -> Job:
+        job = prepare(*given, **options)
+        job.model.double()  # before the optimizer, whose state has the type of the weights
+        return job
+
+    def double(job: Job, report: Report) -> tuple[Any, Any]:
+        return job.model, lambda *given: tuple(view.double() for view in cut_views(*given))
+
+    short = [
+        "data.max_images=24",
+        "epochs=3",
+        "prune.anneal_fraction=0",
+        "prune.fraction=0.34",
+    ]  # 3 + 2 + 2 steps
+    short += ["monitor.knn_every=0", "monitor.reliability_every=0"]
+    settings = load_config(config, [f"out={out}", *words, *short])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "prepare", prepare_double)
+        patch.setattr(pretrain, "compiled", double)
+        assert pretrain.start_or_resume(settings, out, False, ranks) == 0
+    ranks.barrier()  # the first one writes
+    state, _ = load_checkpoint(out / "checkpoints")
+    assert state is not None and state["finished"]
+    record = state["pruner"]["record"]
+    backbone = {name: value for name, value in state["model"].items() if name.startswith("backbone.")}
+    return {
+        "weights": torch.cat([value.double().flatten() for value in backbone.values()]).tolist(),
+        "stem": state["model"]["backbone.conv1.weight"].flatten().tolist(),
+        "times trained": record["times_trained"].tolist(),
+        "scores": record["last"].flatten().tolist(),
+    }
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model.init={start}", "model.freeze=1", "optimizer.layer_decay=0.5"],
+        [
+            "augment.size=[[8,0.34],[16,1]]", "augment.candidates=3", "prune.policy=foresight", "loss=dcl",
+            "prune.scoring_loss=nt_xent", "model.ema=0.9",
+        ],
+    ],
+)  # fmt: skip
+def test_a_run_of_two_ranks_is_the_run_of_one(words: list[str], tiny_config: Path, tmp_path: Path) -> None:
+    """The same samples are kept, of a start with a frozen part and rates by part, of views that grow and are
+    chosen among candidates; weights differ by rounding.
+    """
+    start = build_encoder("resnet18", 8, "imagenet", 16, [0.5] * 3, [0.5] * 3)
+    save_encoder(start, tmp_path / "start")
+    words = [word.format(start=tmp_path / "start") for word in words]
+    alone = whole_run(ALONE, tiny_config, tmp_path / "1", words)
+    work = partial(whole_run, config=tiny_config, out=tmp_path / "2", words=words)
+    shared, other = on_ranks(2, work, backward=True)
+    assert shared == other
+    assert shared["times trained"] == alone["times trained"] and len(set(alone["times trained"])) > 1
+    assert max(differ(shared, alone).values()) < 1e-4, differ(shared, alone)
+    is_stem = torch.tensor(alone["stem"]).allclose(start.backbone.get_parameter("conv1.weight").flatten())
+    assert is_stem is any("freeze" in word for word in words)
 
 
 def test_shared_batch_norm_of_one_rank_is_batch_norm() -> None:
@@ -378,7 +451,6 @@ def test_rows_of_other_images_or_widths_are_refused() -> None:
 
 def share_features(ranks: Ranks) -> Any:
     """Features of images by their number, how many of them this rank computed, and what it refuses."""
-    torch.set_num_threads(1)
 
     def extract(encoder: nn.Module, pixels: Tensor) -> Tensor:
         given: dict[str, Any] = {} if ranks is ALONE else {"distribute": partial(distribute, ranks, 4)}
