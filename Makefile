@@ -1,8 +1,8 @@
-# demo: the main job on built-in real data · test · test-whole · test-slow · faults · mutants · lint · clean. Each makes .venv where it is missing.
+# demo: the main job on built-in real data · test · test-whole · test-slow · faults · mutants · lint · docs · clean. Each makes .venv where it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-whole test-slow faults mutants lint clean
+.PHONY: demo test test-whole test-slow faults mutants lint docs clean
 
 demo: .venv/installed
 	rm -rf runs/demo
@@ -38,5 +38,9 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
+# the pages of docs/ as a site in docs/_build; a warning is an error
+docs: .venv/installed
+	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build
+
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,3 +1,3 @@
-"""The experiments behind the README's results: grids of pretrain.py + evaluate.py runs, resumable, one JSON
+"""The experiments behind docs/results.md: grids of pretrain.py + evaluate.py runs, resumable, one JSON
 line a run.
 """

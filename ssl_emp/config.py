@@ -109,8 +109,9 @@ class DataConfig(Section):
     label_column: Annotated[str, Field(min_length=1)] | None = None
     # supervised: share of the train labels that are made wrong, which ones by subset_seed
     label_noise: Probability = 0.0
-    download_dir: Place = "data"
-    # memory up to half of it; raw: uint8 in a file; encoded: JPEGs in one
+    download_dir: Place = "data"  # where torchvision keeps what it downloads
+    # where the pixels are kept. auto: in memory up to half of it, else in a file; raw: uint8 in a file;
+    # encoded: JPEGs in one
     store: Literal["auto", "memory", "raw", "encoded"] = "auto"
     # images that declare more are left out undecoded. A pixel takes 4 bytes, of 16 bits more, in each thread
     # that decodes
@@ -132,9 +133,10 @@ class NetworkConfig(Section):
     arch: Annotated[str, AfterValidator(check_name)] = "resnet18"
     # of timm:NAME and torchvision:NAME: what their constructor gets, such as {drop_path_rate: 0.1}
     args: NetworkArgs = {}
-    # of the three: channels of the first stage; 64 is the published network
+    # of the three ResNets: channels of the first stage; 64 is the published network
     width: Annotated[int, Field(ge=8, le=512, multiple_of=8)] = 64
-    # of the three; auto: cifar (3x3, stride 1) up to 64 px
+    # of the three ResNets; auto: cifar (3x3, stride 1) for views of up to 64 px, else imagenet (7x7,
+    # stride 2)
     stem: Literal["auto", "cifar", "imagenet"] = "auto"
 
     @model_validator(mode="after")
@@ -144,8 +146,9 @@ class NetworkConfig(Section):
 
 
 class ModelConfig(NetworkConfig):
-    projection_hidden: Annotated[int, Field(ge=1, le=65536)] | None = None  # null: as wide as the features
-    projection_dim: Annotated[int, Field(ge=1, le=65536)] = 128
+    # width of the projection head's hidden layer; null: as wide as the features
+    projection_hidden: Annotated[int, Field(ge=1, le=65536)] | None = None
+    projection_dim: Annotated[int, Field(ge=1, le=65536)] = 128  # numbers that the projection head gives
     # weights to begin with: a run, an encoder directory, a .safetensors or .pth file, or timm:NAME
     init: Annotated[Place, Field(min_length=1)] | None = None
     # refuse a start that fits less than this share of the backbone's numbers (docs/starts.md)
@@ -162,13 +165,16 @@ class OptimizerConfig(Section):
     # the peak, for the batch size given. auto: by the rule of ssl_emp/optim.py for optimizer and batch size;
     # the run's config.yaml has the number. Beyond the end float32 ends as well
     lr: Annotated[float, Field(gt=0, le=1e38)] | Literal["auto"] = 0.24
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of sgd and lars
+    # not of norms, biases, position embeddings and class tokens
     weight_decay: Annotated[float, Field(ge=0, le=1000)] = 5e-4
     # below 1: each part of the backbone learns at so much of the rate of the part above it (BEiT)
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    # onecycle has its own warm-up, and moves the momentum too
+    # of the learning rate, over the steps of the whole plan; onecycle has its own warm-up, and moves the
+    # momentum too
     schedule: Literal["cosine", "onecycle"] = "cosine"
-    warmup_epochs: Annotated[float, Field(ge=0, le=MOST_EPOCHS)] = 1.0  # in full epochs, may be a part of one
+    # until the peak of the learning rate, in full epochs; may be a part of one
+    warmup_epochs: Annotated[float, Field(ge=0, le=MOST_EPOCHS)] = 1.0
 
 
 class AugmentConfig(Section):
@@ -178,22 +184,25 @@ class AugmentConfig(Section):
     # simclr: draw so many pairs of views for a sample, and train on the one whose loss is predicted to be the
     # highest or the lowest, without a forward pass of the others
     candidates: Annotated[int, Field(ge=1, le=64)] = 1
-    choose: Literal["hardest", "easiest"] = "hardest"
+    choose: Literal["hardest", "easiest"] = "hardest"  # of candidates
     crop_scale: Range = list(Recipe.crop_scale)  # share of the image's area
-    crop_ratio: Range = list(Recipe.crop_ratio)
+    crop_ratio: Range = list(Recipe.crop_ratio)  # width over height of a crop
     # above 0: pad by reflection and crop at random, instead of the resized crop
     crop_padding: Annotated[int, Field(ge=0, le=1024)] = Recipe.crop_padding
-    flip_prob: Probability = Recipe.flip_prob
-    jitter_prob: Probability = Recipe.jitter_prob
-    brightness: Strength = Recipe.brightness
-    contrast: Strength = Recipe.contrast
-    saturation: Strength = Recipe.saturation
+    flip_prob: Probability = Recipe.flip_prob  # how often a view is mirrored, left to right
+    jitter_prob: Probability = Recipe.jitter_prob  # how often a view's colours change, by the next four
+    brightness: Strength = Recipe.brightness  # b: a factor between 1 - b and 1 + b
+    contrast: Strength = Recipe.contrast  # as brightness
+    saturation: Strength = Recipe.saturation  # as brightness
+    # largest turn of the colour circle, 0.5: half of it
     hue: Annotated[float, Field(ge=0, le=0.5)] = Recipe.hue
-    gray_prob: Probability = Recipe.gray_prob
-    blur_prob: Probability = Recipe.blur_prob
-    blur_sigma: Range = list(Recipe.blur_sigma)
-    solarize_prob: Probability = Recipe.solarize_prob
+    gray_prob: Probability = Recipe.gray_prob  # how often a view is made grey
+    blur_prob: Probability = Recipe.blur_prob  # how often a view is blurred
+    blur_sigma: Range = list(Recipe.blur_sigma)  # in pixels of a Gaussian whose kernel is a tenth of the view
+    solarize_prob: Probability = Recipe.solarize_prob  # how often what is brighter than half is inverted
+    # what views are normalised by, of pixels in [0, 1]; the default is ImageNet's
     mean: PerChannel = list(Recipe.mean)
+    # as mean
     std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=3, max_length=3)] = list(
         Recipe.std
     )
@@ -306,19 +315,21 @@ else:
 
 
 class MonitorConfig(Section):
-    # epochs between two measurements, 0: never; null: as often as they take at most 5 % of the time together
-    knn_every: Every | None = None  # of the encoder's kNN accuracy, where labels exist
-    # taken from the train split: 4/5 bank, 1/5 queries
+    # epochs between two measurements of the encoder's kNN accuracy, where labels exist; 0: never; null: as
+    # often as this and reliability_every take at most 5 % of the time together
+    knn_every: Every | None = None
+    # images for it, taken from the train split: 4/5 bank, 1/5 queries
     knn_images: Annotated[int, Field(ge=100, le=10**9)] = 2000
-    reliability_every: Every | None = None  # of the score's reliability
+    # epochs between two measurements of the score's reliability, as knn_every
+    reliability_every: Every | None = None
     reliability_images: Annotated[int, Field(ge=2, le=10**9)] = 512  # scored twice for it, in whole batches
-    tensorboard: bool = True
+    tensorboard: bool = True  # write TensorBoard events beside metrics.jsonl
 
 
 class CheckpointConfig(Section):
-    # besides one at the end and one at a stop
+    # minutes between two checkpoints, besides one at the end and one at a stop
     every_minutes: Annotated[float, Field(gt=0, le=1_000_000)] = 10.0
-    # and besides every_minutes; null: by the clock alone
+    # steps between two, besides every_minutes; null: by the clock alone
     every_steps: Annotated[int, Field(ge=1, le=10**15)] | None = None
 
 
@@ -327,6 +338,7 @@ class PretrainConfig(Section):
 
     # run directory; null: runs/<name of the config file>
     out: Annotated[Place, Field(min_length=1)] | None = None
+    # of the first weights and of all randomness, which is keyed on (seed, epoch, sample, view)
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     devices: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = (
@@ -334,28 +346,30 @@ class PretrainConfig(Section):
     )
     # of several processes: how long one may give no sign of life before the others end
     timeout_seconds: Patience = 600.0
-    max_bad_steps: Annotated[int, Field(ge=0, le=10**9)] = (
-        10  # in a row: steps with a loss or gradient that is not finite are skipped, up to so many
-    )
+    # steps with a loss or gradient that is not finite are skipped; after so many in a row the run ends
+    max_bad_steps: Annotated[int, Field(ge=0, le=10**9)] = 10
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on GPUs that have it, else fp32
     compile: bool = False  # torch.compile the network and the augmentation
     # replay the compiled views, forward and backward as CUDA graphs: for batches that leave a GPU waiting
     cuda_graphs: bool = False
     keep_freed_memory: bool = True  # on Linux CPUs: faster steps for more memory, see benchmarks/README.md
-    epochs: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 200
+    epochs: Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = 200  # of the plan, pruned ones included
     # written by --resume RUN epochs=N: of each plan before this one, its epochs and the first epoch that is
     # not run under it
     earlier_plans: Annotated[
         list[Annotated[list[Annotated[int, Field(ge=0, le=MOST_EPOCHS)]], Field(min_length=2, max_length=2)]],
         Field(max_length=1000),
     ] = []
+    # samples a step, of all processes together
     batch_size: Annotated[int, Field(ge=2, le=LARGEST_BATCH)] = 512
-    # supervised: cross-entropy, and the entropy in the distance's place
+    # simclr: without labels. supervised: cross-entropy, and in the score the entropy in the distance's place
     objective: Literal["simclr", "supervised"] = "simclr"
-    # simclr; dcl: the positive is no part of the denominator (decoupled contrastive loss, arXiv 2110.06848)
+    # of simclr: SimCLR's, or dcl, where the positive is no part of the denominator (decoupled contrastive
+    # loss, arXiv 2110.06848)
     loss: Literal["nt_xent", "dcl"] = "nt_xent"
-    temperature: Annotated[float, Field(ge=0.001, le=1000)] = 0.5  # simclr
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # supervised
+    # of simclr's loss; it settles whether a sample can be learned, and so left out (docs/method.md)
+    temperature: Annotated[float, Field(ge=0.001, le=1000)] = 0.5
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of supervised
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -38,43 +38,51 @@ def as_list(value: Any) -> Any:
 
 
 class KnnConfig(Section):
-    # several k share one search
+    # k, one or several, which share one search
     num_neighbors: Annotated[list[Count], Field(min_length=1), BeforeValidator(as_list)] = [20]
-    temperature: Annotated[float, Field(ge=0.001, le=1000)] | None = 0.1  # null: every neighbour has one vote
-    backend: Literal["auto", "faiss", "torch"] = "auto"
+    # T of a vote's weight, exp(similarity / T); null: every neighbour has one vote
+    temperature: Annotated[float, Field(ge=0.001, le=1000)] | None = 0.1
+    backend: Literal["auto", "faiss", "torch"] = "auto"  # what searches; the numbers are the same
 
 
 class LinearConfig(Section):
+    # lbfgs: logistic regression, 45 strengths of l2; cached: SGD, 50 heads at once; augmented: SGD on crops,
+    # as in the literature's tables
     protocol: Literal["lbfgs", "cached", "augmented"] = "lbfgs"
     val_fraction: Share = VAL_FRACTION  # of the train split, held out to choose l2, or the learning rate
-    max_iter: Count = MAX_ITER  # lbfgs: steps a fit
-    precision: Literal["float32", "float64"] = "float32"  # lbfgs
-    epochs: Count | None = None  # null: linear.EPOCHS for cached, augmented.EPOCHS for augmented
+    max_iter: Count = MAX_ITER  # of lbfgs: steps a fit
+    precision: Literal["float32", "float64"] = "float32"  # of lbfgs
+    epochs: Count | None = None  # of cached and augmented; null: 100 and 90
     # keep the classifier, for `evaluate.py predict`, in classifier-linear/ beside the rows
     save: bool = False
 
 
 class FewshotConfig(Section):
     fractions: Annotated[list[Share], BeforeValidator(as_list)] = [0.01, 0.1]  # of the labels
-    per_class: Annotated[list[Count], BeforeValidator(as_list)] = []
-    num_draws: Annotated[int, Field(ge=MIN_SUBSETS, le=1000)] = NUM_SUBSETS
+    per_class: Annotated[list[Count], BeforeValidator(as_list)] = []  # labels, besides the fractions
+    num_draws: Annotated[int, Field(ge=MIN_SUBSETS, le=1000)] = (
+        NUM_SUBSETS  # of the labels, for mean and spread
+    )
     finetune: bool = False  # train the network too, besides the frozen features
     epochs: Count = 60  # of finetune
 
 
 class FinetuneConfig(Section):
-    epochs: Count = Recipe.epochs
-    # for 256 images a step; several: chosen on a held-out part of train
+    epochs: Count = Recipe.epochs  # passes over the train split
+    # the peak for 256 images a step, scaled with batch_size; several: chosen on a held-out part of train
     lr: Annotated[
         list[Annotated[float, Field(gt=0, le=1e6)]], Field(min_length=1), BeforeValidator(as_list)
     ] = [FINETUNE_LR]
-    weight_decay: Annotated[float, Field(ge=0, le=1000)] = Recipe.weight_decay
-    batch_size: Annotated[int, Field(ge=4, le=LARGEST_BATCH)] = Recipe.batch_size
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = Recipe.weight_decay  # not of biases and BatchNorm
+    batch_size: Annotated[int, Field(ge=4, le=LARGEST_BATCH)] = Recipe.batch_size  # most images a step
+    # below 1: each stage of a ResNet learns at so much of the rate of the stage above it
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Recipe.layer_decay
+    # share of the target that is spread over all classes
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Recipe.label_smoothing
+    # of linear rise to the peak; the rest falls as half a cosine
     warmup_epochs: Annotated[float, Field(ge=0, le=MOST_EPOCHS)] = Recipe.warmup_epochs
-    bf16: bool = Recipe.bf16
-    val_fraction: Share = Recipe.val_fraction
+    bf16: bool = Recipe.bf16  # the encoder in bfloat16 autocast; head and loss stay in float32
+    val_fraction: Share = Recipe.val_fraction  # of every class, held out to choose between several lr
     # keep the classifier, for `evaluate.py predict`, in classifier-finetune/ beside the rows
     save: bool = False
 
@@ -82,16 +90,17 @@ class FinetuneConfig(Section):
 class DiagnoseConfig(Section):
     # a run's train split has scores and times trained beside its embeddings
     split: Literal["test", "train"] = "test"
-    max_samples: Annotated[int, Field(ge=2, le=50_000)] = MAX_SAMPLES
-    num_queries: Annotated[int, Field(ge=1, le=64)] = NUM_QUERIES
-    num_neighbors: Annotated[int, Field(ge=1, le=20)] = NUM_NEIGHBORS
-    map: Literal["pca", "umap"] = "pca"
+    max_samples: Annotated[int, Field(ge=2, le=50_000)] = MAX_SAMPLES  # that the figures come from
+    num_queries: Annotated[int, Field(ge=1, le=64)] = NUM_QUERIES  # rows of the picture of neighbours
+    num_neighbors: Annotated[int, Field(ge=1, le=20)] = NUM_NEIGHBORS  # its columns
+    map: Literal["pca", "umap"] = "pca"  # umap: of the extra `umap`
 
 
 class TransferConfig(Section):
-    suite: Place = "small"  # a file, or the name of a shipped one
+    # a YAML file of data sets, or the name of a shipped one: small, simclr
+    suite: Place = "small"
     root: Place = "data"  # where torchvision keeps its data sets
-    download: bool = False
+    download: bool = False  # let torchvision fetch what is missing
     num_draws: Annotated[int, Field(ge=100, le=100_000)] = NUM_RESAMPLES  # of the bootstrap
 
 
@@ -106,11 +115,11 @@ class EvalConfig(Section):
     transfer: TransferConfig = TransferConfig()
     start: bool = True  # beside a run of model.init, judge what it began from as well
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # initialises `random`, draws what is held out
-    device: str = "auto"
-    batch_size: Count = BATCH_SIZE
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    batch_size: Count = BATCH_SIZE  # images a forward pass
     # of several processes: how long one may give no sign of life before the others end
     timeout_seconds: Patience = TIMEOUT_SECONDS
-    cache_dir: Place | None = ".cache/ssl_emp/features"  # null: features are not kept
+    cache_dir: Place | None = ".cache/ssl_emp/features"  # where features are kept; null: they are not
 
 
 def keys_of(settings: type[Section]) -> list[str]:

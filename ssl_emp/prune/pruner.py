@@ -318,7 +318,7 @@ class Pruner:
     # ---- train: in any loop --------------------------------------------------------------------------------
 
     def indexed(self, dataset: Any) -> Indexed:
-        """The dataset with its index in every item: (*item, i), {**item, "sample_idx": i} or (item, i)."""
+        """The dataset with its index in each item: `(*item, i)`, `{**item, "sample_idx": i}`, `(item, i)`."""
         return Indexed(dataset, self.num_samples)
 
     def sampler(
