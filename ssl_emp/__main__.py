@@ -16,6 +16,7 @@ COMMANDS = {
     "pretrain": "images -> a run: an encoder, and what was trained on",
     "evaluate": "encoders -> a table of accuracies",
     "embed": "images -> a parquet file of their vectors",
+    "export": "an encoder -> one file, ONNX or torch.export, that needs no ssl_emp",
     "configs": "the configs that come with ssl_emp: listed, or copied to be changed",
 }
 

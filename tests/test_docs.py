@@ -29,7 +29,12 @@ README = (ROOT / "README.md").read_text()
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS, ROOT / "experiments" / "README.md", ROOT / "benchmarks" / "README.md"]
 # pages whose Python runs in another test
-RUN_ELSEWHERE = {"python.md": "test_python", "your_loop.md": "test_examples", "embed.md": "test_embed"}
+RUN_ELSEWHERE = {
+    "python.md": "test_python",
+    "your_loop.md": "test_examples",
+    "embed.md": "test_embed",
+    "export.md": "test_export",
+}
 
 
 def blocks(page: Path, language: str) -> list[str]:
