@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "encoders -> a table of accuracies",
     "embed": "images -> a parquet file of their vectors",
     "export": "an encoder -> one file, ONNX or torch.export, that needs no ssl_emp",
+    "push": "an encoder -> the Hugging Face hub, with its model card",
     "configs": "the configs that come with ssl_emp: listed, or copied to be changed",
 }
 

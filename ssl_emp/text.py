@@ -5,6 +5,7 @@
 """
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -80,3 +81,9 @@ def home(path: str) -> str:
         fix = f"write ./{user} for a file or folder of that name"
         raise ValueError(f"{user} is nobody's home folder here; {fix}")
     return found
+
+
+def markdown_text(text: str) -> str:
+    """Text as it is in Markdown, on one line: no markup, HTML, link or end of a cell begins in it."""
+    escaped = re.sub(r"([\\`*_{}\[\]<>#|~&$!@:^])", r"\\\1", printable(text))
+    return re.sub(r"(?i)\bwww\.", r"www\\.", escaped)

@@ -18,6 +18,7 @@ import torch
 from linear_eval import EvalError
 from linear_eval.finetune import state_hash
 from ssl_emp.commands.arguments import evaluate_parser, evaluate_usage
+from ssl_emp.commands.card import try_to_renew
 from ssl_emp.commands.eval_config import EvalConfig, check, parse_overrides
 from ssl_emp.commands.eval_images import NONE_GIVEN, GivenImages, Splits, images_hash, load_splits
 from ssl_emp.commands.evaluators import (
@@ -154,6 +155,7 @@ def judge_all(
                 check_inner(folder.parent, folder.name)
             run_transfer(session, subjects, folder)
     finally:
+        renew_cards(session, subjects)
         code = ledger.close()
     return code
 
@@ -180,6 +182,16 @@ def _at_home(word: str) -> str:
         return home(word)
     except ValueError as error:
         raise UserError(str(error), "name an encoder") from error
+
+
+def renew_cards(session: Session, subjects: list[Subject]) -> None:
+    """The model card of every run that was judged, with what is known of its encoder by now."""
+    ledger = session.ledger
+    for subject in subjects if session.ranks.is_first else []:
+        found = [row for row in ledger.found.values() if row["encoder"] == subject.name]
+        weights = [row.get("weights") for row in found if row["value"] is not None]
+        if weights and is_run(Path(subject.name)):
+            try_to_renew(Path(subject.name), weights[-1], session.voice.note)
 
 
 def find_work(

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from linear_eval.errors import first_line
 from ssl_emp.augment import Recipe, cut_views, draw_features, draw_params, grid_of_views
 from ssl_emp.commands.arguments import pretrain_parser
+from ssl_emp.commands.card import try_to_renew
 from ssl_emp.commands.given import FROM_A_SHELL, Given
 from ssl_emp.commands.job import Job, drawn, prepare, view_sizes
 from ssl_emp.commands.monitoring import Monitor
@@ -244,7 +245,7 @@ def export(job: Job, run: Run) -> None:
     """Encoder, samples.parquet, result.json, and last the checkpoint: a run that says "finished" has
     everything else.
     """
-    config, pruner, out = job.config, job.pruner, run.folder
+    config, pruner, out, report = job.config, job.pruner, run.folder, run.report
     if run.held is not None:
         run.held.check()
     table = pruner.table()
@@ -266,6 +267,7 @@ def export(job: Job, run: Run) -> None:
             "epoch": len(pruner.steps),
         }
         write_atomically(out / "result.json", (as_json(result) + "\n").encode())
+    try_to_renew(out, None, report.say)
     run.epoch = len(pruner.steps)
     if not run.was_finished:
         run.save()
@@ -287,7 +289,7 @@ def export(job: Job, run: Run) -> None:
         ("encoder", str(out / "encoder")),
         ("next", next_command(out, config)),
     ]
-    run.report.table("done", rows)
+    report.table("done", rows)
 
 
 @torch.no_grad()
