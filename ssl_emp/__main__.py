@@ -19,6 +19,7 @@ COMMANDS = {
     "export": "an encoder -> one file, ONNX or torch.export, that needs no ssl_emp",
     "push": "an encoder -> the Hugging Face hub, with its model card",
     "configs": "the configs that come with ssl_emp: listed, or copied to be changed",
+    "doctor": "is this machine ready, and what to do where it is not",
 }
 
 

@@ -294,6 +294,11 @@ def decode_jpeg(record: Tensor) -> np.ndarray:
     return _jpeg_decoder()(record)
 
 
+def reader_of_jpegs() -> str:
+    """torchvision, or Pillow where that has no decoder."""
+    return "Pillow" if _jpeg_decoder() is _decode_with_pillow else "torchvision"
+
+
 @functools.cache
 def _jpeg_decoder() -> Callable[[Tensor], np.ndarray]:
     try:
