@@ -38,7 +38,10 @@ KEY = "ssl_emp"  # of a file's metadata
 # of the largest feature; of float32 in another order of operations, a thousandth of it was measured
 TOLERANCE = 1e-3
 ONNX_LIMIT = 2**31 - 2**20  # bytes of weights: a protobuf message ends at 2 GiB
-RESIZE = "EXIF rotation, short side to S, bicubic, antialiased, then a centre crop of S x S"
+RESIZE = (
+    "EXIF rotation, RGB, the square of the short side in the centre scaled to S x S, bicubic, antialiased: "
+    "Pillow's image.resize((S, S), BICUBIC, box=SQUARE)"
+)
 
 # a process without ssl_emp, as the reader of the file will be
 RELOADED = """
@@ -142,7 +145,9 @@ def description(encoder: nn.Module, image_size: int, dim: int) -> dict[str, Any]
         "output": f"features: float32 (batch, {dim})",
         "image_size": image_size,
         "features": dim,
-        "before": RESIZE.replace("S", str(image_size)),
+        "before": RESIZE.replace("S x S", f"{image_size} x {image_size}").replace(
+            "(S, S)", f"({image_size}, {image_size})"
+        ),
         "inside": {"divided_by": 255, "mean": mean, "std": std},
     }
 

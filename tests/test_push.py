@@ -101,7 +101,7 @@ def test_three_files_go_to_the_hub_and_come_back(
     assert push(folder, "me/tiny", "--dry-run", "--license=MIT") == 0
     listed = capsys.readouterr().out
     assert [line.split()[0] for line in listed.splitlines()[1:]] == FILES and not hub.requests
-    assert listed.startswith("would upload to me/tiny:") and not (folder / NAME).exists()
+    assert listed.startswith("would upload to me/tiny (private, unless") and not (folder / NAME).exists()
 
     assert push(folder, "me/tiny", "--license=MIT") == 0
     said = capsys.readouterr()
@@ -242,6 +242,7 @@ def test_the_card_of_a_run(
 
     # rows of other weights are not this encoder's
     assert "Not evaluated yet" in renew_card(run, "0123456789ab")
+    assert "| this one | knn |" in renew_card(run)
     # somebody's own text is left alone, whatever is evaluated
     path.write_text("# mine\n")
     assert main(judge) == 0

@@ -22,7 +22,7 @@ from ssl_emp.config import parse_yaml
 from ssl_emp.errors import UserError
 from ssl_emp.run.report import duration, read_metrics
 from ssl_emp.safe_files import LARGE, check_inner, check_regular, read_json, read_text, write_atomically
-from ssl_emp.text import markdown_text
+from ssl_emp.text import markdown_text, shorten
 
 NAME = "README.md"
 MARK = "<!-- Written by ssl_emp, and renewed by it. Remove this line to keep a text of your own. -->"
@@ -38,7 +38,8 @@ def renew_card(run: Path, weights: str | None = None, licence: str | None = None
     """Write RUN/encoder/README.md, or leave somebody's own; the text that is there now.
 
     Args:
-        weights: the hash of the encoder in the rows of evaluations, of which its table is made.
+        weights: the hash of the encoder in the rows of evaluations, of which its table is made; None: it is
+            computed where there are rows.
         licence: of the weights, such as `mit`; None: as the card that is there says.
 
     Raises:
@@ -49,9 +50,21 @@ def renew_card(run: Path, weights: str | None = None, licence: str | None = None
     before = own_text(folder)
     if before is not None:
         return before
+    if weights is None and (run / "eval").is_dir():
+        weights = hash_of(folder)
     text = card_of(folder, run, weights=weights, licence=licence)
     write_atomically(folder / NAME, text.encode())
     return text
+
+
+def hash_of(folder: Path) -> str | None:
+    """What rows call the weights in a folder; None of a network that only its owner can build."""
+    from ssl_emp.commands.evaluators import weights_hash
+    from ssl_emp.model import load_encoder
+
+    with suppress(UserError):
+        return weights_hash(load_encoder(folder))
+    return None
 
 
 def try_to_renew(run: Path, weights: str | None, tell: Callable[[str], None]) -> None:
@@ -294,13 +307,14 @@ class Facts:
     def pruning(self) -> str:
         prune, last = self.section("prune"), self.last
         seen, share = last.get("samples_seen"), last.get("real_share")
-        lines = [
-            ("policy", prune.get("policy")),
-            ("left out of a pruned epoch (s)", percent(prune.get("fraction"))),
-            ("first epochs on everything", prune.get("warmup_epochs")),
-            ("last epochs on everything", percent(prune.get("anneal_fraction"))),
-            ("beta", prune.get("beta")),
-        ]
+        lines: list[tuple[str, Any]] = [("policy", prune.get("policy"))]
+        if prune.get("policy") != "none":  # which has these keys too, and looks at none of them
+            lines += [
+                ("left out of a pruned epoch (s)", percent(prune.get("fraction"))),
+                ("first epochs on everything", prune.get("warmup_epochs")),
+                ("last epochs on everything", percent(prune.get("anneal_fraction"))),
+                ("beta", prune.get("beta")),
+            ]
         if isinstance(seen, int) and isinstance(share, float) and 0 < share:
             unpruned = round(seen / share)
             lines.append(("samples seen", f"{seen:,} of {unpruned:,} without pruning ({share:.1%})"))
@@ -312,8 +326,13 @@ class Facts:
 
 def table(lines: list[tuple[str, Any]]) -> str:
     """Two columns; what is None has no line."""
-    rows = [f"| {name} | {markdown_text(str(value))} |\n" for name, value in lines if value is not None]
+    rows = [f"| {name} | {cell(value)} |\n" for name, value in lines if value is not None]
     return "| | |\n|---|---|\n" + "".join(rows)
+
+
+def cell(value: Any) -> str:
+    """A value of a file as text; a stranger's may have megabytes."""
+    return markdown_text(shorten(str(value), 1000))
 
 
 def percent(value: Any) -> str | None:
@@ -379,7 +398,7 @@ def evaluation(rows: list[Row], run: Path | None) -> str:
             "protocol": without_paths(str(row.get("protocol", ""))),
         }
         texts = [str(cells.get(name, row.get(name, ""))) for name in columns]
-        lines.append("| " + " | ".join(markdown_text(text) for text in texts) + " |\n")
+        lines.append("| " + " | ".join(map(cell, texts)) + " |\n")
     more = "`random` is the same network untrained, `pixels` is no network.\n"
     return "## Evaluation\n\n" + "".join(lines) + (f"\n{more}" if any(not r["is_own"] for r in rows) else "")
 
@@ -425,6 +444,7 @@ def how_to_load(spec: Mapping[str, Any], repo_id: str | None) -> str:
             f'network = timm.create_model("{source}", pretrained=True).eval()\n'
             "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))\n"
             'with Image.open("picture.png") as image, torch.inference_mode():\n'
-            '    vectors = network(transform(image.convert("RGB"))[None])  # (1, D) float32\n```\n'
+            '    vectors = network(transform(image.convert("RGB"))[None])  # (1, D) float32\n```\n\n'
+            "timm cuts out the centre at whole pixels, so vectors of oblong pictures differ a little.\n"
         )
     return text

@@ -65,7 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
     sizes = {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in files.items()}
     would = "would upload" if arguments.dry_run else "uploading"
     width = max(map(len, sizes))
-    say(f"{would} to {repo_id}:")
+    seen_by = "public" if arguments.public else "private"
+    say(f"{would} to {repo_id} ({seen_by}, unless it is there already):")
     for name, size in sizes.items():
         say(f"  {name:{width}}  {size:>13,} bytes")
     if arguments.dry_run:
