@@ -138,9 +138,9 @@ MUTANTS = [
     ),
     Mutant(
         "every epoch draws the same views",
-        "ssl_emp/commands/pretrain.py",
-        "draw_params(config.seed, epoch, index",
-        "draw_params(config.seed, 0, index",
+        "ssl_emp/commands/job.py",
+        "draw_pair(config.seed, epoch, index",
+        "draw_pair(config.seed, 0, index",
         "tests/test_pretrain.py -k views_that_are_foreseen",
     ),
     Mutant(

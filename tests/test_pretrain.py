@@ -1168,6 +1168,7 @@ def test_the_views_that_are_foreseen_are_the_views_that_come(
     for epoch, index, draw in trained:
         if epoch in foreseen:
             assert draw.equal(foreseen[epoch][index])
+    assert not foreseen[1].equal(foreseen[2]) and not foreseen[2].equal(foreseen[3]), "every epoch draws anew"
 
 
 def test_reliability_is_one_where_the_score_does_not_depend_on_the_draw(tiny_config: Path) -> None:
