@@ -170,6 +170,63 @@ def test_all_python_of_the_pages_runs_in_some_test() -> None:
         assert page in (ROOT / "tests" / f"{test}.py").read_text()
 
 
+# ---- the notebook
+
+NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
+
+
+def outputs(notebook: dict[str, Any]) -> str:
+    """What its cells gave, as one text."""
+    given = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    return "".join(
+        "".join(output.get("text", "") or output.get("data", {}).get("text/plain", "")) for output in given
+    )
+
+
+def judged(text: str) -> set[tuple[str, ...]]:
+    """(encoder, evaluator) of the table."""
+    return set(re.findall(r"^\| ([\w/-]+) +\| (knn|linear) ", text, re.MULTILINE))
+
+
+def test_the_notebook_was_run() -> None:
+    """What is committed are outputs of its own cells, in order, on no one's machine in particular."""
+    notebook = json.loads(NOTEBOOK.read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    given = [output for cell in code for output in cell["outputs"]]
+    assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in given)
+    assert sum("image/png" in output.get("data", {}) for output in given) == 2
+    assert len(judged(outputs(notebook))) == 6 and NOTEBOOK.stat().st_size < 200_000
+    assert not re.search(r"/home/|/root/|/tmp/", NOTEBOOK.read_text())
+
+
+# a kernel's sockets are files of the test here: no port is opened
+RUN_NOTEBOOK = """
+import sys, nbformat
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+notebook = nbformat.reads(sys.stdin.read(), 4)
+kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=sys.argv[1] + "/kernel")
+NotebookClient(notebook, km=kernel, timeout=300, resources={"metadata": {"path": sys.argv[1]}}).execute()
+print(nbformat.writes(notebook))
+"""
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a kernel of its own, with three epochs instead of eight."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    text = NOTEBOOK.read_text()
+    assert text.count("epochs=8") == 1
+    command = [sys.executable, "-c", RUN_NOTEBOOK, str(tmp_path)]
+    short = text.replace("epochs=8", "epochs=3")
+    ran = subprocess.run(command, input=short, capture_output=True, text=True, timeout=400)
+    assert ran.returncode == 0, ran.stderr
+    said = outputs(json.loads(ran.stdout))
+    assert judged(said) == judged(outputs(json.loads(text))) and "epoch 3: loss" in said
+    assert (tmp_path / "runs" / "quickstart" / "encoder").is_dir()
+
+
 # ---- text that is made from something else
 
 
