@@ -344,6 +344,9 @@ class PretrainConfig(Section):
     devices: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = (
         1  # processes on this machine, a GPU each; auto: as many as GPUs; torchrun decides itself
     )
+    # of each process, on the CPU; auto: OMP_NUM_THREADS, or one for each core that other programs leave, also
+    # during the run. What is to be repeated to the bit needs a number (docs/shared_machine.md)
+    threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
     # of several processes: how long one may give no sign of life before the others end
     timeout_seconds: Patience = 600.0
     # steps with a loss or gradient that is not finite are skipped; after so many in a row the run ends

@@ -235,6 +235,7 @@ def test_what_does_not_fit_is_named() -> None:
         "config": {},
         "fingerprint": "x",
         "bf16": False,
+        "threads": 1,
     }
     fresh = torch.optim.SGD(model.parameters(), momentum=0.9)
 

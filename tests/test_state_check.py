@@ -22,7 +22,8 @@ from ssl_emp.run.state_check import check_plain, check_state
 Place = tuple[Any, ...]
 Stopped = tuple[Path, dict[str, Any], Callable[[dict[str, Any]], None]]
 NOT_WEIGHED = ("weight",)  # may be None
-FREE = ("config", "fingerprint", "bf16")  # compared with the run's by others; here their types count
+# compared with the run's by others; here their types count
+FREE = ("config", "fingerprint", "bf16", "threads")
 
 
 @pytest.fixture(scope="module", params=["sgd", "adamw"])

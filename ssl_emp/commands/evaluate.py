@@ -51,6 +51,7 @@ from ssl_emp.run.ranks import (
     leave_ranks,
 )
 from ssl_emp.run.streams import prepare_streams
+from ssl_emp.run.threads import Threads
 from ssl_emp.safe_files import check_inner
 from ssl_emp.text import command_line, home
 
@@ -101,6 +102,8 @@ def evaluate(argv: list[str] | None, interrupts: Interrupts, ranks: Ranks = ALON
         subjects, evaluators, config, device, out = find_work(argv, ranks)
     ranks.set_timeout(config.timeout_seconds)
     ledger = Ledger(interrupts, Voice(ranks.is_first))
+    if device.type == "cpu" and (line := Threads("auto", moves=False, key="OMP_NUM_THREADS=N").line):
+        ledger.voice.note(f"threads: {line}")
     return judge_all(Session(config, device, ranks, ledger), subjects, evaluators, out)
 
 

@@ -46,6 +46,7 @@ from ssl_emp.prune.plan import PrunePlan
 from ssl_emp.prune.pruner import CHUNK
 from ssl_emp.run.ranks import ALONE, Ranks, share_batch_norm
 from ssl_emp.run.report import Report
+from ssl_emp.run.threads import Threads
 from ssl_emp.supervised import Classifier
 from ssl_emp.weights import Found, Taken, take
 from ssl_emp.weights import read as read_weights
@@ -83,6 +84,7 @@ class Job:
     ranks: Ranks = ALONE
     taken: Taken | None = None  # of model.init; None: none, or a checkpoint has the weights
     frozen: Sequence[Part] = ()
+    threads: Threads | None = None  # of torch, where it computes on the CPU
 
     @property
     def lr_scales(self) -> dict[str, float]:
@@ -149,6 +151,8 @@ def prepare(
             start = read_weights(config.model.init if weights == "model.init" else weights)
         config = normalised_alike(config, start)
     device = pick_device(config.device)
+    # what is compiled has the number in it
+    threads = Threads(config.threads, moves=not config.compile) if device.type == "cpu" else None
     with ranks.first_then_others():
         images = train_images(config, report, given)
     stored_size = images.pixels.shape[-1]
@@ -174,7 +178,7 @@ def prepare(
         config, device, images, place_images(images.pixels, device), pruner, schedule_of(config, pruner),
         recipe, sizes, encoder, model, bf16, labels, test,
         what_is_trained_on(images, test, subset, config.objective == "supervised"), ranks,
-        taken, frozen,
+        taken, frozen, threads,
     )  # fmt: skip
     for line in job_lines(job):
         report.say(line)
@@ -432,6 +436,8 @@ def job_lines(job: Job) -> Iterator[str]:
             f", {ranks.world_size} processes with {config.batch_size // ranks.world_size} of a batch each"
         )
     yield f"device    {describe_device(job.device)}, {'bf16 autocast' if job.bf16 else 'fp32'}{shared}"
+    if job.threads is not None and job.threads.line:
+        yield f"threads   {job.threads.line}"
     size = images.pixels.shape[-1]
     on = "on the device" if isinstance(job.store, DeviceImages) else "streamed from the host"
     about = [f"{job.num_samples:,} of {size}x{size} from {config.data.source}, {images.stored}, {on}"]

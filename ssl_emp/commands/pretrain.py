@@ -470,6 +470,7 @@ def open_run(
         all_sizes=job.sizes.all,
         again=given.again(out),
         ema=config.model.ema,
+        threads=job.threads,
     )
     run.was_finished = (
         state is not None and is_finished(state, config) and state["fingerprint"] == fingerprint

@@ -47,7 +47,8 @@ PLACES = (
 # settings that may differ between a run and its resumption; whether it is bf16 is compared by itself
 FREE_ON_RESUME = (
     *PLACES,
-    *"out device devices timeout_seconds max_bad_steps precision data.store keep_freed_memory".split(),
+    *"out device devices threads timeout_seconds max_bad_steps precision data.store".split(),
+    "keep_freed_memory",
     *"monitor. checkpoint.".split(),
 )
 NO_RUN = "give the directory that pretraining wrote"
@@ -141,6 +142,7 @@ def load_state(
     for line in warnings:
         report.say(line)
     if state is not None:
+        state.setdefault("threads", 0)  # earlier versions did not note it
         check_plain(state, out / "checkpoints")
         try:
             fingerprint_of(state)

@@ -21,6 +21,7 @@ from ssl_emp.run.ranks import Ranks
 from ssl_emp.run.report import Report, duration
 from ssl_emp.run.state_check import check_state
 from ssl_emp.run.stop import Stop
+from ssl_emp.run.threads import Threads
 
 
 class Run:
@@ -36,6 +37,7 @@ class Run:
         all_sizes: every size of the schedule, also those that no epoch has; of several, each is timed apart.
         again: how to go on with it once it was stopped, such as a command.
         ema: decay of an average of the weights; None: there is none.
+        threads: of torch; None: it does not compute on the CPU.
     """
 
     def __init__(
@@ -57,10 +59,12 @@ class Run:
         all_sizes: Sequence[int],
         again: str,
         ema: float | None = None,
+        threads: Threads | None = None,
     ) -> None:
         self.again = again
         self.folder, self.held, self.report, self.ranks = folder, held, report, ranks
         self.model, self.optimizer, self.pruner, self.source = model, optimizer, pruner, source
+        self.threads = threads
         self.average = None if ema is None else WeightAverage(model, ema)
         self.device = pruner.record.terms.device
         self.every_minutes, self.every_steps = every_minutes, every_steps
@@ -96,7 +100,10 @@ class Run:
         first = self.step_in_epoch
         part = self.ranks.part(batches[first:])
         with self.report.progress(store.stream(part), len(batches), self.label(epoch), first) as stream:
-            yield from stream
+            for batch in stream:
+                if self.threads is not None and (line := self.threads.look(self.step)):
+                    self.report.say(f"threads   {line}")
+                yield batch
 
     def label(self, epoch: int) -> str:
         return f"epoch {epoch + 1}/{len(self.pruner.steps)}"
@@ -208,6 +215,7 @@ class Run:
             "step_in_epoch": self.step_in_epoch,
             "step": self.step,
             "finished": self.step == sum(self.pruner.steps),
+            "threads": torch.get_num_threads(),
             "seconds": dict(self.seconds),
             **self.source,
         } | ({} if self.average is None else {"average": self.average.state_dict()})
@@ -228,6 +236,10 @@ class Run:
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         self.pruner.load_state_dict(state["pruner"])
         self.epoch, self.seconds = state["epoch"], dict(state["seconds"])
+        before, now = state["threads"], torch.get_num_threads()
+        if self.threads is not None and before not in (0, now) and not state["finished"]:
+            what = f"{now}, and {before} when it was saved: the run goes on with another rounding than it"
+            self.report.say(f"threads   {what} would have had without the stop; threads={before} keeps it")
 
 
 def epoch_line(row: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ PLAIN = {
     "finished": bool,
     "fingerprint": str,
     "bf16": bool,
+    "threads": int,
     "config": dict,
 }
 # what an optimizer keeps of a parameter, by its class

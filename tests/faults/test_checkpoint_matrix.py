@@ -397,6 +397,7 @@ MINIMAL: dict[str, Any] = {
     "finished": False,
     "fingerprint": "",
     "bf16": False,
+    "threads": 1,
     "config": {},
     "seconds": {},
     "optimizer": {"state": {}, "param_groups": [{"params": [0, 1]}]},
