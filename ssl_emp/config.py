@@ -314,6 +314,9 @@ else:
     AnyPrune = Annotated[functools.reduce(operator.or_, tagged), Discriminator(policy_of)]
 
 
+LoggerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
 class MonitorConfig(Section):
     # epochs between two measurements of the encoder's kNN accuracy, where labels exist; 0: never; null: as
     # often as this and reliability_every take at most 5 % of the time together
@@ -323,7 +326,26 @@ class MonitorConfig(Section):
     # epochs between two measurements of the score's reliability, as knn_every
     reliability_every: Every | None = None
     reliability_images: Annotated[int, Field(ge=2, le=10**9)] = 512  # scored twice for it, in whole batches
-    tensorboard: bool = True  # write TensorBoard events beside metrics.jsonl
+    # who else is told of the run: tensorboard, wandb, mlflow, trackio; see docs/loggers.md
+    loggers: Annotated[list[LoggerName], Field(max_length=4)] = ["tensorboard"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_before(cls, values: Any) -> Any:
+        """`tensorboard: true | false`, as in ssl_emp 0.1: with or without it in the list."""
+        if not isinstance(values, dict) or not isinstance(values.get("tensorboard"), bool):
+            return values
+        kept = {key: value for key, value in values.items() if key != "tensorboard"}
+        others = kept.get("loggers", [])
+        if not isinstance(others, list):
+            return values
+        others = [name for name in others if name != "tensorboard"]
+        return kept | {"loggers": ["tensorboard", *others] if values["tensorboard"] else others}
+
+    @field_validator("loggers")
+    @classmethod
+    def _each_once(cls, names: list[str]) -> list[str]:
+        return list(dict.fromkeys(names))
 
 
 class CheckpointConfig(Section):

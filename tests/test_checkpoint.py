@@ -292,7 +292,7 @@ def test_the_lock(tmp_path: Path) -> None:
 def test_a_log_that_cannot_be_written_waits(tmp_path: Path) -> None:
     report = Report()
     (tmp_path / "train.log").mkdir()  # where the log should be
-    report.attach(tmp_path, tensorboard=False)
+    report.attach(tmp_path)
     report.say("first")
     (tmp_path / "train.log").rmdir()
     (tmp_path / "train.log").write_text("cut off by a cra")

@@ -64,7 +64,7 @@ def test_a_run_says_names_as_they_are(
     report, written = Report(), io.StringIO()
     report.console.file = written
     assert report.console.is_terminal == terminal
-    report.attach(tmp_path, tensorboard=False)
+    report.attach(tmp_path)
     for name in NAMES:
         report.say(f"images    from {name}, in memory")
         report.table("done", [("encoder", name), ("next", f"python evaluate.py {name}")])

@@ -764,7 +764,7 @@ def test_json_has_no_word_for_what_is_not_finite(tiny_config: Path, tmp_path: Pa
         {"a": float("nan"), "b": [1.5, float("inf"), (float("-inf"), None)], "c": {"d": True}}
     ) == ('{"a": null, "b": [1.5, null, [null, null]], "c": {"d": true}}')
     report = Report()
-    report.attach(tmp_path, tensorboard=True)
+    report.attach(tmp_path, ["tensorboard"])
     report.metrics({"epoch": 1, "loss": float("nan"), "x": float("inf"), "y": 2.0})
     report.close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1, "loss": null, "x": null, "y": 2.0}\n'

@@ -135,7 +135,7 @@ def test_the_run_directory_itself_may_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "run").symlink_to(tmp_path / "scratch")
     with sole_writer(tmp_path / "run"):
         report = Report(silent=False)
-        report.attach(tmp_path / "run", tensorboard=False)
+        report.attach(tmp_path / "run")
         report.say("hello")
         save_checkpoint(tmp_path / "run" / "checkpoints", {"a": 1}, 1)
     assert "hello" in (tmp_path / "scratch" / "train.log").read_text()
@@ -146,7 +146,7 @@ def test_the_run_directory_itself_may_be_a_link(tmp_path: Path) -> None:
 def test_a_file_that_became_strange_meanwhile_is_not_written(tmp_path: Path, victim: Path, kind: str) -> None:
     """The look at the start is not the only one."""
     report = Report()
-    report.attach(tmp_path, tensorboard=False)
+    report.attach(tmp_path)
     for name, write in (
         ("train.log", lambda: report.say("x")),
         ("metrics.jsonl", lambda: report.metrics({"epoch": 1})),

@@ -39,6 +39,7 @@ from ssl_emp.commands.transfer import run_transfer
 from ssl_emp.config import DataConfig
 from ssl_emp.device import keep_freed_memory, pick_device
 from ssl_emp.errors import RunFailed, UserError
+from ssl_emp.loggers.feed import tell_evaluation
 from ssl_emp.run.interrupts import Interrupts, Stopped
 from ssl_emp.run.ranks import (
     ALONE,
@@ -50,6 +51,7 @@ from ssl_emp.run.ranks import (
     end_with_line,
     leave_ranks,
 )
+from ssl_emp.run.report import add_evaluation_events
 from ssl_emp.run.streams import prepare_streams
 from ssl_emp.run.threads import Threads
 from ssl_emp.safe_files import check_inner
@@ -160,7 +162,19 @@ def judge_all(
     finally:
         renew_cards(session, subjects)
         code = ledger.close()
+    for kept in ledger.kept_in if ranks.is_first else []:
+        if kept.name == "eval" and is_run(kept.parent):
+            tell_loggers(kept.parent, session.voice)
     return code
+
+
+def tell_loggers(folder: Path, voice: Voice) -> None:
+    """What was found of a run reaches the loggers that it was trained with; where it does not, a warning."""
+    try:
+        add_evaluation_events(folder)
+    except OSError as error:
+        voice.note(f"warning: no TensorBoard events of the evaluation: {error.strerror}")
+    tell_evaluation(folder, lambda text: voice.note(f"warning: {text}"))
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[list[str], list[str], dict[str, Any], Path | None]:

@@ -53,6 +53,7 @@ from ssl_emp.data.images import ImageSet
 from ssl_emp.device import pick_device
 from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.keyed import seed_generators
+from ssl_emp.loggers.feed import check_installed
 from ssl_emp.loss import dcl, nt_xent, nt_xent_and_dcl
 from ssl_emp.model import save_encoder
 from ssl_emp.optim import build_optimizer
@@ -363,6 +364,7 @@ def start_or_resume(
     held: Held | None = None
     with ExitStack() as stack:
         if ranks.is_first:  # before the images are read; a mistake leaves nothing behind
+            check_installed(config.monitor.loggers)
             check_unused(out, resumes, given)
             held = stack.enter_context(sole_writer(out))
             # another process may have taken the directory before we held the lock
@@ -400,12 +402,14 @@ def start_or_resume(
         if finished and state is not None and not broken_files(out, config, state, backbone):
             report.say(f"{out} is finished, nothing to do. next: {next_command(out, config)}")
             return 0
+        code = 3
         try:
             with Stop() as stop:
                 stop.ends_process = not given.in_python
-                return pretrain(job, open_run(job, out, state, report, held, given), stop)
+                code = pretrain(job, open_run(job, out, state, report, held, given), stop)
+            return code
         finally:
-            report.close()
+            report.close(finished=code == 0)
 
 
 def first_weights(
@@ -483,7 +487,7 @@ def open_run(
         save_encoder(job.encoder, inner_folder(out, START))
         size = (out / START / "model.safetensors").stat().st_size
         report.say(f"start     kept in {out / START}, {size / 1e6:.1f} MB")
-    report.attach(out, config.monitor.tensorboard, held)
+    report.attach(out, config.monitor.loggers, held)
     report.forget_from(run.epoch + 1 if run.step else 0)
     return run
 
@@ -547,6 +551,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError("nothing to do", fix)
         config, out, resumes = parse_settings(arguments)
         if arguments.dry_run:
+            check_installed(config.monitor.loggers)
             return dry_run(prepare(config, report := Report()), report)
         command = [sys.executable, *(sys.orig_argv[1:] if argv is None else ["-c", AS_COMMAND, *argv])]
         ranks = join_ranks(

@@ -19,7 +19,7 @@ LOCK = ".lock"
 CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 TRIES = 1000  # to open a lock that other processes create and remove
 START = "start"  # the encoder before its first step, of a run with model.init
-WRITTEN_INTO = (".", "checkpoints", "encoder", "pruning", START)
+WRITTEN_INTO = (".", "checkpoints", "encoder", "pruning", START, "loggers")
 WRITTEN = ("config.yaml", "environment.json", "train.log", "metrics.jsonl", "result.json")
 
 

@@ -1,14 +1,12 @@
 """What a run prints and writes: console, train.log, metrics.jsonl, TensorBoard, parquet, environment."""
 
 import errno
-import json
-import math
 import os
 import platform
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,15 +21,17 @@ from rich.table import Table
 from torch import Tensor
 
 from ssl_emp.device import describe_device
+from ssl_emp.loggers.evaluation import evaluated, evaluation_rows
+from ssl_emp.loggers.feed import PACKAGES, Feed, how_to_look
 from ssl_emp.run.checkpoint import cannot_write
 from ssl_emp.run.lock import Held
+from ssl_emp.run.metrics import read_metrics as read_metrics
+from ssl_emp.run.metrics import scalars
 from ssl_emp.safe_files import (
-    LARGE,
     as_json,
     check_regular,
     inner_folder,
     open_own,
-    read_bytes,
     replacing,
     write_atomically,
 )
@@ -50,22 +50,6 @@ class _Console(Console):
         # else Python flushes the stream at exit, fails, and exits with 120
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, one an epoch, without lines that a crash cut off; [] without a file.
-
-    Raises:
-        UserError: it is no regular file, or too large to be one of ours.
-    """
-    path, rows = folder / "metrics.jsonl", []
-    if path.exists():
-        for line in read_bytes(path, LARGE).decode("utf-8", "replace").splitlines():
-            with suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("epoch"), int):
-                    rows.append(row)
-    return rows
 
 
 class Report:
@@ -91,11 +75,13 @@ class Report:
         self.folder: Path | None = None
         self.held: Held | None = None
         self.writer: Any = None
+        self.feeds: list[Feed] = []
         # lines not in train.log yet: there is no folder, or its disk is full
         self.unwritten: list[str] = []
 
-    def attach(self, folder: Path, tensorboard: bool, held: Held | None = None) -> None:
-        """Write train.log (with all lines so far), metrics.jsonl and TensorBoard events into `folder`.
+    def attach(self, folder: Path, loggers: Sequence[str] = (), held: Held | None = None) -> None:
+        """Write train.log (with all lines so far) and metrics.jsonl into `folder`, and start the loggers:
+        TensorBoard, whose events are files of it too, and others, see `ssl_emp.loggers`.
 
         If a `held` folder is moved or replaced, train.log ends there and `metrics` raises RunFailed.
         """
@@ -103,12 +89,11 @@ class Report:
             return
         self.folder, self.held = folder, held
         self._log([])
-        if tensorboard:
-            # imported here: it takes half a second
-            from torch.utils.tensorboard import SummaryWriter
-
-            # the writer would follow a link under the name of its file, so the name cannot be guessed
-            self.writer = SummaryWriter(str(folder), filename_suffix=f".{secrets.token_hex(8)}")
+        for name in filter(PACKAGES.__contains__, loggers):
+            self.feeds.append(Feed(name, folder, lambda text: self.say(f"warning   {text}")))
+            self.say(f"logger    {name}: {how_to_look(name, folder)}")
+        if "tensorboard" in loggers:
+            self.writer = event_writer(folder)
 
     def say(self, line: str) -> None:
         """Write one line to the console and to train.log, escaped by `ssl_emp.text.printable`."""
@@ -133,7 +118,7 @@ class Report:
                     self.unwritten = []
 
     def metrics(self, row: dict[str, Any]) -> None:
-        """Write an epoch as a line of JSON, and its numbers to TensorBoard (key `epoch` is the x axis).
+        """Write an epoch as a line of JSON, and its numbers to the loggers (key `epoch` is the x axis).
 
         Raises:
             RunFailed: the line cannot be written. Going on would leave a gap that no resume can fill.
@@ -153,6 +138,8 @@ class Report:
             except OSError as error:
                 self.writer = None
                 self.say(f"warning   no more TensorBoard events: {error.strerror}")
+        for feed in self.feeds:
+            feed.news()
 
     def forget_from(self, epoch: int) -> None:
         """Drop the rows of metrics.jsonl from `epoch` on: a resumed run writes them again."""
@@ -240,17 +227,45 @@ class Report:
         """`show_progress` of a run's own work; None where nothing is printed."""
         return None if self.console.quiet else show_progress(label)
 
-    def close(self) -> None:
+    def close(self, finished: bool = True) -> None:
+        """End the loggers, each in bounded time."""
+        try:
+            for feed in self.feeds:
+                feed.close(finished)
+        finally:
+            self.feeds = []
+            self._close_writer()
+
+    def _close_writer(self) -> None:
         if self.writer is not None:
             with suppress(OSError):
                 self.writer.close()
 
 
-def scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """(name, value) of the finite numbers of a row, without the epoch: the curves of TensorBoard."""
-    for name, value in row.items():
-        if isinstance(value, int | float) and math.isfinite(value) and name != "epoch":
-            yield name, value
+def event_writer(folder: Path) -> Any:
+    """A writer of a new file of TensorBoard events."""
+    # imported here: it takes half a second
+    from torch.utils.tensorboard import SummaryWriter
+
+    # the writer would follow a link under the name of its file, so the name cannot be guessed
+    return SummaryWriter(str(folder), filename_suffix=f".{secrets.token_hex(8)}")
+
+
+def add_evaluation_events(folder: Path) -> None:
+    """Add what RUN/eval holds to a run's TensorBoard events, where it has such: numbers, and a table as text.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    rows = evaluation_rows(folder)
+    if not rows or not any(folder.glob("events.out.tfevents.*")):
+        return
+    epoch = max((row["epoch"] for row in read_metrics(folder)), default=0)
+    writer = event_writer(folder)
+    for name, value in evaluated(rows, folder).items():
+        writer.add_scalar(name, value, epoch)
+    writer.add_text("evaluation", f"```\n{as_json(rows, 2)}\n```", epoch)
+    writer.close()
 
 
 def cut_events(paths: list[Path], again: dict[int, dict[str, Any]], epoch: int) -> dict[int, float]:

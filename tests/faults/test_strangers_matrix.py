@@ -108,7 +108,7 @@ def test_forged_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     on console and in train.log, escaped
     """
     report = Report()
-    report.attach(tmp_path, tensorboard=False)
+    report.attach(tmp_path)
     names = [
         "a\n2026-01-01 00:00:00 done",
         "\x1b[2J",
