@@ -104,7 +104,7 @@ def export_encoder(
     about = description(encoder, image_size, dim)
     try:
         with replacing(out, shared=True) as file:
-            program = captured(network, image_size, format)
+            program = captured(network, image_size)
             if format == "onnx":
                 data, opset = as_onnx(program, about)
                 file.write(data)
@@ -155,7 +155,7 @@ def description(encoder: nn.Module, image_size: int, dim: int) -> dict[str, Any]
 # ---- writing -----------------------------------------------------------------------------------------------
 
 
-def captured(network: nn.Module, image_size: int, format: str) -> torch.export.ExportedProgram:
+def captured(network: nn.Module, image_size: int) -> torch.export.ExportedProgram:
     """The network as a graph with a free batch size. Raises UserError where torch cannot follow it."""
     # two: a dimension of one would be taken for a constant
     example = (torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8),)

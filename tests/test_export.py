@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
-from ssl_emp import load_encoder
+from ssl_emp import deploy, load_encoder
 from ssl_emp.__main__ import main
 from ssl_emp.commands.subjects import Normalized
 from ssl_emp.deploy import export_encoder
@@ -228,6 +228,14 @@ def test_a_missing_package_is_a_line(
         monkeypatch.setitem(sys.modules, name, None)
     told = refused(capsys, encoder_dir, "--out", tmp_path / "x.onnx")
     assert "missing: onnxscript, onnxruntime. fix: pip install onnxscript onnxruntime, or" in told
+
+
+def test_a_network_beyond_the_limit_of_onnx_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deploy, "ONNX_LIMIT", 1000)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
+    program = deploy.captured(deploy.Deployed(Normalized(network, MEAN, STD)), 8)
+    with pytest.raises(UserError, match="the limit of an ONNX file. fix: give --format pt2"):
+        deploy.as_onnx(program, {})
 
 
 @pytest.mark.whole

@@ -1,8 +1,10 @@
 """The model card, and `ssl-emp push`: what leaves the machine, and that others can load it."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +20,20 @@ from markdown_it import MarkdownIt
 
 from ssl_emp import load_encoder
 from ssl_emp.__main__ import main
-from ssl_emp.commands.card import MARK, NAME, card_of, data_label, renew_card, short_path, without_paths
+from ssl_emp.commands.card import (
+    MARK,
+    NAME,
+    card_of,
+    data_label,
+    renew_card,
+    short_path,
+    try_to_renew,
+    without_paths,
+)
 from ssl_emp.model import build_encoder, save_encoder
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+ROOT = Path(__file__).parent.parent
 FILES = ["README.md", "config.json", "model.safetensors"]
 
 
@@ -301,6 +313,32 @@ def test_names_are_text_in_the_card(tmp_path: Path) -> None:
     assert "/home/me" not in text and "www." not in card.text.replace("www\\.", "")
 
 
+def test_a_card_that_cannot_be_written_costs_a_line(tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    save(run / "encoder")
+    (run / "config.yaml").write_text("data: {source: mnist5k}\n")
+    said: list[str] = []
+    os.mkfifo(run / "encoder" / NAME)
+    try_to_renew(run, None, said.append)  # reading the pipe would never end
+    (run / "encoder" / NAME).unlink()
+    (run / "encoder" / NAME).mkdir()
+    try_to_renew(run, None, said.append)
+    (run / "encoder").rename(elsewhere)
+    (run / "encoder").symlink_to(elsewhere)
+    try_to_renew(run, None, said.append)
+    assert len(said) == 3 and all("encoder/README.md was not written" in line for line in said), said
+    assert "is a link to another place" in said[2]
+    # a link in the place of the card is replaced, and not followed
+    (run / "encoder").unlink()
+    elsewhere.rename(run / "encoder")
+    (run / "encoder" / NAME).rmdir()
+    (run / "encoder" / NAME).symlink_to(tmp_path / "mine")
+    try_to_renew(run, None, said.append)
+    assert (
+        len(said) == 3 and not (tmp_path / "mine").exists() and MARK in (run / "encoder" / NAME).read_text()
+    )
+
+
 def test_paths_lose_their_places() -> None:
     for text, wanted in (
         ("cosine kNN, k=5, T=0.1, bank 54", "cosine kNN, k=5, T=0.1, bank 54"),
@@ -314,3 +352,25 @@ def test_paths_lose_their_places() -> None:
     assert [short_path(p) for p in ("cifar10", "/a/b", "~/x", "../y/", "/", "~", ".")] == [
         "cifar10", "b", "x", "y", "images in a folder", "images in a folder", "images in a folder",
     ]  # fmt: skip
+
+
+@pytest.mark.whole
+def test_commands_of_their_own_processes(tmp_path: Path) -> None:
+    """As somebody types it, with HF_ENDPOINT and HF_TOKEN; then timm in a process without ssl_emp."""
+    folder = save(tmp_path / "enc", "timm:test_resnet", None, None)
+    load = "import timm, torch; network = timm.create_model('hf-hub:me/net', pretrained=True).eval()\n"
+    load += "print(network(torch.full((1, 3, 32, 32), 0.5)).double().sum().item())"
+    with serving() as hub:
+        own = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
+        environment = os.environ | own | {"OMP_NUM_THREADS": "1"}
+        commands = [["-m", "ssl_emp", "push", str(folder), "me/net", "--license", "mit"], ["-I", "-c", load]]
+        for words in commands:
+            done = subprocess.run(
+                [sys.executable, *words], env=environment, capture_output=True, text=True, cwd=ROOT
+            )
+            assert not done.returncode and TOKEN not in done.stdout + done.stderr, done.stderr
+    assert sorted(hub.repos["me/net"]) == FILES
+    network = load_encoder(folder).backbone
+    with torch.no_grad():
+        wanted = network(torch.full((1, 3, 32, 32), 0.5)).double().sum().item()
+    assert float(done.stdout) == pytest.approx(wanted, rel=1e-4)

@@ -53,7 +53,7 @@ def renew_card(run: Path, weights: str | None = None, licence: str | None = None
     if weights is None and (run / "eval").is_dir():
         weights = hash_of(folder)
     text = card_of(folder, run, weights=weights, licence=licence)
-    write_atomically(folder / NAME, text.encode())
+    write_atomically(folder / NAME, text.encode(), shared=True)
     return text
 
 
@@ -282,7 +282,8 @@ class Facts:
             ("projection", model.get("projection_dim") if contrasts else None),
             ("epochs", self.config.get("epochs")),
             ("batch size", self.config.get("batch_size")),
-            ("optimiser", f"{optimizer.get('name')}, momentum {optimizer.get('momentum')}"),
+            ("optimiser", optimizer.get("name")),
+            ("momentum", None if optimizer.get("name") == "adamw" else optimizer.get("momentum")),
             ("learning rate", f"{optimizer.get('lr')} at its peak, {optimizer.get('schedule')}"),
             ("weight decay", optimizer.get("weight_decay")),
             ("average of the weights", model.get("ema")),
