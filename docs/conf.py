@@ -22,10 +22,12 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 
-# pages that are the README of another folder, read from there
+# pages that are a file of another folder, read from there
 ELSEWHERE = {
     "experiments": ROOT / "experiments" / "README.md",
     "benchmarks": ROOT / "benchmarks" / "README.md",
+    "contributing": ROOT / "CONTRIBUTING.md",
+    "changelog": ROOT / "CHANGELOG.md",
 }
 LINK = re.compile(r"(?<=\]\()(?!https?:|#|mailto:)([^)\s#]+)(#[^)\s]*)?(?=\))")
 

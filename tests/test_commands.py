@@ -4,13 +4,17 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from ssl_emp import __main__
 from ssl_emp._version import __version__
+from ssl_emp.commands.arguments import EVALUATOR_NAMES, evaluate_parser
+from ssl_emp.commands.checks import FOR_DEVELOPERS
 from ssl_emp.commands.eval_config import TransferConfig
+from ssl_emp.commands.evaluate import ALL_EVALUATORS
 from ssl_emp.commands.transfer import read_suite
 from ssl_emp.config import load_config
 from ssl_emp.errors import UserError
@@ -76,6 +80,18 @@ def test_messages_name_the_command_that_was_typed(
 ) -> None:
     monkeypatch.setattr(sys, "argv", [started])
     assert (command_line("pretrain"), command_line("embed")) == (pretrain, embed)
+
+
+def test_the_help_of_evaluate_names_every_evaluator() -> None:
+    assert EVALUATOR_NAMES == ALL_EVALUATORS
+    assert all(f"`{name}`" in evaluate_parser().format_help() for name in ALL_EVALUATORS)
+
+
+def test_the_page_about_installing_names_every_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    page = (ROOT / "docs" / "install.md").read_text()
+    extras = set(project["optional-dependencies"]) - set(FOR_DEVELOPERS)
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == extras
 
 
 # ---- shipped configs

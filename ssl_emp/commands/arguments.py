@@ -71,9 +71,13 @@ path below IMAGES, or FILE.parquet#ROW; where several IMAGES are given, it begin
 """
 
 
+# what does the work is in evaluators.py and transfer.py
+EVALUATOR_NAMES = ("knn", "linear", "fewshot", "finetune", "diagnose", "transfer")
+
+
 def evaluate_usage() -> str:
-    evaluators = "knn|linear|fewshot|finetune|diagnose|transfer"
-    return f"{command_line('evaluate')} ENCODER [ENCODER ...] {evaluators} [...] [key=value ...], see --help"
+    words = f"ENCODER [ENCODER ...] {'|'.join(EVALUATOR_NAMES)} [...] [key=value ...], see --help"
+    return f"{command_line('evaluate')} {words}"
 
 
 def predict_usage() -> str:

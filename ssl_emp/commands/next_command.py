@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ssl_emp.commands.arguments import EVALUATOR_NAMES
 from ssl_emp.commands.eval_config import KnnConfig
 from ssl_emp.config import PretrainConfig
 from ssl_emp.data.holdout import held_out_rows
@@ -17,7 +18,7 @@ from ssl_emp.text import command_line, quoted
 HOLDOUT = 0.2
 NEIGHBORS = KnnConfig().num_neighbors[0]
 # words of evaluate, which a run of that name would be taken for
-WORDS = "random pixels knn linear fewshot finetune diagnose transfer predict".split()
+WORDS = ("random", "pixels", "predict", *EVALUATOR_NAMES)
 
 
 def next_command(out: Path, config: PretrainConfig) -> str:
