@@ -8,7 +8,7 @@ What goes into it may be read by everyone: of paths the last part only, and no n
 
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import yaml
 from linear_eval.errors import first_line
 from ssl_emp._version import __version__
 from ssl_emp.backbones import described, is_own
-from ssl_emp.commands.rows import Row
+from ssl_emp.commands.rows import LOCK, Row, locked
 from ssl_emp.config import parse_yaml
 from ssl_emp.errors import UserError
 from ssl_emp.run.report import duration, read_metrics
@@ -46,14 +46,16 @@ def renew_card(run: Path, weights: str | None = None, licence: str | None = None
         UserError: the run's files cannot be read, or a folder in it is a link.
         OSError: it cannot be written.
     """
-    folder = check_inner(run, "encoder")
-    before = own_text(folder)
-    if before is not None:
-        return before
-    if weights is None and (run / "eval").is_dir():
-        weights = hash_of(folder)
-    text = card_of(folder, run, weights=weights, licence=licence)
-    write_atomically(folder / NAME, text.encode(), shared=True)
+    folder, rows = check_inner(run, "encoder"), check_inner(run, "eval")
+    # two evaluations may end together, and rows of both are in the card of the later one
+    with locked(rows / LOCK) if rows.is_dir() else nullcontext():
+        before = own_text(folder)
+        if before is not None:
+            return before
+        if weights is None and rows.is_dir():
+            weights = hash_of(folder)
+        text = card_of(folder, run, weights=weights, licence=licence)
+        write_atomically(folder / NAME, text.encode())
     return text
 
 

@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("there is no token for the hub", "set HF_TOKEN, or log in: hf auth login")
     url = upload(repo_id, files, private=not arguments.public, token=token)
     with suppress(OSError):  # a folder that cannot be written to; the card there keeps the licence
-        write_atomically(folder / "README.md", card.encode(), shared=True)
+        write_atomically(folder / "README.md", card.encode())
     say(f"done: {url}")
 
 

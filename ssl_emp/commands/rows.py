@@ -44,7 +44,7 @@ def write_rows(folder: Path, rows: list[Row], note: Callable[[str], None] = lamb
     path = folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / LOCK):
+        with locked(folder / LOCK):
             for evaluator in dict.fromkeys(row["evaluator"] for row in rows):
                 path = folder / f"{evaluator}.json"
                 new = [row for row in rows if row["evaluator"] == evaluator]
@@ -84,7 +84,7 @@ def _read(path: Path, note: Callable[[str], None]) -> list[Row]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold a lock file; waits for it. The kernel frees the lock of a process that dies, however it dies."""
     until = time.monotonic() + PATIENCE_SECONDS
     while True:
