@@ -9,11 +9,12 @@ timm is an extra: the three ResNets and torchvision's 80 networks need none, and
 Letters: B images, S pixels a side, D features.
 """
 
+import copy
 import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ REFUSED = {
     "checkpoint_path", "cache_dir", "weights", "weights_backbone", "progress", "num_classes", "in_chans",
     "features_only", "feature_cfg", "out_indices", "scriptable", "exportable", "no_jit", "device", "dtype",
 }  # fmt: skip
+Given = TypeVar("Given", bound=nn.Module | None)
 MOST_ARGS, LARGEST_ARG = 32, 65_536  # of what a file may ask for
 
 
@@ -172,6 +174,15 @@ def is_own(arch: str) -> bool:
 def custom_name(network: nn.Module) -> str:
     """What files call a module from Python."""
     return f"custom:{re.sub(r'[^A-Za-z0-9_]', '_', type(network).__name__)[:200]}"
+
+
+def copy_of(network: Given) -> Given:
+    """A copy of a module from Python; None of None. Raises UserError where it cannot be copied."""
+    try:
+        return copy.deepcopy(network)
+    except Exception as error:  # what a module holds raises errors of every type
+        what = f"the {type(network).__name__} cannot be copied ({type(error).__name__}: {first_line(error)})"
+        raise UserError(what, "give a module that copy.deepcopy takes") from error
 
 
 def described(spec: Mapping[str, Any]) -> str:
@@ -393,7 +404,8 @@ def feature_dim(network: nn.Module, image_size: int, name: str) -> int:
 
 
 def check_trains(network: nn.Module, image_size: int, name: str) -> None:
-    """Raise UserError where a network gives no features (B, D) in training; freeze what gets no gradient.
+    """Raise UserError where a network gives no features (B, D) in training, or has nothing that learns;
+    freeze what gets no gradient.
 
     A parameter that no feature depends on would be missing from the optimiser's state and stop DDP. Of our
     own three all are known to be right.
@@ -404,8 +416,12 @@ def check_trains(network: nn.Module, image_size: int, name: str) -> None:
         network.train()
         features = _forward(network, image_size, device, f"{name} in training")
         learning = [p for p in network.parameters() if p.requires_grad]
+        if device.type != "meta" and not features.isfinite().all():
+            what = f"{name} in training gives features that are not finite"
+            raise UserError(what, "give a network with usable weights")
         if not features.requires_grad or not learning:
-            return
+            what = f"nothing of {name} would learn: no gradient reaches a parameter"
+            raise UserError(what, "give a network whose parameters require gradients")
         found = torch.autograd.grad(features.float().sum(), learning, allow_unused=True)
     for parameter, gradient in zip(learning, found, strict=True):
         parameter.requires_grad_(gradient is not None)
@@ -420,7 +436,8 @@ def _forward(network: nn.Module, image_size: int, device: torch.device, name: st
     except Exception as error:  # networks raise errors of every type
         what = f"{name} takes no images of {image_size}x{image_size} pixels"
         reason = f"{type(error).__name__}: {first_line(error, 120)}"
-        raise UserError(f"{what} ({reason})", "give views of another size (augment.size)") from error
+        fix = "give views of another size (augment.size), or a network of normalised images (B, 3, S, S)"
+        raise UserError(f"{what} ({reason})", fix) from error
     pooled = "use a network that ends in pooled features, one row an image"
     if not isinstance(features, Tensor):
         raise UserError(f"{name} gives a {type(features).__name__}, not features (B, D)", pooled)
@@ -428,7 +445,8 @@ def _forward(network: nn.Module, image_size: int, device: torch.device, name: st
         maps = ", which are maps" if features.ndim == 4 else ""
         shape = tuple(features.shape)
         raise UserError(f"{name} gives {shape} for 2 images{maps}, not features (B, D)", pooled)
-    if not features.shape[1] or not features.is_floating_point():
+    if not features.shape[1] or features.dtype != torch.float32:
         kind = str(features.dtype).removeprefix("torch.")
-        raise UserError(f"{name} gives {features.shape[1]} features of type {kind}", pooled)
+        what = f"{name} gives {features.shape[1]} features of type {kind}"
+        raise UserError(what, "end it in features.float()" if features.is_floating_point() else pooled)
     return features

@@ -28,7 +28,7 @@ from linear_eval.errors import did_you_mean, first_line
 from linear_eval.files import check_uncompressed
 from ssl_emp.errors import UserError
 from ssl_emp.safe_files import check_regular, read_json
-from ssl_emp.text import resume_command, shorten
+from ssl_emp.text import printable, resume_command, shorten
 
 LEAST_SHARE = 0.9  # default of model.init_share
 LARGEST_FILE = 1 << 36  # bytes
@@ -68,7 +68,8 @@ class Taken:
         share: of the numbers in the backbone, and in what the file has beyond it inside the same layers,
             those that were taken.
         new: names of the backbone's tensors that stay as they were initialised.
-        differing: of these, name -> (shape here, shape there), where the source has one of another shape.
+        differing: of these, name -> (what it is here, what it is there), such as (`64x3x3x3`, `64x3x7x7`),
+            where the source has one of another shape or type.
         unused: names in the source, without the prefix, that nothing took.
         resampled: position embeddings that were interpolated to another grid.
         mean, std: by which the source normalises images in [0, 1]; None: it does not say.
@@ -80,7 +81,7 @@ class Taken:
     total: int
     share: float
     new: tuple[str, ...]
-    differing: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    differing: dict[str, tuple[str, str]]
     unused: tuple[str, ...]
     resampled: tuple[str, ...]
     mean: list[float] | None
@@ -89,7 +90,7 @@ class Taken:
     def __str__(self) -> str:
         """`FILE: 318 of 320 tensors, new: fc.*`."""
         place = f" ({self.place}*)" if self.place else ""
-        parts = [f"{self.source}{place}: {self.taken} of {self.total} tensors"]
+        parts = [printable(f"{self.source}{place}: {self.taken} of {self.total} tensors")]
         parts += [f"new: {grouped(self.new, self.differing)}"] if self.new else []
         parts += [f"not used: {grouped(self.unused)}"] if self.unused else []
         parts += [f"interpolated: {grouped(self.resampled)}"] if self.resampled else []
@@ -144,7 +145,12 @@ def read(init: str | os.PathLike[str]) -> Found:
         return _of_torchvision(name)
     path = Path(os.path.expanduser(name))
     mean = std = None
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        what = f"cannot read {shorten(name)} ({error.strerror})"
+        raise UserError(what, f"model.init is {KINDS}") from error
+    if is_folder:
         if (path / "config.yaml").is_file() and not (path / "encoder").is_dir():
             fix = f"finish it: {resume_command(path)}"
             raise UserError(f"the run {path} has no encoder yet", fix)
@@ -158,8 +164,17 @@ def read(init: str | os.PathLike[str]) -> Found:
     if not path.exists():
         raise UserError(f"there is no {path} to begin from", f"model.init is {KINDS}")
     check_regular(path, LARGEST_FILE)
-    tables = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    tables = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
     return Found(name, tables, mean, std)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its content, whatever its name: eight bytes of a length, then JSON. By its name what is neither."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{":
+        return True
+    return path.suffix == ".safetensors" and head[:2] not in (b"PK", b"\x80\x02")
 
 
 def _read_safetensors(path: Path) -> dict[str, dict[str, Tensor]]:
@@ -179,7 +194,8 @@ def _read_pickle(path: Path) -> dict[str, dict[str, Tensor]]:
         # what authors' scripts save beside their weights; it holds values, and building it runs nothing
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch on old formats, which are read all the same
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with open(path, "rb") as file:  # given a name, torch would go by its ending
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip, runtime, key, memory errors: each means a file not to be used
         text = str(error)
         if named := re.search(r"GLOBAL (\S+)", text):
@@ -390,7 +406,7 @@ def _fit(
         if there is None:
             continue
         if not _fits(name, own[name], there):
-            differing[name] = (tuple(own[name].shape), tuple(there.shape))
+            differing[name] = _unlike(own[name], there)
             continue
         if there.shape != own[name].shape:
             there = resampled_positions(there, own[name].shape[1], _other_tokens(name, own[name], there) or 0)
@@ -458,10 +474,8 @@ def _misfit(backbone: nn.Module, taken: Taken, least: float) -> UserError:
     shown = []
     for name in taken.new[:2]:
         there = taken.differing.get(name)
-        shown.append(
-            f"{name} is {_shape(tuple(own[name].shape))} here and "
-            f"{_shape(there[1]) if there else 'missing'} there"
-        )
+        here = there[0] if there else _shape(own[name])
+        shown.append(f"{name} is {here} here and {there[1] if there else 'missing'} there")
     if taken.unused and not any(name in taken.differing for name in taken.new[:2]):
         shown.append(f"{shorten(taken.unused[0])} is only there")
     fits = f"{100 * taken.share:.3g} % of the backbone's numbers"
@@ -469,11 +483,24 @@ def _misfit(backbone: nn.Module, taken: Taken, least: float) -> UserError:
     return UserError(what, "set model.arch, model.width and model.stem to the network of these weights")
 
 
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "a number"
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"
 
 
-def grouped(names: tuple[str, ...], differing: Mapping[str, Any] | None = None) -> str:
+def _unlike(here: Tensor, there: Tensor) -> tuple[str, str]:
+    """The shapes of two tensors that do not fit; where these are the same, their types."""
+    if here.shape != there.shape:
+        return _shape(here), _shape(there)
+
+    def kind(tensor: Tensor) -> str:
+        words = [str(tensor.dtype), *([str(tensor.layout)] if tensor.layout != torch.strided else [])]
+        words += ["without values"] if tensor.is_meta else []
+        return " ".join(words).replace("torch.", "")
+
+    return kind(here), kind(there)
+
+
+def grouped(names: tuple[str, ...], differing: Mapping[str, tuple[str, str]] | None = None) -> str:
     """Names of tensors in a line: `conv1.weight (64x3x3x3 here, 64x3x7x7 there), layer4.*`."""
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -484,7 +511,7 @@ def grouped(names: tuple[str, ...], differing: Mapping[str, Any] | None = None) 
             words.append(f"{shorten(first)}.*")
         elif differing and members[0] in differing:
             here, there = differing[members[0]]
-            words.append(f"{shorten(members[0])} ({_shape(here)} here, {_shape(there)} there)")
+            words.append(f"{shorten(members[0])} ({here} here, {there} there)")
         else:
             words.append(shorten(members[0]))
     more = [f"and {len(words) - SHOWN} more"] if len(words) > SHOWN else []

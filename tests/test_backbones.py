@@ -214,7 +214,12 @@ class Net(nn.Module):
         features = maps.mean((2, 3))
         if self.ends == "in training" and self.training:
             return features, maps
-        found = {"maps": maps, "tuple": (features,), "nothing": features[:, :0], "nan": features * torch.nan}
+        if self.ends == "nan in training" and self.training:
+            return features * torch.nan
+        found = {
+            "maps": maps, "tuple": (features,), "nothing": features[:, :0], "nan": features * torch.nan,
+            "double": features.double(), "detached": features.detach(),
+        }  # fmt: skip
         return found.get(self.ends, features)
 
 
@@ -226,6 +231,9 @@ class Net(nn.Module):
         ("in training", "in training gives a tuple"),
         ("nothing", "gives 0 features"),
         ("nan", "features that are not finite"),
+        ("nan in training", "custom:Net in training gives features that are not finite"),
+        ("double", "gives 6 features of type float64. fix: end it in features.float()"),
+        ("detached", "nothing of custom:Net would learn"),
     ],
 )
 def test_a_module_that_gives_no_features_is_one_line(ends: str, said: str) -> None:
@@ -233,6 +241,12 @@ def test_a_module_that_gives_no_features_is_one_line(ends: str, said: str) -> No
     with pytest.raises(UserError) as error:
         check_trains(build_encoder(network, None, None, 32, MEAN, STD).backbone, 32, "custom:Net")
     assert said in str(error.value) and "\n" not in str(error.value) and "custom:Net" in str(error.value)
+
+
+def test_a_network_that_is_frozen_whole_is_refused() -> None:
+    with pytest.raises(UserError, match="nothing of it would learn.*fix: give a network whose parameters"):
+        check_trains(Net().requires_grad_(False), 32, "it")
+    check_trains(Net(), 32, "it")
 
 
 def test_a_module_from_python_is_trained_kept_and_loaded(config: Path, tmp_path: Path, capsys: Any) -> None:

@@ -637,6 +637,37 @@ def test_a_module_is_trained_stopped_resumed_and_judged(tmp_path: Path) -> None:
     assert "encoder.backbone.requires_grad_()" in refused(lambda: ssl_emp.pretrain(data, run.encoder))
 
 
+class Sick(Net):
+    """Right where it is looked at, and without a usable number in every batch."""
+
+    def forward(self, views: Tensor) -> Tensor:
+        return super().forward(views) * (torch.nan if len(views) > 2 else 1)
+
+
+class Locked(Net):
+    def __deepcopy__(self, memo: Any) -> "Locked":
+        raise RuntimeError("holds a socket")
+
+
+def test_a_run_of_skipped_steps_alone_is_not_finished(tmp_path: Path) -> None:
+    """They are fewer than max_bad_steps allows in a row."""
+    settings = {key: value for key, value in SHORT.items() if key != "model"}
+    with pytest.raises(ssl_emp.RunFailed, match="none of the 4 steps had a finite loss and gradient"):
+        ssl_emp.pretrain(
+            arrays(24),
+            Sick(),
+            out=tmp_path / "run",
+            **settings | {"prune": {"policy": "none"}, "epochs": 1, "max_bad_steps": 10, "batch_size": 6},
+        )
+    assert not (tmp_path / "run" / "encoder").exists()
+
+
+def test_a_module_that_cannot_be_copied_is_a_line(tmp_path: Path) -> None:
+    said = refused(lambda: ssl_emp.pretrain(arrays(24), Locked(), out=tmp_path / "run", verbose=False))
+    assert said.startswith("the Locked cannot be copied (RuntimeError: holds a socket). fix: ")
+    assert not (tmp_path / "run").exists()
+
+
 # --- the process is left as it was
 
 

@@ -153,6 +153,36 @@ def test_other_networks_are_refused_with_shapes(tmp_path: Path) -> None:
     assert "fits 0 % of the backbone's numbers, model.init_share asks for 90 %" in other
 
 
+def test_numbers_of_another_type_are_told_by_it(tmp_path: Path) -> None:
+    """The shapes are the same: they would say nothing."""
+    good = tensors(resnet(1))
+    for kind in (torch.int8, torch.bool, torch.complex64):
+        others = {name: value.to(kind) for name, value in good.items()}
+        line = refused(resnet(0), shapes_of(others, tmp_path))
+        assert f"conv1.weight is float32 here and {str(kind)[6:]} there" in line
+    sparse = good | {"conv1.weight": good["conv1.weight"].to_sparse()}
+    line = str(take(resnet(0), shapes_of(sparse, tmp_path)))
+    assert "new: conv1.weight (float32 here, float32 sparse_coo there)" in line
+
+
+def test_a_file_is_read_by_what_it_is(tmp_path: Path) -> None:
+    """People rename files; and both kinds of torch.save are there."""
+    theirs = resnet(SOURCE)
+    save_file(tensors(theirs), tmp_path / "a.pth")
+    torch.save(tensors(theirs), tmp_path / "b.safetensors")
+    torch.save(tensors(theirs), tmp_path / "c.safetensors", _use_new_zipfile_serialization=False)
+    for name in ("a.pth", "b.safetensors", "c.safetensors"):
+        ours = resnet(3)
+        take(ours, tmp_path / name)
+        assert_same(ours, theirs)
+
+
+def test_names_of_strangers_stay_on_their_line(tmp_path: Path) -> None:
+    found = {f"a\n\x1b[2J.{name}": value for name, value in tensors(resnet(SOURCE)).items()}
+    line = str(take(resnet(0), shapes_of(found | {"a\n\x1b[2J.x\ry": torch.zeros(1)}, tmp_path)))
+    assert line.isprintable() and r"(a\n\x1b[2J.*): 100 of 100 tensors, not used: x\ry" in line
+
+
 def test_share_counts_numbers(tmp_path: Path) -> None:
     """Against counting by hand; a lower model.init_share takes what fits."""
     theirs = {name: value for name, value in tensors(resnet(1)).items() if not name.startswith("layer4")}
@@ -187,6 +217,7 @@ def test_files_that_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     Path("empty").mkdir()
     assert "empty has no weights (model.safetensors or pytorch_model.bin)" in refused(network, "empty")
     assert "there is no nowhere.pth" in refused(network, "nowhere.pth")
+    assert "xxx... (File name too long)" in refused(network, "x" * 5000)
     torch.save([1, 2], "list.pth")
     assert "list.pth holds a list" in refused(network, "list.pth")
     torch.save({"epoch": 3}, "none.pth")

@@ -5,7 +5,6 @@ own process is not: signal handlers, random generators, gradient mode and thread
 function returns or raises, no stream is touched, and nothing ends the process.
 """
 
-import copy
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 
 from linear_eval.errors import first_line
-from ssl_emp.backbones import custom_name
+from ssl_emp.backbones import copy_of, custom_name
 from ssl_emp.commands.eval_config import EvalConfig, check, parse_overrides
 from ssl_emp.commands.eval_images import GivenImages
 from ssl_emp.commands.evaluate import ALL_EVALUATORS, judge_all, own_device
@@ -83,7 +82,7 @@ class RunFolder:
     @cached_property
     def encoder(self) -> Encoder:
         """The frozen encoder, images (B, 3, H, W) float in [0, 1] -> (B, D) float32, see `load_encoder`."""
-        return load_encoder(self.folder, backbone=copy.deepcopy(self.backbone))
+        return load_encoder(self.folder, backbone=copy_of(self.backbone))
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -255,7 +254,7 @@ def _train(
 ) -> RunFolder:
     needs_gpu = pick_device(config.device).type == "cuda"
     with _as_before(needs_gpu), _ranks(config.devices, config.timeout_seconds, needs_gpu) as ranks:
-        own = copy.deepcopy(backbone)
+        own = copy_of(backbone)
         code = start_or_resume(config, out, resumes, ranks, resumes, own, given)
     if code:
         _deliver(code - 128, f"stopped, and saved in {out}. go on: {given.again(out)}")
@@ -413,7 +412,7 @@ def _name_of(encoder: Any) -> str | None:
 
 def _module_subject(module: nn.Module, data: DataConfig, config: EvalConfig) -> Subject:
     size = config.data.image_size or getattr(module, "image_size", None)
-    copied = copy.deepcopy(module)
+    copied = copy_of(module)
     return Subject(type(module).__name__, "from Python", data, size, fixed(copied), None)
 
 

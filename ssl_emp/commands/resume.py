@@ -1,6 +1,5 @@
 """A run directory against what is asked of it: the same settings and images, all files of a finished run."""
 
-import copy
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ssl_emp.backbones import copy_of
 from ssl_emp.commands.job import Job, sizes_line
 from ssl_emp.commands.next_command import next_command
 from ssl_emp.config import (
@@ -322,7 +322,7 @@ def _encoder_problem(
         return "its weights are not those of the last checkpoint"
     if config.model.arch.startswith("custom:") and backbone is None:
         return None  # only its owner can build it
-    encoder = load_encoder(out / "encoder", backbone=copy.deepcopy(backbone))
+    encoder = load_encoder(out / "encoder", backbone=copy_of(backbone))
     wanted = _untrained(config, size or encoder.image_size, backbone)
     same = wanted.spec == encoder.spec and wanted.image_size == encoder.image_size
     same = (
@@ -372,7 +372,7 @@ def lost_epochs(out: Path, epochs: int) -> list[int]:
 def _untrained(config: PretrainConfig, size: int, backbone: nn.Module | None) -> Encoder:
     """An encoder as the run's was built, of weights without worth; a module from Python is copied."""
     model, augment = config.model, config.augment
-    arch = model.arch if backbone is None else copy.deepcopy(backbone)
+    arch = model.arch if backbone is None else copy_of(backbone)
     return build_encoder(arch, model.width, model.stem, size, augment.mean, augment.std, model.args)
 
 

@@ -1,6 +1,5 @@
 """What evaluate.py judges: encoders of runs, exported, untrained, timm's, torchvision's, or plain pixels."""
 
-import copy
 import io
 import logging
 import re
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from linear_eval.errors import did_you_mean, first_line
-from ssl_emp.backbones import check_name, described, is_own, make_timm, make_torchvision, timm_names
+from ssl_emp.backbones import check_name, copy_of, described, is_own, make_timm, make_torchvision, timm_names
 from ssl_emp.commands.eval_config import EvalConfig, check
 from ssl_emp.config import AugmentConfig, DataConfig, parse_yaml
 from ssl_emp.errors import UserError
@@ -85,14 +84,14 @@ def find_subjects(
 
     runs: dict[str, Encoder | UserError] = {}
     for name in filter(lambda name: is_run(Path(name)), names):
-        own = copy.deepcopy(backbones.get(name))
+        own = copy_of(backbones.get(name))
         runs[name] = _or_problem(partial(load_encoder, name, check_range=False, backbone=own))
     datas = {name: _or_problem(partial(read_run_data, Path(name), given)) for name in runs}
     host = _Host(config, given, next(iter(runs), None), runs, datas)
 
     def start_subject(name: str) -> Subject:
         """What the run `name` began from, on the run's images."""
-        own = copy.deepcopy(backbones.get(name))
+        own = copy_of(backbones.get(name))
         start = load_encoder(Path(name) / START, check_range=False, backbone=own)
         run, data = _right(runs[name]), _right(datas[name])
         size = config.data.image_size or run.image_size

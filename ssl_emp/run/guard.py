@@ -62,7 +62,12 @@ class Guard:
             )
 
     def check_weights(self, step: int) -> None:
-        """Raise RunFailed where weights are not finite: no loss has seen the last update yet."""
+        """Raise RunFailed where every one of `step` steps was skipped, or weights are not finite: no loss has
+        seen the last update yet.
+        """
+        if step and int(self.in_a_row) >= step:
+            what = f"none of the {step} steps had a finite loss and gradient, so that nothing was trained"
+            raise RunFailed(f"{what}. fix: {FIX}")
         if not torch.stack([tensor.isfinite().all() for tensor in self.model.state_dict().values()]).all():
             what = f"the weights are not finite after step {step}; the last checkpoint is intact"
             raise RunFailed(f"{what}. fix: {FIX}")
