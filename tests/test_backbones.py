@@ -165,6 +165,23 @@ def test_a_scoring_pass_draws_by_its_key_and_leaves_no_trace(config: Path) -> No
     assert all(value.equal(before[name]) for name, value in job.model.state_dict().items())
 
 
+def test_narrow_networks_train_on_large_views(config: Path, tmp_path: Path) -> None:
+    """With channels last the backward pass of torch on a CPU ends the process here."""
+    words = ["--config", str(config), "model.width=8", "model.stem=cifar", "augment.size=64", "epochs=1"]
+    words += ["prune.policy=none", "data.max_images=8"]
+    assert pretrain.main([*words, f"out={tmp_path / 'run'}"]) == 0
+    settings = ["augment.size=64", "model.stem=cifar", "monitor.knn_every=0"]
+    for width, size, layout in (
+        (8, 64, torch.contiguous_format),
+        (16, 64, torch.channels_last),
+        (8, 32, torch.channels_last),
+    ):
+        changed = [*settings, f"model.width={width}", f"augment.size={size}"]
+        job = prepare(load_config(config, changed), Report(silent=True))
+        assert job.memory_format == layout
+        assert job.encoder.backbone.get_parameter("layer1.0.conv1.weight").is_contiguous(memory_format=layout)
+
+
 # ---- building
 
 

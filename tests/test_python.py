@@ -637,6 +637,14 @@ def test_a_module_is_trained_stopped_resumed_and_judged(tmp_path: Path) -> None:
     assert "encoder.backbone.requires_grad_()" in refused(lambda: ssl_emp.pretrain(data, run.encoder))
 
 
+def test_an_image_that_was_closed_is_left_out(tmp_path: Path) -> None:
+    images, _ = pil_images(24)
+    for image in images[:2]:
+        image.load()
+        image.close()
+    assert len(load_object(images, image_size=16).names) == 22
+
+
 class Sick(Net):
     """Right where it is looked at, and without a usable number in every batch."""
 

@@ -51,6 +51,7 @@ from ssl_emp.supervised import Classifier
 from ssl_emp.weights import Found, Taken, take
 from ssl_emp.weights import read as read_weights
 
+LARGEST_NARROW_MAP = 40  # pixels a side, see `memory_format`
 EASILY_LEARNED = 0.95  # share of its softmax that a perfect pair has at the temperature that is advised
 
 
@@ -92,6 +93,11 @@ class Job:
         decay = self.config.optimizer.layer_decay
         scales = {} if decay == 1 else lr_scales(self.model.backbone, decay)
         return {f"backbone.{name}": scale for name, scale in scales.items()}
+
+    @cached_property
+    def memory_format(self) -> torch.memory_format:
+        """Of the network and its views."""
+        return memory_format(self.encoder.backbone, self.sizes.last, self.device)
 
     @property
     def num_samples(self) -> int:
@@ -366,9 +372,28 @@ def build_model(
         assert labels is not None
         model = Classifier(encoder.backbone, encoder.feature_dim, labels.num_classes)
     encoder.to(device)
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs miss this form
+    layout = memory_format(encoder.backbone, sizes.last, device)
+    model.to(device, memory_format=layout)  # type: ignore[call-overload]  # torch's stubs miss this form
     share_batch_norm(model, ranks)  # after the move: it depends on where a BatchNorm is
     return encoder, model
+
+
+def memory_format(backbone: nn.Module, size: int, device: torch.device) -> torch.memory_format:
+    """Channels last, which is faster, but where it crashes on a CPU.
+
+    In torch 2.14 (oneDNN, AVX-512) the backward pass of a strided 1x1 convolution of channels-last maps with
+    fewer than 16 channels, from 48 pixels a side on, writes beyond its memory. A ResNet of width 8 has one.
+    No map is larger than the view.
+    """
+    narrow = any(
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and module.stride != (1, 1)
+        and module.in_channels < 16
+        for module in backbone.modules()
+    )
+    crashes = device.type == "cpu" and size > LARGEST_NARROW_MAP and narrow
+    return torch.contiguous_format if crashes else torch.channels_last
 
 
 def check_sizes(config: PretrainConfig, encoder: Encoder, images: ImageSet) -> None:

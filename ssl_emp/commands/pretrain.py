@@ -135,7 +135,7 @@ def contrastive(
 def through(job: Job, network: Any, views: Tensor) -> tuple[Tensor, Tensor]:
     """Views (M, 3, S, S) -> backbone features (M, D) and projections or logits (M, P)."""
     with torch.autocast(job.device.type, dtype=torch.bfloat16, enabled=job.bf16):
-        return network(views.to(memory_format=torch.channels_last))
+        return network(views.to(memory_format=job.memory_format))
 
 
 def pretrain(job: Job, run: Run, stop: Stop) -> int:

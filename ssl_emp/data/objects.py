@@ -370,7 +370,10 @@ def digest_of(image: Encoded) -> str:
     """Of the pixels of an image, or of the file that it is."""
     found = hashlib.blake2b(digest_size=16)
     if isinstance(image, Image.Image):
-        found.update(f"{image.mode} {image.size}".encode() + image.tobytes())
+        try:
+            found.update(f"{image.mode} {image.size}".encode() + image.tobytes())
+        except (OSError, ValueError) as error:  # it was closed: left out when it is read
+            found.update(repr(error).encode())
     elif isinstance(image, np.ndarray):
         found.update(f"{image.shape}".encode() + np.ascontiguousarray(image).tobytes())
     else:
