@@ -327,7 +327,7 @@ def load_encoder(
         backbone: of a run whose network was a module from Python: one like it, which gets the weights.
 
     Returns:
-        A module: images (B, 3, H, W) float in [0, 1] -> (B, D) float32 features. It normalises its input; its
+        A module, images (B, 3, H, W) float in [0, 1] -> (B, D) float32 features. It normalises its input; its
         `preprocess` makes such images from files, PIL images and pixels.
 
     Raises:

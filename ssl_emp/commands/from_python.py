@@ -163,7 +163,7 @@ def pretrain(
     verbose: bool = True,
     **settings: Any,
 ) -> RunFolder:
-    """Pretrain an encoder on images; what `python pretrain.py --config FILE key=value` does.
+    """Pretrain an encoder on images; what `ssl-emp pretrain --config FILE key=value` does::
 
         run = ssl_emp.pretrain(images, "resnet18", epochs=100, batch_size=256, prune={"fraction": 0.5})
 
@@ -180,8 +180,8 @@ def pretrain(
         model: `model.arch` (`resnet18`, `timm:NAME`, `torchvision:NAME`), a dict of the section `model`, or a
             module, normalised images (B, 3, S, S) -> features (B, D): its weights are the start, and as it is
             copied, it keeps them.
-        config: a YAML file such as configs/demo.yaml, a dict of the same shape, also with dots in its names,
-            such as `{"data.image_size": 64}`, or the config of a run.
+        config: a YAML file or the name of a shipped one such as `demo`, a dict of the same shape, also with
+            dots in its names, such as `{"data.image_size": 64}`, or the config of a run.
         out: run directory. None: runs/NAME for a config file NAME.yaml, else runs/python, runs/python-2, … .
         verbose: print; RUN/train.log has all lines anyway.
         settings: keys of the config, sections as dicts: `prune={"fraction": 0.5}`, or names with dots,
@@ -189,7 +189,7 @@ def pretrain(
             are in ssl_emp/config.py. keep_freed_memory is False here: it would change the whole process.
 
     Returns:
-        The run directory: `.encoder`, `.metrics`, `.samples`, `.config`, `.folder`.
+        The run directory, with `.encoder`, `.metrics`, `.samples`, `.config`, `.folder`.
 
     Raises:
         UserError: whatever you can fix, in one line: settings, images, a directory that is taken.
@@ -221,7 +221,7 @@ def resume(
     verbose: bool = True,
     **settings: Any,
 ) -> RunFolder:
-    """Go on with a run from its newest checkpoint; what `python pretrain.py --resume RUN key=value` does.
+    """Go on with a run from its newest checkpoint; what `ssl-emp pretrain --resume RUN key=value` does.
 
     The run ends with the bits of one that was never stopped. A finished run is left as it is, but for files
     of it that are missing, and is trained longer by more `epochs`.
@@ -313,7 +313,7 @@ def evaluate(
     verbose: bool = True,
     **settings: Any,
 ) -> EvalTable:
-    """Judge encoders on labelled images; what `python evaluate.py ENCODER EVALUATOR key=value` does.
+    """Judge encoders on labelled images; what `ssl-emp evaluate ENCODER EVALUATOR key=value` does::
 
         table = ssl_emp.evaluate(run, data=(train, test), evaluators=["knn", "linear"])
 
