@@ -328,6 +328,8 @@ class MonitorConfig(Section):
     reliability_images: Annotated[int, Field(ge=2, le=10**9)] = 512  # scored twice for it, in whole batches
     # who else is told of the run: tensorboard, wandb, mlflow, trackio; see docs/loggers.md
     loggers: Annotated[list[LoggerName], Field(max_length=4)] = ["tensorboard"]
+    # after each epoch print every figure that metrics.jsonl has of it, not the few that a person needs
+    verbose: bool = False
 
     @model_validator(mode="before")
     @classmethod

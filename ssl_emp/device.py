@@ -21,10 +21,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    """Such as `cuda (NVIDIA H100)` or `cpu (2 threads)`."""
+    """Such as `cuda (NVIDIA H100)`, `cpu (2 threads)` or `cpu (1 thread)`."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
-    return f"{device.type} ({torch.get_num_threads()} threads)"
+    count = torch.get_num_threads()
+    return f"{device.type} ({count} thread{'s' if count > 1 else ''})"
 
 
 def keep_freed_memory() -> None:

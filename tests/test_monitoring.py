@@ -11,7 +11,7 @@ from conftest import Pretrain
 from ssl_emp.commands.job import Job, prepare
 from ssl_emp.commands.monitoring import FORWARDS_MEASURED, SHARE, Monitor, epochs_between
 from ssl_emp.config import load_config
-from ssl_emp.run.report import Report
+from ssl_emp.run.report import Report, duration
 
 AUTO = ("monitor.knn_every=null", "monitor.reliability_every=null", "monitor.knn_images=100")
 
@@ -113,8 +113,10 @@ def test_the_end_of_a_run_says_what_measuring_cost_and_pruning_saved(
     share = row["monitoring_seconds"] / sum(
         row[f"{part}_seconds"] for part in ("training", "scoring", "monitoring")
     )
-    assert f", {share:.1%} of the time" in said
+    assert f", {share:.1%} of it\n" in said
     left_out = 1 - row["real_share"]
-    assert f"of training, {left_out:.0%} of that without pruning" in said
+    assert f"saved     {left_out:.0%} of the samples: " in said
+    unpruned = duration(row["training_seconds"] / row["real_share"])
+    assert f" of training, {left_out:.0%} of {unpruned}\n" in said
     pretrain_run("full", "prune.policy=none")
-    assert "pruning saved" not in capsys.readouterr().out
+    assert "saved     nothing: 320 samples, which are all of them in every epoch\n" in capsys.readouterr().out

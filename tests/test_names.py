@@ -67,7 +67,7 @@ def test_a_run_says_names_as_they_are(
     report.attach(tmp_path)
     for name in NAMES:
         report.say(f"images    from {name}, in memory")
-        report.table("done", [("encoder", name), ("next", f"python evaluate.py {name}")])
+        report.say(f"evaluate  python evaluate.py {name}", folds=False)
         with report.progress(range(1), 1, name) as items:
             list(items)
     shown, log = written.getvalue(), (tmp_path / "train.log").read_text(encoding="utf-8")

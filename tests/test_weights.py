@@ -439,7 +439,7 @@ def test_an_encoder_that_falls_below_its_start_is_told_once(
     assert monitor.below_start({"knn_train_split": 0.75}) is None, "within what few queries tell"
     assert monitor.below_start({}) is None
     told = monitor.below_start({"knn_train_split": 0.2})
-    assert told is not None and "kNN is 20.0, below the 80.0 that training began from" in told
+    assert told is not None and "kNN is 20.0%, below the 80.0% that training began from" in told
     assert monitor.below_start({"knn_train_split": 0.1}) is None, "once"
 
 

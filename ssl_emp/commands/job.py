@@ -484,7 +484,8 @@ def job_lines(job: Job) -> Iterator[str]:
     if plan.shorter and plan.prune_fraction:
         kept = f"every epoch keeps every sample, and there are {len(job.steps)} of them"
     elif pruned:
-        kept = f"a pruned epoch keeps {1 - plan.prune_fraction:.0%} of the samples by {pruner.policy.name}"
+        share, policy = f"{1 - plan.prune_fraction:.0%}", pruner.policy
+        kept = f"a pruned epoch trains on {share} of the images, {policy.chooses} (policy {policy.name})"
     share = f"{job.total_steps / job.full_steps:.1%}, asked {plan.asked_share():.1%}"
     yield f"plan      {config.epochs} epochs, batch {config.batch_size}; {kept}"
     yield f"          {job.total_steps:,} steps against {job.full_steps:,} unpruned ({share})"

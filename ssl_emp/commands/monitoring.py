@@ -52,6 +52,7 @@ class Monitor:
             report.say(f"monitor   {line}")
         self.start_knn: float | None = None  # of the weights that training began from
         self.fell = False  # below it, at some epoch
+        self.failed = False  # once at least; said once
 
     def _costs(self) -> dict[str, float]:
         """Forward passes of one view that each measurement takes, of those that are possible."""
@@ -86,7 +87,12 @@ class Monitor:
             if given is None and possible:
                 how = f"every {every} epochs" if every else f"never (monitor.{key}=1 asks for it)"
                 parts.append(f"{name} {'every epoch' if every == 1 else how}")
-        return f"{', '.join(parts)}: at most {SHARE:.0%} of the time together" if parts else ""
+        return f"{', '.join(parts)}: at most {SHARE:.0%} of the time" if parts else ""
+
+    def columns(self) -> str:
+        """What stands in the line of an epoch, for people."""
+        knn = "kNN: accuracy of the encoder on train images, by their neighbours; " if self.knn_every else ""
+        return f"kept: the share of the images that an epoch trains on; {knn}eta: time left"
 
     def start(self, step: int) -> None:
         """The kNN of a run's model.init, as epoch 0 of metrics.jsonl: measured before the first step, however
@@ -99,7 +105,7 @@ class Monitor:
             if found := self._knn():
                 report.metrics({"epoch": 0, "step": 0, "samples_seen": 0, **found})
                 self.start_knn = found["knn_train_split"]
-                report.say(f"start     kNN (train split) {100 * self.start_knn:.1f}, before the first step")
+                report.say(f"start     kNN {100 * self.start_knn:.1f}% before the first step")
             return
         rows = [row for row in report.rows() if "knn_train_split" in row]
         if rows and rows[0]["epoch"] == 0:
@@ -120,8 +126,8 @@ class Monitor:
             return None
         self.fell = True
         return (
-            f"kNN is {100 * found:.1f}, below the {100 * self.start_knn:.1f} that training began from; if it "
-            "does not come back, try a lower optimizer.lr, a longer optimizer.warmup_epochs, or model.freeze"
+            f"kNN is {100 * found:.1f}%, below the {100 * self.start_knn:.1f}% that training began from; if "
+            "it stays there, try a lower optimizer.lr, a longer optimizer.warmup_epochs, or model.freeze"
         )
 
     def _is_below(self, found: float) -> bool:
@@ -154,7 +160,9 @@ class Monitor:
             )
             return {"knn_train_split": found}
         except EvalError as error:  # a collapsed encoder is worth a line, not the end of the run
-            self.report.say(f"kNN       not taken: {error}")
+            if not self.failed:
+                self.report.say(f"warning   the kNN accuracy cannot be measured: {error}")
+            self.failed = True
             return {}
         finally:
             job.encoder.train()

@@ -145,6 +145,8 @@ def pretrain(job: Job, run: Run, stop: Stop) -> int:
     network = ranks.share_gradients(model)  # after the weights are those of the checkpoint on all ranks
     score = partial(score_batches, job, model, views_of)
     monitor = Monitor(job, report)
+    if run.step < job.total_steps:
+        report.say(f"columns   {monitor.columns()}")
     job.model.train()
     with run.clock("monitoring"):
         monitor.start(run.step)
@@ -272,25 +274,16 @@ def export(job: Job, run: Run) -> None:
     run.epoch = len(pruner.steps)
     if not run.was_finished:
         run.save()
-    total, full, seconds = run.step * config.batch_size, job.full_steps * config.batch_size, run.seconds
-    rows = [] if accuracy is None else [("test accuracy", f"{100 * accuracy:.2f} % of the last epoch")]
-    share = f"{total / full:.1%}, asked {pruner.plan.asked_share():.1%}"
-    beside, epochs = seconds["monitoring"], config.epochs
-    # of the same run without pruning
-    sizes = view_sizes(job.sizes, replace(pruner.plan, shorter=False), epochs)
-    unpruned = seconds_of(run.pace(), [job.full_steps // epochs] * epochs, sizes)
-    together = sum(seconds[part] for part in ("training", "scoring", "monitoring"))
-    monitoring = f"{duration(beside)}, {beside / together:.1%} of the time"
-    rows += [
-        ("samples seen", f"{total:,} of {full:,} unpruned ({share})"),
-        ("training", duration(seconds["training"])),
-        ("scoring passes", duration(seconds["scoring"])),
-        ("monitoring", monitoring),
-        *([] if run.step == job.full_steps else saved_time(seconds, unpruned)),
-        ("encoder", str(out / "encoder")),
-        ("next", next_command(out, config)),
-    ]
-    report.table("done", rows)
+    # a step of the same run without pruning costs what this one's of the same size did
+    sizes = view_sizes(job.sizes, replace(pruner.plan, shorter=False), config.epochs)
+    unpruned = seconds_of(run.pace(), [job.full_steps // config.epochs] * config.epochs, sizes)
+    report.say(f"done      {len(pruner.steps)} epochs in {time_line(run.seconds)}")
+    if job.test is not None and accuracy is not None:
+        report.say(f"accuracy  {100 * accuracy:.2f}% of {len(job.test.names):,} test images, last epoch")
+    trained, full = run.step * config.batch_size, job.full_steps * config.batch_size
+    report.say(f"saved     {saved_line(trained, full, run.seconds, unpruned)}")
+    report.say(f"encoder   {out / 'encoder'}", folds=False)
+    report.say(f"evaluate  {next_command(out, config)}", folds=False)
 
 
 @torch.no_grad()
@@ -308,20 +301,33 @@ def classify(job: Job, test: ImageSet) -> float:
     return right / len(test.names)
 
 
-def saved_time(seconds: dict[str, float], unpruned: float) -> list[tuple[str, str]]:
-    """A row of the last table: what the steps that were left out would have taken, less what scoring took.
+def time_line(seconds: dict[str, float]) -> str:
+    """What a run took, and where; seconds by part."""
+    together = sum(seconds[part] for part in ("training", "scoring", "monitoring"))
+    parts = [f"training {duration(seconds['training'])}"]
+    parts += [f"scoring passes {duration(seconds['scoring'])}"] if seconds["scoring"] >= 0.5 else []
+    beside = seconds["monitoring"]
+    parts += [f"monitoring {duration(beside)}, {beside / together:.1%} of it"]
+    return f"{duration(together)}: {', '.join(parts)}"
+
+
+def saved_line(samples: int, unpruned: int, seconds: dict[str, float], unpruned_seconds: float) -> str:
+    """What pruning saved, in samples and in time, less what scoring passes took.
 
     Args:
-        seconds: of the run, by part.
-        unpruned: seconds of training that the same run would have taken with every step, see `seconds_of`.
+        samples, unpruned: trained on, over all epochs, in this run and in the same one with every step.
+        seconds: of this run, by part.
+        unpruned_seconds: of training, of the same run with every step, see `seconds_of`.
     """
-    saved = unpruned - seconds["training"] - seconds["scoring"]
+    if samples == unpruned:
+        return f"nothing: {samples:,} samples, which are all of them in every epoch"
+    counts = f"{samples:,} trained on, {unpruned:,} without pruning"
+    fewer = f"{1 - samples / unpruned:.0%} of the samples: {counts}"
+    saved = unpruned_seconds - seconds["training"] - seconds["scoring"]
     if saved < 0:
-        return [
-            ("pruning saved", f"nothing: scoring took {duration(-saved)} more than the steps it left out")
-        ]
-    share = saved / unpruned
-    return [("pruning saved", f"about {duration(saved)} of training, {share:.0%} of that without pruning")]
+        return f"{fewer}; no time: scoring took {duration(-saved)} more than the steps it left out"
+    share = saved / unpruned_seconds
+    return f"{fewer}; about {duration(saved)} of training, {share:.0%} of {duration(unpruned_seconds)}"
 
 
 # ---- the command -------------------------------------------------------------------------------------------
@@ -400,7 +406,7 @@ def start_or_resume(
                 if line := longer_line(job, before):
                     report.say(f"longer    {line}")
         if finished and state is not None and not broken_files(out, config, state, backbone):
-            report.say(f"{out} is finished, nothing to do. next: {next_command(out, config)}")
+            report.say(f"{out} is finished, nothing to do. next: {next_command(out, config)}", folds=False)
             return 0
         code = 3
         try:
@@ -475,6 +481,7 @@ def open_run(
         again=given.again(out),
         ema=config.model.ema,
         threads=job.threads,
+        verbose=config.monitor.verbose,
     )
     run.was_finished = (
         state is not None and is_finished(state, config) and state["fingerprint"] == fingerprint

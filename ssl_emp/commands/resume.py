@@ -428,7 +428,7 @@ def repair(
         del broken[name]
     if not broken:
         rest = "and whole again" if was_broken else "nothing to do"
-        report.say(f"{out} is finished, {rest}. next: {next_command(out, config)}")
+        report.say(f"{out} is finished, {rest}. next: {next_command(out, config)}", folds=False)
     return not broken
 
 

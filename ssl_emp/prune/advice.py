@@ -22,8 +22,6 @@ NOISE_EXCESS = 0.15  # of the share in the data, and three standard errors
 CLASS_RATIO = (
     2.0  # a class kept at twice its share, or at half of it; the paper calls some imbalance expected
 )
-REPEAT_EPOCHS = 10
-CLEARLY_WORSE = 1.5  # times the severity that was told last
 
 
 @dataclass(frozen=True)
@@ -82,36 +80,27 @@ def findings(
     return found + _classes_are_uneven(known, mix, class_names)
 
 
-def next_finding(
-    found: Sequence[Finding], told: Mapping[str, tuple[int, float]], epoch: int
-) -> Finding | None:
-    """The one finding to tell in `epoch`, or None. The caller then notes `told[kind] = (epoch, severity)`.
-
-    A kind that was never told goes first; one that was is told again after REPEAT_EPOCHS epochs, or at once
-    where it became CLEARLY_WORSE.
+def next_finding(found: Sequence[Finding], told: Mapping[str, tuple[int, float]]) -> Finding | None:
+    """The one finding to tell now, or None. The caller then notes `told[kind]`: each kind is told once a run,
+    and the figures of every epoch go on saying how things stand.
     """
-
-    def due(finding: Finding) -> bool:
-        last, severity = told.get(finding.kind, (-math.inf, 0.0))
-        return epoch - last >= REPEAT_EPOCHS or finding.severity >= CLEARLY_WORSE * severity
-
-    return min(filter(due, found), key=lambda finding: finding.kind in told, default=None)
+    return next((finding for finding in found if finding.kind not in told), None)
 
 
 def _ranking_is_chance(known: Mapping[str, float], policy: Ranking, can_adjust: bool) -> list[Finding]:
     evidence = []
     if "score_repeat" in known:
-        samples = f"{known['score_repeat_samples']:,.0f} samples"
-        evidence += [f"scores of consecutive epochs correlate by {known['score_repeat']:.2f} ({samples})"]
+        samples = f"{known['score_repeat_samples']:,.0f} images"
+        evidence += [f"scores of one epoch and the next correlate by {known['score_repeat']:.2f}, {samples}"]
     if "kept_overlap" in known:
         overlap, chance = known["kept_overlap"], known["kept_overlap_chance"]
-        evidence += [f"kept sets overlap by {overlap:.0%} where chance gives {chance:.0%}"]
+        evidence += [f"{overlap:.0%} of the kept were kept in the epoch before, {chance:.0%} by chance"]
     judges = {
-        "score_reliability": "the score's reliability is",
-        "draw_reliability": "two draws of the score correlate by",
+        "score_reliability": "the reliability of the score, from 0 to 1, is",
+        "draw_reliability": "scores of an image in other random views correlate by",
     }
     if policy.foresees:
-        judges = {"foresight": "what is expected of a draw correlates with what it is by"} | judges
+        judges = {"foresight": "expected and real losses of the coming views correlate by"} | judges
     for name, words in judges.items():
         if name in known:
             reliability, evidence = known[name], [f"{words} {known[name]:.2f}", *evidence]
@@ -130,7 +119,10 @@ def _ranking_is_chance(known: Mapping[str, float], policy: Ranking, can_adjust: 
     remedies = ["prune.ema=0.2"] if policy.ema > 0.2 else []
     remedies += ["prune.adjust=true"] if can_adjust and not policy.adjusts else []
     remedies = remedies or ["prune.policy=random, which needs no score"]
-    line = f"the ranking is no better than chance: {', '.join(evidence)}; try {' or '.join(remedies)}"
+    line = (
+        "images are chosen by a score that is little more than noise, so hardly better than by chance "
+        f"({'; '.join(evidence)}); try {' or '.join(remedies)}"
+    )
     return [Finding("ranking", 2 - reliability / CHANCE_RELIABILITY, line)]
 
 
@@ -138,17 +130,15 @@ def _term_is_drowned(known: Mapping[str, float], memory_ratio: float, emp: Emp |
     if emp is None or 1 / DROWNED <= memory_ratio <= DROWNED:
         return []
     loud, quiet = ("memory term", "loss") if memory_ratio > 1 else ("loss", "memory term")
-    correlation = (
-        f", their rank correlation {known['rank_correlation']:+.2f}" if "rank_correlation" in known else ""
-    )
-    spread = (
-        f"its spread is {max(memory_ratio, 1 / max(memory_ratio, 1e-9)):.3g} times the {quiet}'s{correlation}"
-    )
+    times = max(memory_ratio, 1 / max(memory_ratio, 1e-9))
     remedies = [f"prune.beta={emp.beta / memory_ratio:.2g}"] * (memory_ratio > 0)
     if emp.memory != "standardized":  # there beta is the ratio
         remedies = ["prune.memory=standardized with prune.beta=1", *remedies]
-    line = f"the {loud} drowns the {quiet}: {spread}; try {' or '.join(remedies)}"
-    return [Finding("drowned", max(memory_ratio, 1 / max(memory_ratio, 1e-9)) / DROWNED, line)]
+    line = (
+        f"of the two parts of the score only the {loud} decides which images are kept: it varies {times:.3g} "
+        f"times as much as the {quiet}; for both to count, try {' or '.join(remedies)}"
+    )
+    return [Finding("drowned", times / DROWNED, line)]
 
 
 def _kept_sets_rotate(
@@ -162,8 +152,8 @@ def _kept_sets_rotate(
     if chance - overlap <= margin:
         return []
     line = (
-        "samples are pruned for having been trained (low-frequency learning): "
-        f"kept sets overlap by {overlap:.0%} where chance gives {chance:.0%}; try {remember}"
+        "images take turns: one that was trained on is left out of the next epoch for it "
+        f"({overlap:.0%} of the kept were kept in the epoch before, {chance:.0%} by chance); try {remember}"
     )
     return [Finding("rotation", (chance - overlap) / margin, line)]
 
@@ -172,7 +162,7 @@ def _samples_are_idle(known: Mapping[str, float], kept_share: float, mix: str) -
     limit = max(IDLE_SHARE, 2 * (1 - kept_share) ** IDLE_EPOCHS)
     if known["idle_share"] <= limit:
         return []
-    line = f"{known['idle_share']:.0%} of the samples were not trained for {IDLE_EPOCHS} epochs; try {mix}"
+    line = f"{known['idle_share']:.0%} of the images were in none of the last {IDLE_EPOCHS} epochs; try {mix}"
     return [Finding("idle", known["idle_share"] / limit, line)]
 
 
@@ -186,7 +176,7 @@ def _noise_is_kept(
     if kept - data <= margin:
         return []
     line = (
-        f"mislabelled samples are over-represented among the kept: {kept:.0%} against {data:.0%} in "
+        f"images with a wrong label are kept too often: they are {kept:.0%} of the kept and {data:.0%} of "
         f"the data; try {remember}"
     )
     return [Finding("noise", (kept - data) / margin, line)]
@@ -205,14 +195,12 @@ def _classes_are_uneven(
         class_names[int(known[which])] if class_names else f"class {known[which]:.0f}"
         for which in ("class_min", "class_max")
     )
-    line = f"class imbalance of the kept set: {few} {low:.2g} times its share, {many} {high:.2g} times; "
-    return [
-        Finding(
-            "balance",
-            severity,
-            f"{line}some is expected of the method and forcing balance can cost accuracy; to even it, {mix}",
-        )
-    ]
+    line = (
+        f"the classes are kept unevenly: {few} at {low:.2g} times its share of the data, {many} at "
+        f"{high:.2g} times; some of that is the method, and evening it can cost accuracy; to even it, "
+        f"try {mix}"
+    )
+    return [Finding("balance", severity, line)]
 
 
 def _standard_error(share: float, kept_share: float, num_samples: int) -> float:

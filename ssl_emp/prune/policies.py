@@ -47,6 +47,7 @@ class Policy:
     """What chooses the samples of a pruned epoch. Raises ValueError where a key is out of its range."""
 
     name: ClassVar[str] = "of no name"
+    chooses: ClassVar[str] = "a part of them"  # of the images, for a person
     uses_scores: ClassVar[bool] = False  # whether what is remembered of the samples decides
     is_ranking: ClassVar[bool] = False  # whether the highest of `score` are kept
     needs_memory: ClassVar[bool] = False  # whether the memory term decides
@@ -105,6 +106,7 @@ class Everything(Policy):
     """No pruning: every epoch trains on everything."""
 
     name: ClassVar[str] = "none"
+    chooses: ClassVar[str] = "all of them"
     prunes: ClassVar[bool] = False
 
 
@@ -113,6 +115,7 @@ class Shorter(Policy):
     """The steps of a pruned run spent on fewer, full epochs: what pruning must beat."""
 
     name: ClassVar[str] = "shorter"
+    chooses: ClassVar[str] = "all of them"
     is_shorter: ClassVar[bool] = True
 
 
@@ -123,6 +126,7 @@ class Random(Policy):
     """
 
     name: ClassVar[str] = "random"
+    chooses: ClassVar[str] = "drawn by chance"
     redraw_every: int = key(1, ge=1, le=1_000_000)  # pruned epochs that train on the same draw
     rescale: bool = False  # type: ignore[misc]
 
@@ -143,6 +147,7 @@ class Indices(Policy):
     """
 
     name: ClassVar[str] = "indices"
+    chooses: ClassVar[str] = "a fixed list of them"
     index: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     rescale: bool = False  # type: ignore[misc]
 
@@ -189,6 +194,7 @@ class InfoBatch(Scored):
     """
 
     name: ClassVar[str] = "infobatch"
+    chooses: ClassVar[str] = "fewer of those with a low loss, which weigh more"
 
     def choose(self, known: Known, count: int, seed: int, epoch: int, warmup_epochs: int) -> Kept:
         loss = known.terms[0]
@@ -219,6 +225,7 @@ class Scan(Scored):
     """
 
     name: ClassVar[str] = "scan"
+    chooses: ClassVar[str] = "fewer of those with the lowest and the highest losses"
     rescale: bool = False  # type: ignore[misc]
 
     def choose(self, known: Known, count: int, seed: int, epoch: int, warmup_epochs: int) -> Kept:
@@ -270,6 +277,7 @@ class Emp(Ranking):
     """
 
     name: ClassVar[str] = "emp"
+    chooses: ClassVar[str] = "those with the highest EMP score (loss and memory)"
     needs_memory: ClassVar[bool] = True
     beta: float = key(5.0, **WEIGHT)  # the paper's best for supervised training; it states none for SSL
     loss_weight: float = key(1.0, ge=-1e9, le=1e9)  # 1 in the paper; below 0 easy samples are preferred
@@ -294,6 +302,7 @@ class Loss(Ranking):
     """The highest loss."""
 
     name: ClassVar[str] = "loss"
+    chooses: ClassVar[str] = "those with the highest loss"
 
     def score(self, known: Known) -> Tensor:
         return known.terms[0].clone()  # a view would change with the record
@@ -308,6 +317,7 @@ class Foresight(Loss):
     """
 
     name: ClassVar[str] = "foresight"
+    chooses: ClassVar[str] = "those whose coming views are expected to be hard"
     ema: float = key(0.3, ge=1e-6, le=1.0)  # type: ignore[misc]
     adjust: bool = key(True, options=(True,))
     foresee: bool = key(True, options=(True,))
@@ -320,6 +330,7 @@ class EpsilonGreedy(Loss):
     """
 
     name: ClassVar[str] = "epsilon_greedy"
+    chooses: ClassVar[str] = "those with the highest mean loss, and some by chance"
     ema: float = key(0.5, ge=1e-6, le=1.0)  # type: ignore[misc]
     explore: float = key(0.1, ge=0.0, le=1.0)
 
@@ -329,6 +340,7 @@ class Ucb(Ranking):
     """The highest running mean plus running variance of the loss: UCB of Raju et al., arXiv 2111.12621."""
 
     name: ClassVar[str] = "ucb"
+    chooses: ClassVar[str] = "those whose loss is high and varies most"
     ema: float = key(0.5, ge=1e-6, le=1.0)  # type: ignore[misc]
 
     def score(self, known: Known) -> Tensor:
@@ -340,6 +352,7 @@ class Distance(Ranking):
     """The highest memory term: the views that are closest, or the predictions that are least sure."""
 
     name: ClassVar[str] = "distance"
+    chooses: ClassVar[str] = "those whose views lie closest (supervised: the least sure)"
     needs_memory: ClassVar[bool] = True
     memory: str = key("raw", options=("raw", "normalized", "standardized"))  # type: ignore[misc]
 

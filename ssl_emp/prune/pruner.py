@@ -610,7 +610,8 @@ class Pruner:
         )
 
     def advice(self, figures: Mapping[str, Any], class_names: Sequence[str] | None = None) -> str | None:
-        """One line on what is off in the last finished epoch, with the key to turn; None: nothing new.
+        """One line on what is off in the last finished epoch, with the key to turn; each kind of thing once a
+        run, also over a resume. None: nothing new.
 
         Args:
             figures: of `figures`, and of `reliability` where it was measured.
@@ -623,7 +624,7 @@ class Pruner:
         found = findings(
             figures, self.policy, self.num_samples, can_adjust=can_adjust, class_names=class_names
         )
-        finding = next_finding(found, self._told, epoch)
+        finding = next_finding(found, self._told)
         if finding is None:
             return None
         self._told[finding.kind] = (epoch, finding.severity)

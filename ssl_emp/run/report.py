@@ -5,6 +5,7 @@ import os
 import platform
 import secrets
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +18,6 @@ import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor
 
 from ssl_emp.device import describe_device
@@ -40,6 +40,7 @@ from ssl_emp.text import printable
 Item = TypeVar("Item")
 PLAIN_EVERY_SECONDS = 60.0  # between two lines of progress within an epoch, where there is no terminal
 CHANGES_EVERY_SECONDS = 0.5  # of the line in a notebook
+INDENT = " " * 10  # the width of the word that a line begins with, such as `warning`
 
 
 class _Console(Console):
@@ -95,10 +96,14 @@ class Report:
         if "tensorboard" in loggers:
             self.writer = event_writer(folder)
 
-    def say(self, line: str) -> None:
-        """Write one line to the console and to train.log, escaped by `ssl_emp.text.printable`."""
+    def say(self, line: str, *, folds: bool = True) -> None:
+        """Write one line to the console and to train.log, escaped by `ssl_emp.text.printable`.
+
+        Args:
+            folds: on a terminal that is narrower, go on below, indented. Not for a command, which is copied.
+        """
         line = printable(line)
-        self._print(line)
+        self._print(folded(line, self.console.width) if folds and self.console.is_terminal else line)
         self._log([line])
 
     def _print(self, text: str) -> None:
@@ -167,20 +172,6 @@ class Report:
                     self.writer.add_scalar(name, value, row["epoch"], times.get(row["epoch"]))
         except Exception as error:  # damaged events; metrics.jsonl has the numbers
             self.say(f"warning   the TensorBoard events of before could not be read ({type(error).__name__})")
-
-    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
-        """Two columns, name and value; plain lines where the console is not a terminal."""
-        rows = [(name, printable(value)) for name, value in rows]
-        if self.console.is_terminal:
-            table = Table(title=title, show_header=False, title_justify="left")
-            for row in rows:
-                table.add_row(*row)
-            self.console.print(table)
-        width = max(len(name) for name, _ in rows)
-        lines = [title, *(f"  {name:<{width}}  {value}" for name, value in rows)]
-        if not self.console.is_terminal:
-            self._print("\n".join(lines))
-        self._log(lines)
 
     @contextmanager
     def progress(
@@ -389,6 +380,16 @@ def show_progress(label: str) -> Callable[[int, int], None] | None:
     return lambda done, total: print(
         f"\r{label} {done:,} of {total:,}", end="" if done < total else "\n", file=sys.stderr
     )
+
+
+def folded(line: str, width: int) -> str:
+    """A line in rows of at most `width` columns where its words allow, all but the first one indented."""
+    if len(line) <= width or width < 2 * len(INDENT):
+        return line
+    rows = textwrap.wrap(
+        line, width, subsequent_indent=INDENT, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(rows)
 
 
 def duration(seconds: float) -> str:

@@ -16,12 +16,18 @@ from ssl_emp.run.average import WeightAverage
 from ssl_emp.run.checkpoint import save_checkpoint
 from ssl_emp.run.guard import Guard
 from ssl_emp.run.lock import Held
+from ssl_emp.run.metrics import scalars
 from ssl_emp.run.pace import seconds_of
 from ssl_emp.run.ranks import Ranks
-from ssl_emp.run.report import Report, duration
+from ssl_emp.run.report import INDENT, Report, duration
 from ssl_emp.run.state_check import check_state
 from ssl_emp.run.stop import Stop
 from ssl_emp.run.threads import Threads
+
+IF_MORE_FOLLOW = (
+    "such a step changes nothing; where many follow, start again with a lower optimizer.lr or a longer "
+    "optimizer.warmup_epochs"
+)
 
 
 class Run:
@@ -38,6 +44,7 @@ class Run:
         again: how to go on with it once it was stopped, such as a command.
         ema: decay of an average of the weights; None: there is none.
         threads: of torch; None: it does not compute on the CPU.
+        verbose: print all figures of an epoch, not a few.
     """
 
     def __init__(
@@ -60,8 +67,9 @@ class Run:
         again: str,
         ema: float | None = None,
         threads: Threads | None = None,
+        verbose: bool = False,
     ) -> None:
-        self.again = again
+        self.again, self.verbose = again, verbose
         self.folder, self.held, self.report, self.ranks = folder, held, report, ranks
         self.model, self.optimizer, self.pruner, self.source = model, optimizer, pruner, source
         self.threads = threads
@@ -159,16 +167,24 @@ class Run:
             row |= {"asked_share": self.pruner.plan.asked_share(), "real_share": self.step / full}
         return row
 
-    def end_epoch(self, row: dict[str, Any], *warnings: str | None) -> None:
-        """Write the row of the epoch, tell it and its warnings, and go on to the next."""
+    def end_epoch(self, row: dict[str, Any], skipped: str, *warnings: str | None) -> None:
+        """Write the row of the epoch, tell it and its warnings, and go on to the next.
+
+        Args:
+            skipped: `Guard.skipped_line`, said after the first epoch of the run that has any; afterwards the
+                epoch's line counts them.
+        """
+        is_first = skipped and not any("skipped_steps" in before for before in self.report.rows())
         self.report.metrics(row)
         epochs, seconds = len(self.pruner.steps), self.seconds
         beside = (seconds["scoring"] + seconds["monitoring"]) / (self.epoch + 1)
         coming = slice(self.epoch + 1, None)
         left = seconds_of(self.pace(), self.pruner.steps[coming], self.view_sizes[coming])
         left += (epochs - self.epoch - 1) * beside
-        self.report.say(f"{self.label(self.epoch)}  {epoch_line(row)}  eta {duration(left)}")
-        for line in filter(None, warnings):
+        self.report.say(epoch_line(row, epochs, left))
+        if self.verbose:
+            self.report.say(f"{INDENT}{figures_line(row)}")
+        for line in filter(None, (f"{skipped}; {IF_MORE_FOLLOW}" if is_first else None, *warnings)):
             self.report.say(f"warning   {line}")
         self.guard.norms = None
         self.epoch += 1
@@ -192,7 +208,8 @@ class Run:
             self._saved_at, self._saved_step = time.monotonic(), self.step
         if stopping:
             name = signal.Signals(stopping).name
-            self.report.say(f"stopped by {name} after step {self.step}, saved. go on: {self.again}")
+            line = f"stopped by {name} after step {self.step}, saved. go on: {self.again}"
+            self.report.say(line, folds=False)
         return stopping
 
     def save(self) -> None:
@@ -242,9 +259,21 @@ class Run:
             self.report.say(f"threads   {what} would have had without the stop; threads={before} keeps it")
 
 
-def epoch_line(row: dict[str, Any]) -> str:
-    """The metrics of an epoch as a person reads them."""
-    knn = f"  kNN (train split) {100 * row['knn_train_split']:.1f}" if "knn_train_split" in row else ""
-    spread = f"std(loss) {row['std_loss']:.3f}  std(β·memory) {row['std_beta_memory']:.3f}"
-    correlation = f"rank corr {row['rank_correlation']:+.2f}  {row['images_per_second']:.0f} images/s"
-    return f"loss {row['loss']:.3f}{knn}  kept {row['kept_share']:.1%}  {spread}  {correlation}"
+def epoch_line(row: dict[str, Any], epochs: int, seconds_left: float) -> str:
+    """An epoch for a person, in 80 columns: how far, how well, on what share, how fast, how long yet.
+
+    Args:
+        row: of metrics.jsonl; `kept_share` and the kNN accuracy are of 1.
+    """
+    number = f"{row['epoch']:>{len(str(epochs))}}/{epochs}"
+    parts = [f"epoch {number}", f"loss {row['loss']:.3f}", f"kept {row['kept_share']:4.0%}"]
+    parts += [f"{row['images_per_second']:6,.0f} images/s"]
+    parts += [f"eta {duration(seconds_left)}"] if row["epoch"] < epochs else []
+    parts += [f"kNN {100 * row['knn_train_split']:.1f}%"] if "knn_train_split" in row else []
+    parts += [f"{row['skipped_steps']} steps skipped"] if "skipped_steps" in row else []
+    return "  ".join(parts)
+
+
+def figures_line(row: dict[str, Any]) -> str:
+    """Every number of a row of metrics.jsonl, by the names it has there."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in scalars(row))
