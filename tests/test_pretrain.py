@@ -24,6 +24,7 @@ from conftest import Pretrain, striped_images, write_parquet
 from PIL import Image
 from scipy.stats import spearmanr
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linear_eval import EvalError
@@ -580,6 +581,21 @@ def test_a_compiled_step_is_the_eager_step(tiny_config: Path) -> None:
         assert len(eager) == len(fused) > 0
         for a, b in zip(eager, fused, strict=True):
             assert (a - b).norm() <= 1e-3 * a.norm() + 1e-6
+
+
+def test_views_of_many_sizes_are_all_compiled(tiny_config: Path) -> None:
+    """torch gives up after eight versions of a function, with eight pages of warning."""
+    stages = [[size, share / 10] for share, size in enumerate(range(8, 18), 1)]
+    job = make_job(tiny_config, f"augment.size={stages}", "compile=true")
+    counter = CompileCounter()
+    views_of = pretrain.compiled_by_size(lambda x, recipe: x * recipe.size, job, Report(), backend=counter)
+    for epoch in range(2 * len(stages)):
+        recipe = replace(job.recipe, size=job.sizes.at(epoch, 2 * len(stages)))
+        for scores in (False, True):
+            with torch.set_grad_enabled(not scores):
+                assert views_of(torch.ones(1), recipe).item() == recipe.size
+    assert counter.frame_count == 2 * len(stages)
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow

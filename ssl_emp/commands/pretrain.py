@@ -12,10 +12,12 @@ saving.
 """
 
 import argparse
+import inspect
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -228,7 +230,7 @@ def compiled(job: Job, report: Report) -> tuple[Any, Any]:
         report.say(f"compile   not available ({type(error).__name__}), going on without it")
         return job.model, cut_views
     if job.config.cuda_graphs and job.device.type == "cuda":
-        replayed = torch.compile(cut_views, dynamic=False, mode="reduce-overhead")
+        replayed = compiled_by_size(cut_views, job, report, mode="reduce-overhead")
 
         def views_of(*arguments: Any) -> tuple[Tensor, ...]:
             # every step, trained or scored, begins here: the outputs of the last one may be overwritten
@@ -238,7 +240,21 @@ def compiled(job: Job, report: Report) -> tuple[Any, Any]:
         return torch.compile(job.model, mode="reduce-overhead"), views_of
     if job.config.cuda_graphs:
         report.say("compile   cuda_graphs needs a GPU, going on without it")
-    return torch.compile(job.model), torch.compile(cut_views, dynamic=False)
+    return torch.compile(job.model), compiled_by_size(cut_views, job, report)
+
+
+def compiled_by_size(function: Callable[..., Any], job: Job, report: Report, **options: Any) -> Any:
+    """torch.compile with room for a version of the function for each size of the views. Beyond its limit of
+    eight versions, torch would run the function uncompiled.
+    """
+    sizes = {*job.sizes.all, getattr(job.config.prune, "scoring_size", None) or job.recipe.size}
+    versions = 2 * len(sizes)  # trained on, and scored without gradients
+    if versions > torch._dynamo.config.recompile_limit:
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            options["recompile_limit"] = versions
+        else:
+            report.say(f"compile   this torch compiles no {len(sizes)} sizes of views; the last are slower")
+    return torch.compile(function, dynamic=False, **options)
 
 
 # ---- what a run leaves behind ------------------------------------------------------------------------------
