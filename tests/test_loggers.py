@@ -5,6 +5,7 @@ writes down what it is told, or fails where a test says.
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from test_resume import AtStep
 from ssl_emp.commands import pretrain
 from ssl_emp.config import load_config
 from ssl_emp.errors import UserError
-from ssl_emp.loggers.base import About
+from ssl_emp.loggers.base import About, own_place
 from ssl_emp.loggers.evaluation import evaluated, evaluation_rows
 from ssl_emp.loggers.feed import Feed, check_installed, how_to_look, tell_evaluation
 from ssl_emp.loggers.secrets import without_secrets
@@ -289,6 +290,20 @@ def test_a_logger_that_hangs_is_left_in_time(
     assert len(said) == 1 and "did not end within 1 seconds" in said[0]
 
 
+def test_a_run_that_was_killed_is_told_to_its_last_row(recorded: Path, tmp_path: Path) -> None:
+    program = (
+        "import os, sys; from pathlib import Path; from ssl_emp.loggers.feed import Feed; "
+        "Feed('wandb', Path(sys.argv[1]), print); os.kill(os.getpid(), 9)"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'packages'}:{Path(__file__).parents[1]}"}
+    command = [sys.executable, "-c", program, str(make_run(tmp_path / "run"))]
+    assert subprocess.run(command, env=environment).returncode == -9
+    until = time.monotonic() + 60
+    while not (recorded.exists() and calls(recorded, "finish")) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert [step for step, _ in calls(recorded, "log")] == [1, 2, 3] and calls(recorded, "finish") == [1]
+
+
 def test_a_place_that_cannot_be_written_to_is_one_warning(tmp_path: Path) -> None:
     run, said = tmp_path / "run", list[str]()
     for break_it in (
@@ -303,6 +318,27 @@ def test_a_place_that_cannot_be_written_to_is_one_warning(tmp_path: Path) -> Non
         (run / "loggers").unlink()
         run.rmdir()
     assert len(said) == 2 and all("could not be started" in line for line in said)
+
+
+def test_a_strangers_run_sends_nothing_elsewhere(recorded: Path, tmp_path: Path) -> None:
+    """wandb would take a server from its settings, and send a key there; links lead out of the run."""
+    run, said = make_run(tmp_path / "run"), list[str]()
+    (run / "loggers" / "wandb.json").write_text('{"id": "a", "epoch": 0, "sent": {}}')
+    (run / "loggers" / "wandb").mkdir()
+    (run / "loggers" / "wandb" / "settings").write_text("base_url = https://elsewhere")
+    tell_evaluation(run, said.append)
+    assert len(said) == 1 and "wandb/settings is no file of a run" in said[0] and not calls(recorded, "init")
+    (tmp_path / "elsewhere").mkdir()
+    for number, path in enumerate(("trackio", "trackio/x", "trackio/a/b/x")):
+        folder = tmp_path / str(number)
+        (folder / path).parent.mkdir(parents=True)
+        (folder / path).symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(UserError, match="is a link"):
+            own_place(folder, "trackio")
+    (tmp_path / "3" / "trackio" / "a").mkdir(parents=True)
+    (tmp_path / "3" / "trackio" / "a" / "x.db").hardlink_to(run / "config.yaml")
+    with pytest.raises(UserError, match="other names"):
+        own_place(tmp_path / "3", "trackio")
 
 
 def test_only_the_first_rank_tells(recorded: Path, tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """What a logger is told of a run."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from ssl_emp.safe_files import check_inner, check_own, inner_folder
 
 PROJECT = "ssl_emp"  # the project or experiment that runs are in, where the user's environment names none
 
@@ -45,6 +48,22 @@ class Logger(Protocol):
 
     def close(self, finished: bool) -> None:
         """Keep everything, and end. `finished`: the run came to its end, and was not stopped."""
+
+
+def own_place(folder: Path, name: str) -> Path:
+    """folder/name, absolute, made if it is missing, for a package that writes into it as it likes.
+
+    Raises:
+        UserError: there is a link in it, which would lead what is written elsewhere. A run directory may be a
+            stranger's.
+    """
+    place = inner_folder(folder, name).resolve()
+    for inner, folders, files in os.walk(place):
+        for link in (*folders, *files):
+            check_inner(Path(inner), link)
+        for file in files:
+            check_own(Path(inner, file))
+    return place
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

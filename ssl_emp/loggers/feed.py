@@ -19,7 +19,7 @@ from ssl_emp.text import quoted, shorten
 
 # name -> packages that it cannot do without
 PACKAGES = {"wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy"), "trackio": ("trackio",)}
-PATIENCE_SECONDS = 60.0  # for the end of a logger, and
+PATIENCE_SECONDS = 120.0  # for the end of a logger, and
 SECONDS_PER_MB = 1.0  # more for the encoder that it may have to send
 COMMAND = (
     "import sys; sys.path.insert(0, {root!r}); from ssl_emp.loggers.serve import serve; "

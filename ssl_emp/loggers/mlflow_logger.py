@@ -16,8 +16,8 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from ssl_emp.errors import UserError
-from ssl_emp.loggers.base import PROJECT, About, flat
-from ssl_emp.safe_files import check_own, inner_folder
+from ssl_emp.loggers.base import PROJECT, About, flat, own_place
+from ssl_emp.safe_files import inner_folder
 
 PARAMS_AT_ONCE = 100  # MLflow's limit
 EVERY_ROW_HAS = "step"
@@ -27,9 +27,8 @@ class MlflowLogger:
     def __init__(self, folder: Path) -> None:
         self.local: Path | None = None
         if not (uri := os.environ.get("MLFLOW_TRACKING_URI")):
-            self.local = inner_folder(folder, "mlflow").resolve()
+            self.local = own_place(folder, "mlflow")
             inner_folder(self.local, "artifacts")
-            check_own(self.local / "mlflow.db")
             uri = f"sqlite:///{self.local / 'mlflow.db'}"
         self.client = MlflowClient(tracking_uri=uri)
 

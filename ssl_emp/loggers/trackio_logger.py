@@ -2,20 +2,20 @@
 
 import json
 import os
+import re
 import secrets
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from ssl_emp.errors import RunFailed
-from ssl_emp.loggers.base import PROJECT, About, flat
-from ssl_emp.safe_files import inner_folder
+from ssl_emp.loggers.base import PROJECT, About, flat, own_place
 
 
 class TrackioLogger:
     def __init__(self, folder: Path) -> None:
         if not os.environ.get("TRACKIO_DIR"):
-            os.environ["TRACKIO_DIR"] = str(inner_folder(folder, "trackio").resolve())
+            os.environ["TRACKIO_DIR"] = str(own_place(folder, "trackio"))
         self.local = not any(os.environ.get(name) for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"))
         if self.local:
             os.environ.setdefault("HF_HUB_OFFLINE", "1")  # it would ask the hub for the user's name
@@ -25,7 +25,8 @@ class TrackioLogger:
 
         self.trackio, self.project = trackio, os.environ.get("TRACKIO_PROJECT") or PROJECT
         # trackio goes on with a run by its name, and run directories may share one
-        self.name = known or f"{about.name}-{secrets.token_hex(4)}"
+        word = re.sub(r"[^A-Za-z0-9.-]+", "_", about.name)[:60]
+        self.name = known or f"{word}-{secrets.token_hex(4)}"
         self.run = trackio.init(
             self.project,
             self.name,

@@ -9,6 +9,7 @@ import wandb
 
 from ssl_emp.errors import UserError
 from ssl_emp.loggers.base import PROJECT, About
+from ssl_emp.safe_files import check_inner
 
 # taken where the user's environment has no other value
 DEFAULTS = {
@@ -19,7 +20,7 @@ DEFAULTS = {
     "WANDB_DISABLE_GIT": "true",  # the address of a remote may hold a token
     "WANDB_X_DISABLE_META": "true",  # command line, user and host
     "WANDB_ERROR_REPORTING": "false",
-    "WANDB_SYMLINK": "false",  # a run directory has no links in it
+    "WANDB_SYMLINK": "false",  # wandb/latest-run, which a run that is copied would not need
     "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "2",  # seconds of figures that a power cut may cost
 }
 
@@ -31,7 +32,7 @@ class WandbLogger:
         os.environ.setdefault("WANDB_DIR", str(folder))
         # the machine's load, of the process that trains
         os.environ.setdefault("WANDB_X_STATS_PID", str(os.getppid()))
-        settings = folder / "wandb" / "settings"
+        settings = check_inner(folder, "wandb") / "settings"
         if os.path.lexists(settings):  # wandb would send a key to the server that it names
             raise UserError(f"{settings} is no file of a run", f"look at it, and remove it: rm {settings}")
 
