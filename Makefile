@@ -17,7 +17,7 @@ test-whole: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m 'whole and not slow and not gpu and not faults'
 
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
 
 # every fault of docs/faults.md, and that page anew: 15 to 20 minutes on 2 cores
 faults: .venv/installed

@@ -42,6 +42,7 @@ CONTENDERS: dict[str, tuple[dict[str, str], list[str]]] = {  # name -> environme
     "default": ({"GOMP_SPINCOUNT": "300000"}, [ALL]),
     "ours": ({}, []),
     f"spin {SPIN_COUNT:,}": ({"GOMP_SPINCOUNT": str(SPIN_COUNT)}, [ALL]),
+    "spin 100,000": ({"GOMP_SPINCOUNT": "100000"}, [ALL]),
     "spin 1,000": ({"GOMP_SPINCOUNT": "1000"}, [ALL]),
     "passive": ({"OMP_WAIT_POLICY": "PASSIVE"}, [ALL]),
     "one thread": ({}, ["threads=1"]),
@@ -51,17 +52,18 @@ CASES = {  # the ratios that count
     "busy": [Ratio("ours", "one thread", goal=0.9), Ratio("ours", "default")],
     "arrives": [Ratio("ours", "one thread"), Ratio("ours", "default")],
 }
-SECONDS = {"quiet": 14.0, "busy": 20.0, "arrives": 60.0}  # of training, until SIGTERM
+SECONDS = {"quiet": 12.0, "busy": 20.0, "arrives": 60.0}  # of training, until SIGTERM
 SHARED = ["epochs=1000", "monitor.knn_every=0", "monitor.reliability_every=0", "monitor.tensorboard=false"]
 ALONE_BELOW = 0.15  # cores that others may keep busy in a quiet run
 
 
 @contextmanager
 def busy_programs(count: int) -> Iterator[None]:
-    """So many programs that compute without end, each able to fill a core."""
+    """So many programs that compute as long as this one lives, each able to fill a core."""
+    program = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
     with ExitStack() as stack:
         for _ in range(count):
-            process = subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"])
+            process = subprocess.Popen([sys.executable, "-S", "-c", program])
             stack.callback(process.wait)
             stack.callback(process.kill)
         yield
@@ -112,6 +114,8 @@ def measure(case: str, contender: str, arguments: argparse.Namespace) -> dict[st
         said = wait_for(process.stdout, "epoch 1/" if case == "arrives" else "plan ")
         if case == "arrives":
             stack.enter_context(busy_programs(arguments.programs))
+        while process.poll() is None and not (out / "train.log").is_file():
+            time.sleep(0.05)  # from then on it hears SIGTERM
         if process.poll() is None:
             before, spent = use(), cpu_seconds(process.pid)
             time.sleep(arguments.seconds or SECONDS[case])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import striped_images, write_parquet
 
-from benchmarks import common, evaluation, lightly_loop, memory, parity, time_to_quality
+from benchmarks import common, evaluation, lightly_loop, memory, parity, shared_machine, time_to_quality
 from benchmarks.common import Ratio
 from ssl_emp.errors import UserError
 from ssl_emp.model import build_encoder, save_encoder
@@ -295,3 +295,30 @@ def test_the_shortest_length_whose_mean_is_there_counts(monkeypatch: pytest.Monk
     assert time_to_quality.minutes_to(rows, "a", 50.0) is None
     assert time_to_quality.minutes_to(rows, "b", 50.0) == {0: 1.0}
     assert list(time_to_quality.to_run(rows, 2)) == [("b", 10, 1)], "b is past the last target"
+
+
+@pytest.mark.slow
+def test_a_shared_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every contender has its rounds in turn, and a finished run is not run again."""
+    contenders = {name: shared_machine.CONTENDERS[name] for name in ("default", "ours", "one thread")}
+    monkeypatch.setattr(shared_machine, "CONTENDERS", contenders)
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "table.json"
+    words = ["--quick", "--device", "cpu", "--seconds", "0.2", "--rows", str(rows), "--out", str(out)]
+    shared_machine.main(["busy", "--programs", "1", *words])
+    found = shared_machine.read(rows)
+    assert [row["contender"] for row in found] == list(contenders)
+    assert all(row["images_per_second"] > 0 and row["steps"] >= 1 for row in found)
+    assert all(row["cores_of_others"] > 0 for row in found), "the busy program"
+    assert capsys.readouterr().err.count("busy, ") == 3
+    shared_machine.main(["busy", *words])
+    assert shared_machine.read(rows) == found and "busy, " not in capsys.readouterr().err
+    case = json.loads(out.read_text(), parse_constant=no_constant)["cases"]["busy"]
+    assert case["ratios"]["ours / one thread"]["median"] == pytest.approx(
+        found[1]["images_per_second"] / found[2]["images_per_second"]
+    )
+    quiet = [found[0] | {"case": "quiet", "cores_of_others": used} for used in (0.1, 0.9)]
+    assert [shared_machine.disturbed(row) for row in [*quiet, *found]] == [False, True, False, False, False]
+    with pytest.raises(UserError, match="there is no case 'calm'"):
+        shared_machine.main(["calm", *words])
