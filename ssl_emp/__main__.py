@@ -15,6 +15,7 @@ from ssl_emp.text import command_line, printable, shorten
 COMMANDS = {
     "pretrain": "images -> a run: an encoder, and what was trained on",
     "evaluate": "encoders -> a table of accuracies",
+    "report": "runs -> one HTML file: what they did, and which images they trained on",
     "embed": "images -> a parquet file of their vectors",
     "export": "an encoder -> one file, ONNX or torch.export, that needs no ssl_emp",
     "push": "an encoder -> the Hugging Face hub, with its model card",

@@ -320,7 +320,8 @@ def test_images_in_both_splits_are_counted(
     write_parquet(tmp_path / "leaky/test.parquet", data[:3] + more, labels[:3] + more_labels)
     assert evaluate.main([str(run_dir), "pixels", "knn", f"data.source={tmp_path / 'leaky'}", *SMALL]) == 0
     warning = "warning: 3 of 11 distinct test images also occur in the train split, pixel by pixel\n"
-    assert capsys.readouterr().err == warning  # once, though there are two encoders
+    # once, though there are two encoders
+    assert capsys.readouterr().err == f"{warning}report: {run_dir / 'report.html'}\n"
 
 
 def test_folders_that_number_their_classes_differently(
@@ -857,7 +858,9 @@ def test_an_interrupted_fine_tuning_stands_in_nobodys_way(
     )
     assert evaluate.main([str(run_dir), "finetune", "linear", "knn", *SMALL, *others]) == 0
     captured = capsys.readouterr()
-    assert captured.err == "" and [row["evaluator"] for row in table(captured.out)] == [
+    assert captured.err == f"report: {run_dir / 'report.html'}\n" and [
+        row["evaluator"] for row in table(captured.out)
+    ] == [
         "finetune",
         "linear",
         "knn",

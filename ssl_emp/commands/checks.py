@@ -26,7 +26,7 @@ GB = 1e9
 LEAST_FREE = 2 * GB  # in the folder of runs, where checkpoints of large networks and caches of images go
 LEAST_TEMPORARY = 0.5 * GB
 REINSTALL = "pip install --upgrade torch torchvision"
-FOR_DEVELOPERS = ("dev", "bench", "experiments", "docs")  # extras that users do not need
+FOR_DEVELOPERS = ("browser", "dev", "bench", "experiments", "docs")  # extras that users do not need
 
 
 # ---- what is installed

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from linear_eval import EvalError
+from linear_eval.errors import first_line
 from linear_eval.finetune import state_hash
 from ssl_emp.commands.arguments import evaluate_parser, evaluate_usage
 from ssl_emp.commands.card import try_to_renew
@@ -32,6 +33,7 @@ from ssl_emp.commands.evaluators import (
 )
 from ssl_emp.commands.ledger import MISTAKES, Ledger, Voice
 from ssl_emp.commands.predict import predict
+from ssl_emp.commands.report import write_report
 from ssl_emp.commands.rows import COLUMNS, Row
 from ssl_emp.commands.rows import write_rows as write_rows  # for scripts that add rows of their own
 from ssl_emp.commands.subjects import Subject, find_subjects, is_run
@@ -161,6 +163,8 @@ def judge_all(
             run_transfer(session, subjects, folder)
     finally:
         renew_cards(session, subjects)
+        if out is None:  # elsewhere, no row is in a run
+            renew_reports(session, subjects)
         code = ledger.close()
     for kept in ledger.kept_in if ranks.is_first else []:
         if kept.name == "eval" and is_run(kept.parent):
@@ -209,6 +213,20 @@ def renew_cards(session: Session, subjects: list[Subject]) -> None:
         weights = [row.get("weights") for row in found if row["value"] is not None]
         if weights and is_run(Path(subject.name)):
             try_to_renew(Path(subject.name), weights[-1], session.voice.note)
+
+
+def renew_reports(session: Session, subjects: list[Subject]) -> None:
+    """RUN/report.html of every run that was judged. Without one, the rows are there all the same."""
+    judged = {row["encoder"] for row in session.ledger.found.values() if row["value"] is not None}
+    for subject in subjects if session.ranks.is_first else []:
+        if subject.name in judged and is_run(Path(subject.name)):
+            try:
+                path = write_report([Path(subject.name)])
+                if not session.ledger.problems:  # else the one line that is shown says what went wrong
+                    session.voice.note(f"report: {path}")
+            except Exception as error:
+                what = f"no report of {subject.name} was written ({first_line(error)})"
+                session.voice.note(f"warning: {what}")
 
 
 def find_work(

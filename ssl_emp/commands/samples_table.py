@@ -14,6 +14,7 @@ from ssl_emp.errors import UserError
 from ssl_emp.safe_files import check_regular
 from ssl_emp.text import resume_command
 
+MOST_COLUMNS = 64  # of a run: seven
 LONGEST_NAME = 16_384  # bytes; paths have up to 4,096, and an escaped byte takes four
 
 
@@ -50,10 +51,13 @@ def training_columns(
     return columns, known
 
 
-def read_samples(path: Path) -> Any:
+def read_samples(path: Path, *, more: bool = False) -> Any:
     """A run's table of samples as a pyarrow.Table of name (text), score and times_trained (numbers).
 
     Its claims are compared with the file's size before it is read: few bytes may stand for many rows.
+
+    Args:
+        more: with the file's other columns of numbers too, in their order.
 
     Raises:
         UserError: no regular file.
@@ -77,7 +81,8 @@ def read_samples(path: Path) -> Any:
             raise ValueError(f"it has no column {name} of the type that a run writes")
     if rows > size:  # names differ, so that each takes a byte or more
         raise ValueError(f"{rows:,} rows in {size:,} bytes")
-    table = file.read(columns=list(kinds))
+    numbers = [field.name for field in schema if _is_number(field.type)] if more else []
+    table = file.read(columns=list(dict.fromkeys([*kinds, *numbers[:MOST_COLUMNS]])))
     names = table["name"].combine_chunks() if len(table) else table["name"]
     spelled = names.dictionary if pa.types.is_dictionary(names.type) and len(table) else names
     if len(table) != rows or any(table[name].null_count for name in ("name", "times_trained")):
@@ -85,3 +90,9 @@ def read_samples(path: Path) -> Any:
     if rows and pc.max(pc.binary_length(spelled)).as_py() > LONGEST_NAME:
         raise ValueError(f"a name has more than {LONGEST_NAME} bytes")
     return table
+
+
+def _is_number(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)

@@ -326,7 +326,7 @@ def load_source(
 
     folder = Path(os.path.expanduser(cache_dir or ".cache/ssl_emp"))
     with pillow_limits(max_pixels):
-        size = image_size or _common_size(found, positions, max_pixels)
+        size = image_size or common_size(found, positions, max_pixels)
         num_bytes = len(positions) * 3 * size * size
         if store == "auto" and num_bytes <= (
             available_memory() // 2 if memory_limit is None else memory_limit
@@ -606,7 +606,7 @@ def _arrays(name: str, pixels: np.ndarray, labels: np.ndarray, class_names: list
     return Source(names, labels, class_names, version, partial(map, pixels.__getitem__))
 
 
-def _common_size(source: Source, positions: np.ndarray, max_pixels: int) -> int:
+def common_size(source: Source, positions: np.ndarray, max_pixels: int) -> int:
     """The S of `load_images(image_size=None)`, from the headers of 16 blocks of 64 images.
 
     Blocks, because a table is read by row groups.
