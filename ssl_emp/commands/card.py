@@ -113,7 +113,11 @@ def own_text(folder: Path) -> str | None:
     if not path.exists():
         return None
     text = read_text(path)
-    return None if MARK in text else text
+    return None if is_ours(text) else text
+
+
+def is_ours(card: str) -> bool:
+    return MARK in card
 
 
 def card_of(

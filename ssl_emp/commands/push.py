@@ -74,9 +74,12 @@ def run(arguments: argparse.Namespace) -> None:
     token = hub.get_token()
     if token is None:
         raise UserError("there is no token for the hub", "set HF_TOKEN, or log in: hf auth login")
+    from ssl_emp.commands.card import is_ours
+
     url = upload(repo_id, files, private=not arguments.public, token=token)
-    with suppress(OSError):  # a folder that cannot be written to; the card there keeps the licence
-        write_atomically(folder / "README.md", card.encode())
+    with suppress(OSError):  # a folder that cannot be written to; else the card there keeps the licence
+        if is_ours(card):
+            write_atomically(folder / "README.md", card.encode())
     say(f"done: {url}")
 
 
