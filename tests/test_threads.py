@@ -193,7 +193,7 @@ def test_a_run_has_the_number_asked_for_and_says_where_a_resumed_one_has_another
 ) -> None:
     keys = ["epochs=2", "checkpoint.every_steps=3", "monitor.knn_every=0", "monitor.reliability_every=0"]
     out = pretrain_run("run", *keys, "threads=1")
-    assert "cpu (1 threads)" in (out / "environment.json").read_text()
+    assert "cpu (1 thread)" in (out / "environment.json").read_text()
     max((out / "checkpoints").glob("step_*.pt")).unlink()  # of its end
     capsys.readouterr()
     assert pretrain.main(["--resume", str(out), "threads=2"]) == 0
