@@ -355,6 +355,8 @@ def test_an_evaluation_ends_with_a_report_and_does_not_need_it(
     assert f"report: {run / 'report.html'}\n" in capsys.readouterr().err
     rows = Page(run / "report.html").data["runs"][0]["evaluation"]
     assert [(row["own"], row["evaluator"]) for row in rows] == [(True, "knn"), (False, "knn")]
+    moved = Path(shutil.copytree(run, run.parent / "elsewhere" / "run"))
+    assert written(moved).data["runs"][0]["evaluation"] == rows, "also after the run was moved"
     (run / "report.html").unlink()
     (run / "report.html").mkdir()
     assert evaluate.main(words) == 0

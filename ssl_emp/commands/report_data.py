@@ -261,7 +261,9 @@ def _said(run: Path) -> list[dict[str, Any]]:
 def _evaluation(run: Path, notes: list[str]) -> list[dict[str, Any]]:
     """The rows of RUN/eval/*.json: text and numbers only."""
     names = ("encoder", "evaluator", "data", "protocol", "metric", "value", "std", "n_test", "seed")
-    own = {os.fspath(run), os.path.normpath(run), os.path.abspath(run)}
+    # a row has the path that was typed then, from another folder perhaps, or before the run was moved; beside
+    # the run, only encoders that are no runs are in this folder
+    own = {os.path.basename(os.path.abspath(run)), "."}
     found = []
     for path in sorted((run / "eval").glob("*.json")):
         try:
@@ -278,7 +280,7 @@ def _evaluation(run: Path, notes: list[str]) -> list[dict[str, Any]]:
                     name: printable(value) if isinstance(value, str) else _short(value)
                     for name, value in kept.items()
                 }
-                | {"own": row.get("encoder") in own or os.path.realpath(str(row.get("encoder"))) == str(run)}
+                | {"own": os.path.basename(os.path.normpath(str(row.get("encoder")))) in own}
             )
     return found[:2_000]
 
