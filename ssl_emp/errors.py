@@ -33,5 +33,14 @@ def path_argument(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def path_word(word: str) -> str:
+    """The same for one of several words of a command line. Raises UserError."""
+    try:
+        return home(word)
+    except ValueError as error:
+        what, _, fix = str(error).partition("; ")
+        raise UserError(what, fix) from error
+
+
 class RunFailed(Exception):
     """The run cannot go on (a non-finite loss, a full disk); the last checkpoint is intact. Exit code 3."""

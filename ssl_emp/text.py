@@ -69,13 +69,20 @@ def resume_command(run: str | os.PathLike[str]) -> str:
     return f"{command_line('pretrain')} --resume {quoted(run)}"
 
 
+LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes, of Linux
+
+
 def home(path: str) -> str:
     """`~/x` and `~user/x` as paths in that home folder, other paths unchanged; `./~` is a file of that name.
 
     Raises:
-        ValueError: there is no such user; a folder called `~user` would be created here.
+        ValueError: there is no such user, and a folder called `~user` would be created here; a name that is
+            longer than any file's, at which every look at it would raise an OSError.
     """
     found = os.path.expanduser(path)
+    names = found.encode(errors="surrogatepass").split(b"/")
+    if max(map(len, names)) > LONGEST_NAME or sum(map(len, names)) + len(names) > LONGEST_PATH:
+        raise ValueError(f"{shorten(path)} is longer than a path can be; give the one that was meant")
     if path.startswith("~") and found == path:
         user = path.partition("/")[0]
         fix = f"write ./{user} for a file or folder of that name"

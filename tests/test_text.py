@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssl_emp.commands import pretrain
+from ssl_emp.commands import embed, evaluate, pretrain
 from ssl_emp.commands.eval_config import EvalConfig, check
 from ssl_emp.config import check_config, flatten
 from ssl_emp.errors import UserError
@@ -120,6 +120,26 @@ def test_nobodys_home_folder_is_refused(key: str) -> None:
     given = {name: "~nobody-here/x"} | ({"policy": "indices"} if section == "prune" else {})
     with pytest.raises(UserError, match=r"~nobody-here is nobody's home folder here; write \./~nobody-here"):
         check_config({section: given} if section else given, "here")
+
+
+@pytest.mark.parametrize("long", ["x" * 256, "é" * 128, "a/" * 2048, "~/" + "x" * 256])
+def test_a_path_that_no_file_can_have_is_one_line(
+    long: str, own_home: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert home("x" * 255 + "/" + "é" * 127)
+    for main, *words in (
+        (pretrain.main, "--resume", long),
+        (pretrain.main, "--config", "demo", f"out={long}"),
+        (evaluate.main, long, "knn"),
+        (evaluate.main, "pixels", "knn", "--out", long),
+        (evaluate.main, "predict", long, "images"),
+        (embed.main, long, "images", "--out", "v.parquet"),
+        (embed.main, "encoder", long, "--out", "v.parquet"),
+        (embed.main, "encoder", "images", "--out", long),
+    ):
+        assert main(words) == 2, words
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "is longer than a path can be" in line
 
 
 def test_a_tilde_that_the_shell_left_alone(own_home: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ here.
 import argparse
 import os
 
-from ssl_emp.errors import Parser, RunFailed, UserError, path_argument
+from ssl_emp.errors import Parser, RunFailed, UserError, path_argument, path_word
 from ssl_emp.run.interrupts import Interrupts, Stopped
 from ssl_emp.run.streams import prepare_streams, put
 from ssl_emp.text import command_line, printable
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parser().parse_intermixed_args(argv)
         # an image, or a folder, whose name has an equals sign
         given = [word for word in arguments.words if "=" in word and not os.path.exists(word)]
-        names = [word for word in arguments.words if word not in given]
+        names = [path_word(word) for word in arguments.words if word not in given]
         if len(names) != 2:
             raise UserError(f"embed takes one ENCODER and one IMAGES, {len(names)} words are named", usage())
         if not arguments.out:

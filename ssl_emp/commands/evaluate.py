@@ -40,7 +40,7 @@ from ssl_emp.commands.subjects import Subject, find_subjects, is_run
 from ssl_emp.commands.transfer import run_transfer
 from ssl_emp.config import DataConfig
 from ssl_emp.device import keep_freed_memory, pick_device
-from ssl_emp.errors import RunFailed, UserError
+from ssl_emp.errors import RunFailed, UserError, path_word
 from ssl_emp.loggers.feed import tell_evaluation
 from ssl_emp.run.interrupts import Interrupts, Stopped
 from ssl_emp.run.ranks import (
@@ -57,7 +57,7 @@ from ssl_emp.run.report import add_evaluation_events
 from ssl_emp.run.streams import prepare_streams
 from ssl_emp.run.threads import Threads
 from ssl_emp.safe_files import check_inner
-from ssl_emp.text import command_line, home
+from ssl_emp.text import command_line
 
 AGAIN = ". fix: see what it wrote, and start all of them again"
 ALL_EVALUATORS = (*EVALUATORS, "transfer")
@@ -187,7 +187,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[list[str], list[str], dict[
     words = list(dict.fromkeys(arguments.words))
     evaluators = [word for word in words if word in ALL_EVALUATORS]
     overrides = [word for word in words if "=" in word and not os.path.exists(word)]
-    encoders = [_at_home(word) for word in words if word not in evaluators and word not in overrides]
+    encoders = [path_word(word) for word in words if word not in evaluators and word not in overrides]
     if "embed" in words and not os.path.exists("embed"):
         fix = f"{command_line('embed')} ENCODER IMAGES --out FILE.parquet"
         raise UserError("embed is no evaluator, but a command of its own", fix)
@@ -196,13 +196,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[list[str], list[str], dict[
             raise UserError(f"no {kind} named", evaluate_usage())
     out = None if arguments.out is None else Path(arguments.out)
     return encoders, evaluators, parse_overrides(overrides), out
-
-
-def _at_home(word: str) -> str:
-    try:
-        return home(word)
-    except ValueError as error:
-        raise UserError(str(error), "name an encoder") from error
 
 
 def renew_cards(session: Session, subjects: list[Subject]) -> None:

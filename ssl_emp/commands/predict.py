@@ -26,7 +26,7 @@ from ssl_emp.data.decode import MAX_PIXELS, pillow_limits
 from ssl_emp.data.images import Source, find_images
 from ssl_emp.data.stores import decode_into
 from ssl_emp.device import pick_device
-from ssl_emp.errors import UserError, printable
+from ssl_emp.errors import UserError, path_word, printable
 from ssl_emp.run.report import show_progress
 from ssl_emp.run.streams import put
 from ssl_emp.safe_files import replacing
@@ -47,7 +47,7 @@ def predict(argv: list[str]) -> int:
     """The command. Raises UserError; gives the exit code, 2 where not one image could be read."""
     arguments = predict_parser().parse_intermixed_args(argv)
     overrides = [word for word in arguments.words if "=" in word and not os.path.exists(word)]
-    paths = [word for word in arguments.words if word not in overrides]
+    paths = [path_word(word) for word in arguments.words if word not in overrides]
     if len(paths) < 2:
         raise UserError(
             f"predict needs a classifier and images, {len(paths)} of the two is named", predict_usage()
