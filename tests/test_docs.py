@@ -27,9 +27,14 @@ from ssl_emp.shipped import find_config
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", *DOCS, ROOT / "experiments" / "README.md", ROOT / "benchmarks" / "README.md"]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *DOCS,
+    *(ROOT / folder / "README.md" for folder in ("experiments", "benchmarks")),
+]
 # pages whose Python runs in another test
 RUN_ELSEWHERE = {
+    "CONTRIBUTING.md": "test_contributing",
     "python.md": "test_python",
     "your_loop.md": "test_examples",
     "embed.md": "test_embed",
