@@ -21,7 +21,7 @@ from ssl_emp.config import load_config
 from ssl_emp.errors import UserError
 from ssl_emp.loggers.base import About, own_place
 from ssl_emp.loggers.evaluation import evaluated, evaluation_rows
-from ssl_emp.loggers.feed import Feed, check_installed, how_to_look, tell_evaluation
+from ssl_emp.loggers.feed import Feed, check_installed, close_all, how_to_look, tell_evaluation
 from ssl_emp.loggers.secrets import without_secrets
 from ssl_emp.loggers.serve import Delivery
 from ssl_emp.run.report import Report, read_metrics
@@ -282,12 +282,14 @@ def test_a_logger_that_hangs_is_left_in_time(
 ) -> None:
     monkeypatch.setenv("HANGS", what)
     said = list[str]()
-    feed = Feed("wandb", make_run(tmp_path / "run"), said.append, patience=1.0)
-    process = feed.process
+    feeds = [Feed("wandb", make_run(tmp_path / str(n)), said.append, patience=3.0) for n in range(3)]
+    processes = [feed.process for feed in feeds]
     began = time.monotonic()
-    feed.close(finished=True)
-    assert time.monotonic() - began < 10 and process is not None and process.poll() is not None
-    assert len(said) == 1 and "did not end within 1 seconds" in said[0]
+    close_all(feeds, finished=True)
+    assert 3 <= time.monotonic() - began < 8 and all(
+        p is not None and p.poll() is not None for p in processes
+    )
+    assert len(said) == 3 and all("did not end within 3 seconds" in line for line in said)
 
 
 def test_a_run_that_was_killed_is_told_to_its_last_row(recorded: Path, tmp_path: Path) -> None:

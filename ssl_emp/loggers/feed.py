@@ -67,8 +67,16 @@ def tell_evaluation(folder: Path, warn: Callable[[str], None]) -> None:
                 warn(f"the logger {name} is not told of the evaluation: {error}")
             else:
                 feeds.append(Feed(name, folder, warn))
+    close_all(feeds, finished=True)
+
+
+def close_all(feeds: Sequence["Feed"], finished: bool) -> None:
+    """Wait for all of them at once: several that hang cost no more time than one."""
+    began = time.monotonic()
     for feed in feeds:
-        feed.close(finished=True)
+        feed.end(finished)
+    for feed in feeds:
+        feed.close(finished, began)
 
 
 class Feed:
@@ -131,15 +139,21 @@ class Feed:
             if self.process.poll() is not None:
                 self._end()
 
-    def close(self, finished: bool) -> None:
-        """Wait until the logger has everything, or time is up."""
+    def end(self, finished: bool) -> None:
+        """The run has ended: the logger should too."""
+        if self.process is not None:
+            self._send(FINISHED if finished else STOPPED)
+
+    def close(self, finished: bool, began: float | None = None) -> None:
+        """Wait until the logger has everything, or time is up, which counts from `began` (time.monotonic)."""
         if self.process is None:
             return
-        limit, began = self._limit(), time.monotonic()
+        limit, began = self._limit(), time.monotonic() if began is None else began
         try:
-            select.select([], [self.writer], [], limit)  # full, should the logger have been slow
-            self._send(FINISHED if finished else STOPPED)
-            self.process.wait(limit - (time.monotonic() - began))
+            # full, should the logger have been slow; to say it twice does no harm
+            select.select([], [self.writer], [], limit)
+            self.end(finished)
+            self.process.wait(max(0.1, limit - (time.monotonic() - began)))
         except subprocess.TimeoutExpired:
             self._kill()
             self._end(f"did not end within {limit:.0f} seconds")

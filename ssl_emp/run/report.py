@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ssl_emp.device import describe_device
 from ssl_emp.loggers.evaluation import evaluated, evaluation_rows
-from ssl_emp.loggers.feed import PACKAGES, Feed, how_to_look
+from ssl_emp.loggers.feed import PACKAGES, Feed, close_all, how_to_look
 from ssl_emp.run.checkpoint import cannot_write
 from ssl_emp.run.lock import Held
 from ssl_emp.run.metrics import read_metrics as read_metrics
@@ -221,8 +221,7 @@ class Report:
     def close(self, finished: bool = True) -> None:
         """End the loggers, each in bounded time."""
         try:
-            for feed in self.feeds:
-                feed.close(finished)
+            close_all(self.feeds, finished)
         finally:
             self.feeds = []
             self._close_writer()
