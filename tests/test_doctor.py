@@ -1,9 +1,12 @@
 """`ssl-emp doctor`: a check that crashes, hangs or babbles costs itself alone; each finding has a way out."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,26 @@ for name in sys.argv[1:]:
     assert found["hang"].text == "no answer in 0.3 seconds" and found["hang"].fix
     assert found["babble"].text.startswith("cannot be checked") and found["babble"].fix
     assert found["exit"].text == "the check ended with exit code 1 (libsomething.so is missing)"
+
+
+@pytest.mark.whole
+def test_a_stopped_command_ends_a_check_that_hangs(tmp_path: Path) -> None:
+    place = tmp_path / "pid"
+    hangs = f"import os, time; open({str(place)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    code = f"""
+import sys
+from ssl_emp.commands import doctor
+doctor.CHILD = {hangs!r}
+sys.exit(doctor.main(["faiss"]))
+"""
+    command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    while not place.exists() or not place.read_text():
+        assert command.poll() is None
+        time.sleep(0.05)
+    command.terminate()
+    assert command.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(place.read_text()), 0)
 
 
 def test_a_program_that_does_not_start_is_a_finding_for_each(tmp_path: Path) -> None:

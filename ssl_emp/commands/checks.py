@@ -216,7 +216,11 @@ def cpu_quota(folder: Path) -> float | None:
 
 
 def space() -> Finding:
-    return judge_space(Path.cwd(), LEAST_FREE, Path(tempfile.gettempdir()), LEAST_TEMPORARY)
+    try:
+        here = Path.cwd()
+    except OSError:
+        return Finding("the folder that this was started in is gone", "cd to one that is there")
+    return judge_space(here, LEAST_FREE, Path(tempfile.gettempdir()), LEAST_TEMPORARY)
 
 
 def judge_space(here: Path, least: float, temporary: Path, least_temporary: float) -> Finding:
@@ -319,6 +323,13 @@ CHECKS: dict[str, Callable[[], Finding]] = {
 }
 
 
+def way_out(error: Exception) -> str:
+    """What to do after an error that no check has a word for."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"pip install {error.name}"
+    return "see to the file that it names" if isinstance(error, OSError) else "install what it names anew"
+
+
 def main(names: list[str]) -> None:
     """Run the checks of these names; a line of JSON each, alone on standard output."""
     with os.fdopen(os.dup(1), "w", encoding="ascii") as answers:
@@ -328,6 +339,6 @@ def main(names: list[str]) -> None:
                 found = CHECKS[name]()
             except Exception as error:
                 text = f"cannot be checked: {type(error).__name__}: {first_line(error)}"
-                found = Finding(text, "install what it names anew")
+                found = Finding(text, way_out(error))
             answers.write(json.dumps({"text": found.text, "fix": found.fix}) + "\n")
             answers.flush()

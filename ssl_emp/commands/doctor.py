@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_emp.errors import Parser, UserError
+from ssl_emp.run.interrupts import Interrupts, Stopped
 from ssl_emp.run.streams import is_shown, prepare_streams, put
 from ssl_emp.text import command_line, printable, shorten
 
@@ -87,9 +88,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     limits = {name: limit for name, limit in LIMITS.items() if not names or name in names}
     try:
-        return report(examine(limits, [sys.executable, "-P", "-c", CHILD]))
-    except KeyboardInterrupt:
-        return 130
+        with Interrupts():  # a check that hangs is ended with this process
+            return report(examine(limits, [sys.executable, "-P", "-c", CHILD]))
+    except Stopped as stopped:
+        return 128 + stopped.number
 
 
 def report(findings: Iterator[tuple[str, Finding]]) -> int:
