@@ -84,23 +84,11 @@ def test_a_check_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None
     assert all(re.search(rf"(^|  ){name} ", doctor.WHAT_THEY_ARE, re.M) for name in doctor.LIMITS)
 
 
-def test_threads_and_cores(tmp_path: Path) -> None:
-    def fix(threads: int, cores: int, quota: float | None, load: float) -> str | None:
-        return checks.judge_threads(threads, cores, quota, load).fix
-
-    assert fix(4, 4, None, 1.0) is fix(4, 4, 4.0, 4.4) is fix(1, 1, None, 1.4) is None
-    assert fix(8, 4, None, 0.0) == fix(8, 64, 4.5, 0.0) == "export OMP_NUM_THREADS=4"
-    assert fix(2, 2, 0.5, 0.0) == "export OMP_NUM_THREADS=1"
-    assert "OMP_NUM_THREADS=2" in str(fix(4, 4, None, 6.0))
-    assert checks.cpu_quota(tmp_path) is None
-    (tmp_path / "cpu").mkdir()
-    for quota, cores in (("-1\n", None), ("150000\n", 1.5)):
-        (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(quota)
-        (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
-        assert checks.cpu_quota(tmp_path) == cores
-    for text, cores in (("max 100000\n", None), ("50000 100000\n", 0.5)):
-        (tmp_path / "cpu.max").write_text(text)
-        assert checks.cpu_quota(tmp_path) == cores
+def test_more_threads_than_cores() -> None:
+    assert checks.too_many(4, 4, None) is checks.too_many(4, 8, 4) is checks.too_many(1, 1, 1) is None
+    for number, cores, quota, fits in ((8, 4, None, 4), (8, 64, 4, 4), (2, 2, 1, 1)):
+        found = checks.too_many(number, cores, quota)
+        assert found is not None and f"OMP_NUM_THREADS={fits}," in str(found.fix), found
 
 
 def test_room_on_the_disks(tmp_path: Path) -> None:
@@ -113,7 +101,7 @@ def test_room_on_the_disks(tmp_path: Path) -> None:
 
 def test_the_checks_say_what_is_here() -> None:
     """In this process, which has all of it loaded; not `compile`, which takes up to a minute."""
-    for name in ("python", "packages", "extras", "torch", "device", "bf16", "images", "faiss"):
+    for name in ("python", "packages", "extras", "torch", "device", "bf16", "threads", "images", "faiss"):
         found = checks.CHECKS[name]()
         assert found.text and (found.fix is None or name == "extras"), (name, found)
     assert re.search(r"torch \d.*lightly \d", checks.CHECKS["packages"]().text)

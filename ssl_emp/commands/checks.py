@@ -7,14 +7,12 @@ fails takes no other with it.
 import importlib.metadata
 import io
 import json
-import math
 import os
 import platform
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -185,34 +183,24 @@ def threads() -> Finding:
     import torch
 
     from ssl_emp.data.decode import cores
+    from ssl_emp.run.threads import NUMBERS, Threads, quota
 
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    return judge_threads(torch.get_num_threads(), cores(), cpu_quota(Path("/sys/fs/cgroup")), load)
-
-
-def judge_threads(threads: int, cores: int, quota: float | None, load: float) -> Finding:
-    """Threads of torch, cores that the process may use, cores that its container gets, load of a minute."""
-    text = f"{threads} of torch, {cores} core{'s' if cores > 1 else ''}"
-    text += f" of which the container gets {quota:g}" if quota is not None else ""
-    most = cores if quota is None else min(cores, max(1, math.floor(quota)))
-    if threads > most:
-        return Finding(f"{text}: they wait for each other", f"export OMP_NUM_THREADS={most}")
-    if load > cores + 0.5:
-        fix = f"wait, or export OMP_NUM_THREADS={max(1, most // 2)}: fewer threads wait less for each other"
-        return Finding(f"{text}; other programs keep them busy (load {load:.1f})", fix)
-    return Finding(f"{text}, load {load:.1f}")
+    number, given = torch.get_num_threads(), any(name in os.environ for name in NUMBERS)
+    if given and (problem := too_many(number, cores(), quota())) is not None:
+        return problem
+    # what a run would say: without a number of the user's it takes as many as others leave
+    line = Threads("auto", moves=False, key="OMP_NUM_THREADS=N").line
+    return Finding(line or f"{number}, {cores()} core{'s' if cores() > 1 else ''}")
 
 
-def cpu_quota(folder: Path) -> float | None:
-    """Cores that a container gets, by cgroup v2 or v1; None: no limit is known."""
-    with suppress(OSError, ValueError):
-        quota, period = (folder / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    with suppress(OSError, ValueError):
-        quota = (folder / "cpu" / "cpu.cfs_quota_us").read_text()
-        period = (folder / "cpu" / "cpu.cfs_period_us").read_text()
-        return int(quota) / int(period) if int(quota) > 0 else None
-    return None
+def too_many(number: int, cores: int, quota: int | None) -> Finding | None:
+    """Threads that the user asks for against the cores that there are, and those that a container gets."""
+    most = cores if quota is None else min(cores, quota)
+    if number <= most:
+        return None
+    of = "" if quota is None else f", of which this container may use {quota} at a time"
+    text = f"{number}, and {cores} cores{of}: threads wait for each other"
+    return Finding(text, f"export OMP_NUM_THREADS={most}, or unset it")
 
 
 def space() -> Finding:
