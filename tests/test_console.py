@@ -47,8 +47,11 @@ def test_what_a_run_prints(pretrain_run: Pretrain, capsys: pytest.CaptureFixture
     epochs = [number for number, line in enumerate(lines) if line.startswith("epoch")]
     assert len(epochs) == 6 and epochs[-1] - epochs[0] == 5, lines
     assert lines[epochs[0] - 1].startswith("columns   ") and all("std" not in lines[n] for n in epochs)
-    assert [line[:10].strip() for line in lines[epochs[-1] + 1 :]] == ["done", "saved", "encoder", "evaluate"]
-    assert lines[-2] == f"encoder   {run / 'encoder'}" and f" {run} " in f"{lines[-1]} "
+    assert [line[:10].strip() for line in lines[epochs[-1] + 1 :]] == [
+        *("done", "saved", "encoder", "evaluate", "report")
+    ]
+    assert lines[-3] == f"encoder   {run / 'encoder'}" and f" {run} " in lines[-2]
+    assert lines[-1] == f"report    ssl-emp report {run}"
     log = [line[20:] for line in (run / "train.log").read_text().splitlines()]
     assert log == lines
     verbose = pretrain_run("verbose", "prune.policy=random", "epochs=6", "monitor.verbose=true")

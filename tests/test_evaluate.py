@@ -253,6 +253,11 @@ def test_a_terminal_gets_the_protocols_below_the_table() -> None:
         and table.count("12.35") + table.count("12.34") == 2
         and "long protocol" in below
     )
+    assert "all: data x, metric top1 %, n_test x, seed x\n" in table
+    assert "seed" not in table.splitlines()[1]
+    assert table.startswith("┏") and len(table.splitlines()[0]) <= 60, "there is room for names"
+    other = terminal_table([row, row | {"seed": "z"}])
+    assert "seed" in other.splitlines()[1] and "all: data x, metric top1 %, n_test x\n" in other
 
 
 def test_wrong_words_are_named(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,7 +94,9 @@ def test_lines_beside_a_result_are_lines(
     assert progress is not None
     progress(1, 1)
     said = capsys.readouterr().err
-    assert not any(act in said for act in ACTS) and said.count("\n") == len(NAMES) + 1
+    assert not any(act in said for act in ACTS) and said.count("\n") == len(NAMES)
+    *_, line, wiped, rest = said.split("\r")
+    assert line.endswith(" 1 of 1") and wiped == " " * len(line) and rest == "", "it leaves nothing behind"
 
 
 def test_a_table_of_rows_has_its_rows_and_columns() -> None:

@@ -79,7 +79,7 @@ from ssl_emp.run.stop import Stop
 from ssl_emp.run.streams import prepare_streams, put
 from ssl_emp.safe_files import as_json, inner_folder, replacing, write_atomically
 from ssl_emp.supervised import Classifier, cross_entropy
-from ssl_emp.text import quoted
+from ssl_emp.text import command_line, quoted
 
 # for the other processes of a run that was started from Python: this very package, wherever it lies
 AS_COMMAND = (
@@ -300,6 +300,7 @@ def export(job: Job, run: Run) -> None:
     report.say(f"saved     {saved_line(trained, full, run.seconds, unpruned)}")
     report.say(f"encoder   {out / 'encoder'}", folds=False)
     report.say(f"evaluate  {next_command(out, config)}", folds=False)
+    report.say(f"report    {command_line('report')} {quoted(out)}", folds=False)
 
 
 @torch.no_grad()

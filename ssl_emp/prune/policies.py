@@ -277,7 +277,7 @@ class Emp(Ranking):
     """
 
     name: ClassVar[str] = "emp"
-    chooses: ClassVar[str] = "those with the highest EMP score (loss and memory)"
+    chooses: ClassVar[str] = "those with the highest EMP score of loss and memory"
     needs_memory: ClassVar[bool] = True
     beta: float = key(5.0, **WEIGHT)  # the paper's best for supervised training; it states none for SSL
     loss_weight: float = key(1.0, ge=-1e9, le=1e9)  # 1 in the paper; below 0 easy samples are preferred

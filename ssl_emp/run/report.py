@@ -376,9 +376,13 @@ def show_progress(label: str) -> Callable[[int, int], None] | None:
         return show
     if not sys.stderr.isatty():
         return None
-    return lambda done, total: print(
-        f"\r{label} {done:,} of {total:,}", end="" if done < total else "\n", file=sys.stderr
-    )
+
+    def show_on_terminal(done: int, total: int) -> None:
+        line = f"{label} {done:,} of {total:,}"
+        wiped = f"\r{' ' * len(line)}\r"  # it was of use while it moved
+        print(f"\r{line}", end=wiped if done >= total else "", file=sys.stderr, flush=True)
+
+    return show_on_terminal
 
 
 def folded(line: str, width: int) -> str:
