@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ssl_emp.backbones import copy_of
+from ssl_emp.commands.card import try_to_renew
 from ssl_emp.commands.job import Job, sizes_line
 from ssl_emp.commands.next_command import next_command
 from ssl_emp.config import (
@@ -425,6 +426,7 @@ def repair(
             write_environment(out / name, pick_device(config.device))
         if held is not None and name == "encoder" and size is not None:
             restore_encoder(out, config, state, size, backbone)
+            try_to_renew(out, None, report.say)
         del broken[name]
     if not broken:
         rest = "and whole again" if was_broken else "nothing to do"
