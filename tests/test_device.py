@@ -43,7 +43,9 @@ def test_freed_memory_is_used_again() -> None:
 def test_devices_by_name() -> None:
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert describe_device(torch.device("cpu")) == f"cpu ({torch.get_num_threads()} threads)"
+    number = torch.get_num_threads()
+    said = f"cpu ({number} thread{'s' if number > 1 else ''})"
+    assert describe_device(torch.device("cpu")) == said
     for name in ("meta", "no such device", "cuda:99"):
         with pytest.raises(UserError, match="cannot be used here. fix: set device="):
             pick_device(name)

@@ -427,7 +427,7 @@ def test_the_next_command_works(
         *more,
     ]
     assert pretrain.main(["--config", str(tiny_config), *words]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["next"]]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["evaluate"]]
     command = shlex.split(line)[3:]
     expected = {
         "no labels": "diagnose",

@@ -1223,7 +1223,7 @@ def test_a_supervised_run(pretrain_run: Pretrain, capsys: pytest.CaptureFixture[
     )  # fmt: skip
     result = json.loads((run / "result.json").read_text())
     assert result["test_images"] == 40 and result["test_accuracy"] > 60, result
-    assert "test accuracy" in capsys.readouterr().out
+    assert "accuracy  " in capsys.readouterr().out
     assert rows(run)[-1]["loss"] < rows(run)[0]["loss"] - 0.2
     assert load_encoder(run)(torch.rand(2, 3, 16, 16)).shape == (2, 64)
     for score, loss, entropy in zip(

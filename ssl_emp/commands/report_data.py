@@ -90,8 +90,7 @@ def gather(run: Path, *, share: int = 1, images: ImageSet | None = None) -> dict
         "warnings": _said(run),
         "evaluation": _evaluation(run, notes),
         "config": _flat(config.model_dump()),
-        "defaults": _flat(PretrainConfig.model_validate({"prune": {"policy": config.prune.policy} | (
-            {"indices": "-"} if config.prune.policy == "indices" else {})}).model_dump()),
+        "defaults": _flat(PretrainConfig.model_validate({"prune": _defaults(config.prune)}).model_dump()),
         "environment": _environment(run, notes),
         "idle_epochs": IDLE_EPOCHS,
     }  # fmt: skip
@@ -115,6 +114,12 @@ def _plan(config: PretrainConfig) -> PrunePlan:
     return PrunePlan(
         config.epochs, fraction, prune.warmup_epochs, prune.anneal_fraction, policy.is_shorter, earlier
     )
+
+
+def _defaults(prune: Any) -> dict[str, Any]:
+    """The policy with its own defaults, and a dash for the keys that have none."""
+    fields = type(prune).model_fields
+    return {key: "-" for key, field in fields.items() if field.is_required()} | {"policy": prune.policy}
 
 
 def _about(config: PretrainConfig, run: Path) -> dict[str, Any]:
