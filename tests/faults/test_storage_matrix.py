@@ -238,7 +238,8 @@ def test_C3_no_place_to_write(kind: str, tmp_path: Path, record_property: Record
     before = rig.tree_hash(tmp_path)
     result = rig.run(rig.fresh(out, "data.source=/no/such/images"), user=user)
     assert "/no/such/images" not in result.stderr, "the images were looked for first"
-    rig.assert_one_line(result, 2, str(out)[:50], "out=DIR")
+    fix = "longer than a path can be" if kind == "too long" else "out=DIR"
+    rig.assert_one_line(result, 2, str(out)[:50], fix)
     assert rig.tree_hash(tmp_path) == before and result.seconds < 5
     record_property("seconds from fault to exit", round(result.seconds, 3))
 
