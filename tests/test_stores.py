@@ -330,6 +330,16 @@ def test_really_full_disk_leaves_nothing_that_looks_complete(
     assert not list(tmp_path.glob("*.jpegs")) and load(folder, tmp_path).skipped and finished(tmp_path)
 
 
+def test_a_file_is_at_its_path_until_that_names_another_or_none(tmp_path: Path) -> None:
+    path = tmp_path / "key.jpegs.part"
+    with open(path, "a+b") as file:
+        assert stores._is_at(file, path)
+        path.rename(tmp_path / "key.jpegs")
+        assert not stores._is_at(file, path)
+        path.write_bytes(b"another")
+        assert not stores._is_at(file, path)
+
+
 def test_two_builders_share_one_build(
     folder: Path, tmp_path: Path, whole: Path, encodings: list[str]
 ) -> None:

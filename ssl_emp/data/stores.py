@@ -206,6 +206,14 @@ def encoded_path(folder: Path, key: str) -> Path:
     return folder / f"{key}.jpegs"
 
 
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether `path` still names the open `file`; another process may remove or rename it at any moment."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO]:
     """Open or create `path` for appending and hold its lock; waits until the lock is free."""
@@ -213,7 +221,7 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
         with open(path, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             # false where the file was renamed or removed while we waited: open it again
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            if _is_at(file, path):
                 yield file
                 return
 
