@@ -270,9 +270,14 @@ def draw_features(params_a: ViewParams, params_b: ViewParams, image_size: int) -
 
 def grid_of_views(view_a: Tensor, view_b: Tensor, recipe: Recipe, columns: int = 8) -> Tensor:
     """Pairs of normalised (B, 3, S, S) views, `columns` pairs a row: a picture (3, H, W) uint8."""
-    mean, std = (torch.tensor(x, device=view_a.device).view(3, 1, 1) for x in (recipe.mean, recipe.std))
-    pairs = torch.cat([view_a, view_b], 3) * std + mean  # (B, 3, S, 2S)
-    return make_grid((pairs.clamp(0, 1) * 255).round().byte(), nrow=columns, pad_value=255)
+    pairs = as_pixels(torch.cat([view_a, view_b], 3), recipe)  # (B, 3, S, 2S)
+    return make_grid(pairs, nrow=columns, pad_value=255)
+
+
+def as_pixels(views: Tensor, recipe: Recipe) -> Tensor:
+    """Normalised views (B, 3, H, W) as a person sees them: uint8 of the same shape."""
+    mean, std = (torch.tensor(x, device=views.device).view(3, 1, 1) for x in (recipe.mean, recipe.std))
+    return ((views * std + mean).clamp(0, 1) * 255).round().byte()
 
 
 def _uniform(u: Tensor, low: float, high: float) -> Tensor:

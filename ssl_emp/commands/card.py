@@ -315,9 +315,8 @@ class Facts:
         prune, last = self.section("prune"), self.last
         seen, share = last.get("samples_seen"), last.get("real_share")
         lines: list[tuple[str, Any]] = [("policy", prune.get("policy"))]
-        if (
-            not isinstance(share, float) or share < 1
-        ):  # an unpruned run has these keys, and looks at none of them
+        # an unpruned run has these keys too, and looks at none of them
+        if not isinstance(share, float) or share < 1:
             lines += [
                 ("left out of a pruned epoch (s)", percent(prune.get("fraction"))),
                 ("first epochs on everything", prune.get("warmup_epochs")),

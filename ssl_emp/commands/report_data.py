@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_eval.errors import first_line
-from ssl_emp.augment import cut_views, draw_params
+from ssl_emp.augment import as_pixels, cut_views, draw_params
 from ssl_emp.commands.job import recipe_of, view_sizes
 from ssl_emp.commands.resume import read_run
 from ssl_emp.commands.samples_table import read_samples
-from ssl_emp.config import PretrainConfig
+from ssl_emp.config import PretrainConfig, flatten
 from ssl_emp.data.decode import pillow_limits
 from ssl_emp.data.images import ImageSet, common_size, find_split
 from ssl_emp.data.stores import decode_into
@@ -34,7 +34,7 @@ from ssl_emp.prune.policies import POLICIES
 from ssl_emp.report.columns import front_coded, histogram, packed
 from ssl_emp.report.meanings import meaning_of
 from ssl_emp.report.pictures import sprite
-from ssl_emp.run.pace import seconds_of
+from ssl_emp.run.pace import pace_of, seconds_of
 from ssl_emp.run.report import read_metrics
 from ssl_emp.safe_files import LARGE, read_bytes, read_json
 from ssl_emp.text import printable
@@ -178,15 +178,13 @@ def _budget(
     if any(not isinstance(value, int | float) for value in seconds.values()) or not last.get("step"):
         return budget
     budget |= {"seconds": seconds}
-    made = dict.fromkeys(views, 0)
-    for view, count in zip(views[:done], steps[:done], strict=True):
-        made[view] += count
-    pace = {
-        view: (count, float(last.get(f"training_{view}px_seconds") or last["training_seconds"]))
-        for view, count in made.items()
-        if count
-    }
-    if budget["finished"] and pace:
+    if budget["finished"]:
+        spent = {
+            name.removesuffix("_seconds"): float(value)
+            for name, value in last.items()
+            if name.endswith("_seconds") and isinstance(value, int | float)
+        }
+        pace = pace_of(spent, steps, views, sum(steps))
         budget["unpruned_seconds"] = seconds_of(pace, [full] * config.epochs, unpruned)
     return budget
 
@@ -209,17 +207,13 @@ def _short(value: Any) -> float | None:
     return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
-def _flat(values: dict[str, Any], before: str = "") -> dict[str, str]:
-    """`{"data": {"source": "x"}}` as `{"data.source": "x"}`."""
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        name = f"{before}{key}"
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{name}.")
-        else:
-            shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-            flat[printable(name)] = printable(shown)
-    return flat
+def _flat(values: dict[str, Any]) -> dict[str, str]:
+    """`{"data": {"source": "x"}}` as `{"data.source": "x"}`, with values as YAML has them."""
+
+    def shown(value: Any) -> str:
+        return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+    return {printable(name): printable(shown(value)) for name, value in flatten(values).items()}
 
 
 def _environment(run: Path, notes: list[str]) -> dict[str, str]:
@@ -530,15 +524,13 @@ def _views(
     side, number = pixels.shape[-1], 1 if config.objective == "supervised" else 2
     recipe = recipe_of(config, side)
     sizes = view_sizes(config.augment.sizes(side), plan, max(epochs))
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (recipe.mean, recipe.std))
     made = torch.empty(len(rows), number, 3, recipe.size, recipe.size, dtype=torch.uint8)
     for epoch in set(epochs):
         at = [place for place, other in enumerate(epochs) if other == epoch]
         own = replace(recipe, size=sizes[epoch - 1])
         draw = draw_params(config.seed, epoch - 1, torch.tensor([rows[place] for place in at]), own, side)
         for which, normalised in enumerate(cut_views(pixels[at], draw[:number], own)):
-            views = ((normalised * std + mean).clamp(0, 1) * 255).round()
-            made[at, which] = F.interpolate(views, (recipe.size, recipe.size)).byte()
+            made[at, which] = F.interpolate(as_pixels(normalised, own), (recipe.size, recipe.size))
     return made.flatten(0, 1)
 
 

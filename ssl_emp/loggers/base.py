@@ -67,7 +67,7 @@ def own_place(folder: Path, name: str) -> Path:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts -> one dict with dotted keys."""
+    """Nested dicts -> one dict with dotted keys. (That of ssl_emp.config comes with torch.)"""
     found: dict[str, Any] = {}
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

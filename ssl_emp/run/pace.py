@@ -3,6 +3,25 @@
 from collections.abc import Mapping, Sequence
 
 
+def pace_of(
+    seconds: Mapping[str, float], steps: Sequence[int], sizes: Sequence[int], done: int
+) -> dict[int, tuple[int, float]]:
+    """Side of the views -> steps that were made with it, and the seconds that these took together.
+
+    Args:
+        seconds: of training: `training` together, and `training_16px` of views of 16 pixels where there are
+            several sizes.
+        steps, sizes: of every epoch of the run.
+        done: steps that were made, of all epochs.
+    """
+    made = dict.fromkeys(sizes, 0)
+    for size, count in zip(sizes, steps, strict=True):
+        made[size] += min(count, done)
+        done -= min(count, done)
+    together = seconds["training"]
+    return {size: (count, seconds.get(f"training_{size}px", together)) for size, count in made.items()}
+
+
 def seconds_per_step(done: Mapping[int, tuple[int, float]], size: int) -> float:
     """Seconds of a training step with views of `size` pixels a side: the mean of those that were made.
 

@@ -17,7 +17,7 @@ from ssl_emp.run.checkpoint import save_checkpoint
 from ssl_emp.run.guard import Guard
 from ssl_emp.run.lock import Held
 from ssl_emp.run.metrics import scalars
-from ssl_emp.run.pace import seconds_of
+from ssl_emp.run.pace import pace_of, seconds_of
 from ssl_emp.run.ranks import Ranks
 from ssl_emp.run.report import INDENT, Report, duration
 from ssl_emp.run.state_check import check_state
@@ -133,14 +133,7 @@ class Run:
 
     def pace(self) -> dict[int, tuple[int, float]]:
         """Side of the views -> steps that were made with it, and the seconds that these took together."""
-        made, left = dict.fromkeys(self.view_sizes, 0), self.step
-        for size, steps in zip(self.view_sizes, self.pruner.steps, strict=True):
-            made[size] += min(steps, left)
-            left -= min(steps, left)
-        together = self.seconds["training"]
-        return {
-            size: (steps, self.seconds.get(f"training_{size}px", together)) for size, steps in made.items()
-        }
+        return pace_of(self.seconds, self.pruner.steps, self.view_sizes, self.step)
 
     def _now(self) -> float:
         if self.device.type == "cuda":
