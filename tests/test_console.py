@@ -25,7 +25,7 @@ ROW: dict[str, Any] = {
 
 
 def test_an_epoch_is_one_line_of_80_columns() -> None:
-    assert epoch_line(ROW, 12, 75) == "epoch  7/12  loss 12.346  kept  70%  12,346 images/s  eta 1m15s"
+    assert epoch_line(ROW, 12, 75) == "epoch 7/12   loss 12.346  kept  70%  12,346 images/s  eta 1m15s"
     measured = ROW | {"knn_train_split": 0.9412, "epoch": 112}
     line = epoch_line(measured, 200, 40_000)
     assert line.endswith("  eta 11h06m  kNN 94.1%") and len(line) <= 80

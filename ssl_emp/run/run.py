@@ -258,8 +258,8 @@ def epoch_line(row: dict[str, Any], epochs: int, seconds_left: float) -> str:
     Args:
         row: of metrics.jsonl; `kept_share` and the kNN accuracy are of 1.
     """
-    number = f"{row['epoch']:>{len(str(epochs))}}/{epochs}"
-    parts = [f"epoch {number}", f"loss {row['loss']:.3f}", f"kept {row['kept_share']:4.0%}"]
+    number, last = f"epoch {row['epoch']}/{epochs}", f"epoch {epochs}/{epochs}"
+    parts = [number.ljust(len(last)), f"loss {row['loss']:.3f}", f"kept {row['kept_share']:4.0%}"]
     parts += [f"{row['images_per_second']:6,.0f} images/s"]
     parts += [f"eta {duration(seconds_left)}"] if row["epoch"] < epochs else []
     parts += [f"kNN {100 * row['knn_train_split']:.1f}%"] if "knn_train_split" in row else []
