@@ -312,7 +312,7 @@ class Pruner:
         """Take in a batch that was trained on, where `where` (0-d bool on the device) holds."""
         epoch = self.epoch_of(self.step)
         self.record.observe(seen.index, seen.terms, seen.covariates, epoch, where)
-        self.record.count_trained(seen.index, epoch, True if where is None else where)
+        self.record.count_trained(seen.index, epoch, where)
         self.step += 1
 
     # ---- train: in any loop --------------------------------------------------------------------------------

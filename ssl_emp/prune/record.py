@@ -106,7 +106,7 @@ class Record:
         variance = (1 - rate) * self.variance[index] + rate * step[0].square()
         self.variance[index] = torch.where(first, 0.0, variance)
         self.times_scored[index] = times
-        self.scored_epoch[index] = epoch
+        self.scored_epoch.index_fill_(0, index, epoch)  # by `[index] =` a number would wait for a GPU
 
     def _observe_where(
         self, where: Tensor, index: Tensor, terms: Tensor, covariates: Tensor | None, epoch: int
@@ -121,11 +121,12 @@ class Record:
         for name, values in moments.items():
             setattr(self, name, torch.where(where, getattr(self, name), values))
 
-    def count_trained(self, index: Tensor, epoch: int, where: Tensor | bool = True) -> None:
-        """Note that the samples `index` were trained on in `epoch`, where `where` is true."""
-        self.times_trained[index] += where
-        trained = torch.as_tensor(where, device=index.device)
-        self.trained_epoch[index] = torch.where(trained, epoch, self.trained_epoch[index])
+    def count_trained(self, index: Tensor, epoch: int, where: Tensor | None = None) -> None:
+        """Note that the samples `index` were trained on in `epoch`, unless `where`, a 0-d bool, is false."""
+        before = self.trained_epoch[index]
+        now = torch.full_like(before, epoch)
+        self.times_trained[index] += 1 if where is None else where
+        self.trained_epoch[index] = now if where is None else torch.where(where, now, before)
 
     def _learn(self, terms: Tensor, covariates: Tensor) -> None:
         """Moments of the running regression; a batch loses its influence over the next FORGET / (1 - FORGET)
