@@ -27,6 +27,7 @@ autodoc_typehints_description_target = "documented"
 # pages that are a file of another folder, read from there
 ELSEWHERE = {
     "experiments": ROOT / "experiments" / "README.md",
+    "experiments_archive": ROOT / "experiments" / "archive.md",
     "benchmarks": ROOT / "benchmarks" / "README.md",
     "contributing": ROOT / "CONTRIBUTING.md",
     "changelog": ROOT / "CHANGELOG.md",

@@ -30,7 +30,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [
     *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
     *DOCS,
-    *(ROOT / folder / "README.md" for folder in ("experiments", "benchmarks")),
+    *(ROOT / name for name in ("experiments/README.md", "experiments/archive.md", "benchmarks/README.md")),
 ]
 # pages whose Python runs in another test
 RUN_ELSEWHERE = {
@@ -265,7 +265,8 @@ def test_the_picture_is_drawn_for_light_and_dark() -> None:
 @pytest.mark.parametrize("page", ["choosing.md", "results.md"])
 def test_every_figure_with_a_spread_is_one_of_the_experiments(page: str) -> None:
     """Numbers that are quoted are copied: those of a page are found in the experiments, to the last digit."""
-    source = (ROOT / "experiments" / "README.md").read_text()
+    pages = [ROOT / "experiments" / name for name in ("README.md", "archive.md")]
+    source = "".join(page.read_text() for page in pages)
     measured = {figure.lstrip("+-") for figure in re.findall(r"[+-]?\d+\.\d+ ± \d+\.\d+", source)}
     quoted = {
         figure.lstrip("+-")
