@@ -464,6 +464,10 @@ class PretrainConfig(Section):
             raise ValueError(
                 "optimizer.lr auto is for objective simclr: give the rate of a supervised run as a number"
             )
+        if self.augment.candidates == 1 and self.augment.choose == "easiest":
+            raise ValueError(
+                "augment.choose is of the pairs of views that a sample may get, and augment.candidates is 1"
+            )
         if self.augment.crop_padding and getattr(self.prune, "scoring_size", None):
             raise ValueError(
                 "augment.crop_padding takes views of the images' own size, so prune.scoring_size must be null"

@@ -335,9 +335,9 @@ def load_encoder(
     """
     folder = Path(os.path.expanduser(path))
     fix = "give a run directory or an encoder directory that pretraining wrote"
-    if (folder / "config.yaml").is_file():
+    if os.path.isfile(folder / "config.yaml"):  # unlike Path's it is silent where a name is too long
         fix = f"write it again from the run's last checkpoint: {resume_command(folder)}"
-    folder = folder / "encoder" if (folder / "encoder").is_dir() else folder
+    folder = folder / "encoder" if os.path.isdir(folder / "encoder") else folder
     spec, found = _read_headers(folder, fix)
     if spec["stem"] is not None:
         spec["stem"] = resolve_stem(spec["stem"], spec["image_size"])
@@ -391,7 +391,7 @@ def _rebuilt(spec: dict[str, Any], backbone: nn.Module | None, folder: Path, met
 def _read_headers(folder: Path, fix: str) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], str]]]:
     """(arguments of `build_encoder`, weight -> shape and type) of a directory. Raises UserError."""
     for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):
             raise UserError(f"no encoder in {folder}: {name} is missing", fix)
     try:
         spec = _Spec.model_validate(read_json(folder / "config.json")["ssl_emp"]).model_dump()

@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from PIL import Image
 
-from experiments import plots, run
+from experiments import information, plots, run
 from experiments.table import difference, main, p_value, pairs, spread, table
+from ssl_emp.commands import pretrain
 
 pytestmark = pytest.mark.whole
 
@@ -564,3 +566,50 @@ def test_the_beta_sweep() -> None:
         and plots.beta_sweep(rows[:2], "knn") is None
         and plots.times_trained(rows) is None
     )
+
+
+# ---- a memory term of one's own ----------------------------------------------------------------------------
+
+
+def test_information_is_the_entropy_of_the_mean_less_the_mean_entropy() -> None:
+    """In float64, over the visits of a sample; none after the first, where nothing can have changed yet."""
+    generator = torch.Generator().manual_seed(0)
+    visits = [(torch.randperm(9, generator=generator)[:5], torch.randn(5, 4, generator=generator))
+              for _ in range(6)]  # fmt: skip
+    predictions, history = information.Predictions(9, 4), [[] for _ in range(9)]  # type: ignore[var-annotated]
+    for index, logits in visits:
+        found = predictions.information(index, logits)
+        for row, i in enumerate(index.tolist()):
+            history[i].append(logits[row].double().softmax(0))
+            p = torch.stack(history[i])
+            expected = torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(1).mean()
+            assert float(found[row]) == pytest.approx(float(expected), abs=1e-6)
+            assert len(history[i]) > 1 or float(found[row]) == pytest.approx(0, abs=1e-6)
+    assert max(map(len, history)) > 2
+
+
+@pytest.mark.whole
+def test_the_runs_of_information_are_those_of_pretrain_but_for_the_memory(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = {
+        "epochs": 4, "batch_size": 8, "model.width": 8, "augment.size": 16, "augment.crop_padding": 2,
+        "prune.fraction": 0.5, "prune.anneal_fraction": 0.25, "compile": False, "data.label_noise": 0.2,
+    }  # fmt: skip
+    cells = [{"prune.policy": "emp", "memory": ["entropy", "information"], "seed": 0}]
+    config = Path("configs/cifar10_supervised_emp.yaml").resolve()
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(yaml.safe_dump({"config": str(config), "overrides": shared, "cells": cells}))
+    source = f"data.source={tiny_data}"
+    command = [str(grid), source, "data.image_size=16", f"--results={tmp_path}"]
+    assert information.main(command) == 0 and information.main(command) == 0
+    rows = [json.loads(line) for line in (tmp_path / "grid.jsonl").read_text().splitlines()]
+    assert [row["cell"]["memory"] for row in rows] == ["entropy", "information"], "and none twice"
+    words = [f"{key}={json.dumps(value)}" for key, value in shared.items()]
+    out = tmp_path / "run"
+    words += [source, "data.image_size=16", "prune.policy=emp", "seed=0", f"out={out}"]
+    assert pretrain.main(["--config", str(config), *words]) == 0
+    assert json.loads((out / "result.json").read_text())["test_accuracy"] == rows[0]["test_accuracy"]
+    capsys.readouterr()
+    assert information.main([str(grid), "--until", "soon"]) == 2
+    assert capsys.readouterr().err.startswith("error: --until is 'soon'")

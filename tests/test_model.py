@@ -133,6 +133,11 @@ def _spoil(folder: Path, how: str) -> None:
         (folder / "model.safetensors").unlink()
 
 
+def test_a_name_that_is_too_long_is_one_line() -> None:
+    with pytest.raises(UserError, match="no encoder in xxx"):
+        load_encoder("x" * 5000)
+
+
 @pytest.mark.parametrize(
     "how", ["missing key", "extra key", "other width", "no ssl_emp", "broken json", "truncated", "no weights"]
 )
