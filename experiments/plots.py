@@ -144,9 +144,19 @@ def against_cost(rows: list[Row], metric: str, cost: str) -> Figure | None:
             )
     if not axes.containers:
         return None
+    starts = [row["start"][metric] for row in rows if metric in row.get("start", {})]
+    if starts:
+        across(axes, statistics.mean(starts), "start")
     thousands(axes)
     legend(axes)
     return fig
+
+
+def across(axes: Axes, level: float, name: str) -> None:
+    """A dashed line at a level, with its name at the right end."""
+    axes.axhline(level, color=FIXED["random"], linewidth=1, linestyle="--")
+    place: Any = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+    axes.annotate(name, (0.995, level), color=FIXED["random"], **place)
 
 
 def beta_sweep(rows: list[Row], metric: str) -> Figure | None:
@@ -176,15 +186,7 @@ def beta_sweep(rows: list[Row], metric: str) -> Figure | None:
     randoms = {id(other): other for row in swept if (other := counterpart(row, "random", rows))}.values()
     if randoms and len({keys_of(row).get(FRACTION) for row in randoms}) == 1:
         level = statistics.mean(over_seeds(list(randoms), metric).values())
-        axes.axhline(level, color=FIXED["random"], linewidth=1, linestyle="--")
-        axes.annotate(
-            "random",
-            (0.995, level),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="bottom",
-            color=FIXED["random"],
-        )
+        across(axes, level, "random")
     if betas[0] > 0:
         axes.set_xscale("log")
     else:

@@ -288,10 +288,13 @@ def read_run(out: Path, evaluators: list[str], logged: list[str]) -> dict[str, A
             if isinstance(value, int | float)
         }
     for name in evaluators:
-        # of the run itself, not of what it began from; the newest: there may be files of earlier protocols
+        # the newest: there may be rows of earlier protocols. What the run began from has rows, too
         rows = json.loads((out / "eval" / f"{name}.json").read_text())
-        found = [line for line in rows if Path(line.get("encoder", "")).name != "start"][-1]
+        began = [line for line in rows if Path(line.get("encoder", "")).name == "start"]
+        found = [line for line in rows if line not in began][-1]
         row[name] = found["value"]
+        if began:
+            row.setdefault("start", {})[name] = began[-1]["value"]
         row.setdefault("protocols", {})[name] = found["protocol"]
     # below 1 in a full epoch with a remainder; the first epoch is never pruned
     full = max((epoch["kept_share"] for epoch in epochs if "kept_share" in epoch), default=1)

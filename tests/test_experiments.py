@@ -520,6 +520,10 @@ def test_accuracy_against_samples_and_seconds(tmp_path: Path) -> None:
     }
     shown = fig.axes[0].get_legend()
     assert shown is not None and [text.get_text() for text in shown.get_texts()] == ["none", "emp", "random"]
+    assert not fig.axes[0].texts
+    began = plots.against_cost([row | {"start": {"knn": 21.0}} for row in rows], "knn", "cpu_seconds")
+    assert began is not None and [text.get_text() for text in began.axes[0].texts] == ["start"]
+    assert began.axes[0].texts[0].xy[1] == 21.0  # type: ignore[attr-defined]
     samples = plots.against_cost(rows, "knn", "samples_seen")
     assert (
         samples is not None
