@@ -159,6 +159,20 @@ def test_a_run_from_objects_is_that_of_the_command_on_files(
     assert f"ssl_emp.evaluate('{run.folder}', data=(train, test))" in shown
 
 
+def test_the_next_step_is_a_call(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A quarter of the images, no test split: all that the call may have to say."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.parquet").symlink_to(tiny_data / "train.parquet")
+    settings = SHORT | {"verbose": True, "config": {"data.max_images": 12}}
+    ssl_emp.pretrain(folder, out=tmp_path / "run", **settings)
+    (call,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("evaluate ")]
+    call = call.removeprefix("evaluate").strip()
+    more = "config={'data.holdout': 0.2, 'knn.num_neighbors': 3}"
+    assert call == f"ssl_emp.evaluate({str(tmp_path / 'run')!r}, evaluators=['knn'], {more})"
+    assert [row.metric for row in eval(call)] == ["top1 %"]
+
+
 def test_the_names_of_modules_and_functions_do_not_meet() -> None:
     assert ssl_emp.pretrain is not pretrain_module and callable(ssl_emp.pretrain)
     assert ssl_emp.evaluate is not evaluate_module and callable(ssl_emp.evaluate)

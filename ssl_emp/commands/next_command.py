@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+import yaml
 
 from ssl_emp.commands.arguments import EVALUATOR_NAMES
 from ssl_emp.commands.eval_config import KnnConfig
@@ -21,19 +22,31 @@ NEIGHBORS = KnnConfig().num_neighbors[0]
 WORDS = ("random", "pixels", "predict", *EVALUATOR_NAMES)
 
 
-def next_command(out: Path, config: PretrainConfig) -> str:
+def next_command(out: Path, config: PretrainConfig, in_python: bool = False) -> str:
     """`ssl-emp evaluate RUN ...`, as labels allow; without a test split a part of train is held out.
 
-    Images that were given in Python have to be given again.
+    In Python it is a call. Images that were given there have to be given again.
     """
     if config.data.kind == "object":
         return f"ssl_emp.evaluate({os.fspath(out)!r}, data=(train, test))"
     words = "diagnose"
     with suppress(Exception):  # missing or damaged images by now are no reason to fail after training
         words = _words(config) or words
+    if in_python:
+        return _call(out, words.split())
     name = os.fspath(out)
     name = f"./{name}" if name in WORDS else name
     return f"{command_line('evaluate')} {quoted(name)} {words}"
+
+
+def _call(out: Path, words: list[str]) -> str:
+    """`ssl_emp.evaluate(...)` with the evaluators and settings of a command's words."""
+    settings = {
+        key: yaml.safe_load(value) for key, equals, value in (w.partition("=") for w in words) if equals
+    }
+    evaluators = [word for word in words if "=" not in word]
+    more = f", config={settings}" if settings else ""
+    return f"ssl_emp.evaluate({os.fspath(out)!r}, evaluators={evaluators}{more})"
 
 
 def _words(config: PretrainConfig) -> str | None:

@@ -299,7 +299,7 @@ def export(job: Job, run: Run) -> None:
     trained, full = run.step * config.batch_size, job.full_steps * config.batch_size
     report.say(f"saved     {saved_line(trained, full, run.seconds, unpruned)}")
     report.say(f"encoder   {out / 'encoder'}", folds=False)
-    report.say(f"evaluate  {next_command(out, config)}", folds=False)
+    report.say(f"evaluate  {next_command(out, config, run.in_python)}", folds=False)
     report.say(f"report    {command_line('report')} {quoted(out)}", folds=False)
 
 
@@ -423,7 +423,10 @@ def start_or_resume(
                 if line := longer_line(job, before):
                     report.say(f"longer    {line}")
         if finished and state is not None and not broken_files(out, config, state, backbone):
-            report.say(f"{out} is finished, nothing to do. next: {next_command(out, config)}", folds=False)
+            report.say(
+                f"{out} is finished, nothing to do. next: {next_command(out, config, given.in_python)}",
+                folds=False,
+            )
             return 0
         code = 3
         try:
@@ -496,6 +499,7 @@ def open_run(
         view_sizes=job.view_sizes,
         all_sizes=job.sizes.all,
         again=given.again(out),
+        in_python=given.in_python,
         ema=config.model.ema,
         threads=job.threads,
         verbose=config.monitor.verbose,

@@ -45,6 +45,7 @@ class Run:
         ema: decay of an average of the weights; None: there is none.
         threads: of torch; None: it does not compute on the CPU.
         verbose: print all figures of an epoch, not a few.
+        in_python: it was started by a call, and is told the next one.
     """
 
     def __init__(
@@ -68,8 +69,9 @@ class Run:
         ema: float | None = None,
         threads: Threads | None = None,
         verbose: bool = False,
+        in_python: bool = False,
     ) -> None:
-        self.again, self.verbose = again, verbose
+        self.again, self.verbose, self.in_python = again, verbose, in_python
         self.folder, self.held, self.report, self.ranks = folder, held, report, ranks
         self.model, self.optimizer, self.pruner, self.source = model, optimizer, pruner, source
         self.threads = threads
