@@ -46,7 +46,14 @@ def same_world() -> Iterator[None]:
     def world() -> dict[str, object]:
         # what importing scikit-learn, torch._inductor and lightly sets is theirs; evaluate.py sets what
         # guards the loading of weights
-        theirs = ("PYTEST_", "KMP_", "TORCHINDUCTOR_", "PYTORCH_NVML_", "TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+        theirs = (
+            "PYTEST_",
+            "KMP_",
+            "TORCHINDUCTOR_",
+            "_TORCHINDUCTOR_",
+            "PYTORCH_NVML_",
+            "TORCH_FORCE_WEIGHTS_ONLY_LOAD",
+        )
         environment = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
         modes = (
             torch.get_default_dtype(),
