@@ -108,7 +108,8 @@ def measure(case: str, contender: str, arguments: argparse.Namespace) -> dict[st
         if case == "busy":
             stack.enter_context(busy_programs(arguments.programs))
         command, pipe = [sys.executable, *words], subprocess.PIPE
-        process = subprocess.Popen(command, cwd=common.ROOT, env=environment, text=True, stdout=pipe)
+        started = subprocess.Popen(command, cwd=common.ROOT, env=environment, text=True, stdout=pipe)
+        process = stack.enter_context(started)  # which waits, and closes the pipe
         stack.callback(process.kill)
         assert process.stdout is not None
         said = wait_for(process.stdout, "epoch 1/" if case == "arrives" else "plan ")
