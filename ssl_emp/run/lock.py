@@ -132,7 +132,9 @@ def _locked(folder: Path, path: Path, otherwise: str) -> IO[bytes]:
             folder.mkdir(parents=True, exist_ok=True)
             refuse_strange(folder)
             file = open_own(path, "a+b")  # stays open until the lock is released
-        except FileNotFoundError:  # the previous holder has just removed the folder that it had created
+        # the previous holder has just removed the folder that it had created, perhaps between the two looks
+        # of mkdir, which then says that something else is there
+        except (FileNotFoundError, FileExistsError):
             if not tries_left:
                 raise
             continue

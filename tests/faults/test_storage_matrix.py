@@ -321,6 +321,25 @@ def test_C5_the_lock_of_a_dead_process(tmp_path: Path) -> None:
     assert finish(out, record) == 2
 
 
+def test_C5_a_folder_that_goes_between_two_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C5 | its last owner removes the folder between the two looks of mkdir; a file stands there for good |
+    taken; one line
+    """
+    mkdir, turns = Path.mkdir, iter([True])
+
+    def between(self: Path, *arguments: object, **keys: object) -> None:
+        if next(turns, False):
+            raise FileExistsError(17, "File exists")
+        mkdir(self, *arguments, **keys)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "mkdir", between)
+    with sole_writer(tmp_path / "run") as held:
+        assert held.is_ours()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write into .*file"), sole_writer(tmp_path / "file"):
+        pass
+
+
 def test_C5_one_of_many_gets_the_lock(tmp_path: Path) -> None:
     """C5 | 4 threads, 200 turns each: the lock of a folder that comes and goes is asked for all the time |
     never two have it
