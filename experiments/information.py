@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from experiments.glue import append, time_today
-from experiments.run import ROOT, Cell, expand, git_revision, read_grid
+from experiments.run import ROOT, Cell, expand, git_revision, read_grid, words_of
 from experiments.table import read_rows
 from ssl_emp.augment import cut_views, draw_params
 from ssl_emp.commands.job import Job, prepare
@@ -115,10 +115,7 @@ def run_cells(grid: dict[str, Any], overrides: list[str], until: float, results:
         settings: Cell = {**grid["overrides"], **cell}
         if settings in done or time.time() > until:
             continue
-        keys = {key: value for key, value in settings.items() if key != "memory"}
-        words = [
-            f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in keys.items()
-        ]
+        words = words_of({key: value for key, value in settings.items() if key != "memory"})
         job = prepare(load_config(grid["config"], [*words, *overrides]), Report(silent=True))
         row = {"cell": cell, **train(job, cell.get("memory", "entropy")), "settings": settings}
         append(results, row | {"revision": git_revision(), "torch": torch.__version__})

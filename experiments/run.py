@@ -73,6 +73,13 @@ def expand(cells: list[Cell]) -> list[Cell]:
     return sorted(once.values(), key=lambda cell: cell.get("seed", 0))
 
 
+def words_of(settings: Cell) -> list[str]:
+    """`key=value`, as pretrain.py takes them."""
+    return [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()
+    ]
+
+
 def name_of(cell: Cell, settings: Cell, config: str) -> str:
     """A folder name: the cell's values for a reader, and a hash of everything that makes it another cell."""
     readable = re.sub(r"[^\w.+-]+", "_", "-".join(str(value) for value in cell.values()))[:80].strip("._-")
@@ -222,10 +229,7 @@ def run_cell(cell: Cell, lab: Lab) -> str:
     out, log = lab.runs / lab.name(cell), lab.runs / f"{lab.name(cell)}.log"
     evaluators = lab.grid["evaluators"]
     environment = os.environ | ({} if lab.threads is None else {"OMP_NUM_THREADS": str(lab.threads)})
-    overrides = [
-        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-        for key, value in (lab.settings(cell) | lab.extra).items()
-    ]
+    overrides = words_of(lab.settings(cell) | lab.extra)
     revision = git_revision()  # now, because the tree may change while the cell runs
     out.parent.mkdir(parents=True, exist_ok=True)
 

@@ -1,6 +1,5 @@
 """Every mistake in a config is one clear line, all at once; every shipped config is valid."""
 
-import json
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -45,11 +44,7 @@ def test_every_cell_of_a_shipped_grid_is_a_config_that_loads(path: Path) -> None
     for cell in cells:
         settings = grid.get("overrides", {}) | cell
         settings.pop("memory", None)  # experiments/information.py's own key
-        words = [
-            f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-            for key, value in settings.items()
-        ]
-        found = flatten(load_config(ROOT / grid["config"], words).model_dump())
+        found = flatten(load_config(ROOT / grid["config"], run.words_of(settings)).model_dump())
         if settings.pop("monitor.tensorboard", None) is False:  # as of ssl_emp 0.1
             settings["monitor.loggers"] = []
         assert {key: found[key] for key in settings} == settings

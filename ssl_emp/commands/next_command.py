@@ -5,7 +5,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-import yaml
 
 from ssl_emp.commands.arguments import EVALUATOR_NAMES
 from ssl_emp.commands.eval_config import KnnConfig
@@ -29,32 +28,26 @@ def next_command(out: Path, config: PretrainConfig, in_python: bool = False) -> 
     """
     if config.data.kind == "object":
         return f"ssl_emp.evaluate({os.fspath(out)!r}, data=(train, test))"
-    words = "diagnose"
+    evaluators, settings = ["diagnose"], dict[str, float]()
     with suppress(Exception):  # missing or damaged images by now are no reason to fail after training
-        words = _words(config) or words
+        evaluators, settings = _judged(config) or (evaluators, settings)
     if in_python:
-        return _call(out, words.split())
+        more = f", config={settings}" if settings else ""
+        return f"ssl_emp.evaluate({os.fspath(out)!r}, evaluators={evaluators}{more})"
     name = os.fspath(out)
     name = f"./{name}" if name in WORDS else name
-    return f"{command_line('evaluate')} {quoted(name)} {words}"
+    words = [*evaluators, *(f"{key}={value}" for key, value in settings.items())]
+    return f"{command_line('evaluate')} {quoted(name)} {' '.join(words)}"
 
 
-def _call(out: Path, words: list[str]) -> str:
-    """`ssl_emp.evaluate(...)` with the evaluators and settings of a command's words."""
-    settings = {
-        key: yaml.safe_load(value) for key, equals, value in (w.partition("=") for w in words) if equals
-    }
-    evaluators = [word for word in words if "=" not in word]
-    more = f", config={settings}" if settings else ""
-    return f"ssl_emp.evaluate({os.fspath(out)!r}, evaluators={evaluators}{more})"
-
-
-def _words(config: PretrainConfig) -> str | None:
-    """What can be predicted, from a look at names and labels, no pixels; None where nothing can."""
+def _judged(config: PretrainConfig) -> tuple[list[str], dict[str, float]] | None:
+    """Evaluators and settings for what can be predicted, from names and labels, without pixels; None where
+    nothing can.
+    """
     train = _listed(config, "train")
     if train.labels is None or train.labels.ndim > 1:
         return None
-    labels, more = train.labels, ""
+    labels, settings = train.labels, dict[str, float]()
     try:
         test = _listed(config, "test")
         if test.labels is None and config.data.test_source is None:
@@ -67,17 +60,17 @@ def _words(config: PretrainConfig) -> str | None:
         # a supervised run has seen all labels
         if config.objective == "supervised" or not held.any():
             return None
-        labels, more = labels[~held], f" data.holdout={HOLDOUT:g}"
+        labels, settings = labels[~held], {"data.holdout": HOLDOUT}
     except UserError:  # other classes than those of train
         return None
     if config.data.max_images is not None and config.data.max_images < len(labels):
         labels = labels[: config.data.max_images]
     if len(labels) < NEIGHBORS:
-        more += f" knn.num_neighbors={max(1, len(labels) // 4)}"
+        settings["knn.num_neighbors"] = max(1, len(labels) // 4)
     counts = labels.unique(return_counts=True)[1]
     # a linear probe holds images out, and needs two classes
     can_fit = len(counts) > 1 and int(counts.min()) > 1 and config.data.max_images is None
-    return f"knn linear{more}" if can_fit else f"knn{more}"
+    return ["knn", "linear"] if can_fit else ["knn"], settings
 
 
 def _listed(config: PretrainConfig, split: str) -> ImageSet:
