@@ -262,8 +262,12 @@ def test_the_evaluators_are_those_of_the_libraries(
     assert str(tiny_data) not in out.read_text() and "| l2 |" in capsys.readouterr().out
 
 
-def test_time_to_quality(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each contender gets longer runs until it is past the last target; a finished run is not run again."""
+def test_time_to_quality(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each contender gets longer runs until it is past the last target; lightly's pace and encoders are two
+    commands; a finished run is not run again.
+    """
     write_parquet(data / "test.parquet", *striped_images(40))
     settings = {
         "lightly": (time_to_quality.THEIRS | {"batch-size": 16}, [1]),
@@ -272,29 +276,52 @@ def test_time_to_quality(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(time_to_quality, "CONTENDERS", settings)
     monkeypatch.setattr(time_to_quality, "TARGETS", (0.0, 101.0))
     out, words = tmp_path / "runs.jsonl", ["--data", str(data), "--images", "64", "--repeats", "1"]
-    for _ in range(2):
-        time_to_quality.main([*words, "--out", str(out), "--device", "cpu", "--quick"])
-        rows = time_to_quality.read(out)
-        assert [(row["contender"], row["epochs"]) for row in rows] == [
-            ("lightly", 1),
-            ("ours", 1),
-            ("ours", 2),
-        ]
-    assert all(row["seconds"] > 0 and 0 <= row["knn"] <= 100 for row in rows)
+    words += ["--out", str(out), "--device", "cpu", "--quick"]
+    for more in ([], [], ["--encoders", "--jobs", "2"]):
+        time_to_quality.main([*words, *more])
+    rows = time_to_quality.read(out)
+    ran = [(row["contender"], row["epochs"], "knn" in row, "seconds" in row) for row in rows]
+    assert ran == [
+        ("lightly", time_to_quality.PACE, False, True),
+        ("ours", 1, True, True),
+        ("ours", 2, True, True),
+        ("lightly", 1, True, False),
+    ]
+    assert all(row.get("seconds", 1) > 0 and 0 <= row.get("knn", 0) <= 100 for row in rows)
+    assert "not reached" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--jobs is 2"):
+        time_to_quality.main([*words, "--jobs", "2"])
 
 
-def test_the_shortest_length_whose_mean_is_there_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time_to_quality, "CONTENDERS", {"a": ({}, [10, 20]), "b": ({}, [10, 20])})
+def test_the_shortest_length_whose_mean_is_there_counts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lengths = {"lightly": ({}, [10, 20, 40]), "a": ({}, [10, 20]), "b": ({}, [10, 20])}
+    monkeypatch.setattr(time_to_quality, "CONTENDERS", lengths)
+    knn = [("a", 10, 46.0), ("a", 10, 43.0), ("a", 20, 47.0), ("a", 20, 48.0), ("b", 10, 51.0)]
     rows = [
-        {"contender": contender, "epochs": epochs, "seed": seed, "knn": knn, "seconds": 6.0 * epochs}
-        for contender, epochs, seed, knn in [
-            ("a", 10, 0, 46.0), ("a", 10, 1, 43.0), ("a", 20, 0, 47.0), ("a", 20, 1, 48.0), ("b", 10, 0, 51.0)
-        ]
-    ]  # fmt: skip
-    assert time_to_quality.minutes_to(rows, "a", 45.0) == {0: 2.0, 1: 2.0}, "44.5 is not there"
-    assert time_to_quality.minutes_to(rows, "a", 50.0) is None
-    assert time_to_quality.minutes_to(rows, "b", 50.0) == {0: 1.0}
-    assert list(time_to_quality.to_run(rows, 2)) == [("b", 10, 1)], "b is past the last target"
+        {"contender": contender, "epochs": epochs, "seed": number % 2, "knn": value, "seconds": 6.0 * epochs}
+        for number, (contender, epochs, value) in enumerate(knn)
+    ]
+    rows += [{"contender": "lightly", "epochs": 3, "seed": 0, "seconds": 90.0}]
+    rows += [
+        {"contender": "lightly", "epochs": epochs, "seed": 0, "knn": value}
+        for epochs, value in [(10, 40.0), (20, 46.0)]
+    ]
+    assert time_to_quality.lengths_to(rows, "a", 45.0) == (10, 20), "44.5 is not there"
+    assert time_to_quality.lengths_to(rows, "a", 50.0) == (20, None)
+    assert time_to_quality.lengths_to(rows, "b", 50.0) == (None, 10)
+    assert time_to_quality.minutes_of(rows, "a", 20) == [2.0, 2.0]
+    assert time_to_quality.minutes_of(rows, "lightly", 20) == [10.0], "by its pace of 30 s"
+    rows[4]["seed"] = 0
+    ours = list(time_to_quality.to_run(rows, 2, encoders=False))
+    assert ours == [("lightly", time_to_quality.PACE, 1), ("b", 10, 1)], "b is past the last target"
+    assert ("lightly", 40, 0) in time_to_quality.to_run(rows, 2, encoders=True)
+    time_to_quality.show(rows)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    found = [line for line in lines if line[:2] == ["45", "a"] or line[:2] == ["50", "b"]]
+    assert found[0][-4:] == ["5.0,", "at", "least", "2.5"], "10 minutes over 2, and 5"
+    assert found[1][-3:] == ["more", "than", "10.0"], "10 minutes did not do, ours took 1"
 
 
 @pytest.mark.slow
