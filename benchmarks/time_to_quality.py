@@ -133,10 +133,12 @@ def to_run(rows: list[dict[str, Any]], seeds: int, encoders: bool) -> Iterator[t
                     if number == 0 and len(paces(rows, contender)) <= seed:
                         yield contender, PACE, seed
                     continue
-                before = lengths[number - 1] if number else 0
-                done = [row["knn"] for row in of_length(rows, contender, before)]
-                over = number >= len(lengths) or (done and statistics.mean(done) >= TARGETS[-1])
-                if over or encoders != theirs(contender):
+                if number >= len(lengths) or encoders != theirs(contender):
+                    continue
+                done = (
+                    [row["knn"] for row in of_length(rows, contender, lengths[number - 1])] if number else []
+                )
+                if done and statistics.mean(done) >= TARGETS[-1]:
                     continue
                 if seed not in [row["seed"] for row in of_length(rows, contender, lengths[number])]:
                     yield contender, lengths[number], seed
