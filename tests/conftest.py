@@ -52,6 +52,8 @@ def same_world() -> Iterator[None]:
             "TORCHINDUCTOR_",
             "_TORCHINDUCTOR_",
             "PYTORCH_NVML_",
+            "TRITON_",
+            "CUBLAS_WORKSPACE_CONFIG",
             "TORCH_FORCE_WEIGHTS_ONLY_LOAD",
         )
         environment = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}

@@ -523,9 +523,10 @@ def test_gpu_gives_the_same_views() -> None:
     for p, q in zip(params, on_gpu, strict=True):
         for x, y in zip(p, q, strict=True):
             torch.testing.assert_close(x, y.cpu(), rtol=0, atol=1e-6)
+    there, index_there = images.cuda(), index.cuda()
     torch.cuda.set_sync_debug_mode("error")  # nothing may wait for the device
     try:
-        views = cut_views(images.cuda(), draw_params(0, 0, index.cuda(), recipe, 32), recipe)
+        views = cut_views(there, draw_params(0, 0, index_there, recipe, 32), recipe)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for view, expected in zip(views, cut_views(images, params, recipe), strict=True):
