@@ -25,6 +25,7 @@ def seconds_of(count: int, pixels: int, arguments: Any) -> float:
         "data.source": arguments.data,
         "data.max_images": count,
         "data.image_size": pixels,
+        "augment.size": pixels,
         "data.labels": "none",
         "model.width": arguments.width,
         "model.stem": "cifar",

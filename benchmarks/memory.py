@@ -65,6 +65,7 @@ def training_peak(
         f"data.max_images={images}",
         f"model.width={width}",
         f"batch_size={batch_size}",
+        f"augment.size={SIZE}",
     ]
     overrides += [f"keep_freed_memory={str(keeps).lower()}"]
     # written at the end of an epoch, which slow machines do not reach

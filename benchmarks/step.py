@@ -2,7 +2,7 @@
 
     python -m benchmarks.step                                                  # configs/demo.yaml
     python -m benchmarks.step --config configs/cifar10_emp.yaml --name step_cifar10 data.source=FOLDER
-    batch_size=256 model.width=16
+    batch_size=256 model.width=16 augment.size=32
 
 Every stage of the loop of pretrain.py is timed by itself over 20 steps of its own job, the median a stage (on
 a GPU with a wait after each, which the real loop does not have). Operations are those of convolutions and

@@ -52,6 +52,7 @@ def ours(
         "data.labels": "none",
         "batch_size": batch_size,
         "model.width": width,
+        "augment.size": 32,
         "epochs": 2,
         "precision": precision,
         "compile": str(compiled).lower(),
