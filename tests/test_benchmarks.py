@@ -296,7 +296,7 @@ def test_time_to_quality(
 def test_the_shortest_length_whose_mean_is_there_counts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lengths = {"lightly": ({}, [10, 20, 40, 80]), "a": ({}, [10, 20]), "b": ({}, [10, 20])}
+    lengths: dict[str, Any] = {"lightly": ({}, [10, 20, 40, 80]), "a": ({}, [10, 20]), "b": ({}, [10, 20])}
     monkeypatch.setattr(time_to_quality, "CONTENDERS", lengths)
     knn = [("a", 10, 46.0), ("a", 10, 43.0), ("a", 20, 47.0), ("a", 20, 48.0), ("b", 10, 51.0)]
     rows = [
