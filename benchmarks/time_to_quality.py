@@ -11,9 +11,10 @@ seeds: no accuracy is read in the middle of a run. kNN: k = 20, T = 0.1, the tra
 test split, at 32 px for all.
 
 The time is that of training and scoring, without start, reading and evaluation; all of the machine's cores,
-one run at a time, contenders in turn. Ours are whole runs. An epoch of lightly's loop costs the same from the
-first to the last, and many are needed: its time is that of PACE epochs, in turn with ours, times the epochs.
-So its encoders can be trained by the second command, several at a time and on any device.
+one run at a time, contenders in turn; medians over the seeds. Ours are whole runs. An epoch of lightly's loop
+costs the same from the first to the last, and many are needed: its time is that of PACE epochs, in turn with
+ours, times the epochs. So its encoders can be trained by the second command, several at a time and on any
+device.
 
 One line a run is appended to `--out` and is not run again, so the same commands go on where they stopped.
 """
@@ -171,19 +172,19 @@ def show(rows: list[dict[str, Any]]) -> None:
         table.add_column(column, no_wrap=True)
     for contender, (_, lengths) in CONTENDERS.items():
         if not lengths:
-            table.add_row(contender, "", "", "", spread(paces(rows, contender)), "")
+            table.add_row(contender, "", "", "", median(paces(rows, contender)), "")
         for epochs in lengths:
             if found := of_length(rows, contender, epochs):
                 minutes = minutes_of(rows, contender, epochs)
-                pace = spread([60 * took / epochs for took in minutes])
+                pace = median([60 * took / epochs for took in minutes])
                 accuracy = spread([row["knn"] for row in found])
-                table.add_row(contender, str(epochs), accuracy, spread(minutes), pace, str(len(found)))
+                table.add_row(contender, str(epochs), accuracy, median(minutes), pace, str(len(found)))
     last = Table(title=f"time to quality (goal: {GOAL:g} times as fast)", box=SIMPLE, title_justify="left")
     for column in ("kNN %", "contender", "minutes", "times as fast as lightly's loop"):
         last.add_column(column, no_wrap=True)
     for target in TARGETS:
         missed, reached = (
-            statistics.mean(minutes_of(rows, "lightly", epochs) or [0.0]) if epochs else None
+            statistics.median(minutes_of(rows, "lightly", epochs) or [0.0]) if epochs else None
             for epochs in lengths_to(rows, "lightly", target)
         )
         for contender in (name for name, (_, lengths) in CONTENDERS.items() if lengths):
@@ -191,13 +192,13 @@ def show(rows: list[dict[str, Any]]) -> None:
             minutes = minutes_of(rows, contender, enough) if enough else []
             times = ""
             if minutes and not theirs(contender):
-                mine = statistics.mean(minutes)
+                mine = statistics.median(minutes)
                 times = f"{reached / mine:.1f}" if reached else ""
                 if missed:  # the length that is just enough lies between
                     times += (
                         f", at least {missed / mine:.1f}" if reached else f"more than {missed / mine:.1f}"
                     )
-            last.add_row(f"{target:g}", contender, spread(minutes) if minutes else "not reached", times)
+            last.add_row(f"{target:g}", contender, median(minutes) if minutes else "not reached", times)
     console = Console()
     console = console if console.is_terminal else Console(width=140)
     console.print(table)
@@ -206,10 +207,13 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def spread(values: list[float]) -> str:
     """`mean ± standard deviation`."""
-    if not values:
-        return ""
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def median(values: list[float]) -> str:
+    """`median (lowest to highest)`; empty where there is none."""
+    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})" if values else ""
 
 
 def measure(cell: tuple[str, int, int], arguments: argparse.Namespace) -> dict[str, Any]:
