@@ -7,7 +7,6 @@ float tensors.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -109,12 +108,7 @@ class ViewParams(NamedTuple):
 
 
 def draw_params(
-    seed: int,
-    epoch: int | Tensor,
-    index: Tensor,
-    recipe: Recipe,
-    image_size: int | tuple[int, int],
-    candidate: Tensor | None = None,
+    seed: int, epoch: int | Tensor, index: Tensor, recipe: Recipe, image_size: int | tuple[int, int]
 ) -> tuple[ViewParams, ViewParams]:
     """Draw the parameters of both views, a pure function of (seed, epoch, index).
 
@@ -123,15 +117,12 @@ def draw_params(
             `keyed_bits`).
         index: (B,) int64, the samples' places in the data set.
         image_size: side of square source images in pixels, or (height, width); `size` for `crop_padding`.
-        candidate: (B,) int64, which of the pairs that a sample may get, see `draw_pair`; None: the first, 0.
 
     Returns:
         Two `ViewParams` on the index's device.
     """
     rows, cols = (image_size, image_size) if isinstance(image_size, int) else image_size
     view = torch.arange(2, device=index.device).view(2, 1, 1)
-    if candidate is not None:
-        view = view + 2 * candidate.view(1, -1, 1)  # candidate c has views 2c and 2c + 1
     # add new draws at the end only, so that the existing ones keep their values
     slot = torch.arange(2 * CROP_TRIES + 16, device=index.device)
     u = keyed_uniform(seed, epoch, index.view(1, -1, 1), view, slot)  # (2, B, slots)
@@ -153,37 +144,6 @@ def draw_params(
         solarize=solarize < recipe.solarize_prob,
     )
     return ViewParams(*(field[0] for field in both)), ViewParams(*(field[1] for field in both))
-
-
-def draw_pair(
-    seed: int,
-    epoch: int | Tensor,
-    index: Tensor,
-    recipe: Recipe,
-    image_size: int,
-    candidates: int,
-    value: Callable[[Tensor], Tensor],
-) -> tuple[ViewParams, ViewParams]:
-    """Of so many candidate pairs of each sample the one with the highest value, among equals the first.
-
-    After hard view pretraining (HVP, arXiv 2310.03940), which sends every candidate through the network to
-    find the hardest; here its loss is predicted from the draw alone. Costs a draw of each candidate.
-
-    Args:
-        seed, epoch, index, recipe, image_size: as of `draw_params`, of square images.
-        value: features of draws (n, F), see `draw_features` -> (n,).
-
-    Returns:
-        As `draw_params`, whose draw is candidate 0.
-    """
-    if candidates == 1:
-        return draw_params(seed, epoch, index, recipe, image_size)
-    count, place = len(index), torch.arange(len(index), device=index.device)
-    number = torch.arange(candidates, device=index.device).repeat_interleave(count)  # (kB,)
-    draws = draw_params(seed, epoch, index.repeat(candidates), recipe, image_size, number)
-    values = value(draw_features(*draws, image_size)).view(candidates, count)
-    row = values.argmax(0) * count + place  # argmax takes the first of equals
-    return ViewParams(*(field[row] for field in draws[0])), ViewParams(*(field[row] for field in draws[1]))
 
 
 def cut_views(images: Tensor, params: tuple[ViewParams, ...], recipe: Recipe) -> tuple[Tensor, ...]:

@@ -155,8 +155,6 @@ class ModelConfig(NetworkConfig):
     init_share: Annotated[float, Field(gt=0, le=1)] = 0.9
     # first parts that are not trained: 1 the stem or patch embedding, then stages or blocks
     freeze: Annotated[int, Field(ge=0, le=1000)] = 0
-    # decay of a running average of the weights, such as 0.999: what is then exported and measured
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
 class OptimizerConfig(Section):
@@ -181,10 +179,6 @@ class AugmentConfig(Section):
     # pixels a side of a view; null: the stored size. Or by epoch: [[16, 0.6], [24, 1]] is 16 px for the first
     # 60 % of the planned epochs, then 24 px, which is the encoder's size
     size: Pixels | Stages | None = None
-    # simclr: draw so many pairs of views for a sample, and train on the one whose loss is predicted to be the
-    # highest or the lowest, without a forward pass of the others
-    candidates: Annotated[int, Field(ge=1, le=64)] = 1
-    choose: Literal["hardest", "easiest"] = "hardest"  # of candidates
     crop_scale: Range = list(Recipe.crop_scale)  # share of the image's area
     crop_ratio: Range = list(Recipe.crop_ratio)  # width over height of a crop
     # above 0: pad by reflection and crop at random, instead of the resized crop
@@ -464,10 +458,6 @@ class PretrainConfig(Section):
             raise ValueError(
                 "optimizer.lr auto is for objective simclr: give the rate of a supervised run as a number"
             )
-        if self.augment.candidates == 1 and self.augment.choose == "easiest":
-            raise ValueError(
-                "augment.choose is of the pairs of views that a sample may get, and augment.candidates is 1"
-            )
         if self.augment.crop_padding and getattr(self.prune, "scoring_size", None):
             raise ValueError(
                 "augment.crop_padding takes views of the images' own size, so prune.scoring_size must be null"
@@ -483,11 +473,6 @@ class PretrainConfig(Section):
                 raise ValueError(
                     "prune.adjust and policy foresight are about the two views of a sample, which objective "
                     "supervised does not have"
-                )
-            if self.augment.candidates > 1:
-                raise ValueError(
-                    "augment.candidates chooses among pairs of views, and objective supervised has one view "
-                    "of a sample: set augment.candidates to 1"
                 )
             if self.data.holdout is not None:
                 raise ValueError(

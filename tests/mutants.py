@@ -80,27 +80,6 @@ MUTANTS = [
         "tests/test_objective.py -k under_way",
     ),
     Mutant(
-        "the average takes in steps that were skipped",
-        "ssl_emp/run/average.py",
-        "torch.where(where, 1 - decay, 0.0)",
-        "torch.where(where, 1 - decay, 1 - decay)",
-        "tests/test_objective.py -k leaves_bad_steps_out",
-    ),
-    Mutant(
-        "the average runs away from the weights",
-        "ssl_emp/run/average.py",
-        "torch._foreach_sub(self._weights, self._average)",
-        "torch._foreach_sub(self._average, self._weights)",
-        "tests/test_objective.py -k leaves_bad_steps_out",
-    ),
-    Mutant(
-        "a resumed run's average begins anew",
-        "ssl_emp/run/run.py",
-        'self.average.load_state_dict(state["average"])',
-        "pass",
-        "tests/test_objective.py -k average_resumes",
-    ),
-    Mutant(
         "a view's own column is sought at the wrong rank",
         "ssl_emp/loss.py",
         "own = ranks.rank * len(z)",

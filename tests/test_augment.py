@@ -19,7 +19,6 @@ from ssl_emp.augment import (
     ViewSizes,
     cut_views,
     draw_features,
-    draw_pair,
     draw_params,
     grid_of_views,
 )
@@ -598,41 +597,3 @@ def test_a_sample_has_the_same_draws_at_any_size() -> None:
     halved = torch.nn.functional.avg_pool2d(views[1], 2)
     inner = (views[0] - halved)[..., 2:-2]
     assert inner.abs().max() < 0.02 < (views[0] - halved.flip(0))[..., 2:-2].abs().max()
-
-
-# ---- candidate pairs ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("candidates", [1, 2, 5])
-def test_the_chosen_pair_is_the_highest_of_the_candidates(candidates: int) -> None:
-    """Against a loop over samples and candidates, each drawn alone."""
-    recipe, index = Recipe(24, **EVERYTHING), torch.arange(5, 45)
-    weight = torch.randn(NUM_DRAW_FEATURES, generator=torch.Generator().manual_seed(0))
-    chosen = draw_pair(3, 7, index, recipe, 32, candidates, lambda features: features @ weight)
-    taken = []
-    for row, sample in enumerate(index):
-        each = [
-            draw_params(3, 7, sample.view(1), recipe, 32, torch.tensor([number]))
-            for number in range(candidates)
-        ]
-        values = [(draw_features(*draw, 32) @ weight).item() for draw in each]
-        taken.append(values.index(max(values)))
-        for ours, expected in zip(chosen, each[taken[-1]], strict=True):
-            assert all(a[row].equal(b[0]) for a, b in zip(ours, expected, strict=True))
-    assert set(taken) == set(range(candidates))
-
-
-def test_candidate_0_is_the_draw_and_the_first_of_equals() -> None:
-    recipe, index = Recipe(24, **EVERYTHING), torch.arange(100)
-    plain = draw_params(0, 1, index, recipe, 32)
-    for other in (
-        draw_params(0, 1, index, recipe, 32, torch.zeros(100, dtype=torch.int64)),
-        draw_pair(0, 1, index, recipe, 32, 4, lambda features: torch.zeros(len(features))),
-    ):
-        for ours, expected in zip(other, plain, strict=True):
-            assert all(a.equal(b) for a, b in zip(ours, expected, strict=True))
-    # no view of a candidate is one of another's
-    number = torch.arange(4).repeat_interleave(100)
-    draws = draw_params(0, 1, index.repeat(4), recipe, 32, number)
-    shades = torch.cat([draw.brightness for draw in draws])
-    assert len(shades.unique()) > 0.99 * len(shades)

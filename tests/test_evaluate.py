@@ -271,7 +271,7 @@ def test_wrong_words_are_named(run_dir: Path, tmp_path: Path, capsys: pytest.Cap
         capsys, run_dir, "knn", "knn.num_neighbours=5"
     )
     assert "unknown key 'zzz'. fix: use one of data.source" in fails(capsys, run_dir, "knn", "zzz=5")
-    for word in ("model.init=other/encoder", "model.ema=0.9", "epochs=3", "prune.fraction=0.5"):
+    for word in ("model.init=other/encoder", "model.freeze=1", "epochs=3", "prune.fraction=0.5"):
         said = (
             f"{word.partition('=')[0]} is a setting of pretraining, and does nothing here. fix: leave it out"
         )

@@ -845,8 +845,8 @@ def test_what_would_wait_for_a_gpu_is_counted(read: Any) -> None:
         ("sgd", []),
         ("lars", []),
         ("adamw", []),
-        ("sgd", ["augment.candidates=3", "augment.size=[[8, 0.5], [16, 1]]"]),
-        ("sgd", ["loss=dcl", "prune.scoring_loss=nt_xent", "model.ema=0.9"]),
+        ("sgd", ["augment.size=[[8, 0.5], [16, 1]]"]),
+        ("sgd", ["loss=dcl", "prune.scoring_loss=nt_xent"]),
         ("sgd", ["objective=supervised"]),
     ],
 )
@@ -980,7 +980,6 @@ def test_no_host_sync_inside_an_epoch(
                     "prune.scoring=pruned",
                     "loss=dcl",
                     "prune.scoring_loss=nt_xent",
-                    "model.ema=0.9",
                 ]
             )
             == 0
@@ -1215,13 +1214,9 @@ def test_several_cheap_draws_are_their_mean(tiny_config: Path) -> None:
     assert not full_size.terms.equal(first.terms)
 
 
-@pytest.mark.parametrize("candidates", [1, 3])
-def test_the_views_that_are_foreseen_are_the_views_that_come(
-    candidates: int, tiny_config: Path, tmp_path: Path
-) -> None:
+def test_the_views_that_are_foreseen_are_the_views_that_come(tiny_config: Path, tmp_path: Path) -> None:
     """The draws that selection looked at, row by row, are those of the training steps of the same epoch."""
-    words = ["prune.foresee=true", "monitor.reliability_every=0", f"augment.candidates={candidates}"]
-    job = make_job(tiny_config, *words)
+    job = make_job(tiny_config, "prune.foresee=true", "monitor.reliability_every=0")
     foreseen: dict[int, Tensor] = {}
     trained: list[tuple[int, Tensor, Tensor]] = []
     covariates, observe = job.pruner._covariates, job.pruner.record.observe
@@ -1502,56 +1497,3 @@ def test_a_shorter_run_sees_every_size(tiny_config: Path) -> None:
     """Its epochs are fewer than those that were planned, and the stages are shares of them."""
     job = make_job(tiny_config, GROWING, "prune.policy=shorter", "prune.fraction=0.6")
     assert len(job.steps) == 4 and job.view_sizes == [8, 8, 16, 16]
-
-
-# ---- candidate pairs ---------------------------------------------------------------------------------------
-
-
-def test_pairs_are_chosen_by_what_is_predicted(
-    pretrain_run: Pretrain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """From the second epoch on the losses are above those of the draws, or below them, and the more the more
-    candidates there are.
-    """
-    write_parquet(tmp_path / "more" / "train.parquet", *striped_images(256))
-    words = [f"data.source={tmp_path / 'more'}", "prune.policy=none", "batch_size=32", "monitor.knn_every=0"]
-    words += ["augment.crop_scale=[0.1, 1]", "epochs=6"]
-    losses = {}
-    for name, more in {
-        "easier": ["augment.candidates=4", "augment.choose=easiest"],
-        "drawn": [],
-        "harder": ["augment.candidates=2"],
-        "hardest": ["augment.candidates=4"],
-    }.items():
-        losses[name] = [row["loss"] for row in rows(pretrain_run(name, *words, *more))]
-    assert "pairs     the hardest of 4 that are drawn" in capsys.readouterr().out
-    assert len({found[0] for found in losses.values()}) == 1, "nothing is known in the first epoch"
-    means = [statistics.mean(found[1:]) for found in losses.values()]
-    assert means[0] + 0.1 < means[1] < means[2] - 0.1 and means[3] > means[1] + 0.1, means
-
-
-@pytest.mark.parametrize("policy", ["none", "foresight", "infobatch"])
-def test_chosen_pairs_resume_bit_for_bit(
-    policy: str, pretrain_run: Pretrain, tiny_config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stopped within epochs and at their ends (steps 8 and 16, or 8 and 13)."""
-    words = [f"prune.policy={policy}", "augment.candidates=3", "monitor.reliability_every=1"]
-    words += ["prune.scoring=pruned"] * (policy == "infobatch")
-    whole = pretrain_run("whole", *words)
-    monkeypatch.setattr(pretrain, "Stop", StopAfter)
-    out = whole.parent / "parts"
-    for number, steps in enumerate([3, 5, 5, 3, 4, 100]):
-        StopAfter.steps = steps
-        start = (
-            ["--config", str(tiny_config), f"out={out}", *words] if number == 0 else ["--resume", str(out)]
-        )
-        assert pretrain.main(start) == (0 if steps == 100 else 143)
-    assert_same_run(out, whole)
-
-
-def test_candidates_leave_the_reliability_as_it_is(tiny_config: Path, tmp_path: Path) -> None:
-    """A policy that does not adjust is not judged as one that does: no foresight is told of it."""
-    job = make_job(tiny_config, "augment.candidates=2", "monitor.knn_every=0")
-    train(job, tmp_path / "run")
-    found = [row for row in rows(tmp_path / "run") if "draw_reliability" in row]
-    assert len(found) == 3 and not any("foresight" in row for row in found)

@@ -1,7 +1,6 @@
 """`Pruner` alone: EMP's formula in float64, what it may import, choices that stay, states refused."""
 
 import ast
-import copy
 import math
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ssl_emp import prune
-from ssl_emp.keyed import keyed_uniform
 from ssl_emp.prune import POLICIES, Emp, Foresight, Indices, Policy, Pruner, Random, Seen, closeness, entropy
 from ssl_emp.prune.figures import IDLE_EPOCHS
 from ssl_emp.prune.record import Known
@@ -557,44 +555,3 @@ def test_memory_that_is_missing_is_refused_by_the_policies_that_need_it(name: st
     other.batches(0)
     other.update(index, torch.rand(BATCH))
     assert other.step == 1
-
-
-@pytest.mark.parametrize("policy", ["none", "random", "emp", "foresight"])
-def test_a_draw_is_predicted_by_what_was_known_as_the_epoch_began(policy: str) -> None:
-    """Losses that are a linear function of the draw: it is found, and stays the same within an epoch."""
-    truth = torch.tensor([2.0, -1.0, 0.5])
-
-    def covariates(epoch: int, index: Tensor) -> Tensor:
-        return keyed_uniform(epoch, index.unsqueeze(1), torch.arange(3))
-
-    pruner = Pruner(
-        640, batch_size=32, epochs=4, policy=policy, fraction=0.5, covariates=covariates, predicts=True
-    )
-    probe, told = torch.eye(3), []
-    assert pruner.predicted(probe).equal(torch.zeros(3))
-    for epoch in range(len(pruner.steps)):
-        batches = pruner.batches(epoch)
-        told.append(pruner.predicted(probe))
-        for index in batches:
-            assert pruner.predicted(probe).equal(told[-1])
-            loss = covariates(epoch, index) @ truth + index / 640
-            pruner.observe(pruner.gather(index, loss))
-            state = copy.deepcopy(pruner.state_dict())
-        assert pruner.predicted(probe).equal(told[-1])
-        assert policy not in ("none", "random") or pruner.record.terms[0, index].equal(loss)
-    assert told[0].equal(torch.zeros(3)) and not told[1].equal(told[2])
-    for coefficients in told[1:]:
-        torch.testing.assert_close(coefficients, truth, atol=0.3, rtol=0)
-    # the state of the last epoch goes on with its coefficients, and refuses others
-    again = Pruner(
-        640, batch_size=32, epochs=4, policy=policy, fraction=0.5, covariates=covariates, predicts=True
-    )
-    again.load_state_dict(state)
-    assert again.predicted(probe).equal(told[-1])
-    state["chosen"][3]["coefficients"] = torch.full((3, 2), torch.nan)
-    assert "coefficients is not finite" in str(again.state_problem(state))
-
-
-def test_predicting_needs_covariates() -> None:
-    with pytest.raises(ValueError, match="predicts needs covariates"):
-        Pruner(64, batch_size=8, epochs=2, policy="none", predicts=True)

@@ -265,14 +265,16 @@ def whole_run(ranks: Ranks, config: Path, out: Path, words: list[str]) -> dict[s
     [
         ["model.init={start}", "model.freeze=1", "optimizer.layer_decay=0.5"],
         [
-            "augment.size=[[8,0.34],[16,1]]", "augment.candidates=3", "prune.policy=foresight", "loss=dcl",
-            "prune.scoring_loss=nt_xent", "model.ema=0.9",
+            "augment.size=[[8,0.34],[16,1]]",
+            "prune.policy=foresight",
+            "loss=dcl",
+            "prune.scoring_loss=nt_xent",
         ],
     ],
-)  # fmt: skip
+)
 def test_a_run_of_two_ranks_is_the_run_of_one(words: list[str], tiny_config: Path, tmp_path: Path) -> None:
-    """The same samples are kept, of a start with a frozen part and rates by part, of views that grow and are
-    chosen among candidates; weights differ by rounding.
+    """The same samples are kept, of a start with a frozen part and rates by part, and of views that grow;
+    weights differ by rounding.
     """
     start = build_encoder("resnet18", 8, "imagenet", 16, [0.5] * 3, [0.5] * 3)
     save_encoder(start, tmp_path / "start")

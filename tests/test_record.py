@@ -176,23 +176,3 @@ def test_shrinking_foresees_better_and_brings_more_samples_back() -> None:
             (state.scored_epoch < 6).float().mean().item(),
         )
     assert found[True][0] > found[False][0] + 0.03 and found[True][1] < 0.2 * found[False][1], found
-
-
-def test_what_is_only_learned_changes_no_term() -> None:
-    """The coefficients are those of a record that adjusts; loss and memory stay as they were seen."""
-    learns, adjusts = (
-        Record(64, 1.0, COVARIATES, False, "cpu", adjusts=False),
-        make_record(64, 1.0, COVARIATES),
-    )
-    assert learns.coefficients().equal(torch.zeros(COVARIATES, 2))
-    for epoch in range(3):
-        generator = torch.Generator().manual_seed(epoch)
-        index = torch.randperm(64, generator=generator)[:32]
-        covariates, terms = (
-            torch.randn(32, COVARIATES, generator=generator),
-            torch.randn(2, 32, generator=generator),
-        )
-        for record in (learns, adjusts):
-            record.observe(index, terms, covariates, epoch)
-        assert learns.terms[:, index].equal(terms) and not adjusts.terms[:, index].equal(terms)
-    assert learns.coefficients().equal(adjusts.coefficients()) and learns.coefficients().abs().max() > 0.01

@@ -292,7 +292,6 @@ class Facts:
             ("momentum", None if optimizer.get("name") == "adamw" else optimizer.get("momentum")),
             ("learning rate", f"{optimizer.get('lr')} at its peak, {optimizer.get('schedule')}"),
             ("weight decay", optimizer.get("weight_decay")),
-            ("average of the weights", model.get("ema")),
             ("crops", f"scale {rounded(views.get('crop_scale'))}, ratio {rounded(views.get('crop_ratio'))}"),
             (
                 "colours",

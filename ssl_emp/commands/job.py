@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssl_emp.augment import Recipe, ViewParams, ViewSizes, draw_features, draw_pair
+from ssl_emp.augment import Recipe, ViewSizes, draw_features, draw_params
 from ssl_emp.backbones import check_trains, described, feature_dim, needs_network
 from ssl_emp.commands.given import FROM_A_SHELL, Given
 from ssl_emp.config import AugmentConfig, PretrainConfig
@@ -43,7 +43,6 @@ from ssl_emp.parts import Part, freeze, lr_scales
 from ssl_emp.prune import Pruner
 from ssl_emp.prune.figures import LEARNED_BELOW, LEARNED_SHARE
 from ssl_emp.prune.plan import PrunePlan
-from ssl_emp.prune.pruner import CHUNK
 from ssl_emp.run.ranks import ALONE, Ranks, share_batch_norm
 from ssl_emp.run.report import Report
 from ssl_emp.run.threads import Threads
@@ -220,8 +219,6 @@ def recipe_of(config: PretrainConfig, stored_size: int) -> Recipe:
         for name, value in config.augment.model_dump().items()
     }
     sizes = config.augment.sizes(stored_size)
-    for name in ("candidates", "choose"):  # which of its draws, no part of the distribution
-        del augment[name]
     recipe = Recipe(**augment | {"size": sizes.last})
     if recipe.crop_padding and not (recipe.crop_padding < stored_size and sizes.all == [stored_size]):
         views = " and ".join(map(str, sizes.all))
@@ -299,15 +296,11 @@ def build_pruner(
         raise UserError(what, f"{fix}, or name {needed} samples")
 
     side = images.pixels.shape[-1]
-    pruner: Pruner | None = None  # while it is made, it has predicted nothing
 
     def coming_views(epoch: int, index: Tensor) -> Tensor:
-        # as many draws at once as without candidates
-        parts = index.split(max(1, CHUNK // config.augment.candidates))
-        draws = (drawn(config, pruner, recipe, side, epoch, part) for part in parts)
-        return torch.cat([draw_features(*draw, side) for draw in draws])
+        return draw_features(*draw_params(config.seed, epoch, index, recipe, side), side)
 
-    pruner = Pruner(
+    return Pruner(
         num_samples,
         batch_size=batch_size,
         epochs=config.epochs,
@@ -324,21 +317,7 @@ def build_pruner(
         earlier=earlier,
         # where the positive outweighs all negatives it has half of the softmax: a DCL of 0
         learned_below=0.0 if config.scored_loss == "dcl" else LEARNED_BELOW,
-        predicts=config.augment.candidates > 1,
     )
-    return pruner
-
-
-def drawn(
-    config: PretrainConfig, pruner: Pruner | None, recipe: Recipe, side: int, epoch: int, index: Tensor
-) -> tuple[ViewParams, ViewParams]:
-    """What the samples `index` (B,) are given in an epoch: the chosen one of their candidate pairs."""
-    candidates, sign = config.augment.candidates, 1 if config.augment.choose == "hardest" else -1
-
-    def value(features: Tensor) -> Tensor:
-        return features.new_zeros(len(features)) if pruner is None else sign * pruner.predicted(features)
-
-    return draw_pair(config.seed, epoch, index, recipe, side, candidates, value)
 
 
 def schedule_of(config: PretrainConfig, pruner: Pruner) -> Schedule:
@@ -477,8 +456,6 @@ def job_lines(job: Job) -> Iterator[str]:
     yield f"encoder   {described(spec)}, {job.encoder.feature_dim} features"
     yield from weights_lines(job)
     yield f"optimizer {config.optimizer.name}, learning rate {config.optimizer.lr:g} at its peak"
-    if config.model.ema is not None:
-        yield f"average   of the weights, decay {config.model.ema:g}: what is exported and measured"
     plan, pruned = pruner.plan, job.total_steps < job.full_steps
     kept = "every epoch keeps every sample"
     if plan.shorter and plan.prune_fraction:
@@ -491,9 +468,6 @@ def job_lines(job: Job) -> Iterator[str]:
     yield f"          {job.total_steps:,} steps against {job.full_steps:,} unpruned ({share})"
     if len(job.sizes.all) > 1:
         yield f"views     {sizes_line(job.view_sizes)}"
-    if config.augment.candidates > 1:
-        of = f"{config.augment.candidates} that are drawn, by what is predicted of their loss"
-        yield f"pairs     the {config.augment.choose} of {of}"
     if "dcl" in (config.loss, config.scored_loss):
         other = "" if config.loss == config.scored_loss else f"; scores are made of {config.scored_loss}"
         yield f"loss      {config.loss}{other}"

@@ -34,7 +34,7 @@ from ssl_emp.augment import Recipe, cut_views, draw_features, draw_params, grid_
 from ssl_emp.commands.arguments import pretrain_parser
 from ssl_emp.commands.card import try_to_renew
 from ssl_emp.commands.given import FROM_A_SHELL, Given
-from ssl_emp.commands.job import Job, drawn, prepare, view_sizes
+from ssl_emp.commands.job import Job, prepare, view_sizes
 from ssl_emp.commands.monitoring import Monitor
 from ssl_emp.commands.next_command import next_command
 from ssl_emp.commands.resume import (
@@ -108,7 +108,7 @@ def forward(
         memory (`Emp.score` in prune/policies.py); and what was drawn (b, F), where the pruner uses it.
     """
     config, policy, side = job.config, job.pruner.policy, images.shape[-1]
-    draw = drawn(config, job.pruner, recipe, side, epoch, index)
+    draw = draw_params(config.seed, epoch, index, recipe, side)
     if config.objective == "supervised":
         assert job.labels is not None
         (view,) = views_of(images, draw[:1], recipe)
@@ -120,7 +120,7 @@ def forward(
     (h_a, h_b), (z_a, z_b) = h.chunk(2), z.chunk(2)
     loss, scored = contrastive(config.loss, config.scored_loss, z_a, z_b, config.temperature, job.ranks)
     memory = closeness(h_a, h_b, normalized=policy.memory == "normalized")
-    return loss, scored, memory, draw_features(*draw, side) if job.pruner.learns else None
+    return loss, scored, memory, draw_features(*draw, side) if policy.adjusts else None
 
 
 def contrastive(
@@ -173,8 +173,6 @@ def pretrain(job: Job, run: Run, stop: Stop) -> int:
                 seen = pruner.gather(index, scored, memory, draw)  # of all ranks
                 job.schedule.set(run.optimizer, run.step)
                 finite = guard.step(seen.terms, run.step_in_epoch, batches)  # 0-d bool: no host sync
-                if run.average is not None:
-                    run.average.update(run.step, where=finite)
                 pruner.observe(seen, where=finite)
                 if signal := run.save_if_due(stop, batches, epoch):
                     return 128 + signal
@@ -182,8 +180,7 @@ def pretrain(job: Job, run: Run, stop: Stop) -> int:
 
         # ---- look
         with run.clock("monitoring"):
-            with run.averaged():
-                knn = monitor.knn(epoch)
+            knn = monitor.knn(epoch)
             reliability = monitor.reliability(epoch, partial(score, recipe=recipe))
         labels, is_noisy = (job.labels.values, job.labels.is_noisy) if job.labels else (None, None)
         row = run.figures(batches) | pruner.figures(labels, is_noisy) | reliability | guard.figures() | knn
@@ -276,9 +273,8 @@ def export(job: Job, run: Run) -> None:
     order = ("loss", "distance", "entropy", "score", "times_trained", "scored_epoch")
     columns = {name: table[name] for name in order if name in table}
     write_samples(out / "pruning" / "samples.parquet", job.images.names, columns)
-    with run.averaged():
-        save_encoder(job.encoder, inner_folder(out, "encoder"))
-        accuracy = None if job.test is None else classify(job, job.test)
+    save_encoder(job.encoder, inner_folder(out, "encoder"))
+    accuracy = None if job.test is None else classify(job, job.test)
     if job.test is not None and accuracy is not None:
         result = {
             "test_accuracy": round(100 * accuracy, 2),
@@ -500,7 +496,6 @@ def open_run(
         all_sizes=job.sizes.all,
         again=given.again(out),
         in_python=given.in_python,
-        ema=config.model.ema,
         threads=job.threads,
         verbose=config.monitor.verbose,
     )

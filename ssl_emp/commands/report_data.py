@@ -501,11 +501,7 @@ def _pictures(
         return {}
     found = {"pictures": sprite(pixels) | {"rows": [place_of[row] for row in chosen]}}
     wanted = set(viewed)
-    if config.augment.candidates > 1:
-        notes.append(
-            "Views are not shown: augment.candidates chose among several pairs, by what was known then."
-        )
-    elif "scored_epoch" in columns and getattr(config.prune, "scoring", "stale") == "stale":
+    if "scored_epoch" in columns and getattr(config.prune, "scoring", "stale") == "stale":
         at = [n for n, row in enumerate(chosen) if row in wanted and columns["scored_epoch"][row] > 0]
         epochs = [int(columns["scored_epoch"][chosen[n]]) for n in at]
         if at:

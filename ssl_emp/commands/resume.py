@@ -307,7 +307,7 @@ def _backbone(state: dict[str, Any]) -> dict[str, Tensor]:
     """The weights that a finished run exports."""
     return {
         name.removeprefix("backbone."): value
-        for name, value in (state["model"] | state.get("average", {})).items()
+        for name, value in state["model"].items()
         if name.startswith("backbone.")
     }
 

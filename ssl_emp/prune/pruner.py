@@ -52,8 +52,6 @@ class Chosen:
     # per-sample tensors from before the epoch, which its figures compare with
     before: dict[str, Tensor] = field(default_factory=dict)
     rows: Tensor | None = None  # the batches on the host
-    # (F, 2) of the regression on covariates as the epoch began, where the pruner predicts
-    coefficients: Tensor | None = None
 
 
 class Pruner:
@@ -81,7 +79,6 @@ class Pruner:
             samples (`all`), see `rescore`.
         scoring_draws: passes whose mean is taken.
         earlier: of each plan before this one, its epochs and the first epoch not run under it.
-        predicts: learn what the covariates say of the loss whatever the policy, for `predicted`.
         learned_below: the loss below which a sample counts in the figure `learned_share`. As it stands,
             ln 2: the positive or right class has half of the softmax, if the loss is its -log.
 
@@ -107,7 +104,6 @@ class Pruner:
         scoring: str = "stale",
         scoring_draws: int = 1,
         earlier: Sequence[tuple[int, int]] = (),
-        predicts: bool = False,
         learned_below: float = LEARNED_BELOW,
     ) -> None:
         self.num_samples = len(samples) if isinstance(samples, Sized) else _whole("samples", samples)
@@ -141,10 +137,6 @@ class Pruner:
                 f"policy {self.policy.name} needs covariates, a function of (epoch, index) that says what "
                 "the coming views will be; where views are drawn by someone else, policy ucb needs none",
             ),
-            (
-                covariates is not None or not predicts,
-                "predicts needs covariates, a function of (epoch, index) that says what the views will be",
-            ),
         )
         # full epochs, or a subset that stays: nothing to choose anew
         rounds = 1 if self.policy.is_shorter or self.policy.keeps_one_subset else rounds_per_epoch
@@ -167,14 +159,11 @@ class Pruner:
         self._drawn = 0, 0  # first and last (excluded) step of the sampler's last whole pass
         self._chosen: dict[int, Chosen] = {}
         self._told: dict[str, tuple[int, float]] = {}  # findings: when, and how bad
-        self.predicts, self.learns = predicts, predicts or self.policy.adjusts
         width = 0
-        if self.learns and covariates is not None:
+        if self.policy.adjusts and covariates is not None:
             width = covariates(0, torch.zeros(1, dtype=torch.int64, device=device or "cpu")).shape[1]
         self._follows_losses = device is None
-        self.record = Record(
-            self.num_samples, self.policy.ema, width, self.policy.shrink, device or "cpu", self.policy.adjusts
-        )
+        self.record = Record(self.num_samples, self.policy.ema, width, self.policy.shrink, device or "cpu")
 
     # ---- choose --------------------------------------------------------------------------------------------
 
@@ -238,8 +227,7 @@ class Pruner:
                 before = {name: getattr(record, name).clone() for name in ("trained_epoch", "scored_epoch")}
                 if self.policy.is_ranking:
                     before["score"] = self.policy.score(record.known._replace(terms=record.last))
-            coefficients = self.record.coefficients() if self.predicts else None
-            self._chosen[epoch] = Chosen(before=before, coefficients=coefficients)
+            self._chosen[epoch] = Chosen(before=before)
         return self._chosen[epoch]
 
     def _is_needed(self, epoch: int) -> bool:
@@ -259,15 +247,6 @@ class Pruner:
         """The covariates of samples (n,) in an epoch, or in the epoch of a round: (n, F)."""
         assert self._covariates is not None
         return self._covariates(epoch // self.plan.rounds, index)
-
-    def predicted(self, covariates: Tensor) -> Tensor:
-        """Losses (n,) of draws with these covariates (n, F), up to what a sample's draws have in common.
-
-        By what was learned until the epoch under way began: a function of the draw alone until it ends. Zeros
-        in the first epoch.
-        """
-        known = [entry.coefficients for entry in self._chosen.values() if entry.coefficients is not None]
-        return covariates @ known[-1][:, 0] if known else covariates.new_zeros(len(covariates))
 
     # ---- train: in our own loop ----------------------------------------------------------------------------
 
@@ -291,11 +270,11 @@ class Pruner:
         Args:
             index: (b,) int64.
             loss, memory: (b,).
-            covariates: (b, F); None: by the pruner's own function, where it learns from them.
+            covariates: (b, F); None: by the pruner's own function, where the policy adjusts.
         """
         memory = torch.zeros_like(loss) if memory is None else memory
         terms = torch.stack([loss.detach(), memory.detach()], 1).float()  # (b, 2)
-        if not self.learns:
+        if not self.policy.adjusts:
             covariates = None
         elif covariates is None:
             covariates = self._views_of(self.epoch_of(self.step), index)
@@ -474,7 +453,6 @@ class Pruner:
         for chosen in self._chosen.values():
             chosen.batches = None if chosen.batches is None else chosen.batches.to(device)
             chosen.weight = None if chosen.weight is None else chosen.weight.to(device)
-            chosen.coefficients = None if chosen.coefficients is None else chosen.coefficients.to(device)
             chosen.before = {name: tensor.to(device) for name, tensor in chosen.before.items()}
 
     # ---- score without training ----------------------------------------------------------------------------
@@ -545,7 +523,7 @@ class Pruner:
             seen = self._score(score, order, order[:0], key)
             known, terms = record.known.of(order), seen.terms
             no_variance = torch.zeros_like(terms[0])
-            if seen.covariates is not None and policy.adjusts:
+            if seen.covariates is not None:
                 were_seen = record.times_scored[order] > 0
                 expected = policy.score(known._replace(terms=record.expected(order, seen.covariates)))
                 found = policy.score(Known(terms, no_variance))
@@ -650,7 +628,6 @@ class Pruner:
         """
         chosen = {
             epoch: {"batches": entry.batches, "weight": entry.weight, "before": entry.before}
-            | ({"coefficients": entry.coefficients} if self.predicts else {})
             for epoch, entry in self._chosen.items()
             if self._is_needed(epoch) and entry.batches is not None
         }
@@ -676,7 +653,6 @@ class Pruner:
                 entry["batches"].to(device),
                 None if entry["weight"] is None else entry["weight"].to(device),
                 {name: tensor.to(device) for name, tensor in entry["before"].items()},
-                coefficients=entry["coefficients"].to(device) if self.predicts else None,
             )
             for epoch, entry in state["chosen"].items()
         }

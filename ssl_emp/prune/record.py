@@ -39,7 +39,6 @@ class Record:
             see `adjusted`.
         shrink: needs covariates, see `expected`.
         device: where the tensors live.
-        adjusts: False only learns what the covariates explain, and leaves loss and memory as they are.
     """
 
     PER_SAMPLE = (
@@ -48,15 +47,9 @@ class Record:
     REGRESSION = ("gram", "cross", "recall")
 
     def __init__(
-        self,
-        num_samples: int,
-        ema: float,
-        num_covariates: int,
-        shrink: bool,
-        device: torch.device | str,
-        adjusts: bool = True,
+        self, num_samples: int, ema: float, num_covariates: int, shrink: bool, device: torch.device | str
     ) -> None:
-        self.ema, self.num_covariates, self.shrink, self.adjusts = ema, num_covariates, shrink, adjusts
+        self.ema, self.num_covariates, self.shrink = ema, num_covariates, shrink
         counter = torch.zeros(num_samples, dtype=torch.int32, device=device)
         # loss and memory as last seen; +inf: never
         self.last = torch.full((2, num_samples), torch.inf, device=device)
@@ -93,8 +86,6 @@ class Record:
         if self.num_covariates:
             assert covariates is not None
             self._learn(terms, covariates)
-        if self.num_covariates and self.adjusts:
-            assert covariates is not None
             terms = self.adjusted(index, terms, covariates)
             if self.shrink:
                 self._learn_recall(index, terms)
@@ -184,14 +175,11 @@ class Record:
 
     def explained(self, covariates: Tensor) -> Tensor:
         """What the regression expects covariates (B, F) to add to the terms: (2, B), up to a constant."""
-        return (covariates @ self.coefficients()).T
-
-    def coefficients(self) -> Tensor:
-        """Of the regression of loss and memory on the covariates: (F, 2), zeros before anything was seen."""
         ridge = (RIDGE * self.gram.diagonal().mean()).clamp(min=1e-12)
-        regular = self.gram + ridge * torch.eye(self.num_covariates, device=self.gram.device)
+        regular = self.gram + ridge * torch.eye(self.num_covariates, device=covariates.device)
         # solve() would wait for a GPU to check the result
-        return torch.linalg.solve_ex(regular, self.cross).result
+        weights = torch.linalg.solve_ex(regular, self.cross).result  # (F, 2)
+        return (covariates @ weights).T
 
     def to(self, device: torch.device) -> "Record":
         """Move every tensor to `device`, in place."""

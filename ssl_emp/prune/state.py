@@ -82,8 +82,7 @@ def _chosen_problems(epoch: Any, entry: Any, pruner: "Pruner") -> Iterator[str]:
     where = f"chosen.{epoch!r:.20}."
     if type(epoch) is not int or not 0 <= epoch <= pruner.epoch_of(pruner.total_steps):
         yield f"chosen has an epoch {epoch!r:.80}"
-    names = ("batches", "weight", "before", *(["coefficients"] if pruner.predicts else []))
-    yield from key_problems(dict.fromkeys(names), entry, where)
+    yield from key_problems(dict.fromkeys(("batches", "weight", "before")), entry, where)
     full = pruner.num_samples // pruner.batch_size
     steps = pruner.steps[epoch] if epoch < len(pruner.steps) else full
     batches, weight, before = entry["batches"], entry["weight"], entry["before"]
@@ -102,10 +101,6 @@ def _chosen_problems(epoch: Any, entry: Any, pruner: "Pruner") -> Iterator[str]:
         if not (weight.isfinite() & (weight >= 0)).all():
             yield f"{where}weight is below 0 or not finite"
     record = pruner.record
-    if pruner.predicts:
-        yield from _tensor_problems(
-            {"coefficients": record.cross}, {"coefficients": entry["coefficients"]}, where
-        )
     known = {
         "trained_epoch": record.trained_epoch,
         "scored_epoch": record.scored_epoch,

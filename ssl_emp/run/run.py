@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from ssl_emp.prune import Pruner
-from ssl_emp.run.average import WeightAverage
 from ssl_emp.run.checkpoint import save_checkpoint
 from ssl_emp.run.guard import Guard
 from ssl_emp.run.lock import Held
@@ -42,7 +41,6 @@ class Run:
         view_sizes: side of the views of every epoch, pixels: a step costs as much as they have pixels.
         all_sizes: every size of the schedule, also those that no epoch has; of several, each is timed apart.
         again: how to go on with it once it was stopped, such as a command.
-        ema: decay of an average of the weights; None: there is none.
         threads: of torch; None: it does not compute on the CPU.
         verbose: print all figures of an epoch, not a few.
         in_python: it was started by a call, and is told the next one.
@@ -66,7 +64,6 @@ class Run:
         view_sizes: Sequence[int],
         all_sizes: Sequence[int],
         again: str,
-        ema: float | None = None,
         threads: Threads | None = None,
         verbose: bool = False,
         in_python: bool = False,
@@ -75,7 +72,6 @@ class Run:
         self.folder, self.held, self.report, self.ranks = folder, held, report, ranks
         self.model, self.optimizer, self.pruner, self.source = model, optimizer, pruner, source
         self.threads = threads
-        self.average = None if ema is None else WeightAverage(model, ema)
         self.device = pruner.record.terms.device
         self.every_minutes, self.every_steps = every_minutes, every_steps
         self.epoch = 0  # the one under way, until its row is in metrics.jsonl
@@ -142,10 +138,6 @@ class Run:
             # without it we time kernel launches only; a few times an epoch
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """In here the network has the average of its weights, where the run keeps one."""
-        return nullcontext() if self.average is None else self.average.in_place()
 
     def figures(self, batches: Tensor) -> dict[str, Any]:
         """Of the epoch that was trained: position, throughput, seconds since the run's start."""
@@ -230,14 +222,12 @@ class Run:
             "threads": torch.get_num_threads(),
             "seconds": dict(self.seconds),
             **self.source,
-        } | ({} if self.average is None else {"average": self.average.state_dict()})
+        }
 
     def _restore(self, state: dict[str, Any]) -> None:
         folder = self.folder / "checkpoints"
         check_state(state, self.state(), self.optimizer, self.pruner, folder)
         self.model.load_state_dict(state["model"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
         # the groups as the config makes them, since another torch has other keys there; what moves is that of
         # the last step
         own_groups = self.optimizer.state_dict()["param_groups"]

@@ -73,9 +73,7 @@ def _misfits(
     for name, kind in PLAIN.items():
         yield from _of_type(state[name], kind, name)
     yield from _config(state["config"], "config", 4)
-    yield from _weights(like["model"], state["model"], "model")
-    if "average" in like:
-        yield from _weights(like["average"], state["average"], "average")
+    yield from _weights(like["model"], state["model"])
     yield from _optimizer(optimizer, state["optimizer"], state["step"])
     yield from key_problems(like["seconds"], state["seconds"], "seconds.")
     for name, value in state["seconds"].items():
@@ -125,17 +123,17 @@ def _of_the_epoch(state: dict[str, Any], steps: Sequence[int]) -> Iterator[str]:
         yield "norms are below 0 or NaN"
 
 
-def _weights(ours: dict[str, Any], theirs: Any, where: str) -> Iterator[str]:
+def _weights(ours: dict[str, Any], theirs: Any) -> Iterator[str]:
     """Every tensor of the model like ours, finite, and in the range of its name."""
-    yield from key_problems(ours, theirs, f"{where}.")
+    yield from key_problems(ours, theirs, "model.")
     for name, mine in ours.items():
         value = theirs[name]
-        if problem := tensor_problem(mine, value, f"{where}.{name}"):
+        if problem := tensor_problem(mine, value, f"model.{name}"):
             yield problem
         if not value.isfinite().all():
-            yield f"{where}.{name} is not finite"
+            yield f"model.{name} is not finite"
         if name.rpartition(".")[2] in ("running_var", "num_batches_tracked") and (value < 0).any():
-            yield f"{where}.{name} is below 0"
+            yield f"model.{name} is below 0"
 
 
 def _optimizer(optimizer: torch.optim.Optimizer, theirs: Any, step: Any) -> Iterator[str]:
