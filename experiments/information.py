@@ -17,6 +17,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ from ssl_emp.optim import build_optimizer
 from ssl_emp.prune import entropy
 from ssl_emp.run.report import Report
 from ssl_emp.supervised import cross_entropy
+
+# a job and the name of its memory term -> the row: samples_seen, cpu_seconds, accuracies in per cent, log
+Train = Callable[[Job, str], dict[str, Any]]
+METRICS = ("test_accuracy", "knn", "linear")
 
 
 class Predictions:
@@ -91,7 +96,12 @@ def train(job: Job, memory: str) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return run_grid(argv, str(__doc__), train)
+
+
+def run_grid(argv: list[str] | None, about: str, train: Train) -> int:
+    """The command: a grid whose cells have a `memory`, each one trained by `train`. Returns the exit code."""
+    parser = Parser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as data.source=PATH")
     parser.add_argument("--until", metavar="HH:MM", help="begin no cell after this time of today")
@@ -100,14 +110,15 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
         grid = read_grid(arguments.grid)
         until = math.inf if arguments.until is None else time_today(arguments.until)
-        run_cells(grid, arguments.overrides, until, arguments.results / f"{arguments.grid.stem}.jsonl")
+        results = arguments.results / f"{arguments.grid.stem}.jsonl"
+        run_cells(grid, arguments.overrides, until, results, train)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def run_cells(grid: dict[str, Any], overrides: list[str], until: float, results: Path) -> None:
+def run_cells(grid: dict[str, Any], overrides: list[str], until: float, results: Path, train: Train) -> None:
     """Every cell of the grid that `results` does not have, one after the other."""
     torch.set_num_threads(1)
     for cell in expand(grid["cells"]):
@@ -119,7 +130,8 @@ def run_cells(grid: dict[str, Any], overrides: list[str], until: float, results:
         job = prepare(load_config(grid["config"], [*words, *overrides]), Report(silent=True))
         row = {"cell": cell, **train(job, cell.get("memory", "entropy")), "settings": settings}
         append(results, row | {"revision": git_revision(), "torch": torch.__version__})
-        print(f"{cell}: {row['test_accuracy']:.2f}, {row['cpu_seconds']:.0f} CPU s", flush=True)
+        found = ", ".join(f"{name} {row[name]:.2f}" for name in METRICS if name in row)
+        print(f"{cell}: {found}, {row['cpu_seconds']:.0f} CPU s", flush=True)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def test_every_cell_of_a_shipped_grid_is_a_config_that_loads(path: Path) -> None
     assert cells
     for cell in cells:
         settings = grid.get("overrides", {}) | cell
-        settings.pop("memory", None)  # experiments/information.py's own key
+        settings.pop("memory", None)  # a key of experiments/information.py and layers.py
         found = flatten(load_config(ROOT / grid["config"], run.words_of(settings)).model_dump())
         if settings.pop("monitor.tensorboard", None) is False:  # as of ssl_emp 0.1
             settings["monitor.loggers"] = []

@@ -18,8 +18,9 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from PIL import Image
 
-from experiments import information, plots, run
+from experiments import information, layers, plots, run
 from experiments.table import difference, main, p_value, pairs, spread, table
+from ssl_emp import evaluate
 from ssl_emp.commands import pretrain
 
 pytestmark = pytest.mark.whole
@@ -617,3 +618,34 @@ def test_the_runs_of_information_are_those_of_pretrain_but_for_the_memory(
     capsys.readouterr()
     assert information.main([str(grid), "--until", "soon"]) == 2
     assert capsys.readouterr().err.startswith("error: --until is 'soon'")
+
+
+def test_the_last_layer_is_what_pretrain_has(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Memory at layer4 is `prune.memory=normalized`, to the last digit; another stage keeps others."""
+    shared = {
+        "epochs": 4, "batch_size": 8, "model.width": 8, "augment.size": [[8, 0.5], [16, 1.0]],
+        "compile": False, "prune.fraction": 0.5, "prune.anneal_fraction": 0.25, "prune.policy": "distance",
+    }  # fmt: skip
+    config = Path("configs/cifar10_emp.yaml").resolve()
+    grid = tmp_path / "grid.yaml"
+    cells = [{"memory": ["layer4", "layer1", "all"], "seed": 0}]
+    grid.write_text(yaml.safe_dump({"config": str(config), "overrides": shared, "cells": cells}))
+    source = [f"data.source={tiny_data}", "data.image_size=16"]
+    assert layers.main([str(grid), *source, f"--results={tmp_path}"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "grid.jsonl").read_text().splitlines()]
+    out = tmp_path / "run"
+    words = [f"{key}={json.dumps(value)}" for key, value in shared.items()]
+    words += [*source, "seed=0", "prune.memory=normalized", f"out={out}", "monitor.knn_every=0"]
+    assert pretrain.main(["--config", str(config), *words]) == 0
+    of_run = evaluate(out, evaluators=["knn", "linear"])
+    assert [rows[0][line.evaluator] for line in of_run] == [line.value for line in of_run]
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    overlap = [row["kept_overlap"] for row in metrics if "kept_overlap" in row]
+    assert rows[0]["log"]["kept_overlap"] == pytest.approx(sum(overlap) / len(overlap))
+    assert len({json.dumps(row["log"]) for row in rows}) == 3
+    grid.write_text(grid.read_text().replace("layer4", "layer5"))
+    capsys.readouterr()
+    assert layers.main([str(grid), *source]) == 2
+    assert capsys.readouterr().err.startswith("error: memory is 'layer5'")
