@@ -6,10 +6,11 @@ A grid file holds `config` (path), `overrides` (keys for every cell), `evaluator
 list of dicts whose list values are multiplied out (a value that is a list itself stands in a list: `[[layer3,
 layer4]]`), and `log`: keys of metrics.jsonl, averaged over the pruned epochs. Lines go to
 experiments/results/NAME.jsonl, what a cell says on standard error to RUNS/NAME/CELL.log. Finished cells are
-skipped and interrupted ones resumed, so the same command goes on where it stopped; with other values in the
-config file, or one evaluator more, a cell is not finished. Ctrl-C lets the running cells save. With `--jobs`
-above 1 each cell gets one thread, so that cells do not slow each other down. Exit codes: 0 done, 1 a cell
-failed (the others went on), 2 the user can fix it, 130 stopped.
+skipped and interrupted ones resumed, so the same command goes on where it stopped. A cell is not finished
+where the config file has another value for a key that neither grid nor cell sets, or the grid one evaluator
+more. Ctrl-C lets the running cells save. With `--jobs` above 1 each cell gets one thread, so that cells do
+not slow each other down. Exit codes: 0 done, 1 a cell failed (the others went on), 2 the user can fix it, 130
+stopped.
 """
 
 import argparse
@@ -202,16 +203,20 @@ class Lab:
             key: v for key, v in self.extra.items() if key not in (*IMAGE_PATHS, *OTHER_PATHS)
         }
 
-    @property
-    def base_hash(self) -> str:
-        """Hash of the config file's values; part of every cell's key and run directory."""
-        return hashlib.sha256(json.dumps(self.base, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    def base_hash(self, cell: Cell) -> str:
+        """Hash of the config file's values that the cell does not set itself; part of its key and of its run
+        directory's name.
+        """
+        own = self.settings(cell)
+        rest = {key: value for key, value in flatten(self.base).items() if key not in own}
+        return hashlib.sha256(json.dumps(rest, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     def name(self, cell: Cell) -> str:
-        return name_of(cell, self.settings(cell), f"{self.grid['config']} {self.base_hash}")
+        return name_of(cell, self.settings(cell), f"{self.grid['config']} {self.base_hash(cell)}")
 
     def is_row_of(self, row: Cell, cell: Cell) -> bool:
         """Whether a row is this cell with every evaluator's figure. Old rows have no config hash."""
+        base_hash = self.base_hash(cell)
         same = (row["cell"], row["settings"], row["config"]) == (
             cell,
             self.settings(cell),
@@ -219,7 +224,7 @@ class Lab:
         )
         return (
             same
-            and row.get("base_hash", self.base_hash) == self.base_hash
+            and row.get("base_hash", base_hash) == base_hash
             and all(name in row for name in self.grid["evaluators"])
         )
 
@@ -261,7 +266,7 @@ def run_cell(cell: Cell, lab: Lab) -> str:
     row["cpu_seconds"] = None if None in before else sum(before, cpu_seconds)
     row |= {
         "config": lab.grid["config"],
-        "base_hash": lab.base_hash,
+        "base_hash": lab.base_hash(cell),
         "settings": lab.settings(cell),
         **config_hash(out, lab.extra),
     }

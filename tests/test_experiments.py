@@ -225,6 +225,8 @@ def test_a_finished_cell_is_one_of_this_config_file_and_these_evaluators(lab: Fa
     )
     (lab.root / "base.yaml").write_text("epochs: 4")
     assert run_again() == []
+    (lab.root / "base.yaml").write_text("epochs: 4\nx: other")
+    assert run_again() == [], "a value that the cell has itself"
     rows = lab.rows()
     for row in rows:
         del row["base_hash"]
