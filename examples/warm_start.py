@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         batch_size=64,
         temperature=0.1,
         optimizer={"lr": 0.001, "warmup_epochs": 1},  # at 0.01 the start is lost (experiments/README.md)
-        prune={"policy": "foresight", "fraction": 0.3},
+        prune={"policy": "ucb", "fraction": 0.3},
     )
     print(ssl_emp.evaluate(run, evaluators=["knn", "linear"]))
 
