@@ -41,8 +41,9 @@ def leads(policy: str) -> Leads:
             for name in ("random", policy)
         }
         for fraction, seed in of[policy].keys() & of["random"].keys():
-            lead = of[policy][fraction, seed] - of["random"][fraction, seed]
-            found.setdefault((setting, fraction), {})[seed] = lead
+            if fraction in FRACTIONS:
+                lead = of[policy][fraction, seed] - of["random"][fraction, seed]
+                found.setdefault((setting, fraction), {})[seed] = lead
     return found
 
 

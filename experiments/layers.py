@@ -4,8 +4,9 @@
 
 EMP's memory term is the distance of a sample's two views in the backbone's features. The paper leaves open
 which layer it should be taken at. Here it is the distance between the L2-normalised means over the places of
-a stage's map, at `layer1` to `layer4` (the last one are the features, so that is `prune.memory=normalized`),
-or at `all` of them, joined. All else is as in pretrain.py: the runs of one seed share weights and views.
+a stage's map, at `layer1` to `layer4`, or at `all` of them, joined. The mean over layer4 are the features, so
+that is `prune.memory=normalized`, up to rounding in bf16. All else is as in pretrain.py: the runs of one seed
+share weights and views.
 
 One JSON line a cell. Finished cells are skipped, an interrupted one begins again; after `--until` none
 begins.
@@ -37,7 +38,10 @@ LOG = ("rank_correlation", "kept_overlap", "times_gini")  # means over the prune
 
 
 class Stages:
-    """What the last forward gave at some stages, joined: (M, sum of their channels), each of length one."""
+    """What the last forward gave at some stages, joined: (M, sum of their channels).
+
+    The part of each stage has length one.
+    """
 
     def __init__(self, backbone: nn.Module, names: tuple[str, ...]) -> None:
         self._means: dict[str, Tensor] = {}
@@ -87,7 +91,7 @@ def train(job: Job, memory: str) -> dict[str, Any]:
     row = {"samples_seen": step * config.batch_size, "cpu_seconds": time.process_time() - began}
     with tempfile.TemporaryDirectory() as folder:
         save_encoder(job.encoder, Path(folder))
-        data = {"data.image_size": config.data.image_size, "data.max_images": config.data.max_images}
+        data = {"data.max_images": config.data.max_images}  # at the encoder's own size, as a run is judged
         table = evaluate(folder, config.data.source, ["knn", "linear"], config=data, verbose=False)
     found = {name: [figures[name] for figures in pruned if name in figures] for name in LOG}
     log = {name: statistics.fmean(values) for name, values in found.items() if values}

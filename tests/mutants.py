@@ -118,8 +118,8 @@ MUTANTS = [
     Mutant(
         "every epoch draws the same views",
         "ssl_emp/commands/job.py",
-        "draw_pair(config.seed, epoch, index",
-        "draw_pair(config.seed, 0, index",
+        "draw_params(config.seed, epoch, index",
+        "draw_params(config.seed, 0, index",
         "tests/test_pretrain.py -k views_that_are_foreseen",
     ),
     Mutant(

@@ -627,7 +627,7 @@ def test_the_last_layer_is_what_pretrain_has(
 ) -> None:
     """Memory at layer4 is `prune.memory=normalized`, to the last digit; another stage keeps others."""
     shared = {
-        "epochs": 4, "batch_size": 8, "model.width": 8, "augment.size": [[8, 0.5], [16, 1.0]],
+        "epochs": 4, "batch_size": 8, "model.width": 8, "augment.size": [[8, 0.5], [12, 1.0]],
         "compile": False, "prune.fraction": 0.5, "prune.anneal_fraction": 0.25, "prune.policy": "distance",
     }  # fmt: skip
     config = Path("configs/cifar10_emp.yaml").resolve()
