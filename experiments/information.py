@@ -17,25 +17,24 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiments.glue import append, time_today
 from experiments.run import ROOT, Cell, expand, git_revision, read_grid, words_of
 from experiments.table import read_rows
-from ssl_emp.augment import cut_views, draw_params
+from ssl_emp.augment import cut_views
 from ssl_emp.commands.job import Job, prepare
-from ssl_emp.commands.pretrain import classify, through
+from ssl_emp.commands.pretrain import classify, forward
 from ssl_emp.config import load_config
 from ssl_emp.errors import Parser, UserError
 from ssl_emp.optim import build_optimizer
 from ssl_emp.prune import entropy
 from ssl_emp.run.report import Report
-from ssl_emp.supervised import cross_entropy
 
 # a job and the name of its memory term -> the row: samples_seen, cpu_seconds, accuracies in per cent, log
 Train = Callable[[Job, str], dict[str, Any]]
@@ -62,36 +61,50 @@ class Predictions:
 
 def train(job: Job, memory: str) -> dict[str, Any]:
     """A supervised run as pretrain.py makes it, with this memory term; its row."""
-    config, pruner, labels = job.config, job.pruner, job.labels
-    assert labels is not None and job.test is not None
+    assert job.labels is not None and job.test is not None
+    predictions, logits = Predictions(job.num_samples, job.labels.num_classes), [torch.empty(0)]
+
+    def keep(module: nn.Module, given: Any, outputs: tuple[Tensor, Tensor]) -> None:
+        logits[0] = outputs[1]
+
+    job.model.register_forward_hook(keep)
+    own = None if memory == "entropy" else lambda index: predictions.information(index, logits[0])
+    row = train_with(job, own, ["noisy_kept"])
+    return row | {"test_accuracy": round(100 * classify(job, job.test), 2)}
+
+
+def train_with(job: Job, memory: Callable[[Tensor], Tensor] | None, log: Sequence[str]) -> dict[str, Any]:
+    """Train as pretrain.py does, but for the memory term; what of the row is known then.
+
+    Args:
+        memory: the samples (b,) that the last forward saw -> their term (b,); None: the objective's own.
+        log: figures of the pruned epochs, whose means are kept.
+    """
+    config, pruner = job.config, job.pruner
+    labels = (job.labels.values, job.labels.is_noisy) if job.labels else (None, None)
     of = config.optimizer
     assert isinstance(of.lr, float) and of.name == "sgd" and of.weight_decay is not None
     optimizer = build_optimizer(job.model, of.name, of.lr, of.momentum, of.weight_decay, job.lr_scales)
-    predictions = Predictions(job.num_samples, labels.num_classes)
-    step, kept, began = 0, [], time.process_time()
+    step, pruned, began = 0, [], time.process_time()
     job.model.train()
     for epoch in range(len(pruner.steps)):
+        recipe = job.recipe_at(epoch)
         for index, images in job.store.stream(pruner.batches(epoch)):
-            draw = draw_params(config.seed, epoch, index, job.recipe, images.shape[-1])
-            (view,) = cut_views(images, draw[:1], job.recipe)
-            _, logits = through(job, job.model, view)
-            loss = cross_entropy(logits, labels.values[index], config.label_smoothing)
-            term = entropy(logits) if memory == "entropy" else predictions.information(index, logits)
+            loss, scored, term, draw = forward(job, job.model, cut_views, index, images, epoch, recipe)
             optimizer.zero_grad()
             pruner.weighted(index, loss).backward()
-            seen = pruner.gather(index, loss, term)
+            seen = pruner.gather(index, scored, term if memory is None else memory(index), draw)
             job.schedule.set(optimizer, step)
             optimizer.step()
             pruner.observe(seen)
             step += 1
-        figures = pruner.figures(labels.values, labels.is_noisy)
-        if pruner.plan.is_pruned(epoch) and "noisy_kept" in figures:
-            kept.append(figures["noisy_kept"])
+        figures = pruner.figures(*labels)
+        pruned += [figures] if pruner.plan.is_pruned(epoch) else []
+    found = {name: [figures[name] for figures in pruned if name in figures] for name in log}
     return {
         "samples_seen": step * config.batch_size,
         "cpu_seconds": time.process_time() - began,
-        "test_accuracy": round(100 * classify(job, job.test), 2),
-        "log": {"noisy_kept": statistics.fmean(kept)} if kept else {},
+        "log": {name: statistics.fmean(values) for name, values in found.items() if values},
     }
 
 
