@@ -272,12 +272,12 @@ class SimCLR(nn.Module):
         return h, self.projector(h)
 
 
-def save_encoder(encoder: Encoder, folder: Path) -> None:
+def save_encoder(encoder: Encoder, folder: Path, epochs: int | None = None) -> None:
     """Write `model.safetensors` and `config.json`, each through a temporary file, in timm's local-dir layout.
 
     Where the network is timm's, or a published ResNet (width 64, ImageNet stem),
     `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the same features; the key `ssl_emp` is for
-    `load_encoder` of all others.
+    `load_encoder` of all others. `epochs`: of the plan that has ended, for a run that is extended later.
     """
     folder.mkdir(exist_ok=True)
     # six digits: 0.485 as float32 and back is 0.485, not 0.48500001430511475
@@ -302,7 +302,8 @@ def save_encoder(encoder: Encoder, folder: Path) -> None:
             **own,
         },
         "model_args": spec.get("args", {}),
-        "ssl_emp": {**spec, "image_size": size, "mean": mean, "std": std},
+        "ssl_emp": {**spec, "image_size": size, "mean": mean, "std": std}
+        | ({} if epochs is None else {"epochs": epochs}),
     }
     # clone: of tensors that share their memory safetensors takes one only
     weights = {

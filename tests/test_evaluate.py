@@ -734,6 +734,11 @@ def test_a_suite_is_one_table_with_intervals(
     )
     assert (run_dir / "eval/transfer.csv").read_text().count("\n") == len(rows) + 1
     assert (run_dir / "eval/transfer.png").stat().st_size > 5000
+    assert evaluate.main([str(run_dir), *words, *SMALL, "linear.max_iter=1", "linear.precision=float64"]) == 0
+    found = [row for row in json.loads((run_dir / "eval/transfer.json").read_text()) if row["value"]]
+    short = [row["protocol"] for row in found if "<= 1 steps, float64" in row["protocol"]]
+    assert len(short) == 1, "of the linear target"
+    capsys.readouterr()
     assert "did you mean transfer.suite?" in fails(capsys, run_dir, "transfer", "transfer.suit=x")
 
 

@@ -4,10 +4,12 @@ import math
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import rankdata
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -234,6 +236,17 @@ def test_rank_correlation_is_spearmans() -> None:
         spearman(a.tolist(), (a + b).tolist()), abs=1e-6
     )
     assert rank_correlation(a, torch.ones(60)) == 0 == rank_correlation(a[:0], b[:0])
+
+
+def test_ties_share_a_rank() -> None:
+    """Of supervised losses most may be exactly 0: their order in memory is nothing that two scores share."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.rand(2, 2000, generator=generator)
+    a[torch.rand(2000, generator=generator) < 0.9] = 0.0
+    b[torch.rand(2000, generator=generator) < 0.9] = 0.0
+    ranked = [rankdata(column.numpy()) for column in (a, b)]
+    assert rank_correlation(a, b).item() == pytest.approx(np.corrcoef(*ranked)[0, 1], abs=1e-6)
+    assert abs(rank_correlation(a, b)) < 0.1
 
 
 def test_the_terms_are_described_as_the_formula_uses_them() -> None:

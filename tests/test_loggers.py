@@ -130,10 +130,20 @@ def write_evaluation(folder: Path, value: float = 70.5) -> None:
 # ---- what a logger is told
 
 
+def test_the_row_of_the_start_reaches_a_logger(tmp_path: Path) -> None:
+    """A run from weights measures them before its first step, as epoch 0."""
+    run = make_run(tmp_path / "run", epochs=1)
+    path = run / "metrics.jsonl"
+    path.write_text('{"epoch": 0, "step": 0, "knn_train_split": 0.5}\n' + path.read_text())
+    told = delivered(run, -1)
+    assert [part[0] for part in told] == [0, 1, "encoder"] and told[0][1]["knn_train_split"] == 0.5
+    assert delivered(run, None) == []
+
+
 class Recorder:
     """A logger that keeps what it is told; `stored` is what it had before."""
 
-    def __init__(self, stored: int | None = 0) -> None:
+    def __init__(self, stored: int | None = -1) -> None:
         self.stored, self.told = stored, list[Any]()
 
     def open(self, about: About, known: str | None) -> tuple[str, int | None]:
@@ -164,7 +174,7 @@ def delivered(run: Path, stored: int | None) -> list[Any]:
 def test_everything_reaches_a_logger_once(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", epochs=1)
     told = [(row["epoch"], {"step": row["step"], "loss": row["loss"]}) for row in ROWS]
-    assert delivered(run, 0) == [told[0], ("encoder", "model")]
+    assert delivered(run, -1) == [told[0], ("encoder", "model")]
     write_rows(run, 3)
     write_evaluation(run)
     (run / "report.html").write_text("report")
@@ -182,7 +192,7 @@ def test_everything_reaches_a_logger_once(tmp_path: Path) -> None:
     assert [part[0] for part in delivered(run, None)] == [3, "encoder"]
     # the logger knows better: it lost an epoch, or everything
     assert delivered(run, 2) == told[2:]
-    assert len(delivered(run, 0)) == 3 + 3
+    assert len(delivered(run, -1)) == 3 + 3
 
 
 def test_a_state_that_is_none_is_no_state(tmp_path: Path) -> None:

@@ -29,7 +29,15 @@ from ssl_emp.prune import (
     Scan,
     Ucb,
 )
-from ssl_emp.prune.policies import Kept, policy_named, random_subset, select_kept, softened, top
+from ssl_emp.prune.policies import (
+    Kept,
+    highest_by_sorting,
+    policy_named,
+    random_subset,
+    select_kept,
+    softened,
+    top,
+)
 from ssl_emp.prune.record import Known
 
 CPU = torch.device("cpu")
@@ -335,6 +343,30 @@ def test_the_highest_scores_are_kept(data: st.DataObject, num_samples: int) -> N
     kept = select_kept(torch.tensor(values), count)
     assert kept.dtype == torch.int64 and len(kept) == count == len(set(kept.tolist()))
     assert sorted((values[i] for i in kept.tolist()), reverse=True) == sorted(values, reverse=True)[:count]
+
+
+@pytest.mark.parametrize("name", ["emp", "loss", "distance", "ucb", "epsilon_greedy", "scan", "infobatch"])
+def test_equals_at_the_border_are_drawn_by_chance(name: str) -> None:
+    """Losses of learned samples are often all 0; of classes one after the other the first must not be kept in
+    every epoch.
+    """
+    now = known(torch.zeros(1000), torch.zeros(1000))
+    now.terms[0, :100] = 1.0  # the few that are not learned
+    policy, times = policy_named(name), torch.zeros(1000)
+    for epoch in range(1, 201):
+        times[policy.choose(now, 500, 0, epoch, WARMUP).index] += 1
+    learned = times[100:].view(9, 100).mean(1)  # of nine classes
+    assert (learned - learned.mean()).abs().max() < 5 * (200 * 0.25 / 100) ** 0.5, learned
+
+
+@given(data=st.data(), num_samples=st.integers(1, 200))
+def test_a_device_that_must_not_wait_chooses_the_same(data: st.DataObject, num_samples: int) -> None:
+    """Sorted by chance and then by score, as on a GPU, are the samples that the partition on a CPU gives."""
+    count = data.draw(st.integers(1, num_samples))
+    few = st.sampled_from([0.0, 0.5, 1.0, math.inf])
+    values = torch.tensor(data.draw(st.lists(few, min_size=num_samples, max_size=num_samples)))
+    kept = select_kept(values, count, (3, 7))
+    assert kept.sort().values.equal(highest_by_sorting(values, count, (3, 7)).sort().values)
 
 
 def test_a_score_that_is_nan_does_not_shorten_the_epoch_unnoticed() -> None:

@@ -1090,6 +1090,35 @@ def test_a_temperature_at_which_no_pair_is_ever_learned_is_noted(
     assert note("no-pruning", "temperature=0.5", "prune.policy=loss", "prune.fraction=0") == ""
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["prune.policy=ucb", "prune.scoring_draws=3"],
+            "prune.scoring_draws has no effect with prune.scoring=",
+        ),
+        (
+            ["prune.policy=ucb", "prune.scoring_size=8"],
+            "prune.scoring_size has no effect with prune.scoring=",
+        ),
+        (["prune.policy=emp", "prune.shrink=true"], "prune.shrink has no effect without prune.foresee"),
+        (["prune.policy=foresight", "prune.shrink=true"], None),
+        (["prune.policy=ucb", "prune.scoring=all", "prune.scoring_draws=3"], None),
+    ],
+)
+def test_keys_without_effect_are_noted(
+    tiny_config: Path,
+    tmp_path: Path,
+    overrides: list[str],
+    said: str | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--config", str(tiny_config), f"out={tmp_path / 'run'}", *overrides, "--dry-run"]
+    assert pretrain.main(words) == 0
+    out = capsys.readouterr().out
+    assert ("has no effect" in out) == (said is not None) and (said or "") in out
+
+
 @dataclass(frozen=True)
 class Reweighed(InfoBatch):
     """InfoBatch whose weights are all `value`."""

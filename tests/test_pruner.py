@@ -241,6 +241,44 @@ def test_a_batch_that_does_not_hold_leaves_no_trace(name: str) -> None:
     assert all(values.equal(after[entry]) for entry, values in before.items()) and pruner.step == 6
 
 
+def test_an_index_may_be_a_column() -> None:
+    """Several processes exchange it as bits, which a view of a table has not in a row."""
+    pruner = make_pruner("loss")
+    pruner._gather = lambda part: part
+    index = torch.stack([pruner.batches(0)[0]] * 2, 1)[:, 0]
+    assert not index.is_contiguous()
+    assert pruner.gather(index, torch.zeros(BATCH)).index.equal(index)
+
+
+def test_a_loss_that_leaps_leaves_a_state_that_loads() -> None:
+    """The square of a difference of 2e19 is beyond float32; inf would count as never seen."""
+    pruner, again = make_pruner("ucb"), make_pruner("ucb")
+    index = torch.arange(BATCH)
+    for level in (1e20, 0.0, 3e38):
+        pruner.record.observe(index, torch.full((2, BATCH), level), None, 0)
+    assert pruner.policy.score(pruner.record.known)[:BATCH].isfinite().all()
+    assert again.state_problem(pruner.state_dict()) is None
+
+
+def test_a_state_goes_on_with_the_same_policy_only() -> None:
+    state = make_pruner(Emp(beta=5)).state_dict()
+    make_pruner(Emp(beta=5.0)).load_state_dict(state)
+    other = make_pruner(Emp(beta=1, explore=0.1))
+    said = refused(lambda: other.load_state_dict(state))
+    assert said.endswith("policy was 'emp()' and is now 'emp(explore=0.1, beta=1.0)'")
+    one, unlike = (Indices(index=torch.arange(SAMPLES).roll(shift)) for shift in (0, 1))
+    state = make_pruner(one).state_dict()
+    make_pruner(one).load_state_dict(state)
+    refused(lambda: make_pruner(unlike).load_state_dict(state))
+    make_pruner(one).load_state_dict(state | {"policy": "indices"})  # as it was written before
+
+
+def test_scoring_that_nobody_does_is_told() -> None:
+    pruner = make_pruner("loss", scoring="all")
+    with pytest.warns(UserWarning, match="scoring is 'all' and pruner.rescore.* was not called"):
+        train(pruner)
+
+
 def test_scores_come_from_what_was_observed() -> None:
     """A few lines beside it: the highest loss + 5 * memory of the last time that each sample was seen."""
     pruner = make_pruner("emp")
@@ -292,6 +330,14 @@ def test_a_round_keeps_the_highest_of_its_part_by_the_scores_of_now() -> None:
             loss, memory = terms_of(index, pruner.step)
             score[index] = loss
             pruner.observe(pruner.gather(index, loss, memory))
+
+
+def test_rounds_of_an_epoch_are_no_rotation() -> None:
+    """They share no sample by construction, so nothing is said of the overlap with the round before."""
+    for rounds, is_told in ((1, True), (2, False)):
+        pruner = make_pruner("loss", rounds_per_epoch=rounds, anneal_fraction=0.0)
+        train(pruner)
+        assert ("kept_overlap" in pruner.figures()) == is_told
 
 
 def test_one_round_is_as_without() -> None:
@@ -444,7 +490,7 @@ def test_a_healthy_run_is_told_nothing() -> None:
     ("other", "words"),
     [
         ({"samples": 80}, "samples was 70 and is now 80"),
-        ({"policy": "loss"}, "policy was 'emp' and is now 'loss'"),
+        ({"policy": "loss"}, "policy was 'emp()' and is now 'loss()'"),
         ({"seed": 4}, "seed was 3 and is now 4"),
         ({"batch_size": 4}, "batch_size was 8 and is now 4"),
         ({"epochs": 7}, "the plan (epochs, fraction, warm-up, annealing, rounds) was [6"),

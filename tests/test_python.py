@@ -19,6 +19,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import Pretrain, striped_images
@@ -561,6 +562,34 @@ def test_ctrl_c_saves_and_resume_gives_the_bits_of_the_uninterrupted_run(
         assert (run.folder / name).read_bytes() == (whole.folder / name).read_bytes()
     longer = ssl_emp.resume(run, data, epochs=6, verbose=False)
     assert len(longer.metrics) == 6 and longer.config.epochs == 6
+
+
+def test_a_run_that_is_being_extended_has_not_ended(tmp_path: Path) -> None:
+    """Its encoder is that of the shorter plan, and no evaluation calls it the last epoch."""
+    data = arrays(24)
+    run = ssl_emp.pretrain(data, out=tmp_path / "run", **SHORT)
+    planned = run.config.epochs
+    first = ssl_emp.evaluate(run, (data, data), "knn", knn={"num_neighbors": 1}, verbose=False)
+    assert first[0].protocol.endswith("last epoch")
+    with stopped_in(2, signal.SIGINT), pytest.raises(KeyboardInterrupt):
+        ssl_emp.resume(run, data, epochs=planned + 6, verbose=False)
+    assert not run.finished and "not finished" in repr(run)
+    second = ssl_emp.evaluate(run, (data, data), "knn", knn={"num_neighbors": 1}, verbose=False)
+    assert second[0].protocol.endswith(f"epoch {planned} of {planned + 6}")
+    assert ssl_emp.resume(run, data, verbose=False).finished
+    third = ssl_emp.evaluate(run, (data, data), "knn", knn={"num_neighbors": 1}, verbose=False)
+    assert third[0].protocol.endswith("last epoch")
+
+
+def test_scores_are_joined_to_the_images_that_they_are_of(tmp_path: Path) -> None:
+    """All data sets from Python have one source and one set of names."""
+    mine, others = arrays(24), (255 - arrays(24)[0], arrays(24)[1])
+    run = ssl_emp.pretrain(mine, out=tmp_path / "run", **SHORT)
+    for data, known in ((mine, True), (others, False)):
+        config = {"diagnose.split": "train"}
+        ssl_emp.evaluate(run, (data, data), "diagnose", config=config, verbose=False)
+        table = pq.read_table(tmp_path / "run" / "eval" / "diagnose" / "embeddings.parquet")
+        assert (set(table["times_trained"].to_pylist()) != {None}) == known
 
 
 def test_a_signal_goes_where_it_would_have_gone(tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(tmp_path: Path) -
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "policy was 'emp' and is now 'loss'" in refusal(make_pruner(policy="loss"))
+    assert "policy was 'emp()' and is now 'loss()'" in refusal(make_pruner(policy="loss"))
     assert "gradient_accumulation_steps" in refusal(gradient_accumulation_steps=2)
     state = checkpoint / STATE_NAME
     data = state.read_bytes()
@@ -396,6 +396,22 @@ def test_models_without_a_loss_of_a_sample_are_refused(tmp_path: Path) -> None:
     shifted = make_model(BertLMHeadModel, is_decoder=True)
     with pytest.raises(ValueError, match="BertLMHeadModel gives no logits that are aligned.*override"):
         make_trainer(tmp_path, model=shifted, train_dataset=make_data("token")).train()
+
+    class Mine(BertLMHeadModel):
+        """Of a name that no list has."""
+
+    class Stranger(BertForTokenClassification):
+        """Nobody's child, whose own loss is of the next token."""
+
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+            outputs = super().forward(input_ids)
+            outputs.loss = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            return outputs
+
+    for kind, options in ((Mine, {"is_decoder": True}), (Stranger, {})):
+        model = make_model(kind, **options)
+        with pytest.raises(ValueError, match=f"{kind.__name__} gives no logits that are aligned.*override"):
+            make_trainer(tmp_path, model=model, train_dataset=make_data("token")).train()
     value = make_trainer(tmp_path, model=make_model(labels=1), train_dataset=make_data("value"))
     with pytest.raises(ValueError, match="policy emp needs the entropy of a prediction.*ucb or loss"):
         value.train()

@@ -32,7 +32,7 @@ from ssl_emp.commands.pretrain import start_or_resume
 from ssl_emp.commands.resume import is_run, read_run
 from ssl_emp.commands.row_tables import markdown_table
 from ssl_emp.commands.rows import COLUMNS, Row
-from ssl_emp.commands.subjects import Subject, find_subjects, fixed
+from ssl_emp.commands.subjects import Subject, find_subjects, fixed, plan_behind
 from ssl_emp.config import DataConfig, Override, PretrainConfig, load_config, pairs_of
 from ssl_emp.data.objects import IN_MEMORY, KIND, is_labelled
 from ssl_emp.device import pick_device
@@ -76,8 +76,10 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether it came to its end, and `encoder` and `samples` are there."""
-        return (self.folder / "encoder").is_dir()
+        """Whether it came to its end, and `encoder` and `samples` are there; of a run that was extended, to
+        the end of its longer plan.
+        """
+        return (self.folder / "encoder").is_dir() and plan_behind(self.folder) is None
 
     @cached_property
     def encoder(self) -> Encoder:

@@ -478,7 +478,20 @@ def job_lines(job: Job) -> Iterator[str]:
         and (line := hard_to_learn(config))
     ):
         yield f"note      {line}"
-    yield from (f"note      {line}" for line in short_run_lines(job))
+    yield from (f"note      {line}" for line in (*short_run_lines(job), *idle_key_lines(config)))
+
+
+def idle_key_lines(config: PretrainConfig) -> Iterator[str]:
+    """Keys that were given and have no effect beside the others."""
+    prune, fields = config.prune, type(config).model_fields
+    if getattr(prune, "scoring", None) == "stale":
+        for key in ("scoring_draws", "scoring_size"):
+            if getattr(prune, key) != type(prune).model_fields[key].default:
+                yield f"prune.{key} has no effect with prune.scoring=stale, scores come from training"
+    if getattr(prune, "shrink", False) and not getattr(prune, "foresee", False):
+        yield "prune.shrink has no effect without prune.foresee"
+    if config.objective == "supervised" and config.temperature != fields["temperature"].default:
+        yield "temperature has no effect with objective=supervised"
 
 
 def sizes_line(view_sizes: list[int]) -> str:

@@ -52,6 +52,7 @@ from ssl_emp.commands.resume import (
 )
 from ssl_emp.config import PretrainConfig, load_config
 from ssl_emp.data.images import ImageSet
+from ssl_emp.data.objects import IN_MEMORY
 from ssl_emp.device import pick_device
 from ssl_emp.errors import RunFailed, UserError
 from ssl_emp.keyed import seed_generators
@@ -272,8 +273,10 @@ def export(job: Job, run: Run) -> None:
         table["entropy"] = torch.where(unseen, -torch.inf, table["memory"])
     order = ("loss", "distance", "entropy", "score", "times_trained", "scored_epoch")
     columns = {name: table[name] for name in order if name in table}
-    write_samples(out / "pruning" / "samples.parquet", job.images.names, columns)
-    save_encoder(job.encoder, inner_folder(out, "encoder"))
+    images = job.images
+    pixels = images.content["pixels"] if config.data.source == IN_MEMORY else None
+    write_samples(out / "pruning" / "samples.parquet", images.names, columns, pixels)
+    save_encoder(job.encoder, inner_folder(out, "encoder"), config.epochs)
     accuracy = None if job.test is None else classify(job, job.test)
     if job.test is not None and accuracy is not None:
         result = {

@@ -388,7 +388,7 @@ def restore_encoder(
         first = str(error).splitlines()[-1].strip()
         fix = "start again with another out=DIR"
         raise UserError(f"the checkpoint in {out} does not fit the run: {first}", fix) from error
-    save_encoder(encoder, out / "encoder")
+    save_encoder(encoder, out / "encoder", config.epochs)
 
 
 def write_config(out: Path, config: PretrainConfig) -> None:

@@ -10,7 +10,9 @@ from torch import Tensor
 from linear_eval.errors import first_line
 from ssl_emp.commands.subjects import Subject, is_run, read_run_data
 from ssl_emp.data.images import ImageSet
+from ssl_emp.data.objects import IN_MEMORY
 from ssl_emp.errors import UserError
+from ssl_emp.run.report import PIXELS_KEY
 from ssl_emp.safe_files import check_regular
 from ssl_emp.text import resume_command
 
@@ -24,7 +26,8 @@ def training_columns(
     """A run's ({"score": (N,) float32, "times_trained": (N,) int64}, (N,) bool where they are known).
 
     Joined by name, and only if the images come from the source that the run was trained on: another one may
-    have the same names. ({}, None) where the encoder is no run, or one that kept no table.
+    have the same names. All data sets from Python have the same source and the same names, so their pixels
+    must be the same. ({}, None) where the encoder is no run, or one that kept no table.
     """
     import pyarrow as pa
 
@@ -40,6 +43,9 @@ def training_columns(
     trained_on = read_run_data(run, {}).source
     source = subject.data.source if split == "train" else subject.data.test_source or subject.data.source
     same = source == trained_on or os.path.realpath(source) == os.path.realpath(trained_on)
+    if source == IN_MEMORY:
+        known_pixels = (table.schema.metadata or {}).get(PIXELS_KEY.encode())
+        same = same and known_pixels == images.content["pixels"].encode()
     row_of = {name: row for row, name in enumerate(table["name"].to_pylist())} if same else {}
     rows = torch.tensor([row_of.get(name, -1) for name in images.names])
     known = rows >= 0

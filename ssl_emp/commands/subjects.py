@@ -22,7 +22,7 @@ from ssl_emp.config import AugmentConfig, DataConfig, parse_yaml
 from ssl_emp.errors import UserError
 from ssl_emp.model import Encoder, build_encoder, load_encoder
 from ssl_emp.run.lock import START
-from ssl_emp.safe_files import read_text
+from ssl_emp.safe_files import read_json, read_text
 from ssl_emp.text import resume_command
 
 Made = TypeVar("Made")
@@ -101,7 +101,9 @@ def find_subjects(
     def run_subject(name: str) -> Subject:
         run, data = _right(runs[name]), _right(datas[name])
         size = config.data.image_size or run.image_size
-        return Subject(name, "last epoch", data, size, fixed(run), Path(name) / "eval")
+        behind = plan_behind(Path(name))
+        weights = "last epoch" if behind is None else f"epoch {behind[0]} of {behind[1]}"
+        return Subject(name, weights, data, size, fixed(run), Path(name) / "eval")
 
     subjects = []
     for name in names:
@@ -207,6 +209,19 @@ def _right(made: Made | UserError) -> Made:
     if isinstance(made, UserError):
         raise made
     return made
+
+
+def plan_behind(run: Path) -> tuple[int, int] | None:
+    """(epochs of the plan that RUN/encoder ended, epochs planned now) of a run that was extended and has not
+    ended again; None of every other.
+    """
+    try:
+        ended = read_json(run / "encoder" / "config.json")["ssl_emp"]["epochs"]
+        planned = parse_yaml(read_text(run / "config.yaml"), str(run / "config.yaml"))["epochs"]
+    except (UserError, OSError, ValueError, KeyError, TypeError):  # damaged: whoever reads the rest says so
+        return None
+    are_counts = all(type(epochs) is int for epochs in (ended, planned))
+    return (ended, planned) if are_counts and ended < planned else None
 
 
 def is_run(path: Path) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from linear_eval import EvalError, Features
 from linear_eval.knn import knn_predict
-from linear_eval.linear import L2_GRID, L2_RANGE, linear_probe, multi_label_probe, sgd_probe
+from linear_eval.linear import L2_GRID, L2_RANGE, MAX_ITER, linear_probe, multi_label_probe, sgd_probe
 from linear_eval.metrics import MULTI_LABEL
 from linear_eval.transfer import (
     Cell,
@@ -77,18 +77,21 @@ def _linear(
     given |= {"device": session.device}
     chosen = f"val ({len(val.x)})" if val is not None else f"{100 * val_fraction:g}% of train"
     grid = f"{len(L2_GRID)} in {L2_RANGE}"
+    steps, precision = session.config.linear.max_iter, session.config.linear.precision
+    how = "" if steps == MAX_ITER else f"<= {steps} steps, "
     if target.metric in MULTI_LABEL:
-        found = multi_label_probe(train, test, target.metric, **given)
+        found = multi_label_probe(train, test, target.metric, max_iter=steps, **given)
         points = "11-point AP of VOC2007" if target.metric == "voc_map" else "AP over all points"
         low, high = found.l2.min().item(), found.l2.max().item()
-        protocol = f"lbfgs, a binary regression for each of {test.y.shape[1]} classes, "
+        protocol = f"lbfgs, {how}a binary regression for each of {test.y.shape[1]} classes, "
         protocol += f"l2={low:.3g}..{high:.3g} of {grid} by {points} on {chosen}, refit on train+val, "
         return found.scores, f"{protocol}difficult objects not counted"
     if target.protocol == "linear":
         heads = sgd_probe(train, test, **given)
         return heads.predicted, f"linear heads, SGD, chosen on {chosen}, refit"
-    probe = linear_probe(train, test, **given)
-    return probe.predicted, f"lbfgs, l2={probe.l2:.3g} of {grid} chosen on {chosen}, refit on train+val"
+    probe = linear_probe(train, test, max_iter=steps, precision=precision, **given)
+    how += "" if precision == "float32" else f"{precision}, "
+    return probe.predicted, f"lbfgs, {how}l2={probe.l2:.3g} of {grid} chosen on {chosen}, refit on train+val"
 
 
 def read_suite(given: str) -> Suite:

@@ -34,7 +34,7 @@ class Logger(Protocol):
         """Begin a run, or go on with the one whose id is `known`, where the logger still has it.
 
         Returns:
-            (id, the last epoch that it has; 0: none; None: it cannot say)
+            (id, the last epoch that it has; -1: none; None: it cannot say)
         """
 
     def epoch(self, number: int, scalars: dict[str, float]) -> None:

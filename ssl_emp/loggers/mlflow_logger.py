@@ -45,7 +45,7 @@ class MlflowLogger:
         for start in range(0, len(params), PARAMS_AT_ONCE):
             self.client.log_batch(self.id, params=params[start : start + PARAMS_AT_ONCE])
         self._describe(about)
-        return self.id, 0
+        return self.id, -1
 
     def _going_on(self, known: str) -> int | None:
         """The last epoch of a run that the store has; None: it has no such run."""
@@ -57,7 +57,7 @@ class MlflowLogger:
         self._check_place()
         self.client.update_run(known, status="RUNNING")
         history = self.client.get_metric_history(known, EVERY_ROW_HAS)
-        return max((metric.step for metric in history), default=0)
+        return max((metric.step for metric in history), default=-1)
 
     def _check_place(self) -> None:
         """A database says where files go, and a run directory may be a stranger's, or have been moved."""

@@ -51,7 +51,7 @@ class Delivery:
         self.state["id"], known = logger.open(About(folder.resolve().name, *about), self.state["id"])
         if known is not None:
             self.state["epoch"] = known
-        if known == 0:  # a new run of the logger
+        if known == -1:  # a new run of the logger
             self.state["sent"] = {}
         self._keep()
 
@@ -88,7 +88,7 @@ class Delivery:
 
 def read_state(path: Path) -> dict[str, Any]:
     """What a logger has of a run: its id there, the last epoch, and hashes of what was sent beside them."""
-    state: dict[str, Any] = {"id": None, "epoch": 0, "sent": {}}
+    state: dict[str, Any] = {"id": None, "epoch": -1, "sent": {}}  # a start has the row of epoch 0
     if path.exists():
         found = read_json(path)
         is_ours = isinstance(found, dict) and found.keys() == state.keys()

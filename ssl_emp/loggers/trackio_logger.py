@@ -36,13 +36,14 @@ class TrackioLogger:
             auto_log_gpu=False,  # it would sample the machine all the time
             auto_log_cpu=False,
         )
-        self.last = self._last_epoch() if self.local else None if known else 0
+        self.last = self._last_epoch() if self.local else None if known else -1
         return self.name, self.last
 
     def _last_epoch(self) -> int:
         from trackio.sqlite_storage import SQLiteStorage
 
-        return SQLiteStorage.get_max_step_for_run(self.project, self.name, run_id=self.run.id) or 0
+        found = SQLiteStorage.get_max_step_for_run(self.project, self.name, run_id=self.run.id)
+        return -1 if found is None else int(found)
 
     def epoch(self, number: int, scalars: dict[str, float]) -> None:
         # `step` is trackio's own name for what is the epoch here

@@ -46,7 +46,7 @@ class WandbLogger:
             # the places of the images may change when a run is resumed
             allow_val_change=True,
         )
-        return run_id, None if known else 0
+        return run_id, None if known else -1
 
     def epoch(self, number: int, scalars: dict[str, float]) -> None:
         self.run.log({**scalars, "epoch": number}, step=number)

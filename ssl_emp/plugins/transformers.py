@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
 from transformers.trainer_utils import get_last_checkpoint, seed_worker
 
 from ssl_emp.prune import Pruner, entropy
@@ -29,6 +29,13 @@ from ssl_emp.safe_files import write_atomically
 
 STATE_NAME = "pruner.pt"  # beside the Trainer's own files in each checkpoint
 IGNORED = -100  # label of tokens without a target
+# classes whose loss is of the next token
+NEXT_TOKEN_MODELS = {
+    kind
+    for kinds in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")  # the second is not in every version
+    for kind in getattr(modeling_auto, f"MODEL_FOR_{kinds}_MAPPING_NAMES", {}).values()
+    if isinstance(kind, str)
+}
 
 
 class PrunedTrainerMixin(Trainer):
@@ -52,6 +59,7 @@ class PrunedTrainerMixin(Trainer):
     def __init__(self, *args: Any, pruner: Pruner, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.pruner = pruner
+        self._shifts: bool | None = None  # whether the model predicts the next token; None: not known yet
         # the loss below is the mean of a micro-batch, which the Trainer then divides by their number
         self.model_accepts_loss_kwargs = False
         self.add_callback(_PrunerCallback(pruner, self.log))
@@ -136,7 +144,7 @@ class PrunedTrainerMixin(Trainer):
         """
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
         config = getattr(self.model, "config", None)
-        if logits is None or type(self.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        if logits is None or self._shifts_labels(outputs, labels):
             raise ValueError(
                 f"{type(self.model).__name__} gives no logits that are aligned with its labels: override "
                 "sample_losses(outputs, labels) to return a loss (B,) for each sample, and its memory or None"
@@ -160,6 +168,22 @@ class PrunedTrainerMixin(Trainer):
         memory = entropy(logits.flatten(0, -2)) if self.pruner.policy.needs_memory else None
         has_label = labels.view(len(labels), -1) != IGNORED
         return _sample_means(loss, has_label), None if memory is None else _sample_means(memory, has_label)
+
+    def _shifts_labels(self, outputs: Any, labels: Tensor) -> bool:
+        """Whether the model predicts the next token: by its class or, in the first batch, by its own loss."""
+        if self._shifts is None:
+            inner = getattr(self.model, "get_base_model", lambda: self.model)()  # under an adapter of peft
+            names = {kind.__name__ for kind in type(inner).__mro__}
+            self._shifts = not names.isdisjoint(NEXT_TOKEN_MODELS)
+            logits, own = outputs["logits"], outputs.get("loss")
+            if own is not None and labels.dim() == 2 and logits.dim() == 3 and labels.shape[1] > 1:
+                with torch.no_grad():
+                    aligned, shifted = (
+                        F.cross_entropy(given.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED)
+                        for given, wanted in ((logits, labels), (logits[:, :-1], labels[:, 1:]))
+                    )
+                    self._shifts |= bool((shifted - own).abs() < 0.1 * (aligned - own).abs())
+        return self._shifts
 
     # ---- save and resume
 

@@ -8,6 +8,7 @@ never seen.
 """
 
 import difflib
+import hashlib
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from ssl_emp.keyed import keyed_bits, keyed_uniform
 from ssl_emp.prune.record import Known
 
 # first key of each use of keyed randomness, so that no two uses share a draw
-RANDOM, EXPLORE, SOFTEN, INFOBATCH, SCAN = 103, 104, 105, 106, 107
+RANDOM, EXPLORE, SOFTEN, INFOBATCH, SCAN, TIES = 103, 104, 105, 106, 107, 108
 MIN_KEEP = 0.1  # InfoBatch keeps at least this share of the easy samples, whatever is asked
 SCAN_POOL = 0.7  # SCAN's two candidate sets, 35 % each
 WEIGHT = {
@@ -75,6 +76,19 @@ class Policy:
             if "options" in allowed and value not in allowed["options"]:
                 options = " or ".join(map(repr, allowed["options"]))
                 raise ValueError(f"policy {self.name}: {item.name} is {value!r}, allowed: {options}")
+
+    @property
+    def described(self) -> str:
+        """Name, and keys that are not the default: `emp(beta=2.0)`, `ucb()`. Policies that choose alike have
+        the same.
+        """
+        keys = {item.name: (getattr(self, item.name), item.default) for item in fields(self)}
+        own = [
+            f"{name}={_written(ours)}"
+            for name, (ours, default) in keys.items()
+            if ours is not default and ours != default
+        ]
+        return f"{self.name}({', '.join(own)})"
 
     @property
     def keeps_one_subset(self) -> bool:
@@ -231,10 +245,11 @@ class Scan(Scored):
     def choose(self, known: Known, count: int, seed: int, epoch: int, warmup_epochs: int) -> Kept:
         loss = known.terms[0]
         dropped = len(loss) - count
-        place = loss.argsort().argsort()
+        mixed = keyed_bits(TIES, seed, epoch, torch.arange(len(loss), device=loss.device)).argsort()
+        place = mixed[loss[mixed].argsort(stable=True)].argsort()  # equal losses in an order by chance
         extreme = (2 * place - (len(loss) - 1)).abs()
         extreme[loss == torch.inf] = -1  # never seen: neither redundant nor ill-matched
-        pool = select_kept(extreme, max(dropped, math.ceil(SCAN_POOL * len(loss))))
+        pool = select_kept(extreme, max(dropped, math.ceil(SCAN_POOL * len(loss))), (seed, epoch))
         ticket = torch.full_like(place, -1)
         ticket[pool] = keyed_bits(SCAN, seed, epoch, pool)
         if dropped:
@@ -373,6 +388,14 @@ POLICIES: dict[str, type[Policy]] = {
 }  # fmt: skip
 
 
+def _written(value: Any) -> str:
+    """A key's value, the same for 5 and 5.0; of a tensor the hash."""
+    if isinstance(value, Tensor):
+        return hashlib.sha256(value.cpu().numpy().tobytes()).hexdigest()[:12]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(float(value) if is_number else value)
+
+
 def policy_named(name: str) -> Policy:
     """The policy of this name with its defaults. Raises ValueError for another name, with the nearest one."""
     if not isinstance(name, str):
@@ -395,7 +418,9 @@ def top(score: Tensor, count: int, explore: float, seed: int, epoch: int) -> Kep
     samples.
     """
     drawn = round(explore * count)
-    highest = select_kept(score, count - drawn) if drawn < count else score.new_empty(0, dtype=torch.int64)
+    highest = score.new_empty(0, dtype=torch.int64)
+    if drawn < count:
+        highest = select_kept(score, count - drawn, (seed, epoch))
     if drawn == 0:
         return Kept(highest)
     ticket = keyed_bits(EXPLORE, seed, epoch, torch.arange(len(score), device=score.device))
@@ -429,22 +454,31 @@ def standardized(values: Tensor, mask: Tensor) -> Tensor:
     return (values - mean) / std.clamp(min=1e-12)
 
 
-def select_kept(scores: Tensor, count: int) -> Tensor:
+def select_kept(scores: Tensor, count: int, ties: tuple[int, int] = (0, 0)) -> Tensor:
     """Indices of the `count` highest scores, (N,) -> (count,) int64, same device, no order promised.
 
-    Never-seen samples (+inf) come first, among equals at the border the lowest indices (on the CPU). On a GPU
-    nothing waits for the device: the size is known.
+    Never-seen samples (+inf) come first. Equals at the border are drawn by chance, keyed on `ties` (seed,
+    epoch): losses of learned samples are often all 0, and the lowest indices would be the first classes of a
+    sorted data set, in every epoch. On a GPU nothing waits for the device: the size is known.
     """
     assert scores.dim() == 1 and 0 < count <= len(scores), (scores.shape, count)
     if scores.device.type != "cpu":
-        return scores.topk(count, sorted=False).indices
-    # topk moves pairs of value and index: at 100 million 3.3 times the time, 2.7 times the memory
-    # (benchmarks/selection.py)
+        return highest_by_sorting(scores, count, ties)
+    # sorting moves pairs of value and index: topk takes at 100 million 3.3 times the time, 2.7 times the
+    # memory (benchmarks/selection.py)
     border = np.partition(scores.numpy(), -count)[-count]
     kept = scores > border.item()
-    kept[(scores == border.item()).nonzero()[: count - int(kept.sum())]] = True
-    indices = kept.nonzero().squeeze(1)
-    assert len(indices) == count, (
-        "a score is NaN"
-    )  # it compares to nothing, and would shorten the epoch unnoticed
-    return indices
+    equal = (scores == border.item()).nonzero().squeeze(1)
+    wanted = count - int(kept.sum())
+    # a NaN compares to nothing, and would shorten the epoch unnoticed
+    assert len(equal) >= wanted, "a score is NaN"
+    if len(equal) > wanted:
+        equal = equal[keyed_bits(TIES, *ties, equal).topk(wanted, sorted=False).indices]
+    kept[equal] = True
+    return kept.nonzero().squeeze(1)
+
+
+def highest_by_sorting(scores: Tensor, count: int, ties: tuple[int, int]) -> Tensor:
+    """`select_kept` without a wait for the device: all are sorted by chance, then by their scores."""
+    order = keyed_bits(TIES, *ties, torch.arange(len(scores), device=scores.device)).argsort(descending=True)
+    return order[scores[order].argsort(descending=True, stable=True)[:count]]

@@ -159,6 +159,7 @@ class Pruner:
         self._drawn = 0, 0  # first and last (excluded) step of the sampler's last whole pass
         self._chosen: dict[int, Chosen] = {}
         self._told: dict[str, tuple[int, float]] = {}  # findings: when, and how bad
+        self._rescored = -1  # the last epoch that `rescore` was asked about
         width = 0
         if self.policy.adjusts and covariates is not None:
             width = covariates(0, torch.zeros(1, dtype=torch.int64, device=device or "cpu")).shape[1]
@@ -202,6 +203,9 @@ class Pruner:
             if not self.plan.is_pruned(epoch):
                 return whole[: self.steps[epoch]], None  # policy shorter may end within an epoch
             everyone = whole.flatten().sort().values  # the part of the samples that this round is about
+        if self.policy.uses_scores and self.scoring != "stale" and self._rescored != epoch:
+            what = f"scoring is {self.scoring!r} and pruner.rescore(epoch, score) was not called"
+            warnings.warn(f"{what} before epoch {epoch}: it chooses by scores of training", stacklevel=3)
         known, candidates = self.record.known, everyone
         if self.policy.foresees:
             known = known._replace(terms=self._expected(epoch))
@@ -282,7 +286,11 @@ class Pruner:
         if gather is None:
             return Seen(index, terms.T, covariates)
         # an int64 travels as the bits of two float32, which a copy does not change
-        parts = [index.view(-1, 1).view(torch.float32), terms, *([] if covariates is None else [covariates])]
+        parts = [
+            index.reshape(-1, 1).contiguous().view(torch.float32),
+            terms,
+            *([] if covariates is None else [covariates]),
+        ]
         whole = gather(torch.cat(parts, 1))
         index = whole[:, :2].contiguous().view(torch.int64).flatten()
         return Seen(index, whole[:, 2:4].T, None if covariates is None else whole[:, 4:])
@@ -467,6 +475,7 @@ class Pruner:
             score: (batches (steps, B), key of the draws) -> what all processes saw of these batches, in
                 order.
         """
+        self._rescored = epoch
         asked = self.policy.uses_scores and self.scoring != "stale" and self.plan.is_pruned(epoch)
         if not asked or epoch in self._chosen:
             return
@@ -578,7 +587,10 @@ class Pruner:
             epoch,
             times_trained=record.times_trained,
             last_trained=trained_epoch,
-            last_trained_before=before["trained_epoch"] if self.plan.is_pruned(epoch - 1) else None,
+            # the rounds of one epoch share no sample by construction: nothing is said by that
+            last_trained_before=before["trained_epoch"]
+            if self.plan.is_pruned(epoch - 1) and self.plan.rounds == 1
+            else None,
             scores=now,
             scores_before=before.get("score"),
             fresh=(record.scored_epoch == epoch) & (before["scored_epoch"] == epoch - 1),
@@ -668,7 +680,7 @@ class Pruner:
         return {
             "samples": self.num_samples,
             "batch_size": self.batch_size,
-            "policy": self.policy.name,
+            "policy": self.policy.described,
             "seed": self.seed,
             "plan": [plan.epochs, plan.prune_fraction, plan.warmup_epochs, plan.anneal_fraction, plan.rounds],
         }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 FORGET = 0.99  # weight that the regression's moments keep from one batch to the next
+LARGEST_VARIANCE = 1e37  # beyond any use, and with a mean added still finite in float32
 RIDGE = 1e-3  # of the mean diagonal of its moments
 
 
@@ -95,7 +96,8 @@ class Record:
         # at rate 1, lerp gives the new value to the bit
         self.terms[:, index] = torch.lerp(torch.where(first, terms, before), terms, rate.expand_as(terms))
         variance = (1 - rate) * self.variance[index] + rate * step[0].square()
-        self.variance[index] = torch.where(first, 0.0, variance)
+        # a square of float32 overflows from 1.8e19 on, and inf would count as never seen
+        self.variance[index] = torch.where(first, 0.0, variance).clamp(max=LARGEST_VARIANCE)
         self.times_scored[index] = times
         self.scored_epoch.index_fill_(0, index, epoch)  # by `[index] =` a number would wait for a GPU
 

@@ -55,7 +55,10 @@ def state_problems(state: Any, identity: dict[str, Any], pruner: "Pruner") -> It
     yield from (
         f"{name} was {state[name]!r:.80} and is now {mine!r}"
         for name, mine in identity.items()
-        if name != "plan" and (type(state[name]) is not type(mine) or state[name] != mine)
+        if name != "plan"
+        and (type(state[name]) is not type(mine) or state[name] != mine)
+        # the name alone is what states held before they held the keys
+        and not (name == "policy" and state[name] == pruner.policy.name)
     )
     most = max(pruner.total_steps, sum(pruner.steps))
     if type(state["step"]) is not int or not 0 <= state["step"] <= most:

@@ -334,15 +334,22 @@ def write_environment(path: Path, device: torch.device) -> None:
     write_atomically(path, (as_json(environment, 2) + "\n").encode())
 
 
-def write_samples(path: Path, names: list[str], columns: dict[str, Tensor]) -> None:
-    """Write parquet, a row per sample: its index and name, then the columns, each (N,)."""
+PIXELS_KEY = "ssl_emp.pixels"  # in the metadata of samples.parquet
+
+
+def write_samples(
+    path: Path, names: list[str], columns: dict[str, Tensor], pixels: str | None = None
+) -> None:
+    """Write parquet, a row per sample: its index and name, then the columns, each (N,). `pixels`: the digest
+    of images whose names say nothing, for the schema's metadata.
+    """
     inner_folder(path.parents[1], path.parent.name)
     table = pa.table(
         {"index": pa.array(range(len(names)), pa.int64()), "name": pa.array(names)}
         | {name: pa.array(values.cpu().numpy()) for name, values in columns.items()}
     )
     with replacing(path) as file:
-        pq.write_table(table, file)
+        pq.write_table(table.replace_schema_metadata(pixels and {PIXELS_KEY: pixels}), file)
 
 
 def notebook_line() -> Callable[[str], None] | None:
