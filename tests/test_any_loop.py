@@ -314,6 +314,21 @@ def test_reading_ahead_chooses_by_the_scores_there_are() -> None:
     assert len(one) == len(two)
 
 
+def test_the_figures_of_the_last_planned_epoch_stay() -> None:
+    """Passes are rounded up to whole batches, so that the last ones go on beyond the plan."""
+    pruner = Pruner(2000, batch_size=256, epochs=20, policy="ucb", fraction=0.3)
+    assert pruner.total_steps == 120 and sum(pruner.steps) == 104
+    loader = DataLoader(pruner.indexed(make_data(2000)), 256, sampler=pruner.sampler())
+    told = []
+    for epoch in range(20):
+        for _ in run(pruner, loader, range(epoch, epoch + 1)):
+            pass
+        told.append(pruner.figures())
+    assert not told[0], "a pass is shorter than the plan's first epoch"
+    assert all(figures["kept_share"] > 0 for figures in told[1:])
+    assert told[-1].keys() == told[-2].keys() and told[-1]["kept_share"] == 7 * 256 / 2000
+
+
 def test_a_schedule_over_total_steps_ends_exactly() -> None:
     pruner = make_pruner()
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)

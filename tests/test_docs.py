@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import striped_images
+from torchvision.models import resnet18
 
 from experiments import picture
 from ssl_emp import __main__
@@ -134,7 +135,7 @@ def test_the_commands(
     world: dict[str, Any] = {"paths": ["a.jpg", "b.png"]}
     for page in ("README.md", "docs/quickstart.md", "docs/classifiers.md"):
         for snippet in blocks(ROOT / page, "python"):
-            if "load_" in snippet and "import timm" not in snippet:
+            if ("load_" in snippet or "RunFolder" in snippet) and "import timm" not in snippet:
                 exec(compile(snippet, page, "exec"), world)  # noqa: S102
             elif "import timm" in snippet:  # the network of this test is too narrow for timm's
                 exec(compile(snippet.partition("import timm")[0], page, "exec"), world)  # noqa: S102
@@ -157,14 +158,24 @@ def test_the_three_lines_of_the_readme_are_those_of_the_page() -> None:
 def test_snippets_about_starts_and_backbones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The renaming of docs/starts.md. Those of docs/backbones.md run in tests/test_backbones.py."""
     monkeypatch.chdir(tmp_path)
-    ours = torch.nn.Linear(3, 2)
-    torch.save({"a": torch.ones(2, 3), "b": torch.zeros(2)}, "theirs.pth")
-    world: dict[str, Any] = {"torch": torch, "ours": ours}
     (snippet,) = blocks(ROOT / "docs" / "starts.md", "python")
-    exec(compile(snippet, "docs/starts.md", "exec"), world)  # noqa: S102
+    assert "resnet50" in snippet
+    code = compile(snippet.replace("resnet50", "resnet18"), "docs/starts.md", "exec")
+    ours = resnet18().state_dict()
+    renamed = {f"{i}.{name.rpartition('.')[2]}": value for i, (name, value) in enumerate(ours.items())}
+    torch.save(renamed, "theirs.pth")
+    exec(code, {})  # noqa: S102
     from safetensors.torch import load_file
 
-    assert load_file("start.safetensors").keys() == ours.state_dict().keys()
+    taken = load_file("start.safetensors")
+    assert ours.keys() - taken.keys() == {
+        name for name in ours if name.startswith("fc.") or name.endswith("num_batches_tracked")
+    }
+    assert all(torch.equal(value, ours[name]) for name, value in taken.items())
+    first, second = list(renamed)[:2]
+    torch.save(renamed | {first: renamed[second]}, "theirs.pth")
+    with pytest.raises(ValueError, match=r"conv1.weight has another shape: \(64,\)"):
+        exec(code, {})  # noqa: S102
 
 
 def test_all_python_of_the_pages_runs_in_some_test() -> None:

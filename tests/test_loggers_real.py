@@ -1,6 +1,6 @@
 """What wandb, MLflow and trackio have kept of a run, read back from their own files without a network.
 
-Where a package is missing its test is skipped: `pip install 'ssl_emp[wandb,mlflow,trackio]'`.
+Where a package is missing its test is skipped: `pip install -e '.[wandb,mlflow,trackio]'`.
 """
 
 import importlib.util

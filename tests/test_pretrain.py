@@ -437,6 +437,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     expect_error(capsys, start("data.source=cifar11"), "cifar1")
     expect_error(capsys, start("batch_size=69", "prune.policy=none"), "68", "batch_size=69", "batch_size=68")
     expect_error(capsys, start("batch_size=42"), "41 of the 68", "batch_size=34")
+    expect_error(capsys, start("batch_size=36"), "fill 1 x batch_size=36", "no whole batch", "batch_size=34")
     expect_error(capsys, start("device=cuda:99"), "device=cuda:99")
     expect_error(capsys, start("device=toaster"), "device=toaster")
     expect_error(capsys, start("device=meta"), "device=meta")

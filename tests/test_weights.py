@@ -330,8 +330,10 @@ def test_normalisation_comes_with_the_start(
     """Unless the config has its own; it stands in config.yaml, so that nothing needs the start for it."""
     third = pretrain_run("third", "augment.mean=[0.4, 0.4, 0.4]", "epochs=1")
     capsys.readouterr()
-    run = pretrain_run("fourth", f"model.init={third / 'encoder'}", "epochs=1")
-    assert "normalised as the start's were, by mean [0.4, 0.4, 0.4] and std" in capsys.readouterr().out
+    run = pretrain_run("fourth", f"model.init={third / 'encoder'}", "epochs=1", "optimizer.lr=0.1")
+    said = capsys.readouterr().out
+    assert "normalised as the start's were, by mean [0.4, 0.4, 0.4] and std" in said
+    assert "a rate for untrained networks loses a start; try optimizer.lr=0.001" in said
     assert yaml.safe_load((run / "config.yaml").read_text())["augment"]["mean"] == [0.4, 0.4, 0.4]
     assert load_encoder(run).mean.flatten().tolist() == pytest.approx([0.4] * 3)
 

@@ -9,8 +9,8 @@ import argparse
 from ssl_emp.errors import Parser, path_argument
 from ssl_emp.text import command_line
 
-PRETRAIN = """Pretrain an image encoder with SimCLR, and train each epoch on the samples worth it (EMP, arXiv
-2408.16031).
+PRETRAIN = """Pretrain an image encoder with SimCLR, and train each epoch on the samples worth it:
+prune.policy says by which rule (emp: arXiv 2408.16031).
 
     {pretrain} --config demo
     {pretrain} --config folder_emp data.source=./images prune.fraction=0.5 out=runs/mine
@@ -88,7 +88,7 @@ def pretrain_parser(words: list[str] | None = None) -> Parser:
     parser = Parser(
         prog=command_line("pretrain"),
         description=PRETRAIN.format(pretrain=command_line("pretrain")),
-        epilog="Every key is in ssl_emp/config.py; override it with key=value.",
+        epilog="Every key with its value is printed by --dry-run; override it with key=value.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

@@ -51,6 +51,7 @@ from ssl_emp.weights import Found, Taken, take
 from ssl_emp.weights import read as read_weights
 
 LARGEST_NARROW_MAP = 40  # pixels a side, see `memory_format`
+HIGH_FOR_A_START = 0.01  # learning rate of SGD at which pretrained weights were lost (docs/starts.md)
 EASILY_LEARNED = 0.95  # share of its softmax that a perfect pair has at the temperature that is advised
 
 
@@ -278,10 +279,15 @@ def build_pruner(
         largest = num_samples // math.ceil(1 / (1 - fraction))
         largest -= largest % ranks.world_size  # each process takes an equal part
         kept = f"an epoch keeps {fewest} of the {num_samples} images in {config.data.source}"
+        too_few = f"too few for batch_size={batch_size}"
+        if fewest >= batch_size:  # epochs are of whole batches
+            kept = f"the {num_samples} images in {config.data.source} fill {num_samples // batch_size} x "
+            kept += f"batch_size={batch_size}"
+            too_few = f"and {1 - fraction:.0%} of that, a pruned epoch, is no whole batch"
         fix = "give more images, or a smaller prune.fraction"
         if largest > 1:
             fix = f"set batch_size={largest} or less, or give more images"
-        raise UserError(f"{kept}, too few for batch_size={batch_size}", fix)
+        raise UserError(f"{kept}, {too_few}", fix)
     needed = max(
         (count * batch_size for epoch, count in enumerate(steps) if plan.is_pruned(epoch)), default=0
     )
@@ -456,6 +462,8 @@ def job_lines(job: Job) -> Iterator[str]:
     yield f"encoder   {described(spec)}, {job.encoder.feature_dim} features"
     yield from weights_lines(job)
     yield f"optimizer {config.optimizer.name}, learning rate {config.optimizer.lr:g} at its peak"
+    if job.taken is not None and config.optimizer.name == "sgd" and config.optimizer.lr > HIGH_FOR_A_START:
+        yield "note      a rate for untrained networks loses a start; try optimizer.lr=0.001 (docs/starts.md)"
     plan, pruned = pruner.plan, job.total_steps < job.full_steps
     kept = "every epoch keeps every sample"
     if plan.shorter and plan.prune_fraction:

@@ -34,7 +34,7 @@ def check_installed(names: Sequence[str]) -> None:
             spec = importlib.util.find_spec(package)
             # without an origin it is a folder that happens to have this name, as wandb leaves them
             if spec is None or spec.origin is None:
-                fix = f"pip install 'ssl_emp[{name}]', or leave it out of monitor.loggers"
+                fix = f"pip install {' '.join(PACKAGES[name])}, or leave it out of monitor.loggers"
                 raise UserError(f"the logger {name} needs the package {package}, which is not installed", fix)
 
 

@@ -223,7 +223,9 @@ class Pruner:
     def _begin(self, epoch: int) -> Chosen:
         """The entry of an epoch; a new one first notes what the epoch's figures will compare with."""
         if epoch not in self._chosen:
-            for old in [old for old in self._chosen if not self._is_needed(old) and old < epoch - 1]:
+            # the last planned epoch stays: a sampler's passes go on beyond it, and it has the last figures
+            first = min(epoch, len(self.steps)) - 1
+            for old in [old for old in self._chosen if not self._is_needed(old) and old < first]:
                 del self._chosen[old]
             before = {}
             if epoch < len(self.steps) and self.plan.is_pruned(epoch):
