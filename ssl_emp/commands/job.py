@@ -462,7 +462,9 @@ def job_lines(job: Job) -> Iterator[str]:
     yield f"encoder   {described(spec)}, {job.encoder.feature_dim} features"
     yield from weights_lines(job)
     yield f"optimizer {config.optimizer.name}, learning rate {config.optimizer.lr:g} at its peak"
-    if job.taken is not None and config.optimizer.name == "sgd" and config.optimizer.lr > HIGH_FOR_A_START:
+    rate = config.optimizer.lr
+    is_high = config.optimizer.name == "sgd" and isinstance(rate, float) and rate > HIGH_FOR_A_START
+    if job.taken is not None and is_high:
         yield "note      a rate for untrained networks loses a start; try optimizer.lr=0.001 (docs/starts.md)"
     plan, pruned = pruner.plan, job.total_steps < job.full_steps
     kept = "every epoch keeps every sample"
