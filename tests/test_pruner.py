@@ -5,9 +5,11 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch import Tensor
 from ssl_emp import prune
 from ssl_emp.prune import POLICIES, Emp, Foresight, Indices, Policy, Pruner, Random, Seen, closeness, entropy
 from ssl_emp.prune.figures import IDLE_EPOCHS
+from ssl_emp.prune.policies import Loss
 from ssl_emp.prune.record import Known
 
 ROOT = Path(__file__).parent.parent
@@ -271,6 +274,22 @@ def test_a_state_goes_on_with_the_same_policy_only() -> None:
     make_pruner(one).load_state_dict(state)
     refused(lambda: make_pruner(unlike).load_state_dict(state))
     make_pruner(one).load_state_dict(state | {"policy": "indices"})  # as it was written before
+
+
+@dataclass(frozen=True, eq=False)
+class Own(Loss):
+    """A policy of somebody's own, with keys of any kind."""
+
+    weights: np.ndarray = field(default_factory=lambda: np.ones(3))
+    rule: Callable[[Tensor], Tensor] = torch.abs
+    note: str | None = None
+
+
+def test_a_policy_of_ones_own_is_described_alike_in_every_process() -> None:
+    """Where a key has no text but its address, its kind stands for it."""
+    assert Own().described == Own(rule=torch.square).described and "0x" not in Own().described
+    assert Own().described != Own(weights=np.zeros(3)).described != Own(note="a").described
+    make_pruner(Own()).load_state_dict(make_pruner(Own()).state_dict())
 
 
 def test_scoring_that_nobody_does_is_told() -> None:

@@ -576,6 +576,7 @@ def test_a_run_that_is_being_extended_has_not_ended(tmp_path: Path) -> None:
     assert not run.finished and "not finished" in repr(run)
     second = ssl_emp.evaluate(run, (data, data), "knn", knn={"num_neighbors": 1}, verbose=False)
     assert second[0].protocol.endswith(f"epoch {planned} of {planned + 6}")
+    assert f"{planned} of {planned + 6}" in (tmp_path / "run" / "encoder" / "README.md").read_text()
     assert ssl_emp.resume(run, data, verbose=False).finished
     third = ssl_emp.evaluate(run, (data, data), "knn", knn={"num_neighbors": 1}, verbose=False)
     assert third[0].protocol.endswith("last epoch")

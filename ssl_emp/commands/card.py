@@ -18,6 +18,7 @@ from linear_eval.errors import first_line
 from ssl_emp._version import __version__
 from ssl_emp.backbones import described, is_own
 from ssl_emp.commands.rows import LOCK, Row, locked
+from ssl_emp.commands.subjects import plan_behind
 from ssl_emp.config import parse_yaml
 from ssl_emp.errors import UserError
 from ssl_emp.run.report import duration, read_metrics
@@ -280,13 +281,13 @@ class Facts:
     def recipe(self) -> str:
         optimizer, views, model = (self.section(name) for name in ("optimizer", "augment", "model"))
         begins = self.start()
-        contrasts = self.config.get("objective") != "supervised"
+        contrasts, behind = self.config.get("objective") != "supervised", plan_behind(self.run)
         lines = [
             ("objective", f"SimCLR, {self.config.get('loss')}" if contrasts else "cross-entropy"),
             ("temperature", self.config.get("temperature") if contrasts else None),
             ("label smoothing", None if contrasts else self.config.get("label_smoothing")),
             ("projection", model.get("projection_dim") if contrasts else None),
-            ("epochs", self.config.get("epochs")),
+            ("epochs", "{} of {}".format(*behind) if behind else self.config.get("epochs")),
             ("batch size", self.config.get("batch_size")),
             ("optimiser", optimizer.get("name")),
             ("momentum", None if optimizer.get("name") == "adamw" else optimizer.get("momentum")),

@@ -93,13 +93,15 @@ class PrunedTrainerMixin(Trainer):
             )
         return loader
 
+    def _inner_model(self) -> Any:
+        """The model, under an adapter of peft if there is one."""
+        return getattr(self.model, "get_base_model", lambda: self.model)()
+
     def _columns(self) -> set[str] | None:
         """Keys of an example that the model takes; None: all of them stay."""
         if not self.args.remove_unused_columns:
             return None
-        model: Any = self.model
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of an adapter of peft
-        taken = inspect.signature(model.forward).parameters
+        taken = inspect.signature(self._inner_model().forward).parameters
         return {*taken, "label", "label_ids", *self.label_names}
 
     # ---- train
@@ -172,8 +174,7 @@ class PrunedTrainerMixin(Trainer):
     def _shifts_labels(self, outputs: Any, labels: Tensor) -> bool:
         """Whether the model predicts the next token: by its class or, in the first batch, by its own loss."""
         if self._shifts is None:
-            inner = getattr(self.model, "get_base_model", lambda: self.model)()  # under an adapter of peft
-            names = {kind.__name__ for kind in type(inner).__mro__}
+            names = {kind.__name__ for kind in type(self._inner_model()).__mro__}
             self._shifts = not names.isdisjoint(NEXT_TOKEN_MODELS)
             logits, own = outputs["logits"], outputs.get("loss")
             if own is not None and labels.dim() == 2 and logits.dim() == 3 and labels.shape[1] > 1:

@@ -82,12 +82,9 @@ class Policy:
         """Name, and keys that are not the default: `emp(beta=2.0)`, `ucb()`. Policies that choose alike have
         the same.
         """
-        keys = {item.name: (getattr(self, item.name), item.default) for item in fields(self)}
-        own = [
-            f"{name}={_written(ours)}"
-            for name, (ours, default) in keys.items()
-            if ours is not default and ours != default
-        ]
+        keys = {item.name: _written(getattr(self, item.name)) for item in fields(self)}
+        usual = {item.name: _written(item.default) for item in fields(self)}
+        own = [f"{name}={text}" for name, text in keys.items() if text != usual[name]]
         return f"{self.name}({', '.join(own)})"
 
     @property
@@ -389,11 +386,14 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def _written(value: Any) -> str:
-    """A key's value, the same for 5 and 5.0; of a tensor the hash."""
+    """A key's value, the same for 5 and 5.0 and in every process; of a tensor or array the hash."""
     if isinstance(value, Tensor):
-        return hashlib.sha256(value.cpu().numpy().tobytes()).hexdigest()[:12]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return str(float(value) if is_number else value)
+        value = value.detach().cpu().flatten().view(torch.uint8).numpy()
+    if isinstance(value, np.ndarray):
+        return hashlib.sha256(value.tobytes()).hexdigest()[:12]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(float(value))
+    return str(value) if isinstance(value, bool | str | None) else type(value).__name__
 
 
 def policy_named(name: str) -> Policy:
@@ -454,16 +454,19 @@ def standardized(values: Tensor, mask: Tensor) -> Tensor:
     return (values - mean) / std.clamp(min=1e-12)
 
 
-def select_kept(scores: Tensor, count: int, ties: tuple[int, int] = (0, 0)) -> Tensor:
+def select_kept(scores: Tensor, count: int, ties: tuple[int, int] | None = None) -> Tensor:
     """Indices of the `count` highest scores, (N,) -> (count,) int64, same device, no order promised.
 
     Never-seen samples (+inf) come first. Equals at the border are drawn by chance, keyed on `ties` (seed,
     epoch): losses of learned samples are often all 0, and the lowest indices would be the first classes of a
-    sorted data set, in every epoch. On a GPU nothing waits for the device: the size is known.
+    sorted data set, in every epoch. None: there are no equals, or any of them will do. On a GPU nothing waits
+    for the device: the size is known.
     """
     assert scores.dim() == 1 and 0 < count <= len(scores), (scores.shape, count)
-    if scores.device.type != "cpu":
+    if scores.device.type != "cpu" and ties is not None:
         return highest_by_sorting(scores, count, ties)
+    if scores.device.type != "cpu":
+        return scores.topk(count, sorted=False).indices
     # sorting moves pairs of value and index: topk takes at 100 million 3.3 times the time, 2.7 times the
     # memory (benchmarks/selection.py)
     border = np.partition(scores.numpy(), -count)[-count]
@@ -472,9 +475,9 @@ def select_kept(scores: Tensor, count: int, ties: tuple[int, int] = (0, 0)) -> T
     wanted = count - int(kept.sum())
     # a NaN compares to nothing, and would shorten the epoch unnoticed
     assert len(equal) >= wanted, "a score is NaN"
-    if len(equal) > wanted:
+    if len(equal) > wanted and ties is not None:
         equal = equal[keyed_bits(TIES, *ties, equal).topk(wanted, sorted=False).indices]
-    kept[equal] = True
+    kept[equal[:wanted]] = True
     return kept.nonzero().squeeze(1)
 
 
